@@ -1,0 +1,33 @@
+# Every target sets up what it needs: a virtual environment in .venv with the package installed from this tree.
+PYTHON ?= python3
+BIN := .venv/bin
+NATIVE := $(shell find csrc -type f 2>/dev/null)
+
+.PHONY: demo test test-slow lint bench clean
+
+demo: .venv/installed
+	$(BIN)/python -m reap demo
+
+test: .venv/installed
+	$(BIN)/python -m pytest
+
+test-slow: .venv/installed
+	$(BIN)/python -m pytest -m slow
+
+lint: .venv/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: .venv/installed
+	$(BIN)/python -m bench
+
+# The package is installed editable, so only its metadata and native sources make it stale.
+.venv/installed: pyproject.toml setup.py constraints.txt $(NATIVE)
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed: make PYTHON=python3.12")'
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test,lint]'
+	touch $@
+
+clean:
+	rm -rf .venv build dist out *.egg-info

@@ -1,0 +1,338 @@
+"""The `reap` command: calibrate -> score -> plan -> prune -> evaluate, thin calls of the API."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from reap import __version__, console
+from reap.console import print_json, print_table, progress, reports_errors
+from reap.errors import ReapError
+
+if TYPE_CHECKING:
+    import torch
+
+app = typer.Typer(
+    help="Expert saliency of mixture-of-experts language models, and pruning by it.",
+    no_args_is_help=True,
+    add_completion=False,
+    # rich would triple the time of `--help`, and a traceback is for --debug.
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+
+Model = Annotated[str, typer.Argument(metavar="MODEL", help="a model folder or a hub id")]
+Stats = Annotated[Path, typer.Argument(metavar="STATS", help="a statistics file")]
+Data = Annotated[
+    list[str],
+    typer.Option(
+        "--data",
+        metavar="SPEC[=WEIGHT]",
+        help="a .txt or .jsonl file, a folder or glob of sources, stdlib:code, stdlib:prose, "
+        "hf:org/name; repeat for a mix",
+    ),
+]
+Domain = Annotated[str | None, typer.Option(help="one name for all of this data")]
+MaxTokens = Annotated[int | None, typer.Option(min=1, help="stop after this many tokens")]
+SeqLen = Annotated[int, typer.Option(min=2, help="tokens per row")]
+BatchSize = Annotated[int, typer.Option(min=1, help="rows per forward pass")]
+Pack = Annotated[bool, typer.Option("--pack/--no-pack", help="full rows, or a sample per row")]
+Dtype = Annotated[str, typer.Option(help="auto (as stored), bfloat16, float16 or float32")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda:1, or a device map such as balanced")]
+Backend = Annotated[str, typer.Option(help="auto, or a name that `reap doctor` lists")]
+Criterion = Annotated[str, typer.Option(help="reap, frequency, ean, ...; see `reap score --help`")]
+Seed = Annotated[int, typer.Option(help="for the criterion `random`")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="replace an existing output")]
+Json = Annotated[bool, typer.Option("--json", help="print one JSON document")]
+
+
+@app.callback(invoke_without_command=True)
+def main(
+    debug: Annotated[bool, typer.Option("--debug", help="show tracebacks")] = False,
+    version: Annotated[bool, typer.Option("--version", help="print the version")] = False,
+) -> None:
+    console.debug = debug
+    if version:
+        typer.echo(__version__)
+        raise typer.Exit()
+
+
+@app.command()
+@reports_errors
+def calibrate(
+    model: Model,
+    data: Data,
+    out: Annotated[Path, typer.Option(help="the statistics file to write")],
+    max_tokens: MaxTokens = None,
+    seq_len: SeqLen = 2048,
+    batch_size: BatchSize = 1,
+    domain: Domain = None,
+    pack: Pack = True,
+    gates: Annotated[str, typer.Option(help="applied or renormalized")] = "applied",
+    pairs: Annotated[bool, typer.Option("--pairs", help="also record pair matrices")] = False,
+    backend: Backend = "auto",
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    overwrite: Overwrite = False,
+    json: Json = False,
+) -> None:
+    """Run MODEL over calibration text and write the statistics of every expert."""
+    _refuse_existing(out, overwrite)
+    from reap.calibrate import calibrate as run
+    from reap.data import batches
+    from reap.load import load_model, load_tokenizer, resolve_model
+
+    folder = resolve_model(model)
+    rows = batches(
+        data,
+        load_tokenizer(folder),
+        seq_len=seq_len,
+        batch_size=batch_size,
+        max_tokens=max_tokens,
+        packing=pack,
+        domain=domain,
+    )
+    loaded = load_model(folder, dtype=dtype, device=device)
+    with progress("calibrating", max_tokens, "tokens") as advance:
+        stats = run(loaded, rows, gates=gates, pairs=pairs, backend=backend, progress=advance)
+    stats.data.append(rows.describe())
+    stats.save(out, overwrite=overwrite)
+    summary = {
+        "out": str(out),
+        "tokens": stats.tokens,
+        "layers": len(stats.layers),
+        "domains": list(stats.domains),
+    }
+    if json:
+        print_json(summary)
+    else:
+        typer.echo(
+            f"{out}: {stats.tokens:,} tokens through {len(stats.layers)} MoE layers, "
+            f"domains {', '.join(stats.domains)}"
+        )
+
+
+@app.command()
+@reports_errors
+def score(stats: Stats, criterion: Criterion = "reap", seed: Seed = 0, json: Json = False) -> None:
+    """Print the score of every expert.
+
+    Criteria: reap, frequency, ean, ean_mean, weighted_ean, gate_mass, reap_l2, peak, random.
+    """
+    from reap.saliency import saliency, standard_errors
+    from reap.stats import Statistics
+
+    loaded = Statistics.load(stats)
+    scores = saliency(loaded, criterion, seed=seed)
+    errors = standard_errors(loaded, criterion)
+    if json:
+        layers = {
+            layer: {
+                "scores": scores[layer].tolist(),
+                "standard_errors": errors[layer].tolist(),
+                "counts": loaded[layer].count.tolist(),
+            }
+            for layer in scores
+        }
+        print_json({"criterion": criterion, "tokens": loaded.tokens, "layers": layers})
+        return
+    rows = [[layer, *_ranked(values, errors[layer])] for layer, values in scores.items()]
+    print_table(
+        f"{criterion}, {loaded.tokens:,} tokens (score ± standard error)",
+        ["layer", "weakest", "second", "third", "median", "strongest"],
+        rows,
+    )
+
+
+@app.command()
+@reports_errors
+def plan(
+    stats: Stats,
+    out: Annotated[Path, typer.Option(help="the plan file to write")],
+    ratio: Annotated[float | None, typer.Option(help="share of experts to drop")] = None,
+    keep: Annotated[int | None, typer.Option(help="experts to keep per layer")] = None,
+    criterion: Criterion = "reap",
+    multiple_of: Annotated[int, typer.Option(min=1, help="round the kept count up")] = 1,
+    protect_super_experts: Annotated[
+        bool, typer.Option("--protect-super-experts", help="never drop experts with extreme peaks")
+    ] = False,
+    seed: Seed = 0,
+    overwrite: Overwrite = False,
+    json: Json = False,
+) -> None:
+    """Choose which experts stay in every layer."""
+    _refuse_existing(out, overwrite)
+    from reap.plan import make_plan
+    from reap.stats import Statistics
+
+    made = make_plan(
+        Statistics.load(stats),
+        criterion,
+        ratio=ratio,
+        keep=keep,
+        multiple_of=multiple_of,
+        protect_super_experts=protect_super_experts,
+        seed=seed,
+    )
+    made.save(out, overwrite=overwrite)
+    kept = {layer: len(experts) for layer, experts in made.kept.items()}
+    if json:
+        print_json({"out": str(out), "kept": kept, "notes": list(made.notes)})
+        return
+    typer.echo(f"{out}: keeps {_span(kept.values())} experts in each of {len(kept)} layers")
+    for note in made.notes:
+        typer.echo(f"note: {note}")
+
+
+@app.command()
+@reports_errors
+def prune(
+    model: Model,
+    plan: Annotated[Path, typer.Argument(metavar="PLAN", help="a plan file")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="the folder to write")],
+    overwrite: Overwrite = False,
+    json: Json = False,
+) -> None:
+    """Write MODEL without the experts that PLAN drops, straight from its files."""
+    _refuse_existing(out, overwrite)
+    from reap.checkpoint import prune as run
+    from reap.load import resolve_model
+    from reap.plan import Plan
+
+    chosen = Plan.load(plan)
+    folder = resolve_model(model)
+    command = shlex.join(["reap", *sys.argv[1:]])
+    with progress("pruning", None, "bytes") as advance:
+        report = run(folder, chosen, out, overwrite=overwrite, command=command, progress=advance)
+    if json:
+        print_json(report.to_json())
+        return
+    typer.echo(str(report))
+
+
+@app.command()
+@reports_errors
+def combine(
+    stats: Annotated[list[Path], typer.Argument(metavar="STATS...", help="files of one model")],
+    out: Annotated[Path, typer.Option(help="the statistics file to write")],
+    overwrite: Overwrite = False,
+    json: Json = False,
+) -> None:
+    """Add statistics of several runs, shards or domains of one model, exactly."""
+    _refuse_existing(out, overwrite)
+    from reap.stats import Statistics
+
+    total = Statistics.load(stats[0])
+    for path in stats[1:]:
+        total = total + Statistics.load(path)
+    total.save(out, overwrite=overwrite)
+    if json:
+        print_json({"out": str(out), "tokens": total.tokens, "domains": list(total.domains)})
+    else:
+        typer.echo(f"{out}: {total.tokens:,} tokens, domains {', '.join(total.domains)}")
+
+
+@app.command()
+@reports_errors
+def evaluate(
+    model: Model,
+    data: Data,
+    teacher: Annotated[str | None, typer.Option(help="a model to compare with")] = None,
+    max_tokens: MaxTokens = None,
+    seq_len: SeqLen = 2048,
+    batch_size: BatchSize = 1,
+    domain: Domain = None,
+    pack: Pack = True,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    json: Json = False,
+) -> None:
+    """Measure loss and perplexity, and with --teacher KL divergence and top-1 agreement."""
+    from reap.data import batches
+    from reap.evaluate import evaluate as run
+    from reap.load import load_model, load_tokenizer, resolve_model
+
+    folder = resolve_model(model)
+    original = resolve_model(teacher) if teacher else None
+    rows = batches(
+        data,
+        load_tokenizer(folder),
+        seq_len=seq_len,
+        batch_size=batch_size,
+        max_tokens=max_tokens,
+        packing=pack,
+        domain=domain,
+    )
+    student = load_model(folder, dtype=dtype, device=device)
+    reference = load_model(original, dtype=dtype, device=device) if original else None
+    with progress("evaluating", max_tokens, "tokens") as advance:
+        results = run(student, rows, teacher=reference, progress=advance)
+    if json:
+        print_json({name: result.to_json() for name, result in results.items()})
+        return
+    columns = ["domain", "tokens", "loss (nats/token)", "perplexity"]
+    table = [
+        [name, f"{r.tokens:,}", f"{r.loss:.4f}", f"{r.perplexity:.3f}"]
+        for name, r in results.items()
+    ]
+    if reference is not None:
+        columns += ["KL (nats/token)", "top-1 agreement"]
+        for row, r in zip(table, results.values(), strict=True):
+            row += [f"{r.kl:.4f}", f"{r.agreement:.1%}"]
+    print_table(str(folder), columns, table)
+
+
+@app.command()
+@reports_errors
+def doctor(json: Json = False) -> None:
+    """Say what this machine offers: versions, devices, and each backend or why it is missing."""
+    from reap.doctor import diagnose
+
+    found = diagnose()
+    if json:
+        print_json(found.to_json())
+        return
+    for package, number in found.versions.items():
+        typer.echo(f"{package:15}{number or 'not installed'}")
+    memory = f"{found.memory / 2**30:.0f} GiB"
+    typer.echo(f"processor      {found.processor}, {found.threads} threads, {memory}")
+    typer.echo(f"GPU            {', '.join(found.devices) or 'none'}")
+    for name, reason in found.backends.items():
+        typer.echo(
+            f"backend {name:10} {'available' if reason is None else 'not available: ' + reason}"
+        )
+
+
+@app.command()
+@reports_errors
+def demo(
+    out: Annotated[Path, typer.Option(help="folder for the pruned models")] = Path("out/demo"),
+    json: Json = False,
+) -> None:
+    """Calibrate, score, prune, reload and measure the trained model that ships with the sources."""
+    from reap.demo import run
+
+    run(out, as_json=json)
+
+
+def _refuse_existing(out: Path, overwrite: bool) -> None:
+    """Before any work: an output that exists, or whose folder does not."""
+    if out.exists() and not overwrite:
+        raise ReapError(f"{out} exists: give --overwrite to replace it")
+    if not out.absolute().parent.is_dir():
+        raise ReapError(f"{out.absolute().parent} does not exist: create the folder first")
+
+
+def _ranked(scores: torch.Tensor, errors: torch.Tensor) -> list[str]:
+    order = scores.argsort(stable=True).tolist()
+    picks = [*order[:3], order[len(order) // 2], order[-1]]
+    return [f"{expert}: {scores[expert]:.4g} ± {errors[expert]:.2g}" for expert in picks]
+
+
+def _span(counts: Any) -> str:
+    low, high = min(counts), max(counts)
+    return str(low) if low == high else f"{low} to {high}"

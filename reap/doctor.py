@@ -1,0 +1,68 @@
+"""What this machine offers: versions, devices, and each kernel backend or why it is missing."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+from dataclasses import asdict, dataclass
+from typing import Any
+
+PACKAGES = ("reap-saliency", "torch", "triton", "transformers", "safetensors", "numpy")
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """`backends` maps a name to None when usable here, else to the reason. `memory` is in bytes."""
+
+    versions: dict[str, str | None]
+    processor: str
+    threads: int
+    memory: int
+    devices: tuple[str, ...]
+    backends: dict[str, str | None]
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def diagnose() -> Diagnosis:
+    """Look at the machine; runs no kernel."""
+    import torch
+
+    import reap_kernels
+
+    devices = tuple(
+        f"cuda:{index} {torch.cuda.get_device_name(index)}"
+        for index in range(torch.cuda.device_count())
+    )
+    return Diagnosis(
+        versions={"python": platform.python_version(), **{p: _version(p) for p in PACKAGES}},
+        processor=_processor(),
+        threads=torch.get_num_threads(),
+        memory=_memory(),
+        devices=devices,
+        backends=reap_kernels.backends(),
+    )
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _processor() -> str:
+    try:
+        with open("/proc/cpuinfo") as lines:
+            for line in lines:
+                if line.startswith("model name"):
+                    return line.split(":", 1)[1].strip()
+    except OSError:
+        pass  # not Linux: the architecture's name has to do
+    return platform.machine()
+
+
+def _memory() -> int:
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -1,0 +1,196 @@
+"""What the op takes and returns, and the checks that every call passes before a backend sees it.
+
+Letters: T tokens, K experts per token, S = T*K slots, E experts, H hidden size, I inner size of an
+expert, R = 2I rows of gate and up (I where there is no gate).
+"""
+
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from reap_kernels import activations
+from reap_kernels.activations import Activation
+
+GATE_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+# float64 is for the truth that tests compare against; only `reference` runs it.
+MODEL_DTYPES = (*GATE_DTYPES, torch.float64)
+
+
+class Saliency(NamedTuple):
+    """The layer's output and, per slot, the size of the expert's output before its gate."""
+
+    out: Tensor  # sum over k of gate * f(x) [T, H] model dtype
+    norms: Tensor  # ||f(x)||_2 [T, K] fp32 (fp64 for an fp64 model)
+    peaks: Tensor  # max |f(x)| [T, K] fp32 (fp64 for an fp64 model)
+
+
+class Call(NamedTuple):
+    """One call of the op: the tensors as they came, strides and all, and the parsed options."""
+
+    hidden_states: Tensor  # [T, H] model dtype
+    gate_up_proj: Tensor  # [E, R, H], or [E, H, R] if transposed, model dtype
+    down_proj: Tensor  # [E, H, I], or [E, I, H] if transposed, model dtype
+    top_k_index: Tensor  # expert of each slot, >= E for none [T, K] int32 or int64
+    top_k_weights: Tensor  # gate of each slot [T, K] bf16, fp16, fp32 (or fp64 in an fp64 model)
+    gate_up_bias: Tensor | None  # [E, R] model dtype
+    down_bias: Tensor | None  # [E, H] model dtype
+    activation: Activation
+    gated: bool  # False: up_proj alone, act(x W) in place of act(g) * u
+    interleaved: bool  # gate and up alternate along R: g0, u0, g1, u1, ...; else all g, then all u
+    transposed: bool
+    deterministic: bool  # the same bits run to run, on backends where that has a price
+
+    @property
+    def T(self) -> int:
+        return self.hidden_states.shape[0]
+
+    @property
+    def K(self) -> int:
+        return self.top_k_index.shape[1]
+
+    @property
+    def E(self) -> int:
+        return self.gate_up_proj.shape[0]
+
+    @property
+    def H(self) -> int:
+        return self.hidden_states.shape[1]
+
+    @property
+    def R(self) -> int:
+        return self.gate_up_proj.shape[2 if self.transposed else 1]
+
+    @property
+    def I(self) -> int:  # noqa: E743
+        return self.R // 2 if self.gated else self.R
+
+    @property
+    def accumulator(self) -> torch.dtype:
+        """The dtype of every sum, and of norms and peaks."""
+        wide = self.hidden_states.dtype == torch.float64
+        return torch.float64 if wide else torch.float32
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """The tensors that are there, by argument name."""
+        named = zip(self._fields[:7], self[:7], strict=True)
+        return {name: tensor for name, tensor in named if tensor is not None}
+
+
+class Backend(Protocol):
+    """What a backend module has."""
+
+    NAME: str
+
+    def available(self) -> str | None:
+        """Why nothing runs on this machine, in one line; None if it does."""
+
+    def unsupported(self, call: Call) -> str | None:
+        """Which feature of this call is missing, in one line; None if all are there."""
+
+    def run(self, call: Call) -> Saliency:
+        """Runs a checked call. The results share no memory with the inputs."""
+
+
+def check(call: Call) -> None:
+    """Raises ValueError for the first argument that breaks the contract; reads no tensor's data."""
+    tensors = call.tensors
+    _check_ranks(tensors)
+    _check_kinds(tensors)
+    _check_options(call)
+    _check_shapes(call, tensors)
+
+
+def check_ids(top_k_index: Tensor) -> None:
+    """Raises ValueError for an id below 0; reads the data, so on a GPU it waits for it."""
+    if top_k_index.numel() and (least := int(top_k_index.min())) < 0:
+        raise ValueError(
+            f"top_k_index holds the id {least}, must be >= 0 (an id >= E is a slot without expert)"
+        )
+
+
+_RANKS = {"gate_up_proj": 3, "down_proj": 3}
+
+
+def _shape(tensor: Tensor) -> str:
+    return str(list(tensor.shape))
+
+
+def _check_ranks(tensors: dict[str, Tensor]) -> None:
+    for name, tensor in tensors.items():
+        rank = _RANKS.get(name, 2)
+        if tensor.dim() != rank:
+            raise ValueError(f"{name} has shape {_shape(tensor)}, must have {rank} dimensions")
+
+
+def _check_kinds(tensors: dict[str, Tensor]) -> None:
+    """Dtypes, device and layout."""
+    model = tensors["hidden_states"]
+    for name, tensor in tensors.items():
+        allowed: tuple[torch.dtype, ...] = (model.dtype,)
+        if name == "hidden_states":
+            allowed = MODEL_DTYPES
+        elif name == "top_k_index":
+            allowed = (torch.int32, torch.int64)
+        elif name == "top_k_weights":
+            allowed = MODEL_DTYPES if model.dtype == torch.float64 else GATE_DTYPES
+        if tensor.dtype not in allowed:
+            same = " as hidden_states" if allowed == (model.dtype,) else ""
+            names = " or ".join(str(dtype).removeprefix("torch.") for dtype in allowed)
+            dtype = str(tensor.dtype).removeprefix("torch.")
+            raise ValueError(f"{name} has dtype {dtype}, must be {names}{same}")
+        if tensor.device != model.device:
+            raise ValueError(
+                f"{name} is on device {tensor.device}, must be on {model.device} as hidden_states"
+            )
+        if tensor.layout != torch.strided:
+            raise ValueError(f"{name} has layout {tensor.layout}, must be torch.strided")
+
+
+def _check_options(call: Call) -> None:
+    if call.gated:
+        return
+    if call.activation.kind == "swiglu_clamped":
+        raise ValueError("activation is swiglu_clamped, must be an ungated one where gated=False")
+    if call.interleaved:
+        raise ValueError("interleaved is True, must be False where gated=False: there is no gate")
+
+
+def _check_shapes(call: Call, tensors: dict[str, Tensor]) -> None:
+    for name, letters in (("hidden_states", "H"), ("top_k_index", "K"), ("gate_up_proj", "EHR")):
+        if any(getattr(call, letter) == 0 for letter in letters):
+            raise ValueError(f"{name} has shape {_shape(tensors[name])}, must not be empty")
+    if call.gated and call.R % 2:
+        raise ValueError(
+            f"gate_up_proj has shape {_shape(call.gate_up_proj)}, must have as many gate "
+            f"as up rows, not {call.R} in all: pass gated=False if the experts have no gate"
+        )
+    up = "2I" if call.gated else "I"
+    layouts = {
+        "gate_up_proj": ("E", "H", up) if call.transposed else ("E", up, "H"),
+        "down_proj": ("E", "I", "H") if call.transposed else ("E", "H", "I"),
+        "top_k_index": ("T", "K"),
+        "top_k_weights": ("T", "K"),
+        "gate_up_bias": ("E", up),
+        "down_bias": ("E", "H"),
+    }
+    sizes = {"T": call.T, "K": call.K, "E": call.E, "H": call.H, "I": call.I, "2I": call.R}
+    for name, dims in layouts.items():
+        expected = [sizes[letter] for letter in dims]
+        if name in tensors and list(tensors[name].shape) != expected:
+            raise ValueError(
+                f"{name} has shape {_shape(tensors[name])}, must be {expected} = "
+                f"[{', '.join(dims)}] (gated={call.gated}, transposed={call.transposed})"
+            )
+
+
+def make_call(
+    tensors: tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None],
+    activation: str,
+    flags: tuple[bool, bool, bool, bool],
+) -> Call:
+    """A checked call, from the op's arguments in the order of Call's fields."""
+    call = Call(*tensors, activations.parse(activation), *flags)
+    check(call)
+    return call

@@ -1,0 +1,134 @@
+"""The op: checks, the ladder of backends, and its registration with torch."""
+
+import torch
+from torch import Tensor
+
+from reap_kernels import reference
+from reap_kernels.contract import Backend, Call, Saliency, check_ids, make_call
+
+# "auto" takes the first that is available and supports the call; a new backend is one entry here.
+LADDER: tuple[Backend, ...] = (reference,)
+
+
+def backends() -> dict[str, str | None]:
+    """Every backend by name, in the order that "auto" tries them: None if usable on this machine,
+    otherwise the reason why not, in one line."""
+    return {backend.NAME: backend.available() for backend in LADDER}
+
+
+def moe_saliency(
+    hidden_states: Tensor,  # [T, H] bf16, fp16 or fp32: the model dtype (fp64 on `reference`)
+    gate_up_proj: Tensor,  # [E, 2I, H] ([E, I, H] if not gated) model dtype
+    down_proj: Tensor,  # [E, H, I] model dtype
+    top_k_index: Tensor,  # expert of each slot, >= E for none [T, K] int32 or int64
+    top_k_weights: Tensor,  # gate of each slot [T, K] bf16, fp16 or fp32
+    *,
+    activation: str = "silu",
+    gate_up_bias: Tensor | None = None,  # [E, 2I] ([E, I] if not gated) model dtype
+    down_bias: Tensor | None = None,  # [E, H] model dtype
+    gated: bool = True,
+    interleaved: bool = False,
+    transposed: bool = False,
+    backend: str = "auto",
+    deterministic: bool = False,
+) -> Saliency:
+    """The output of a mixture-of-experts layer, and the norm of every expert output in it.
+
+    out = sum_k gate_k * f_k(x) with f(x) = down(act(gate(x)) * up(x)); norms = ||f_k(x)||_2 and
+    peaks = max |f_k(x)| are taken before the gate and before rounding: with the gates they make the
+    saliency of arXiv 2510.13999, eq. 9. No tensor of the size of all expert outputs is made.
+
+    activation   silu, gelu (erf), gelu_tanh, relu, relu2 (relu(x)^2) or `swiglu_clamped(...)`
+    gated        False: gate_up_proj is up_proj alone and f(x) = down(act(up(x)))
+    interleaved  gate and up alternate along 2I: g0, u0, g1, u1, ...; otherwise all g, then all u
+    transposed   gate_up_proj is [E, H, 2I] and down_proj [E, I, H]
+    backend      "auto", or one of `backends()`: that one runs the call or ValueError says why not
+    deterministic  the same bits in `out` run to run; norms and peaks always have that
+
+    Any strides do. A slot whose id is >= E adds nothing and has norm and peak 0. Returns
+    Saliency(out [T, H] model dtype, norms [T, K] fp32, peaks [T, K] fp32) in fresh memory.
+    Raises ValueError that names the argument, what it was and what it must be, before any work.
+    There is no backward: inputs that require grad need torch.no_grad() or torch.inference_mode().
+    """
+    required = (hidden_states, gate_up_proj, down_proj, top_k_index, top_k_weights)
+    tensors = (*required, gate_up_bias, down_bias)
+    flags = (gated, interleaved, transposed, deterministic)
+    _check_arguments(tensors, flags, activation, backend)
+    return Saliency(*_moe_saliency(*tensors, activation, *flags, backend))
+
+
+def _check_arguments(
+    tensors: tuple[Tensor | None, ...], flags: tuple[bool, ...], activation: str, backend: str
+) -> None:
+    """What torch would reject in its own words, or not at all, before the op itself is reached."""
+    for name, tensor in zip(Call._fields, tensors, strict=False):
+        if not isinstance(tensor, Tensor) and not (tensor is None and name.endswith("_bias")):
+            raise ValueError(f"{name} is a {type(tensor).__name__}, must be a torch.Tensor")
+    for name, text in (("activation", activation), ("backend", backend)):
+        if not isinstance(text, str):
+            raise ValueError(f"{name} is {text!r}, must be a string")
+    for name, flag in zip(Call._fields[8:], flags, strict=True):
+        if not isinstance(flag, bool):
+            raise ValueError(f"{name} is {flag!r}, must be True or False")
+    if torch.is_grad_enabled():
+        for name, tensor in zip(Call._fields, tensors, strict=False):
+            if tensor is not None and tensor.requires_grad:
+                raise ValueError(
+                    f"{name} requires grad in grad mode, must not: there is no backward, "
+                    "call under torch.no_grad()"
+                )
+
+
+@torch.library.custom_op("reap::moe_saliency", mutates_args=())
+def _moe_saliency(
+    hidden_states: Tensor,
+    gate_up_proj: Tensor,
+    down_proj: Tensor,
+    top_k_index: Tensor,
+    top_k_weights: Tensor,
+    gate_up_bias: Tensor | None,
+    down_bias: Tensor | None,
+    activation: str,
+    gated: bool,
+    interleaved: bool,
+    transposed: bool,
+    deterministic: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    required = (hidden_states, gate_up_proj, down_proj, top_k_index, top_k_weights)
+    flags = (gated, interleaved, transposed, deterministic)
+    call = make_call((*required, gate_up_bias, down_bias), activation, flags)
+    chosen = select(call, backend)
+    check_ids(top_k_index)
+    # The dtypes are part of the contract: autocast must not change them under a backend's feet.
+    with torch.autocast(hidden_states.device.type, enabled=False):
+        return tuple(chosen.run(call))
+
+
+@_moe_saliency.register_fake
+def _(*arguments):  # type: ignore[no-untyped-def]
+    call = make_call(arguments[:7], arguments[7], arguments[8:12])
+    named(arguments[12])
+    x = call.hidden_states
+    norms = x.new_empty((call.T, call.K), dtype=call.accumulator)
+    return x.new_empty((call.T, call.H)), norms, torch.empty_like(norms)
+
+
+def named(backend: str) -> tuple[Backend, ...]:
+    """The backends that may run a call: all of them for "auto", otherwise the one of that name."""
+    candidates = tuple(b for b in LADDER if backend in ("auto", b.NAME))
+    if not candidates:
+        names = ", ".join(b.NAME for b in LADDER)
+        raise ValueError(f"backend is {backend!r}, must be auto or one of {names}")
+    return candidates
+
+
+def select(call: Call, backend: str) -> Backend:
+    """The first candidate that can run the call; ValueError with each one's reason if none can."""
+    reasons = []
+    for candidate in named(backend):
+        reason = candidate.available() or candidate.unsupported(call)
+        if reason is None:
+            return candidate
+        reasons.append(f"{candidate.NAME}: {reason}")
+    raise ValueError(f"backend is {backend!r}, which cannot run this call: {'; '.join(reasons)}")

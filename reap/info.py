@@ -14,8 +14,8 @@ class LayerInfo:
     """One MoE layer.
 
     `name` is the qualified name of its experts module, e.g. "model.layers.3.mlp.experts".
-    A group-limited router splits its experts into `n_group` equal runs, keeps the best `topk_group` of
-    them per token and needs at least `min_per_group` experts in each to score a group.
+    A group-limited router splits its experts into `n_group` equal runs, keeps the best `topk_group`
+    of them per token and needs at least `min_per_group` experts in each to score a group.
     """
 
     name: str
@@ -57,7 +57,7 @@ class LayerInfo:
 
 @dataclass(frozen=True)
 class ModelInfo:
-    """One model: `fingerprint` covers its structure, `weights` its parameters (None when unknown)."""
+    """One model: `fingerprint` covers its structure, `weights` its parameters (None: unknown)."""
 
     model_type: str
     name: str
@@ -84,7 +84,7 @@ class ModelInfo:
     def difference(self, other: ModelInfo) -> str | None:
         """One phrase that says how `other` is a different model, or None when it is the same one.
 
-        The name is only a label. Unknown weights (a model that did not come from a folder) match any.
+        The name is only a label. Unknown weights (a model that is not from a folder) match any.
         """
         if self.model_type != other.model_type:
             return f"model type {self.model_type} against {other.model_type}"

@@ -160,7 +160,7 @@ def _shrink(fields: dict[str, Any], layers: tuple[int, ...] | None = None) -> di
 
 
 def tiny_config(model_type: str, **overrides: Any) -> transformers.PreTrainedConfig:
-    """The default configuration of `model_type`, shrunk; `overrides` are fields of its text part."""
+    """The default configuration of `model_type`, shrunk; overrides: fields of its text part."""
     cls = CONFIG_MAPPING[model_type]
     fields = _shrink(cls().to_dict())
     text = fields["text_config"] if isinstance(fields.get("text_config"), dict) else fields

@@ -1,0 +1,158 @@
+"""The specification against slot-by-slot arithmetic, and against numbers worked out by hand."""
+
+import cases
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from reap_kernels import moe_saliency, reference
+from reap_kernels.ops import make_call
+
+
+@pytest.mark.parametrize("dtype", cases.DTYPES, ids=str)
+@pytest.mark.parametrize("case", cases.CASES, ids=str)
+def test_accurate(case, dtype):
+    inputs = cases.make(case, dtype)
+    cases.assert_accurate(moe_saliency(**inputs, backend="reference"), inputs)
+
+
+@pytest.mark.parametrize("case", cases.CASES, ids=str)
+def test_fp64_is_the_truth(case):
+    inputs = cases.make(case, torch.float64)
+    result = moe_saliency(**inputs, backend="reference")
+    for ours, exact in zip(result, cases.truth(inputs), strict=True):
+        torch.testing.assert_close(ours, exact, rtol=1e-12, atol=1e-12)
+
+
+def test_by_hand():
+    """Two experts, relu, H = 2, I = 1: expert 0 maps x to relu(x0) * x1 * (3, 4), expert 1 to
+    relu(x1) * x0 * (0, -2)."""
+    result = moe_saliency(
+        torch.tensor([[1.0, 2.0], [-1.0, 3.0]]),
+        torch.tensor([[[1.0, 0.0], [0.0, 1.0]], [[0.0, 1.0], [1.0, 0.0]]]),
+        torch.tensor([[[3.0], [4.0]], [[0.0], [-2.0]]]),
+        torch.tensor([[0, 1], [0, 1]]),
+        torch.tensor([[0.5, 0.25], [0.5, 2.0]]),
+        activation="relu",
+    )
+    assert result.norms.tolist() == [[10.0, 4.0], [0.0, 6.0]]
+    assert result.peaks.tolist() == [[8.0, 4.0], [0.0, 6.0]]
+    assert result.out.tolist() == [[3.0, 3.0], [0.0, 12.0]]
+
+
+def test_by_hand_clamped_ungated_and_biased():
+    x, ids, gate = torch.tensor([[2.0]]), torch.tensor([[0]]), torch.tensor([[-3.0]])
+    # relu2 of 2 * 3 - 2 is 16, times 0.5, minus 10 is -2
+    up, down = torch.tensor([[[3.0]]]), torch.tensor([[[0.5]]])
+    bias = {"gate_up_bias": torch.tensor([[-2.0]]), "down_bias": torch.tensor([[-10.0]])}
+    result = moe_saliency(x, up, down, ids, gate, activation="relu2", gated=False, **bias)
+    assert [r.item() for r in result] == [6.0, 2.0, 2.0]
+    # g = 20 -> 7, u = -20 -> -7; alpha 0 makes the sigmoid a half: 7 / 2 * (-7 + 1) = -21
+    up, activation = torch.tensor([[[10.0], [-10.0]]]), "swiglu_clamped(0.0, 7.0, 1.0)"
+    result = moe_saliency(x, up, 2 * down, ids, gate, activation=activation)
+    assert [r.item() for r in result] == [63.0, 21.0, 21.0]
+    # only the upper side of the gate is clamped: g = -20, u = 20 -> 7: -20 / 2 * (7 + 1) = -80
+    result = moe_saliency(x, -up, 2 * down, ids, gate, activation=activation)
+    assert [r.item() for r in result] == [240.0, 80.0, 80.0]
+
+
+def test_norms_are_taken_before_gate_and_before_rounding():
+    """1 + 2**-9 is no bf16, so the norm shows whether the accumulator or the rounded output was
+    used; a gate of 0 shows whether it was applied."""
+    half = torch.full((1, 1, 1), 2.0**-9, dtype=torch.bfloat16)
+    one = torch.ones(1, 1, dtype=torch.bfloat16)
+    result = moe_saliency(
+        one,
+        half,
+        torch.ones_like(half),
+        torch.zeros(1, 1, dtype=torch.int64),
+        torch.zeros(1, 1),
+        activation="relu",
+        gated=False,
+        down_bias=one,
+    )
+    assert result.norms.item() == result.peaks.item() == 1 + 2**-9
+    assert result.out.item() == 0
+
+
+@pytest.mark.parametrize("dtype", cases.DTYPES, ids=str)
+def test_the_inner_tensor_is_rounded_once(dtype):
+    """(1 + eps)^2 = 1 + 2 eps + eps^2 is rounded to 1 + 2 eps between the projections."""
+    eps = torch.finfo(dtype).eps
+    x = torch.full((1, 1), 1 + eps, dtype=dtype)
+    weight = torch.ones(1, 1, 1, dtype=dtype)
+    ids = torch.zeros(1, 1, dtype=torch.int64)
+    result = moe_saliency(x, weight, weight, ids, torch.ones(1, 1), activation="relu2", gated=False)
+    assert result.norms.item() == 1 + 2 * eps
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("where", ["gate_up_proj", "down_proj", "gate_up_bias", "down_bias"])
+def test_a_bad_weight_shows_in_its_expert_and_nowhere_else(where, bad):
+    """The up half of silu(g) * u, or any later place, carries a single NaN or Inf to the slot."""
+    inputs = cases.make(cases.Case("", bias=True), torch.float32)
+    inputs[where][2, -1] = bad
+    result = moe_saliency(**inputs)
+    hit = inputs["top_k_index"] == 2
+    assert hit.any() and not hit.all()
+    assert not result.norms[hit].isfinite().any() and not result.peaks[hit].isfinite().any()
+    assert result.norms[~hit].isfinite().all() and result.peaks[~hit].isfinite().all()
+    assert torch.equal(result.out.isfinite().all(dim=1), ~hit.any(dim=1))
+
+
+def test_a_nan_token_shows_in_its_slots_and_nowhere_else():
+    inputs = cases.make(cases.Case("", routing="some_sentinels", activation="relu"), torch.float32)
+    inputs["hidden_states"][4, 0] = torch.nan
+    result = moe_saliency(**inputs)
+    expected = torch.zeros_like(inputs["top_k_index"], dtype=torch.bool)
+    expected[4] = inputs["top_k_index"][4] < 7
+    assert expected.any()
+    assert torch.equal(result.norms.isnan(), expected)
+    assert torch.equal(result.peaks.isnan(), expected)
+
+
+def test_sentinels_add_nothing_even_with_a_nan_gate():
+    inputs = cases.make(cases.Case("", routing="some_sentinels"), torch.float32)
+    away = inputs["top_k_index"] >= 7
+    quiet = moe_saliency(**inputs)
+    inputs["top_k_weights"][away] = torch.nan
+    result = moe_saliency(**inputs)
+    assert (result.norms[away] == 0).all() and (result.peaks[away] == 0).all()
+    assert torch.equal(result.out, quiet.out)
+
+
+@pytest.mark.parametrize("routing", ["top_k", "repeats"])
+def test_same_bits_every_run(routing):
+    inputs = cases.make(cases.Case("", T=65, routing=routing), torch.float32)
+    first = moe_saliency(**inputs, backend="reference", deterministic=True)
+    for _ in range(3):
+        again = moe_saliency(**inputs, backend="reference", deterministic=True)
+        assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+
+
+def test_no_tensor_of_all_slots_is_made():
+    class Largest(TorchDispatchMode):
+        numel = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            result = func(*args, **(kwargs or {}))
+            for tensor in result if isinstance(result, tuple | list) else (result,):
+                if isinstance(tensor, torch.Tensor) and tensor._base is None:
+                    self.numel = max(self.numel, tensor.numel())
+            return result
+
+    case = cases.Case("", T=512, K=4, E=8, H=32, I=16)
+    inputs = cases.make(case, torch.bfloat16)
+    flags = (inputs["gated"], inputs["interleaved"], inputs["transposed"], False)
+    call = make_call(tuple(inputs.values())[:7], inputs["activation"], flags)
+    with Largest() as seen:
+        reference.run(call)
+    assert case.T * case.H <= seen.numel < case.T * case.K * case.H / 2
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", cases.DTYPES, ids=str)
+@pytest.mark.parametrize("case", cases.CASES, ids=str)
+def test_accurate_on_a_gpu(case, dtype):
+    inputs = cases.make(case, dtype, device="cuda")
+    cases.assert_accurate(moe_saliency(**inputs, backend="reference"), inputs)

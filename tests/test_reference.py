@@ -86,6 +86,20 @@ def test_the_inner_tensor_is_rounded_once(dtype):
     assert result.norms.item() == 1 + 2 * eps
 
 
+def test_the_output_is_rounded_once():
+    """256 + 1 + 1 over three experts: bf16 has no 257, so rounding on the way would stay at 256."""
+    result = moe_saliency(
+        torch.ones(1, 1, dtype=torch.bfloat16),
+        torch.zeros(3, 1, 1, dtype=torch.bfloat16),
+        torch.zeros(3, 1, 1, dtype=torch.bfloat16),
+        torch.tensor([[0, 1, 2]]),
+        torch.ones(1, 3),
+        gated=False,
+        down_bias=torch.tensor([[256.0], [1.0], [1.0]], dtype=torch.bfloat16),
+    )
+    assert result.out.item() == 258
+
+
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
 @pytest.mark.parametrize("where", ["gate_up_proj", "down_proj", "gate_up_bias", "down_bias"])
 def test_a_bad_weight_shows_in_its_expert_and_nowhere_else(where, bad):

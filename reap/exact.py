@@ -113,7 +113,7 @@ def _split(values: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """fp64 values as (limb, low, middle, high), the amounts for limbs `limb`, `limb+1`, `limb+2`.
 
     value = (low + middle * 2**32 + high * 2**64) * 2**(32*limb - 320), each [N] int64 and under
-    2**33 in magnitude. Right shifts of negative integers round down, which keeps the identity exact.
+    2**33 in magnitude. Right shifts of negative integers round down, which keeps this exact.
     """
     mantissa, exponent = torch.frexp(values)
     integer = (mantissa * 2.0**_MANTISSA_BITS).to(torch.int64)

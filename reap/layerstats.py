@@ -104,7 +104,8 @@ class LayerStatistics:
         weighted = gate * norm
         # In the order of SUMS, [5,T,K] fp64
         values = torch.stack([gate, norm, norm * norm, weighted, weighted * weighted])
-        summable = in_range(values).all(0) & torch.isfinite(peak) & (expert >= 0)
+        summable = in_range(values).all(0) & (norm >= 0) & (expert >= 0)
+        summable &= (peak >= 0) & (peak < torch.inf)
         self._note_faults(expert, counted & ~summable)
         counted &= summable
 
@@ -134,8 +135,8 @@ class LayerStatistics:
         for expert, slots in enumerate(faults):
             if slots:
                 raise ReapError(
-                    f"layer {self.name}, expert {expert}: norm, peak or gate is NaN, infinite or "
-                    f"too large in {slots} slots: check the model's weights and its dtype"
+                    f"layer {self.name}, expert {expert}: norm, peak or gate is NaN, infinite, "
+                    f"negative or too large in {slots} slots: check the model's weights and dtype"
                 )
 
     @property

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
@@ -59,7 +60,10 @@ class Statistics:
     @property
     def tokens(self) -> int:
         """Tokens counted, by the layer that saw the most of them."""
-        return max((self.layer(name).tokens for name in self.layers), default=0)
+        seen = Counter[str]()
+        for (_, name), part in self._parts.items():
+            seen[name] += part.tokens
+        return max(seen.values(), default=0)
 
     @contextmanager
     def domain(self, name: str) -> Iterator[None]:
@@ -178,6 +182,12 @@ class Statistics:
         from reap.statsfile import load
 
         return load(path)
+
+    def digest(self) -> str:
+        """Hex SHA-256 of model, gates and every exact sum: equal statistics, equal digests."""
+        from reap.statsfile import digest
+
+        return digest(self)
 
     def put(self, domain: str, name: str, part: LayerStatistics) -> None:
         """Make `part` the statistics of one layer in one domain."""

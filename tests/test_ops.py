@@ -271,8 +271,11 @@ def test_result_is_fresh_contiguous_memory_and_inputs_stay(case):
     assert all(tensor.is_contiguous() for tensor in result)
 
 
-def test_autocast_changes_nothing():
-    arguments = inputs(cases.Case(""))
+@pytest.mark.parametrize("backend", backends())
+def test_autocast_changes_nothing(backend):
+    if reason := backends()[backend]:
+        pytest.skip(f"{backend}: {reason}")
+    arguments = inputs(cases.Case("")) | {"backend": backend}
     with torch.autocast("cpu", dtype=BF16):
         inside = moe_saliency(**arguments)
     for a, b in zip(inside, moe_saliency(**arguments), strict=True):

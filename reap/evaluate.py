@@ -133,7 +133,7 @@ def _chunk_sums(targets: Tensor, student: Tensor, teacher: Tensor | None = None)
     if teacher is not None:
         log_p = teacher.to(log_q.device).float().log_softmax(-1)
         p = log_p.exp()
-        divergence = torch.where(p > 0, p * (log_p - log_q), 0.0)  # 0 log 0 is 0
+        divergence = torch.where(p == 0, 0.0, p * (log_p - log_q))  # 0 log 0 is 0
         sums[2] = divergence.double().sum().item()
         sums[3] = (student.argmax(-1) == teacher.to(student.device).argmax(-1)).sum().item()
     return torch.tensor(sums, dtype=torch.float64)

@@ -1,0 +1,138 @@
+"""What a pruned folder says about itself: reap.json for programs, README.md for people."""
+
+from __future__ import annotations
+
+import json
+import platform
+from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING, Any
+
+import reap
+
+if TYPE_CHECKING:
+    from reap.checkpoint import Operation
+    from reap.folder import Folder
+    from reap.plan import Plan
+
+RECORD = "reap.json"
+# The base model's own card stays readable, but is no longer the card of this model.
+CARRIED_AS = {"README.md": "README.base.md", RECORD: "reap.base.json"}
+
+
+def record(folder: Folder, plan: Plan, operation: Operation, command: str | None) -> dict[str, Any]:
+    """The content of reap.json: everything needed to see, check and repeat what was done.
+
+    `layers` gives the ids that the experts had in the base model, in their new order. A base that was pruned
+    itself keeps its own record beside this one as reap.base.json.
+    """
+    return {
+        "format": "reap-pruned",
+        "version": 1,
+        "base_model": plan.model.to_json(),
+        "base_model_name": base_name(folder),
+        "criterion": plan.criterion,
+        "seed": plan.seed,
+        "options": dict(plan.options),
+        "calibration": dict(plan.calibration),
+        "layers": {
+            layer.name: {"experts": layer.num_experts, "kept": list(plan.kept[layer.name])}
+            for layer in plan.model.layers
+        },
+        "config_changes": list(operation.changes),
+        "dropped_layers": list(operation.dropped_layers),
+        "left_out": list(folder.left_out),
+        "command": command,
+        "versions": _versions(),
+    }
+
+
+def base_name(folder: Folder) -> str:
+    """How the base model is called: a hub id where the folder or its card tells, else the folder's name."""
+    name = folder.config.get("_name_or_path")
+    if isinstance(name, str) and name.count("/") == 1 and not name.startswith((".", "/")):
+        return name
+    cached = folder.path.parent.parent.name  # models--org--name/snapshots/<revision>
+    if folder.path.parent.name == "snapshots" and cached.startswith("models--"):
+        return cached.removeprefix("models--").replace("--", "/")
+    return folder.path.name
+
+
+def _versions() -> dict[str, str]:
+    found = {"reap": reap.__version__, "python": platform.python_version()}
+    for name in ("torch", "transformers", "safetensors"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def model_card(record: Mapping[str, Any], name: str, size: int) -> str:
+    """README.md of the pruned model called `name`, whose weights take `size` bytes."""
+    layers = record["layers"]
+    before = sum(layer["experts"] for layer in layers.values())
+    after = sum(len(layer["kept"]) for layer in layers.values())
+    share = 1 - after / before
+    base = record["base_model_name"]
+    rows = [f"| `{n}` | {layer['experts']} | {len(layer['kept'])} |" for n, layer in layers.items()]
+    tokens = record["calibration"].get("tokens")
+    calibrated = f"{tokens:,} tokens" if isinstance(tokens, int) else "see `reap.json`"
+    dropped = record["dropped_layers"]
+    lines = [
+        "---",
+        f"base_model: {_yaml(base)}",
+        "library_name: transformers",
+        "pipeline_tag: text-generation",
+        "tags:",
+        "- moe",
+        "- expert-pruning",
+        "- reap",
+        "---",
+        "",
+        f"# {name}",
+        "",
+        f"`{base}` with {share:.0%} of its experts removed in one shot by router-weighted expert activation",
+        "pruning (REAP, arXiv 2510.13999). Nothing was trained after; every tensor that is left has the bytes of",
+        "the original, in the original's data type and quantisation.",
+        "",
+        "| | |",
+        "|---|---|",
+        f"| criterion | `{record['criterion']}` |",
+        f"| calibration | {calibrated} |",
+        f"| experts | {before:,} -> {after:,} over {len(layers)} layers |",
+        f"| weights | {size / 1e9:.2f} GB |",
+        f"| command | `{record['command'] or 'reap.prune (Python)'}` |",
+        "",
+        "Measure it on your own task before you rely on it: what a pruned model keeps depends on how close the",
+        "calibration text is to that task.",
+        "",
+        "## Use",
+        "",
+        "```python",
+        "from transformers import AutoModelForCausalLM, AutoTokenizer",
+        "",
+        f'model = AutoModelForCausalLM.from_pretrained("{name}", dtype="auto", device_map="auto")',
+        f'tokenizer = AutoTokenizer.from_pretrained("{name}")',
+        "```",
+        "",
+        "```",
+        f"vllm serve {name}",
+        "```",
+        "",
+    ]
+    if dropped:
+        lines += [
+            "The multi-token-prediction layers ("
+            + ", ".join(f"`{d}`" for d in dropped)
+            + ") were left out: no",
+            "statistics exist for their experts, so speculative decoding with them is off.",
+            "",
+        ]
+    lines += ["## Experts kept", "", "| layer | experts | kept |", "|---|---|---|", *rows, ""]
+    lines += ["The original ids of the experts kept are in `reap.json`.", ""]
+    return "\n".join(lines)
+
+
+def _yaml(text: str) -> str:
+    return json.dumps(text)  # a JSON string is a YAML string

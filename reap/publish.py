@@ -1,0 +1,152 @@
+"""Replacing a folder in one step: whatever happens, the old one or the new one is there, whole."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import fcntl
+import os
+import re
+import secrets
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from reap.errors import ReapError
+
+_AT_FDCWD = -100
+_NOREPLACE, _EXCHANGE = 1, 2  # linux/fs.h: RENAME_NOREPLACE, RENAME_EXCHANGE
+
+
+@contextmanager
+def staged(
+    out: Path, *, overwrite: bool, verify: Callable[[Path], None] = lambda _: None
+) -> Iterator[Path]:
+    """A hidden folder beside `out` that takes its place when the block ends, and vanishes when it raises.
+
+    Before it moves, `verify(folder)` may object and every file and folder in it is synced. A killed process
+    leaves at most the hidden folder `.<name>.reap-*`, which the next run for the same `out` removes: each is
+    locked by its writer, and the kernel drops the lock when the writer dies.
+    """
+    _recover(out)
+    stage, lock = _new_stage(out)
+    try:
+        yield stage
+        verify(stage)
+        sync_tree(stage)
+        _move_into_place(stage, out, overwrite)
+    finally:
+        # The new folder (on failure) or the old one (after an exchange); nothing after a plain rename.
+        shutil.rmtree(stage, ignore_errors=True)
+        os.close(lock)
+
+
+def sync_tree(folder: Path) -> None:
+    """Every file and folder below and including `folder` is on stable storage when this returns."""
+    for parent, _, files in os.walk(folder):
+        for name in files:
+            _sync(Path(parent, name))
+        _sync(Path(parent))
+
+
+def _sync(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def _move_into_place(stage: Path, out: Path, overwrite: bool) -> None:
+    replacing = overwrite and os.path.lexists(out)
+    if replacing:
+        _exchange(stage, out)
+    else:
+        _rename_new(stage, out)
+    try:
+        _sync(out.parent)
+    except BaseException:
+        # Not known to be durable: report a failure, and leave what a failure leaves.
+        if replacing:
+            _exchange(stage, out)
+        else:
+            os.rename(out, stage)
+        raise
+
+
+def _rename_new(stage: Path, out: Path) -> None:
+    if not _renameat2(stage, out, _NOREPLACE):
+        if os.path.lexists(out):
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(out))
+        os.rename(stage, out)
+
+
+def _exchange(stage: Path, out: Path) -> None:
+    if _renameat2(stage, out, _EXCHANGE):
+        return
+    # Three renames where the file system has no exchange. Killed in between, `_recover` puts the old one back.
+    aside = out.with_name(f".{out.name}.reap-aside")
+    os.rename(out, aside)
+    try:
+        os.rename(stage, out)
+    except BaseException:
+        os.rename(aside, out)
+        raise
+    os.rename(aside, stage)
+
+
+def _renameat2(source: Path, target: Path, flag: int) -> bool:
+    """False where libc, kernel or file system do not know this flag."""
+    call = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    if call is None:
+        return False
+    if (
+        call(_AT_FDCWD, os.fsencode(source), _AT_FDCWD, os.fsencode(target), ctypes.c_uint(flag))
+        == 0
+    ):
+        return True
+    code = ctypes.get_errno()
+    if code in (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP):
+        return False
+    raise OSError(code, os.strerror(code), str(source), None, str(target))
+
+
+def _new_stage(out: Path) -> tuple[Path, int]:
+    while True:
+        stage = out.with_name(f".{out.name}.reap-{secrets.token_hex(4)}")
+        os.mkdir(stage)
+        try:
+            lock = os.open(stage, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        except FileNotFoundError:
+            continue  # another run took it for a stale one before we could lock it
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        try:
+            if os.path.samestat(os.stat(stage), os.fstat(lock)):
+                return stage, lock
+        except FileNotFoundError:
+            pass
+        os.close(lock)
+
+
+def _recover(out: Path) -> None:
+    """Removes what killed runs for this `out` left, and puts back an old folder that was moved aside."""
+    mine = re.compile(re.escape(f".{out.name}.reap-") + r"([0-9a-f]{8}|aside)")
+    for path in sorted(p for p in out.parent.iterdir() if mine.fullmatch(p.name)):
+        if path.is_symlink() or not path.is_dir():
+            continue
+        fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if path.name.endswith(".reap-aside") and not os.path.lexists(out):
+                os.rename(path, out)
+            else:
+                shutil.rmtree(path)
+        except BlockingIOError:
+            pass  # a run that is alive
+        except OSError as error:
+            raise ReapError(
+                f"cannot remove {path}, left by a killed run: {error.strerror}"
+            ) from error
+        finally:
+            os.close(fd)

@@ -1,0 +1,89 @@
+"""Would transformers load these tensors into this config? Asked with its own loader on the meta device: no data."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+Tensors = Mapping[str, tuple[str, tuple[int, ...]]]  # name -> dtype as safetensors calls it, shape
+
+
+def loading_problems(folder: Path, tensors: Tensors) -> set[str]:
+    """One line for each parameter that would be missing, unexpected or of the wrong shape.
+
+    A checkpoint may have harmless ones (quantisation scales that a quantiser would take, layers for other
+    runtimes), so what counts is that pruning adds none. NotImplementedError, with the reason, when transformers
+    cannot build the model without custom code, or is a version with another loader.
+    """
+    import torch
+    from transformers import AutoConfig
+
+    try:
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import convert_and_load_state_dict_in_model
+        from transformers.modeling_utils import LoadStateDictConfig
+    except ImportError as error:
+        raise NotImplementedError(f"this transformers has another loader ({error})") from error
+    try:
+        config = AutoConfig.from_pretrained(folder)
+        with torch.device("meta"):
+            model = _model_class(config)(config)
+    except Exception as error:  # whatever a config from anywhere makes a model class raise
+        raise NotImplementedError(
+            f"{type(error).__name__}: {str(error).splitlines()[:1]}"
+        ) from error
+    state = {
+        name: torch.empty(shape, dtype=_dtype(dtype), device="meta")
+        for name, (dtype, shape) in tensors.items()
+    }
+    how = LoadStateDictConfig(
+        device_map={"": "meta"}, weight_mapping=get_model_conversion_mapping(model)
+    )
+    with _quiet():
+        info, _ = convert_and_load_state_dict_in_model(model, state, how)
+    tied = set(getattr(model, "all_tied_weights_keys", {}) or {})
+    return (
+        {f"{name} is missing" for name in info.missing_keys - tied}
+        | {f"{name} is not part of the model" for name in info.unexpected_keys}
+        | {f"{name} has the wrong shape" for name, *_ in info.mismatched_keys}
+        | {f"{name} cannot be converted" for name in info.conversion_errors}
+    )
+
+
+def _model_class(config: Any) -> Any:
+    import transformers
+
+    for name in config.architectures or ():
+        if hasattr(transformers, name):
+            return getattr(transformers, name)
+    return transformers.AutoModelForCausalLM._model_mapping[type(config)]
+
+
+def _dtype(name: str) -> Any:
+    """A torch dtype of the same width: the loader moves values, it never looks at them."""
+    import torch
+
+    known = {
+        "BF16": torch.bfloat16,
+        "F16": torch.float16,
+        "F32": torch.float32,
+        "F64": torch.float64,
+    }
+    return known.get(name, torch.uint8)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    from transformers.utils import logging
+
+    shown, level = logging.is_progress_bar_enabled(), logging.get_verbosity()
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if shown:
+            logging.enable_progress_bar()

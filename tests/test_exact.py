@@ -3,7 +3,7 @@ from fractions import Fraction
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from reap import exact
@@ -27,6 +27,7 @@ def dropped_below_unit(value: float) -> Fraction:
     return math.floor(Fraction(value) / UNIT) * UNIT
 
 
+@settings(deadline=None)
 @given(st.lists(st.one_of(addends, tame), max_size=40))
 def test_sum_is_exact_and_rounded_once(values):
     want = sum((dropped_below_unit(value) for value in values), Fraction(0))
@@ -35,11 +36,13 @@ def test_sum_is_exact_and_rounded_once(values):
     assert result.read().tolist() == [float(want)]
 
 
+@settings(deadline=None)
 @given(st.lists(tame, max_size=40))
 def test_agrees_with_fsum(values):
     assert total(values).read().item() == pytest.approx(math.fsum(values), rel=1e-15, abs=1e-90)
 
 
+@settings(deadline=None)
 @given(
     st.lists(st.tuples(st.integers(0, 2), st.one_of(addends, tame)), max_size=30),
     st.randoms(use_true_random=False),
@@ -60,6 +63,7 @@ def test_any_order_partition_and_merge_gives_the_same_bits(items, random):
     assert torch.equal(parts[0].canonical(), want.canonical())
 
 
+@settings(deadline=None)
 @given(st.lists(st.one_of(addends, tame), max_size=10))
 def test_canonical_form_round_trips(values):
     rows = total(values).canonical()

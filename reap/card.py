@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 import reap
 
 if TYPE_CHECKING:
-    from reap.checkpoint import Operation
     from reap.folder import Folder
+    from reap.operation import Operation
     from reap.plan import Plan
 
 RECORD = "reap.json"
@@ -23,8 +23,8 @@ CARRIED_AS = {"README.md": "README.base.md", RECORD: "reap.base.json"}
 def record(folder: Folder, plan: Plan, operation: Operation, command: str | None) -> dict[str, Any]:
     """The content of reap.json: everything needed to see, check and repeat what was done.
 
-    `layers` gives the ids that the experts had in the base model, in their new order. A base that was pruned
-    itself keeps its own record beside this one as reap.base.json.
+    `layers` gives the ids that the experts had in the base model, in their new order. A base that
+    was pruned itself keeps its own record beside this one as reap.base.json.
     """
     return {
         "format": "reap-pruned",
@@ -48,7 +48,7 @@ def record(folder: Folder, plan: Plan, operation: Operation, command: str | None
 
 
 def base_name(folder: Folder) -> str:
-    """How the base model is called: a hub id where the folder or its card tells, else the folder's name."""
+    """The base model's hub id where the folder or its config tells, else the folder's name."""
     name = folder.config.get("_name_or_path")
     if isinstance(name, str) and name.count("/") == 1 and not name.startswith((".", "/")):
         return name
@@ -92,9 +92,9 @@ def model_card(record: Mapping[str, Any], name: str, size: int) -> str:
         "",
         f"# {name}",
         "",
-        f"`{base}` with {share:.0%} of its experts removed in one shot by router-weighted expert activation",
-        "pruning (REAP, arXiv 2510.13999). Nothing was trained after; every tensor that is left has the bytes of",
-        "the original, in the original's data type and quantisation.",
+        f"`{base}` with {share:.0%} of its experts removed in one shot, ranked by the criterion",
+        f"`{record['criterion']}` (REAP is router-weighted expert activation, arXiv 2510.13999). Nothing was",
+        "trained afterwards; what is left has the original's bytes, data type and quantisation.",
         "",
         "| | |",
         "|---|---|",
@@ -104,8 +104,8 @@ def model_card(record: Mapping[str, Any], name: str, size: int) -> str:
         f"| weights | {size / 1e9:.2f} GB |",
         f"| command | `{record['command'] or 'reap.prune (Python)'}` |",
         "",
-        "Measure it on your own task before you rely on it: what a pruned model keeps depends on how close the",
-        "calibration text is to that task.",
+        "Measure it on your own task before you rely on it: what a pruned model keeps depends on how",
+        "close the calibration text is to that task.",
         "",
         "## Use",
         "",

@@ -1,7 +1,8 @@
 """Where a config.json says how many experts there are, and the same config with fewer.
 
-The number goes by several names, may lie in a sub-config (`text_config`), in several at once, as a list with one
-entry per layer, or in a table per layer. Every place that speaks of the pruned experts is edited, nothing else.
+The number goes by several names, may lie in a sub-config (`text_config`), in several at once, as a
+list with one entry per layer, or in a table per layer. Every place that speaks of the pruned
+experts is edited, nothing else.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ _COMMON = {"config", "text", "llm", "language", "model", "per", "layer"}
 
 @dataclass(frozen=True)
 class Place:
-    """`config[path[0]][path[1]]...[key]` counts experts, of layer `layer` only when that is not None."""
+    """`config[path...][key]` counts experts, only those of layer `layer` unless that is None."""
 
     path: tuple[str, ...]
     key: str
@@ -67,7 +68,7 @@ def _is_count(value: Any) -> bool:
 
 
 def places_of(config: Mapping[str, Any], name: str, number: int, total: int) -> list[Place]:
-    """The places that count the experts of layer `number` of the stack called `name`, which has `total` of them."""
+    """The places that count the `total` experts of layer `number` in the stack called `name`."""
 
     def says_total(place: Place) -> bool:
         value = at(config, (*place.path, place.key))
@@ -77,7 +78,8 @@ def places_of(config: Mapping[str, Any], name: str, number: int, total: int) -> 
         return value == total and place.layer in (None, number)
 
     found = [place for place in places(config) if says_total(place)]
-    # `talker_config` counts no thinker's experts; `vision_config` rather than the root counts a vision tower's.
+    # `talker_config` counts no thinker's experts; `vision_config` rather than the root counts a
+    # vision tower's.
     own = [place for place in found if all(word in name for word in place.words)]
     most = max((len(place.words) for place in own), default=0)
     found = [place for place in own if len(place.words) == most]
@@ -97,7 +99,8 @@ def depth_of(config: Mapping[str, Any], path: tuple[str, ...]) -> int | None:
 def with_fewer(
     config: Mapping[str, Any], counts: Mapping[Place, Mapping[int, int]], drop_extra: bool
 ) -> tuple[dict[str, Any], list[str]]:
-    """The pruned config, and what changed in it as lines of text. `counts`: place -> layer number -> experts kept.
+    """The pruned config, and what changed in it as lines of text. `counts`: place -> layer number
+    -> experts kept.
 
     ReapError when one number would have to be two.
     """
@@ -111,8 +114,8 @@ def with_fewer(
             owner[place.key] = [kept.get(i, n) for i, n in enumerate(old)]
         elif len(values) > 1:
             raise ReapError(
-                f"the plan keeps {min(values)} experts in some layers and {max(values)} in others, but the config "
-                f"has one number for all ({place}): make a uniform plan"
+                f"the plan keeps {min(values)} experts in some layers and {max(values)} in others, "
+                f"but the config has one number for all ({place}): make a uniform plan"
             )
         else:
             (value,) = values
@@ -131,7 +134,8 @@ def with_fewer(
 
 
 def renumbered(value: Any, kept: Mapping[str, tuple[int, ...]]) -> Any:
-    """A quantisation config whose lists name single experts by module (`<block>.experts.<id>...`), renumbered.
+    """A quantisation config whose lists name single experts by module (`<block>.experts.<id>...`),
+    renumbered.
 
     `kept`: block -> ids kept. Names of experts that are gone are taken out of the lists.
     """

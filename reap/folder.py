@@ -1,4 +1,4 @@
-"""A model folder as it lies on disk: its config, its safetensors shards with their index, and its other files."""
+"""A model folder on disk: config, safetensors shards with their index, and other files."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from reap.safefile import Header, read_header, read_json
 CONFIG = "config.json"
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-# Other copies of the weights, which would keep the experts that are removed, and what version control and
-# download tools leave: not part of a pruned model.
+# Other copies of the weights, which would keep the experts that are removed, and what version
+# control and download tools leave: not part of a pruned model.
 OTHER_WEIGHTS = re.compile(
     r"pytorch_model.*\.bin(\.index\.json)?|.*\.safetensors(\.index\.json)?|.*\.gguf|consolidated\..*"
     r"|tf_model.*|flax_model.*|.*\.onnx(_data)?|model.*\.index\.json"
@@ -40,7 +40,7 @@ class Folder:
 
 
 def open_folder(path: str | os.PathLike[str]) -> Folder:
-    """Reads config, index and headers, and nothing else. ReapError says what is wrong with the folder."""
+    """Reads config, index and headers, nothing else. ReapError says what is wrong."""
     root = Path(os.path.realpath(path))
     if not root.is_dir():
         raise ReapError(
@@ -56,7 +56,7 @@ def open_folder(path: str | os.PathLike[str]) -> Folder:
 
 
 def _inside(root: Path, name: str) -> Path:
-    """`root/name`; ReapError when it links to a file outside the folder (and outside the hub cache it is in)."""
+    """`root/name`; ReapError when it links to a file outside the folder and its hub cache."""
     path = root / name
     real = Path(os.path.realpath(path))
     # The hub's cache: snapshots/<revision>/<name> links to blobs/<hash> of the same repository.

@@ -23,11 +23,12 @@ _NOREPLACE, _EXCHANGE = 1, 2  # linux/fs.h: RENAME_NOREPLACE, RENAME_EXCHANGE
 def staged(
     out: Path, *, overwrite: bool, verify: Callable[[Path], None] = lambda _: None
 ) -> Iterator[Path]:
-    """A hidden folder beside `out` that takes its place when the block ends, and vanishes when it raises.
+    """A hidden folder beside `out` that takes its place when the block ends, and vanishes when it
+    raises.
 
-    Before it moves, `verify(folder)` may object and every file and folder in it is synced. A killed process
-    leaves at most the hidden folder `.<name>.reap-*`, which the next run for the same `out` removes: each is
-    locked by its writer, and the kernel drops the lock when the writer dies.
+    Before it moves, `verify(folder)` may object and every file and folder in it is synced. A killed
+    process leaves at most the hidden folder `.<name>.reap-*`, which the next run for the same `out`
+    removes: each is locked by its writer, and the kernel drops the lock when the writer dies.
     """
     _recover(out)
     stage, lock = _new_stage(out)
@@ -37,7 +38,8 @@ def staged(
         sync_tree(stage)
         _move_into_place(stage, out, overwrite)
     finally:
-        # The new folder (on failure) or the old one (after an exchange); nothing after a plain rename.
+        # The new folder (on failure) or the old one (after an exchange); nothing after a plain
+        # rename.
         shutil.rmtree(stage, ignore_errors=True)
         os.close(lock)
 
@@ -85,7 +87,8 @@ def _rename_new(stage: Path, out: Path) -> None:
 def _exchange(stage: Path, out: Path) -> None:
     if _renameat2(stage, out, _EXCHANGE):
         return
-    # Three renames where the file system has no exchange. Killed in between, `_recover` puts the old one back.
+    # Three renames where the file system has no exchange. Killed in between, `_recover` puts the
+    # old one back.
     aside = out.with_name(f".{out.name}.reap-aside")
     os.rename(out, aside)
     try:
@@ -130,7 +133,7 @@ def _new_stage(out: Path) -> tuple[Path, int]:
 
 
 def _recover(out: Path) -> None:
-    """Removes what killed runs for this `out` left, and puts back an old folder that was moved aside."""
+    """Removes what killed runs for `out` left; puts back an old folder that was moved aside."""
     mine = re.compile(re.escape(f".{out.name}.reap-") + r"([0-9a-f]{8}|aside)")
     for path in sorted(p for p in out.parent.iterdir() if mine.fullmatch(p.name)):
         if path.is_symlink() or not path.is_dir():

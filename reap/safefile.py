@@ -1,8 +1,9 @@
-"""Reading and writing safetensors files as byte ranges: headers are checked, tensor data is never interpreted.
+"""Reading and writing safetensors files as byte ranges: headers are checked, tensor data is never
+interpreted.
 
-A safetensors file is eight bytes (the header's length, little endian), the header (a JSON object: name -> dtype,
-shape, data_offsets) and the data. Files come from strangers, so everything a header claims is bounded or checked
-before it is used.
+A safetensors file is eight bytes (the header's length, little endian), the header (a JSON object:
+name -> dtype, shape, data_offsets) and the data. Files come from strangers, so everything a header
+claims is bounded or checked before it is used.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ class Tensor(NamedTuple):
 
 @dataclass(frozen=True)
 class Header:
-    """A checked header. `tensors` is in the order of the data; `data` is the file offset where the data begins."""
+    """A checked header: `tensors` in the order of the data, which begins at file offset `data`."""
 
     path: Path
     data: int
@@ -111,7 +112,8 @@ def read_json(path: Path, limit: int = MAX_HEADER) -> dict[str, Any]:
 def read_header(path: Path) -> Header:
     """The header of a safetensors file, after checking every claim in it against the file's size.
 
-    ReapError when the file is not a safetensors file, is truncated, or its tensors overlap or leave gaps.
+    ReapError when the file is not a safetensors file, is truncated, or its tensors overlap or leave
+    gaps.
     """
     fd = open_regular(path)
     with open(fd, "rb") as file:
@@ -121,11 +123,11 @@ def read_header(path: Path) -> Header:
         (length,) = struct.unpack("<Q", file.read(8))
         if length > MAX_HEADER:
             raise ReapError(
-                f"{path} is not a safetensors file: it claims a header of {length} bytes (limit {MAX_HEADER})"
+                f"{path} is not a safetensors file: it claims a header of {length} bytes"
             )
         if length > size - 8:
             raise ReapError(
-                f"{path} is truncated or no safetensors file: header of {length} bytes in a file of {size}"
+                f"{path} is truncated or no safetensors file: {length} bytes of header in {size}"
             )
         text = file.read(length)
     fields = parse_json(text, f"the header of {path}")
@@ -174,7 +176,8 @@ def encode_header(
 ) -> bytes:
     """The bytes before the data for tensors (name -> dtype, shape) laid out in this order.
 
-    The JSON is padded with spaces so that the data begins at a multiple of eight, as the library does.
+    The JSON is padded with spaces so that the data begins at a multiple of eight, as the library
+    does.
     """
     fields: dict[str, Any] = {"__metadata__": metadata} if metadata else {}
     offset = 0
@@ -192,7 +195,7 @@ def encode_header(
 
 
 def merged(ranges: Iterator[tuple[int, int]]) -> Iterator[tuple[int, int]]:
-    """(offset, length) ranges in the same order, neighbours joined, so that one copy call moves them all."""
+    """(offset, length) ranges in the same order, neighbours joined."""
     start = end = -1
     for offset, length in ranges:
         if offset == end:
@@ -214,7 +217,7 @@ def write_all(fd: int, data: bytes | memoryview) -> None:
 def copy_range(
     source: int, offset: int, length: int, target: int, progress: Callable[[int], None]
 ) -> None:
-    """Appends source[offset : offset + length] to `target`, inside the kernel where it can. OSError as it comes."""
+    """Appends source[offset : offset + length] to `target`, inside the kernel where it can."""
     in_kernel = True
     while length:
         chunk = min(length, COPY_CHUNK)
@@ -222,7 +225,8 @@ def copy_range(
             try:
                 done = os.copy_file_range(source, target, chunk, offset_src=offset)
             except OSError as error:
-                # Not between these file systems, or not on this kernel: the plain way, from here on.
+                # Not between these file systems, or not on this kernel: the plain way, from here
+                # on.
                 if error.errno not in (
                     errno.EXDEV,
                     errno.EINVAL,

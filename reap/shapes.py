@@ -1,4 +1,4 @@
-"""Would transformers load these tensors into this config? Asked with its own loader on the meta device: no data."""
+"""Would transformers load these tensors? Asked with its own loader on the meta device: no data."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ Tensors = Mapping[str, tuple[str, tuple[int, ...]]]  # name -> dtype as safetens
 def loading_problems(folder: Path, tensors: Tensors) -> set[str]:
     """One line for each parameter that would be missing, unexpected or of the wrong shape.
 
-    A checkpoint may have harmless ones (quantisation scales that a quantiser would take, layers for other
-    runtimes), so what counts is that pruning adds none. NotImplementedError, with the reason, when transformers
-    cannot build the model without custom code, or is a version with another loader.
+    A checkpoint may have harmless ones (quantisation scales that a quantiser would take, layers for
+    other runtimes), so what counts is that pruning adds none. NotImplementedError, with the reason,
+    when transformers cannot build the model without custom code, or is a version with another
+    loader.
     """
     import torch
     from transformers import AutoConfig

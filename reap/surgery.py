@@ -1,10 +1,12 @@
-"""What becomes of each tensor of a checkpoint when experts are removed: names and shapes in, edits out, no file touched.
+"""What becomes of each tensor of a checkpoint when experts are removed: names and shapes in, edits
+out, no file touched.
 
-Checkpoints do not name their tensors as transformers names its modules, so experts are found by structure. A
-*block* is a module with tensors under `experts.` (one per expert, or one for all with the experts along axis 0);
-a layer of the plan belongs to the block with the same layer number and the most similar path. What a router is
-called differs between architectures: `ROUTER` is the table. A tensor of a block that has as many rows or columns
-as there are experts and is in no table is an error, because copying it could be silently wrong.
+Checkpoints do not name their tensors as transformers names its modules, so experts are found by
+structure. A *block* is a module with tensors under `experts.` (one per expert, or one for all with
+the experts along axis 0); a layer of the plan belongs to the block with the same layer number and
+the most similar path. What a router is called differs between architectures: `ROUTER` is the table.
+A tensor of a block that has as many rows or columns as there are experts and is in no table is an
+error, because copying it could be silently wrong.
 """
 
 from __future__ import annotations
@@ -20,7 +22,8 @@ from reap.errors import ReapError
 
 Shapes = Mapping[str, tuple[str, tuple[int, ...]]]  # tensor name -> dtype, shape
 
-# Names after the block's module (or after the decoder layer) whose given axis runs over the experts.
+# Names after the block's module (or after the decoder layer) whose given axis runs over the
+# experts.
 ROUTER: tuple[tuple[str, int], ...] = (
     (r"(gate|router)(\.(gate|wg|layer|proj|linear|classifier))?\.(weight|bias)", 0),
     (r"gate_weight|router_bias", 0),
@@ -41,9 +44,11 @@ SHARED = re.compile(
     r"(shared?_(experts?|mlp|expert_gate)|fc[12]_latent_proj|(pre|post)_expert_norm|experts\.post_expert_norm"
     r"|.*norm|router\.scale|gate\.down_proj|gate\.router_mlp|gate\.router_states_scale)(\..*)?"
 )
-# Of a decoder layer's own children, those that may belong to a block which is not a module of its own.
+# Of a decoder layer's own children, those that may belong to a block which is not a module of its
+# own.
 BESIDE = re.compile(r"(gate|router|experts|expert_bias|e_score_correction_bias)(\.|$)")
-# Routers with rows after those of the routed experts (a skip class, shared experts): these stay, at the end.
+# Routers with rows after those of the routed experts (a skip class, shared experts): these stay, at
+# the end.
 TAILED = {"zaya", "inkling_mm_model", "inkling_text", "longcat_flash"}
 PER_EXPERT = re.compile(r"(?P<module>.+?)\.experts\.(?P<id>\d+)(?P<rest>\..+)?")
 IN_EXPERTS = re.compile(r"(?P<module>.+?)\.experts\.(?P<rest>\D.*)")
@@ -54,7 +59,8 @@ TOKEN_TABLE = r"gate\.tid2eid"  # DeepSeek-V4's hash layers: token -> expert ids
 
 @dataclass(frozen=True)
 class Edit:
-    """The new name and shape of a tensor. With `rows`, seen as [outer, length, rest] it keeps `rows` of axis 1.
+    """The new name and shape of a tensor. With `rows`, seen as [outer, length, rest] it keeps
+    `rows` of axis 1.
 
     With `experts`, its integers are expert ids: an id that is kept becomes its position there.
     """
@@ -69,7 +75,7 @@ class Edit:
 
 @dataclass
 class Block:
-    """One MoE block of a checkpoint. `module` ends before `.experts`; `layer` is its prefix up to the layer number."""
+    """A MoE block: `module` ends before `.experts`, `layer` after its layer number."""
 
     module: str
     layer: str
@@ -116,9 +122,11 @@ def find_blocks(names: Iterable[str]) -> dict[str, Block]:
 
 
 def extra_prefix(block: Block, stacks: set[str], depth: int | None) -> str | None:
-    """The prefix of a multi-token-prediction layer, which transformers never runs; None when `block` is not in one.
+    """The prefix of a multi-token-prediction layer, which transformers never runs; None when
+    `block` is not in one.
 
-    They are called so, or number on after the `depth` layers of a stack (`stacks`: the stacks of the plan).
+    They are called so, or number on after the `depth` layers of a stack (`stacks`: the stacks of
+    the plan).
     """
     for i, part in enumerate(block.parts):
         if MTP.match(part):
@@ -129,7 +137,7 @@ def extra_prefix(block: Block, stacks: set[str], depth: int | None) -> str | Non
 
 
 def resolve(layer: str, blocks: Mapping[str, Block]) -> Block:
-    """The block of the plan's layer `layer` (a module path of the transformers model, ending in `.experts`)."""
+    """The block of the plan's layer `layer`, the path of an experts module in transformers."""
     parts = layer.split(".")
     number = max((i for i, part in enumerate(parts) if part.isdigit()), default=None)
     if number is None:
@@ -151,7 +159,7 @@ def resolve(layer: str, blocks: Mapping[str, Block]) -> Block:
     if len(winners) > 1:
         names = " and ".join(repr(b.module) for b in winners[:2])
         raise ReapError(
-            f"layer {layer!r} of the plan could be {names} in the checkpoint: too ambiguous to prune"
+            f"layer {layer!r} of the plan could be {names} in the checkpoint: ambiguous"
         )
     return winners[0]
 
@@ -159,16 +167,19 @@ def resolve(layer: str, blocks: Mapping[str, Block]) -> Block:
 def edit_block(
     block: Block, shapes: Shapes, names: Iterable[str], model_type: str, known: Mapping[str, Edit]
 ) -> dict[str, Edit | None]:
-    """Old name -> edit (None: dropped) for every tensor of one block that changes, `known` ones included.
+    """Old name -> edit (None: dropped) for every tensor of one block that changes, `known` ones
+    included.
 
-    `names` are the tensors of the block's decoder layer. ReapError when anything does not fit the plan.
+    `names` are the tensors of the block's decoder layer. ReapError when anything does not fit the
+    plan.
     """
     edits: dict[str, Edit | None] = dict(known)
     place = {old: new for new, old in enumerate(block.kept)}
     ids = {number for number, _ in block.experts.values()}
     if ids and ids != set(range(block.total)):
         raise ReapError(
-            f"{block.module} has {len(ids)} experts, the highest {max(ids)}; the plan speaks of {block.total}"
+            f"{block.module} has {len(ids)} experts, the last is {max(ids)}; "
+            f"the plan speaks of {block.total}"
         )
     for name, (number, rest) in block.experts.items():
         shape = shapes[name][1]
@@ -191,7 +202,8 @@ def edit_block(
                 edits[name] = _select(name, shape, 0, block, tail=False)
         elif tails and block.total in shape and not any(SHARED.fullmatch(t) for t in tails):
             raise ReapError(
-                f"do not know what {name!r} with shape {list(shape)} is, next to {block.total} experts: not pruned"
+                f"do not know what {name!r} with shape {list(shape)} is, next to {block.total} "
+                "experts: pruning it, or not, could be wrong"
             )
     if not routed:
         raise ReapError(f"{block.module} has experts but no router that we know")
@@ -199,7 +211,7 @@ def edit_block(
 
 
 def _tails(name: str, block: Block) -> list[str]:
-    """What follows the module, or the decoder layer for parts of a router that lie beside the module."""
+    """What follows the module, or the layer for parts of a router that lie beside the module."""
     tails = []
     for prefix in dict.fromkeys((block.module, f"{block.layer}.moe", block.layer)):
         if name.startswith(prefix + "."):
@@ -213,7 +225,8 @@ def _select(name: str, shape: tuple[int, ...], axis: int, block: Block, tail: bo
     length = shape[axis] if axis < len(shape) else -1
     if length < block.total or (length > block.total and not tail):
         raise ReapError(
-            f"{name!r} has shape {list(shape)}: axis {axis} must have one entry for each of {block.total} experts"
+            f"{name!r} has shape {list(shape)}: axis {axis} must have one entry for each of "
+            f"{block.total} experts"
         )
     rows = (*block.kept, *range(block.total, length))
     new = (*shape[:axis], len(rows), *shape[axis + 1 :])
@@ -223,10 +236,11 @@ def _select(name: str, shape: tuple[int, ...], axis: int, block: Block, tail: bo
 def edit_modalities(
     block: Block, shapes: Shapes, text: tuple[int, ...], vision: tuple[int, ...]
 ) -> dict[str, Edit]:
-    """ERNIE-VL's routers: text experts 0..E-1 and vision experts E..2E-1 share a block, each has its router [H, E].
+    """ERNIE-VL's routers: text experts 0..E-1 and vision experts E..2E-1 share a block, each has
+    its router [H, E].
 
-    `text` and `vision` number from 0 within their modality and keep equally many. Sets `block.kept` for the
-    experts themselves, which `edit_block` numbers in one sequence.
+    `text` and `vision` number from 0 within their modality and keep equally many. Sets `block.kept`
+    for the experts themselves, which `edit_block` numbers in one sequence.
     """
     half = block.total // 2
     block.kept = (*text, *(half + i for i in vision))
@@ -255,8 +269,8 @@ def _shape_of(name: str, shapes: Shapes, wanted: tuple[int | None, ...]) -> tupl
 def remapped(table: np.ndarray, kept: tuple[int, ...]) -> np.ndarray:
     """A table [tokens, K] of expert ids with the kept experts' new numbers.
 
-    Hash routing has no runner-up: a slot whose expert is gone goes to a kept one that the token does not have yet,
-    chosen by token number so that the orphaned tokens spread evenly.
+    Hash routing has no runner-up: a slot whose expert is gone goes to a kept one that the token
+    does not have yet, chosen by token number so that the orphaned tokens spread evenly.
     """
     place = np.full(int(max(table.max(initial=0), max(kept))) + 1, -1, dtype=table.dtype)
     place[list(kept)] = np.arange(len(kept))

@@ -1,0 +1,174 @@
+"""The files of a pruned folder: byte ranges of old shards, new headers and index, copies."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from reap import surgery
+from reap.errors import ReapError
+from reap.folder import INDEX, Folder
+from reap.operation import Operation, outputs
+from reap.safefile import (
+    BITS,
+    Header,
+    Tensor,
+    copy_range,
+    encode_header,
+    merged,
+    open_regular,
+    write_all,
+)
+
+GATHER = 16 << 20  # bytes of a strided tensor held in memory at a time
+
+
+def write_shards(
+    folder: Folder, operation: Operation, stage: Path, size: int, progress: Callable[[int], None]
+) -> None:
+    weight_map: dict[str, str] = {}
+    by_shard: dict[Path, list[tuple[surgery.Edit, Tensor]]] = {}
+    for shard, edit, tensor in outputs(folder, operation):
+        if weight_map.setdefault(edit.name, shard.path.name) != shard.path.name:
+            raise ReapError(
+                f"two shards hold {edit.name!r}: {weight_map[edit.name]} and {shard.path.name}"
+            )
+        by_shard.setdefault(shard.path, []).append((edit, tensor))
+    headers = {shard.path: shard for shard in folder.shards}
+    for path, parts in by_shard.items():
+        # Wide elements first, as the library writes them, so that every tensor stays aligned.
+        parts.sort(key=lambda part: -BITS[part[1].dtype])
+        _write_shard(headers[path], parts, stage / path.name, progress)
+    if folder.index is not None:
+        metadata = dict(folder.index.get("metadata") or {})
+        metadata["total_size"] = size
+        if "total_parameters" in metadata:
+            metadata["total_parameters"] = sum(
+                math.prod(edit.shape) for parts in by_shard.values() for edit, _ in parts
+            )
+        index = {
+            **folder.index,
+            "metadata": metadata,
+            "weight_map": dict(sorted(weight_map.items())),
+        }
+        write_json(stage / INDEX, index)
+
+
+def _write_shard(
+    shard: Header,
+    parts: list[tuple[surgery.Edit, Tensor]],
+    path: Path,
+    progress: Callable[[int], None],
+) -> None:
+    source = open_regular(shard.path)
+    try:
+        before = os.fstat(source)
+        if before.st_size != shard.size:
+            raise ReapError(f"{shard.path} changed while it was read")
+        target = _create(path)
+        try:
+            tensors = {edit.name: (tensor.dtype, edit.shape) for edit, tensor in parts}
+            write_all(target, encode_header(tensors, shard.metadata))
+            pending: list[tuple[int, int]] = []
+            for edit, tensor in parts:
+                ranges = _ranges(edit, tensor, shard.data)
+                if ranges is not None:
+                    pending.extend(ranges)
+                    continue
+                _copy(source, pending, target, progress)
+                pending = []
+                for block in _gathered(source, edit, tensor, shard.data):
+                    write_all(target, block)
+                    progress(len(block))
+            _copy(source, pending, target, progress)
+        finally:
+            os.close(target)
+        now = os.fstat(source)
+        if (now.st_size, now.st_mtime_ns) != (before.st_size, before.st_mtime_ns):
+            raise ReapError(f"{shard.path} changed while it was read")
+    finally:
+        os.close(source)
+
+
+def _copy(
+    source: int, ranges: list[tuple[int, int]], target: int, progress: Callable[[int], None]
+) -> None:
+    for offset, length in merged(iter(ranges)):
+        copy_range(source, offset, length, target, progress)
+
+
+def _ranges(edit: surgery.Edit, tensor: Tensor, data: int) -> list[tuple[int, int]] | None:
+    """The file ranges that make up the new tensor, or None when it must be gathered in memory."""
+    start = data + tensor.start
+    if edit.experts is not None or (edit.rows is not None and edit.outer > 1):
+        return None
+    if edit.rows is None:
+        return [(start, tensor.nbytes)]
+    row = tensor.nbytes // edit.length
+    return [(start + i * row, row) for i in edit.rows]
+
+
+def _gathered(source: int, edit: surgery.Edit, tensor: Tensor, data: int) -> Iterator[memoryview]:
+    start = data + tensor.start
+    if edit.experts is not None:
+        table = np.frombuffer(
+            _pread(source, tensor.nbytes, start), dtype=f"<i{BITS[tensor.dtype] // 8}"
+        )
+        yield memoryview(surgery.remapped(table.reshape(tensor.shape), edit.experts)).cast("B")
+        return
+    assert edit.rows is not None
+    wide = tensor.nbytes // edit.outer
+    step = max(1, GATHER // max(1, wide))
+    for first in range(0, edit.outer, step):
+        count = min(step, edit.outer - first)
+        raw = np.frombuffer(_pread(source, count * wide, start + first * wide), dtype=np.uint8)
+        rows = raw.reshape(count, edit.length, -1)[:, list(edit.rows)]
+        yield memoryview(np.ascontiguousarray(rows)).cast("B")
+
+
+def _pread(fd: int, length: int, offset: int) -> bytes:
+    data = os.pread(fd, length, offset)
+    if len(data) != length:
+        raise ReapError(
+            f"a file became shorter while it was read: wanted {length} bytes, got {len(data)}"
+        )
+    return data
+
+
+def write_json(path: Path, value: Any) -> None:
+    write(path, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
+
+
+def copy_others(
+    folder: Folder, stage: Path, carried_as: Mapping[str, str], progress: Callable[[int], None]
+) -> None:
+    for name in folder.others:
+        target = stage / carried_as.get(name, name)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        source = open_regular(folder.read_from(name))
+        try:
+            fd = _create(target)
+            try:
+                copy_range(source, 0, os.fstat(source).st_size, fd, progress)
+            finally:
+                os.close(fd)
+        finally:
+            os.close(source)
+
+
+def _create(path: Path) -> int:
+    return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+
+
+def write(path: Path, data: bytes) -> None:
+    fd = _create(path)
+    try:
+        write_all(fd, data)
+    finally:
+        os.close(fd)

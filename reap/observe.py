@@ -1,0 +1,230 @@
+"""Observing a model: statistics of every expert while any forward loop runs.
+
+transformers looks up the forward of an experts module in a registry, by a name in the module's
+configuration. `observe` registers one function, sets the name, and puts everything back.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import reap_kernels
+from reap import models
+from reap.errors import ReapError
+from reap.layers import Layer, install_hooks
+from reap.measure import Measured
+from reap.models import Experts
+from reap.padding import Padding
+from reap.stats import Statistics
+
+log = logging.getLogger("reap")
+
+NAME = "reap"  # of the function in transformers' registry
+KEY = "_experts_implementation_internal"  # of the name in a configuration
+
+
+@dataclass
+class _Patch:
+    """A configuration whose experts implementation was replaced, by `users` observed modules."""
+
+    config: Any
+    before: Any
+    users: int = 0
+
+
+_lock = threading.Lock()  # two threads may observe two models
+_layers: weakref.WeakKeyDictionary[nn.Module, Layer] = weakref.WeakKeyDictionary()
+_patches: dict[int, _Patch] = {}  # by id of the configuration, which models may share
+
+
+@contextmanager
+def observe(
+    model: nn.Module,
+    *,
+    gates: str = "applied",
+    pairs: bool = False,
+    backend: str = "auto",
+    deterministic: bool = False,
+) -> Iterator[Statistics]:
+    """Collect the statistics of every expert of `model` while it is called inside the `with`.
+
+        with reap.observe(model) as stats:
+            for batch in batches:
+                model(**batch)
+
+    gates: "applied" (the weight that the model multiplies with) or "renormalized" (divided by the
+    token's sum). pairs: also statistics of pairs of experts, [E,E] per layer. backend and
+    deterministic go to `reap_kernels.moe_saliency`. `with stats.domain("code"):` separates domains.
+
+    Outputs equal the unobserved model's up to rounding. They carry no gradient: this is inference.
+    Padding, read from the 2-D `attention_mask` of the call, is not counted. Experts that
+    `moe_saliency` cannot stand in for run as before, and once more per slot for their statistics;
+    the log says so once. The model is put back exactly, also after an exception; a compiled model
+    runs its experts uncompiled inside the `with`.
+
+    ReapError, before any forward: no transformers model, no MoE layers, experts that cannot be
+    observed, a model that is being observed, an unknown or unavailable backend. ReapError, in a
+    forward: autocast, padding that cannot be lined up with the experts' tokens, a NaN or infinite
+    norm (on a GPU this one comes at the end).
+    """
+    _check_backend(backend)
+    found = models.find_experts(model)
+    for experts in found:
+        _check_not_split(experts)
+    stats = Statistics(models.describe(model), gates=gates, pairs=pairs)
+    observation = _Observation(stats, {"backend": backend, "deterministic": deterministic})
+    with ExitStack() as undo:
+        observation.install(model, found, undo)
+        yield stats
+        stats.check()
+        observation.report_unused()
+
+
+class _Observation:
+    """What the layers of one observed model share."""
+
+    def __init__(self, stats: Statistics, options: dict[str, Any]) -> None:
+        self.stats = stats
+        self.options = options
+        self.padding = Padding()
+        self._called: set[str] = set()
+        self._verdicts: dict[Any, str | None] = {}
+        self._said: set[str] = set()
+
+    def install(self, model: nn.Module, found: list[Experts], undo: ExitStack) -> None:
+        with _lock:
+            for experts in found:
+                if experts.module in _layers:
+                    raise ReapError(
+                        f"layer {experts.name} is being observed already: end that observe first"
+                    )
+            for experts in found:
+                undo.callback(_layers.pop, experts.module, None)
+                layer = Layer(
+                    experts, self.stats.model.layer(experts.name), self, _own_forward(experts)
+                )
+                _layers[experts.module] = layer
+                if experts.kind == "interface":
+                    _patch(experts.module.config, undo)
+                else:
+                    install_hooks(layer, undo)
+        self.padding.install(_holders(model, found), undo)
+
+    def record(self, layer: str, ids: Tensor, gates: Tensor, measured: Measured) -> None:
+        self._called.add(layer)
+        real = self.padding.real(len(ids), ids.device)
+        self.stats.update(layer, ids, gates, measured.norms, measured.peaks, real)
+
+    def verdict(self, key: Any, decide: Callable[[], str | None]) -> str | None:
+        if key not in self._verdicts:
+            self._verdicts[key] = decide()
+        return self._verdicts[key]
+
+    def say_once(self, message: str) -> None:
+        if message not in self._said:
+            self._said.add(message)
+            log.warning(message)
+
+    def report_unused(self) -> None:
+        unused = [name for name in self.stats.layers if name not in self._called]
+        if unused and self._called:
+            log.warning("%d MoE layers were never called, such as %s", len(unused), unused[0])
+
+
+@torch.compiler.disable
+def _observed_forward(
+    self: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
+) -> Tensor:
+    """The function in transformers' registry."""
+    layer = _layers.get(self)
+    if layer is not None:
+        return layer.forward(hidden_states, top_k_index, top_k_weights)
+    # Not observed, but of a model that shares its configuration with one that is.
+    patch = _patches[id(self.config)]
+    return _resolve(self, patch.before)(self, hidden_states, top_k_index, top_k_weights)
+
+
+def _resolve(module: nn.Module, implementation: str | None) -> Callable[..., Tensor]:
+    """The unbound forward that transformers uses for `module` under this implementation."""
+    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+    original = type(module).forward.__wrapped__
+    if implementation in (None, "eager"):
+        return original
+    return ALL_EXPERTS_FUNCTIONS.get_interface(implementation, original)
+
+
+def _own_forward(experts: Experts) -> Callable[..., Tensor]:
+    """The forward that the module has without us, bound; resolved at every call."""
+    module = experts.module
+    if experts.kind != "interface":
+        return lambda *args: module.forward(*args)
+
+    def own(*args: Tensor) -> Tensor:
+        return _resolve(module, _patches[id(module.config)].before)(module, *args)
+
+    return own
+
+
+def _patch(config: Any, undo: ExitStack) -> None:
+    """Make `config` ask for our function, until the last of its users is undone."""
+    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+    patch = _patches.setdefault(id(config), _Patch(config, vars(config).get(KEY)))
+    undo.callback(_unpatch, patch)
+    patch.users += 1
+    ALL_EXPERTS_FUNCTIONS[NAME] = _observed_forward
+    vars(config)[KEY] = NAME
+
+
+def _unpatch(patch: _Patch) -> None:
+    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+    with _lock:
+        patch.users -= 1
+        if patch.users > 0:
+            return
+        vars(patch.config)[KEY] = patch.before
+        del _patches[id(patch.config)]
+        if not _patches:
+            del ALL_EXPERTS_FUNCTIONS[NAME]
+
+
+def _holders(model: nn.Module, found: list[Experts]) -> list[nn.Module]:
+    """The transformers models in `model` that contain observed experts, outermost first."""
+    from transformers import PreTrainedModel
+
+    observed = {id(experts.module) for experts in found}
+    return [
+        module
+        for module in model.modules()
+        if isinstance(module, PreTrainedModel)
+        and any(id(child) in observed for child in module.modules())
+    ]
+
+
+def _check_backend(backend: str) -> None:
+    known = reap_kernels.backends()
+    if backend != "auto" and backend not in known:
+        raise ReapError(f"backend is {backend!r}: it must be auto or one of {', '.join(known)}")
+    if backend != "auto" and known[backend]:
+        raise ReapError(f"backend {backend} is not available here: {known[backend]}")
+
+
+def _check_not_split(experts: Experts) -> None:
+    """ReapError for experts of which this process holds a part."""
+    parts = [type(p).__name__ == "DTensor" for p in experts.module.parameters()]
+    if getattr(experts.module, "_is_expert_parallel", False) or any(parts):
+        raise ReapError(
+            f"{type(experts.module).__name__} ({experts.name}) is split over processes: load the "
+            "model without tensor or expert parallelism and give each process its share of the data"
+        )

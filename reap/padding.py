@@ -1,0 +1,146 @@
+"""Which tokens of an experts call are padding, from the `attention_mask` of the model's call.
+
+Experts see tokens flattened batch-major. That a mask lines up with them is proven from the shapes
+of one and the same call, never from an equal length: the model and every model inside it down to
+the experts must have been called with [B,q] tokens, the experts with B*q, and the mask must be
+[B,p+q] where p tokens are in the cache.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from reap.errors import ReapError
+
+
+@dataclass
+class _Call:
+    """One running call of a model: what it was given."""
+
+    cls: str
+    shape: tuple[int, int] | None  # [B,q] of its tokens
+    cached: int | None  # tokens in the cache before the call; None: it cannot be told
+    mask: Any
+    real: Tensor | None = None  # [B*q] bool, once worked out; None where nothing is padded
+    known: bool = False
+
+
+class Padding:
+    """Follows the calls of a model and of the models in it, while its hooks are installed."""
+
+    def __init__(self) -> None:
+        self._calls: list[_Call] = []
+
+    def install(self, models: Iterable[nn.Module], undo: ExitStack) -> None:
+        """Hooks that `undo` removes. `models` are those that contain the experts."""
+        for model in models:
+            signature = inspect.signature(type(model).forward)
+            enter = model.register_forward_pre_hook(self._entering(signature), with_kwargs=True)
+            undo.callback(enter.remove)
+            leave = model.register_forward_hook(self._leave, always_call=True)
+            undo.callback(leave.remove)
+
+    def _entering(self, signature: inspect.Signature) -> Callable[..., None]:
+        @torch.compiler.disable
+        def enter(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            given = dict(signature.bind_partial(model, *args, **kwargs).arguments)
+            for name, parameter in signature.parameters.items():
+                if parameter.kind is inspect.Parameter.VAR_KEYWORD:
+                    given.update(given.pop(name, {}))
+            self._calls.append(
+                _Call(
+                    cls=type(model).__name__,
+                    shape=_token_shape(given),
+                    cached=_cached(given.get("past_key_values")),
+                    mask=given.get("attention_mask"),
+                )
+            )
+
+        return enter
+
+    @torch.compiler.disable
+    def _leave(self, *_: Any) -> None:
+        if self._calls:
+            self._calls.pop()
+
+    def real(self, tokens: int, device: torch.device) -> Tensor | None:
+        """Which of the `tokens` that experts were just called with are not padding: [T] bool.
+
+        None when all are, or when the model was called without a mask. ReapError when there is
+        padding and it cannot be lined up with the tokens.
+        """
+        masked = next((i for i, call in enumerate(self._calls) if call.mask is not None), None)
+        if masked is None:
+            return None
+        call = self._calls[masked]
+        if not call.known:
+            call.real, call.known = _real(call), True
+        if call.real is None:
+            return None
+        for inner in self._calls[masked:]:
+            if inner.shape != call.shape:
+                seen = "no token ids" if inner.shape is None else f"tokens {list(inner.shape)}"
+                raise ReapError(
+                    f"cannot tell padding: {call.cls} was called with tokens "
+                    f"{list(call.shape or ())} and {inner.cls} in it with {seen}: use batches "
+                    "without padding"
+                )
+        if len(call.real) != tokens:
+            raise ReapError(
+                f"cannot tell padding: {call.cls} was called with {len(call.real)} tokens and its "
+                f"experts with {tokens}: use batches without padding"
+            )
+        return call.real.to(device)
+
+
+def _token_shape(given: Mapping[str, Any]) -> tuple[int, int] | None:
+    """[B,q] of the tokens of a call."""
+    for name in ("input_ids", "inputs_embeds"):
+        tokens = given.get(name)
+        if isinstance(tokens, Tensor) and tokens.dim() >= 2:
+            return int(tokens.shape[0]), int(tokens.shape[1])
+    return None
+
+
+def _cached(cache: Any) -> int | None:
+    if cache is None:
+        return 0
+    try:
+        return int(cache.get_seq_length())
+    except Exception:  # a cache of another kind: its length is then judged by the mask alone
+        return None
+
+
+def _real(call: _Call) -> Tensor | None:
+    """[B*q] bool, or None where nothing is padded."""
+    mask = call.mask
+    if not isinstance(mask, Tensor) or mask.dim() != 2:
+        what = f"has shape {list(mask.shape)}" if isinstance(mask, Tensor) else "is prepared"
+        raise ReapError(
+            f"cannot tell padding: the attention_mask of {call.cls} {what}: "
+            "call it with a mask [batch, length], 1 for a token and 0 for padding"
+        )
+    if bool(mask.all()):
+        return None
+    if call.shape is None:
+        raise ReapError(
+            f"cannot tell padding: {call.cls} was called with an attention_mask "
+            f"{list(mask.shape)} but without input_ids: use batches without padding"
+        )
+    batch, length = call.shape
+    cached = mask.shape[1] - length if call.cached is None else call.cached
+    if mask.shape[0] != batch or mask.shape[1] != cached + length or cached < 0:
+        raise ReapError(
+            f"cannot tell padding: {call.cls} was called with tokens [{batch}, {length}] after "
+            f"{cached} in the cache, and an attention_mask {list(mask.shape)}: use batches without "
+            "padding"
+        )
+    real = (mask[:, cached:] != 0).flatten()
+    return None if bool(real.all()) else real

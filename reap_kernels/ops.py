@@ -3,11 +3,11 @@
 import torch
 from torch import Tensor
 
-from reap_kernels import reference
+from reap_kernels import cpu, reference
 from reap_kernels.contract import Backend, Call, Saliency, check_ids, make_call
 
 # "auto" takes the first that is available and supports the call; a new backend is one entry here.
-LADDER: tuple[Backend, ...] = (reference,)
+LADDER: tuple[Backend, ...] = (cpu, reference)
 
 
 def backends() -> dict[str, str | None]:

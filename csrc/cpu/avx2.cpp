@@ -1,0 +1,3 @@
+#define REAP_ISA avx2
+#include "simd_avx2.h"
+#include "kernels.h"

@@ -1,0 +1,116 @@
+// inner -> layer output, norms and peaks: down projection, bias, sum of squares and maximum, gate, add.
+//
+// A task owns SLAB columns of the output for one block. Tasks are handed out block by block, and a slab's
+// blocks add to it in that order (`turns`), so that the sum of a token's experts has one order, whatever
+// the number of threads. Norms leave as one partial per (slot, slab) in a cell nobody else writes.
+#pragma once
+#include "gate_up.h"
+
+namespace reap {
+namespace REAP_ISA {
+
+// 16-bit inner -> fp32 operand, for processors that do not multiply the model dtype.
+template <Dtype D> static void widen_inner(const char* inner, int64_t rows, const Tiling& tiling, char* packed) {
+    for (int tile = 0; tile < tiling.tiles; ++tile) {
+        const int tokens = tiling.tokens_in(tile), lanes = tiling.size(tile) * W;
+        for (int64_t row = 0; row < rows; ++row, inner += tokens * Number<D>::size, packed += lanes * 4)
+            for (int lane = 0; lane < tokens; lane += W) {
+                const int n = tokens - lane < W ? tokens - lane : W;
+                Number<Dtype::f32>::store(packed + lane * 4, Number<D>::load(inner + lane * Number<D>::size, n), W);
+            }
+    }
+}
+
+// Per lane of the block: where its token's sums are, its gate, and what its norm has so far.
+struct Lanes {
+    float* sums[BLOCK_TOKENS];
+    alignas(64) float gate[BLOCK_TOKENS];
+    alignas(64) float square[BLOCK_TOKENS];
+    alignas(64) float peak[BLOCK_TOKENS];
+};
+
+static void fill_lanes(const Job& job, const Block& block, int64_t column, Lanes& lanes) {
+    memset(&lanes, 0, sizeof(lanes));
+    for (int lane = 0; lane < block.tokens; ++lane) {
+        const int64_t slot = job.order[block.first + lane];
+        lanes.sums[lane] = job.sums + slot / job.layer.K * job.layer.H + column;
+        lanes.gate[lane] = job.layer.top_k_weights[slot];
+    }
+}
+
+// C of one group (`count` columns of the output, from `offset` in the slab) -> sums and norms.
+template <Dtype D, bool Norms>
+static void add_output(const Layer& layer, const Block& block, int64_t column, int offset, int count, const float* c, Lanes& lanes) {
+    const Tiling tiling(block.tokens);
+    const int ld = tiling.lanes();
+    for (int row = 0; row < count; row += W) {
+        const int height = count - row < W ? count - row : W;
+        alignas(64) float bias[W] = {};
+        if (layer.down.bias)
+            for (int i = 0; i < height; ++i) store_first(bias + i, bias_of<D>(layer.down, block.expert, column + offset + row + i), 1);
+        for (int lane = 0; lane < block.tokens; lane += W) {
+            const vf gate = load(lanes.gate + lane);
+            vf square = load(lanes.square + lane), peak = load(lanes.peak + lane);
+            vf y[W];
+            for (int i = 0; i < W; ++i) {
+                if (i >= height) {
+                    y[i] = set1(0.0f);
+                    continue;
+                }
+                const vf x = add(load(c + (row + i) * ld + lane), set1(bias[i]));
+                if constexpr (Norms) {
+                    square = fma(x, x, square);
+                    peak = max(peak, abs(x));
+                }
+                y[i] = mul(x, gate);
+            }
+            store(lanes.square + lane, square);
+            store(lanes.peak + lane, peak);
+            transpose(y);
+            for (int i = 0; i < W && lane + i < block.tokens; ++i) {
+                float* sum = lanes.sums[lane + i] + offset + row;
+                if (height == W) store(sum, add(load(sum), y[i]));
+                else store_first(sum, add(load_first(sum, height), y[i]), height);
+            }
+        }
+    }
+}
+
+static inline void wait_for_turn(const int64_t* turn, int64_t block) {
+    for (int spins = 0; __atomic_load_n(turn, __ATOMIC_ACQUIRE) != block; ++spins)
+        if (spins > 64) yield_processor();
+}
+
+template <Dtype D> static void down(const Job& job, int64_t task, char* memory) {
+    const Layer& layer = job.layer;
+    const int64_t b = task / job.slabs, slab = task % job.slabs, column = slab * SLAB;
+    const Block& block = job.blocks[b];
+    const Tiling tiling(block.tokens);
+    const Scratch scratch = carve(memory);
+    Tokens tokens = {inner_of<D>(job, block), true};
+    if constexpr (!native<D>) {
+        widen_inner<D>(tokens.data, layer.I, tiling, scratch.tokens);
+        tokens = {scratch.tokens, false};
+    }
+    const char* matrix = layer.down.data + block.expert * layer.down.expert_stride * Number<D>::size;
+    const int width = static_cast<int>(layer.H - column < SLAB ? layer.H - column : SLAB);
+    Lanes lanes;
+    fill_lanes(job, block, column, lanes);
+    for (int offset = 0; offset < width; offset += GROUP) {
+        const int count = width - offset < GROUP ? width - offset : GROUP;
+        const float* c = multiply_group<D>(layer.down, matrix, plain_group(column + offset, count), layer.I, tokens, tiling, scratch);
+        if (offset == 0) wait_for_turn(job.turns + slab, b);
+        if (job.partials) add_output<D, true>(layer, block, column, offset, count, c, lanes);
+        else add_output<D, false>(layer, block, column, offset, count, c, lanes);
+    }
+    __atomic_store_n(job.turns + slab, b + 1, __ATOMIC_RELEASE);
+    if (!job.partials) return;
+    for (int lane = 0; lane < block.tokens; ++lane) {
+        float* cell = job.partials + ((block.first + lane) * job.slabs + slab) * 2;
+        cell[0] = lanes.square[lane];
+        cell[1] = lanes.peak[lane];
+    }
+}
+
+}  // namespace REAP_ISA
+}  // namespace reap

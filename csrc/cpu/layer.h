@@ -1,0 +1,79 @@
+// One call of the engine, and how it is cut into blocks. Plain data: no instruction set, no torch.
+//
+// Letters: T tokens, K experts per token, S = T*K slots, E experts, H hidden size, I inner size.
+// "lanes" are the tokens that one SIMD register holds; a block is up to BLOCK_TOKENS slots of one
+// expert, and everything is computed block by block.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+
+namespace reap {
+
+enum class Dtype : int { bf16, f16, f32 };
+enum class Activation : int { silu, gelu, gelu_tanh, relu, relu2, swiglu_clamped };
+
+// Rows are outputs of a projection, k runs over its inputs. Strides count elements.
+struct Weights {
+    const char* data;     // [E, rows, k] model dtype, any strides, any alignment
+    int64_t expert_stride, row_stride, k_stride;
+    const char* bias;     // [E, rows] model dtype, or null
+    int64_t bias_expert_stride, bias_row_stride;
+};
+
+struct Layer {
+    int64_t T, K, E, H, I;
+    Dtype dtype;
+    Activation activation;
+    float alpha, limit, offset;      // of swiglu_clamped
+    bool gated, interleaved;
+    const char* hidden;              // [T, H] model dtype, elements of a row adjacent
+    int64_t hidden_stride;           // elements from token to token
+    Weights gate_up, down;
+    const int64_t* top_k_index;      // [T, K] contiguous; outside [0, E) is a slot without expert
+    const float* top_k_weights;      // [T, K] contiguous
+    char* out;                       // [T, H] model dtype, contiguous
+    float* norms;                    // [T, K] fp32, or null: neither norms nor peaks
+    float* peaks;                    // [T, K] fp32, or null with norms
+    int threads;
+};
+
+constexpr int SLAB = 96;             // columns of `out` that one down task owns; see down.h
+constexpr int GROUP = 48;            // weight rows that share one pass over the packed tokens
+constexpr int KSTEPS = 512;          // steps along k between two visits to the fp32 tile
+constexpr int BLOCK_TOKENS = 128;
+constexpr int PAD = 16;              // most lanes of any instruction set
+
+struct Block {
+    int64_t first;                   // sorted position of its first slot
+    int32_t expert, tokens;
+};
+
+// What the kernels of every instruction set work on: the call, its routing and the arena.
+struct Job {
+    Layer layer;
+    const int32_t* order;            // sorted position -> slot [S]
+    const Block* blocks;             // ascending by expert [num_blocks]
+    int64_t num_blocks;
+    int64_t inner_splits;            // gate_up tasks per block
+    int64_t slabs;                   // ceil(H / SLAB)
+    char* inner;                     // activated inner tensor, block by block [S, inner_width] model dtype
+    int64_t inner_width;             // I, rounded up to even
+    float* sums;                     // layer output before rounding [T, H] fp32
+    float* partials;                 // (sum of squares, max) per slot and slab [S, slabs, 2] fp32, or null
+    int64_t* turns;                  // slab -> next block that may add to it [slabs]
+};
+
+static inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+static inline int64_t element_size(Dtype dtype) { return dtype == Dtype::f32 ? 4 : 2; }
+
+void yield_processor();
+
+// The kernels of one instruction set and model dtype. `scratch` is this thread's, of scratch_bytes(layer).
+struct Kernels {
+    size_t (*scratch_bytes)(const Layer&);
+    void (*gate_up)(const Job&, int64_t task, char* scratch);   // block, part of I -> inner
+    void (*down)(const Job&, int64_t task, char* scratch);      // block, slab of H -> sums, partials
+    void (*finish)(const Job&, int64_t first, int64_t last);    // tokens: sums -> out
+};
+
+}  // namespace reap

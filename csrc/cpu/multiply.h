@@ -1,0 +1,117 @@
+// C[rows, lanes] = weights[rows, k] * tokens[k, lanes]: the register tile, and a group of rows of it.
+#pragma once
+#include "numbers.h"
+
+namespace reap {
+namespace REAP_ISA {
+
+// A group of weight rows in two halves of equal height (gate and up; or top and bottom, which share
+// a row if their number is odd), so that a register tile needs two base pointers and one stride.
+struct Rows {
+    const char* half[2];     // first step of each half's first row
+    int64_t row_stride;      // bytes
+    int64_t step_stride;     // bytes
+    int height;              // rows per half
+    int second;              // row of C where the second half begins
+};
+
+struct Tile {
+    const char *w0, *w1;     // weights of both halves
+    int64_t row_stride, step_stride;
+    const char* tokens;      // packed operand [steps, V * W]
+    int64_t token_stride;    // bytes from step to step
+    int64_t steps;
+    bool half_step;          // one more step, of which the weights have only the first bf16
+    float *c0, *c1;          // fp32 [RH, ...] of both halves
+    int64_t c_stride;
+    int64_t previous;        // where the sums over earlier k lie, in floats from c0 and c1; 0: nowhere
+};
+
+template <bool Dot, int RH, int V> static inline void accumulate(vf (&sums)[2 * RH][V], const Tile& tile) {
+    const char *w0 = tile.w0, *w1 = tile.w1, *tokens = tile.tokens;
+    const int64_t row_stride = tile.row_stride, step_stride = tile.step_stride, token_stride = tile.token_stride;
+    for (int64_t step = 0; step < tile.steps; ++step) {
+        vf token[V];
+#pragma GCC unroll 4
+        for (int v = 0; v < V; ++v) token[v] = load(reinterpret_cast<const float*>(tokens) + v * W);
+#pragma GCC unroll 8
+        for (int r = 0; r < RH; ++r) {
+            const vf a = broadcast_step(w0 + r * row_stride);
+#pragma GCC unroll 4
+            for (int v = 0; v < V; ++v) sums[r][v] = multiply_add<Dot>(a, token[v], sums[r][v]);
+            const vf b = broadcast_step(w1 + r * row_stride);
+#pragma GCC unroll 4
+            for (int v = 0; v < V; ++v) sums[RH + r][v] = multiply_add<Dot>(b, token[v], sums[RH + r][v]);
+        }
+        w0 += step_stride;
+        w1 += step_stride;
+        tokens += token_stride;
+    }
+}
+
+template <bool Dot, int RH, int V> static void multiply_tile(const Tile& tile) {
+    vf sums[2 * RH][V];
+#pragma GCC unroll 16
+    for (int r = 0; r < 2 * RH; ++r)
+#pragma GCC unroll 4
+        for (int v = 0; v < V; ++v) sums[r][v] = set1(0.0f);
+    accumulate<Dot, RH, V>(sums, tile);
+    if (tile.half_step) {
+        const char* tokens = tile.tokens + tile.steps * tile.token_stride;
+        const int64_t end = tile.steps * tile.step_stride;
+#pragma GCC unroll 16
+        for (int r = 0; r < 2 * RH; ++r) {
+            const char* w = (r < RH ? tile.w0 : tile.w1) + (r % RH) * tile.row_stride + end;
+#pragma GCC unroll 4
+            for (int v = 0; v < V; ++v) {
+                const vf token = load(reinterpret_cast<const float*>(tokens) + v * W);
+                sums[r][v] = multiply_add<Dot>(broadcast_half_step(w), token, sums[r][v]);
+            }
+        }
+    }
+#pragma GCC unroll 16
+    for (int r = 0; r < 2 * RH; ++r) {
+        float* c = (r < RH ? tile.c0 : tile.c1) + (r % RH) * tile.c_stride;
+#pragma GCC unroll 4
+        for (int v = 0; v < V; ++v) {
+            const float* earlier = c + tile.previous + v * W;
+            store(c + v * W, tile.previous ? add(load(earlier), sums[r][v]) : sums[r][v]);
+        }
+    }
+}
+
+// One register tile after the other down both halves. The last tile is moved up so that it ends with
+// the group: rows that it shares with its neighbour are computed twice, to the same bits (which is
+// why earlier sums are read from another place than the new ones are written to). Where a half is
+// lower than a tile, each row fills a tile of its own with stride 0.
+template <bool Dot, int V> static void multiply_column(const Rows& rows, Tile tile) {
+    constexpr int RH = rows_per_half(V);
+    float* const c = tile.c0;
+    const int64_t c_stride = tile.c_stride;
+    const bool low = rows.height < RH;
+    tile.row_stride = low ? 0 : rows.row_stride;
+    tile.c_stride = low ? 0 : c_stride;
+    const int last = low ? rows.height - 1 : rows.height - RH;
+    for (int row = 0;; row += low ? 1 : RH) {
+        if (row > last) row = last;
+        tile.w0 = rows.half[0] + row * rows.row_stride;
+        tile.w1 = rows.half[1] + row * rows.row_stride;
+        tile.c0 = c + row * c_stride;
+        tile.c1 = c + (rows.second + row) * c_stride;
+        multiply_tile<Dot, RH, V>(tile);
+        if (row == last) break;
+    }
+}
+
+template <bool Dot> static void multiply_rows(const Rows& rows, const Tile& tile, int V) {
+    switch (V) {
+        case 1: return multiply_column<Dot, 1>(rows, tile);
+        case 2: return multiply_column<Dot, 2>(rows, tile);
+        case 3: return multiply_column<Dot, MAX_V < 3 ? 1 : 3>(rows, tile);
+        case 4: return multiply_column<Dot, MAX_V < 4 ? 1 : 4>(rows, tile);
+        default: __builtin_unreachable();
+    }
+}
+
+}  // namespace REAP_ISA
+}  // namespace reap

@@ -1,0 +1,100 @@
+// Operands into the layout that the register tile reads: [steps, lanes] of four bytes.
+#pragma once
+#include "multiply.h"
+
+namespace reap {
+namespace REAP_ISA {
+
+// W steps of one row of a token, from element k on; zero beyond the row's end.
+template <Dtype D> static inline vf load_steps(const char* row, int64_t k, int64_t size) {
+    const int64_t rest = size - k;
+    const char* p = row + k * Number<D>::size;
+    if constexpr (!Number<D>::dot) {
+        return Number<D>::load(p, static_cast<int>(rest < W ? rest : W));
+    } else if (rest >= 2 * W) {
+        return load(reinterpret_cast<const float*>(p));
+    } else {
+        alignas(64) uint16_t part[2 * W] = {};
+        memcpy(part, p, 2 * static_cast<size_t>(rest));
+        return load(reinterpret_cast<const float*>(part));
+    }
+}
+
+// The rows of a block's tokens -> tile by tile [steps, lanes of the tile]. Lanes beyond the last token repeat it:
+// they are computed and dropped.
+template <Dtype D> static void pack_tokens(const Layer& layer, const int32_t* slots, const Tiling& tiling, char* packed) {
+    const int64_t num_steps = steps<D>(layer.H);
+    for (int tile = 0; tile < tiling.tiles; ++tile) {
+        const int lanes = tiling.size(tile) * W;
+        for (int lane = 0; lane < lanes; lane += W) {
+            const char* rows[W];
+            for (int i = 0; i < W; ++i) {
+                const int wanted = tiling.begin(tile) * W + lane + i;
+                const int64_t token = slots[wanted < tiling.tokens ? wanted : tiling.tokens - 1] / layer.K;
+                rows[i] = layer.hidden + token * layer.hidden_stride * Number<D>::size;
+            }
+            float* out = reinterpret_cast<float*>(packed) + lane;
+            for (int64_t step = 0; step < num_steps; step += W) {
+                vf square[W];
+#pragma GCC unroll 16
+                for (int i = 0; i < W; ++i) square[i] = load_steps<D>(rows[i], step * per_step<D>, layer.H);
+                transpose(square);
+                const int64_t rest = num_steps - step;
+                for (int i = 0; i < (rest < W ? rest : W); ++i) store(out + (step + i) * lanes, square[i]);
+            }
+        }
+        packed += num_steps * lanes * 4;
+    }
+}
+
+// `count` adjacent output rows by `num_steps` steps of weights that lie with rows adjacent -> [steps, GROUP].
+template <Dtype D>
+static void pack_across(const char* w, int64_t k_bytes, int count, int64_t k_rest, int64_t num_steps, float* packed) {
+    for (int64_t step = 0; step < num_steps; ++step) {
+        for (int row = 0; row < count; row += W) {
+            const int n = count - row < W ? count - row : W;
+            const char* p = w + row * Number<D>::size;
+            vf x;
+            if constexpr (Number<D>::dot) {
+                const bool whole = 2 * step + 1 < k_rest;
+                x = pair(Number<D>::load_narrow(p, n), Number<D>::load_narrow(whole ? p + k_bytes : p, whole ? n : 0));
+            } else {
+                x = Number<D>::load(p, n);
+            }
+            store_first(packed + row, x, n);
+        }
+        w += per_step<D> * k_bytes;
+        packed += GROUP;
+    }
+}
+
+// The same for any strides, element by element.
+template <Dtype D>
+static void pack_scattered(const char* w, int64_t row_bytes, int64_t k_bytes, int count, int64_t k_rest, int64_t num_steps, float* packed) {
+    for (int64_t step = 0; step < num_steps; ++step)
+        for (int row = 0; row < count; ++row) {
+            const char* p = w + row * row_bytes + step * per_step<D> * k_bytes;
+            float* cell = packed + step * GROUP + row;
+            if constexpr (Number<D>::dot) {
+                uint16_t two[2] = {};
+                memcpy(&two[0], p, 2);
+                if (2 * step + 1 < k_rest) memcpy(&two[1], p + k_bytes, 2);
+                memcpy(cell, two, 4);
+            } else {
+                *cell = scalar<D>(p);
+            }
+        }
+}
+
+// `count` rows of 16-bit weights with k adjacent -> fp32 [rows, KSTEPS].
+template <Dtype D>
+static void pack_along(const char* w, int64_t row_bytes, int count, int64_t num_steps, float* packed) {
+    for (int row = 0; row < count; ++row)
+        for (int64_t k = 0; k < num_steps; k += W) {
+            const int n = static_cast<int>(num_steps - k < W ? num_steps - k : W);
+            store_first(packed + row * KSTEPS + k, Number<D>::load(w + row * row_bytes + k * Number<D>::size, n), n);
+        }
+}
+
+}  // namespace REAP_ISA
+}  // namespace reap

@@ -1,0 +1,3 @@
+#define REAP_ISA portable
+#include "simd_portable.h"
+#include "kernels.h"

@@ -19,7 +19,10 @@ from reap.exact import ExactSum, in_range
 
 SUMS = ("gate_sum", "norm_sum", "norm_sq_sum", "weighted_sum", "weighted_sq_sum")
 GATES = ("applied", "renormalized")
-_PAIR_CHUNK = 1 << 12  # tokens at a time: their K*(K-1)/2 pairs stay small beside the layer
+# Slots at a time. On a CPU few enough for torch to stay on one thread: beside a model's own
+# threads, waking others costs more than the sum. On a device few enough to bound temporaries.
+_CPU_SLOTS = 6_400
+_DEVICE_SLOTS = 1 << 20
 
 
 class LayerStatistics:
@@ -87,42 +90,15 @@ class LayerStatistics:
         too large (g*n >= 2**144): at once on a CPU, at the next read or `check` on other devices.
         """
         self._check_arguments(top_k_index, top_k_weights, norms, peaks, mask)
-        expert = top_k_index.to(self.device, torch.int64)
-        gate = self._gate(top_k_weights.to(self.device, torch.float64))
-        norm = norms.to(self.device, torch.float64)
-        peak = peaks.to(self.device, torch.float32)
-        T = len(expert)
-
-        counted = (expert < self.num_experts) & (gate != 0)  # [T,K] bool
+        tokens, K = top_k_index.shape
         if mask is None:
-            self._tokens += T
-        else:
-            mask = mask.to(self.device)
-            self._tokens += mask.sum()
-            counted &= mask[:, None]
-
-        weighted = gate * norm
-        # In the order of SUMS, [5,T,K] fp64
-        values = torch.stack([gate, norm, norm * norm, weighted, weighted * weighted])
-        summable = in_range(values).all(0) & (norm >= 0) & (expert >= 0)
-        summable &= (peak >= 0) & (peak < torch.inf)
-        self._note_faults(expert, counted & ~summable)
-        counted &= summable
-
-        # Shapes must not depend on data on a GPU: what is left out is added as zero to expert 0.
-        expert = torch.where(counted, expert, 0)
-        values = torch.where(counted, values, 0.0)
-        self._count.index_add_(0, expert.flatten(), counted.flatten().long())
-        peak = torch.where(counted, peak, 0.0)
-        self._peak.scatter_reduce_(0, expert.flatten(), peak.flatten(), "amax")
-        first = torch.arange(len(SUMS), device=self.device) * self.num_experts
-        cell = first[:, None] + expert.flatten()  # [5,S] int64
-        self._sums.add(cell.flatten(), values.flatten())
-        if self.pairs:
-            for part in zip(
-                *(x.split(_PAIR_CHUNK) for x in (expert, values[3], counted)), strict=True
-            ):
-                self._add_pairs(*part)
+            mask = torch.ones(tokens, dtype=torch.bool, device=top_k_index.device)
+        rows = max(1, (_CPU_SLOTS if self.device.type == "cpu" else _DEVICE_SLOTS) // max(1, K))
+        columns = (top_k_index, top_k_weights, norms, peaks, mask)
+        for piece in zip(*(column.to(self.device).split(rows) for column in columns), strict=True):
+            self._add(*piece)
+        if self.device.type == "cpu":
+            self.check()
 
     def check(self) -> None:
         """ReapError naming the layer and the expert if a slot so far could not be summed."""
@@ -246,6 +222,34 @@ class LayerStatistics:
             self._pair_sums = ExactSum.from_canonical(state["pair_sums"])
         return self
 
+    def _add(
+        self, expert: Tensor, weights: Tensor, norms: Tensor, peak: Tensor, mask: Tensor
+    ) -> None:
+        """Add the slots of a few tokens: [T,K] four times and [T], on this device."""
+        expert, peak = expert.long(), peak.float()
+        gate, norm = self._gate(weights.double()), norms.double()
+        self._tokens += mask.sum()
+        counted = mask[:, None] & (expert < self.num_experts) & (gate != 0)  # [T,K] bool
+
+        weighted = gate * norm
+        # In the order of SUMS, [5,T,K] fp64
+        values = torch.stack([gate, norm, norm * norm, weighted, weighted * weighted])
+        summable = in_range(values).all(0) & (norm >= 0) & (expert >= 0)
+        summable &= (peak >= 0) & (peak < torch.inf)
+        self._note_faults(expert, counted & ~summable)
+        counted &= summable
+
+        # Shapes must not depend on data on a GPU: what is left out is added as zero to expert 0.
+        expert = torch.where(counted, expert, 0)
+        values = torch.where(counted, values, 0.0)
+        self._count.index_add_(0, expert.flatten(), counted.flatten().long())
+        peak = torch.where(counted, peak, 0.0)
+        self._peak.scatter_reduce_(0, expert.flatten(), peak.flatten(), "amax")
+        first = torch.arange(len(SUMS), device=self.device) * self.num_experts
+        cell = first[:, None] + expert.flatten()  # [5,S] int64
+        self._sums.add(cell.flatten(), values.flatten())
+        self._add_pairs(expert, values[SUMS.index("weighted_sum")], counted)
+
     def _gate(self, weights: Tensor) -> Tensor:
         """The gates [T,K] fp64 that `gates` asks for."""
         if self.gates == "applied":
@@ -260,19 +264,20 @@ class LayerStatistics:
         place = torch.where(expert < 0, self.num_experts, expert)
         place = torch.where(fault, place, 0)
         self._faults.index_add_(0, place.flatten(), fault.flatten().long())
-        if self.device.type == "cpu":
-            self.check()
 
     def _add_pairs(self, expert: Tensor, weighted: Tensor, counted: Tensor) -> None:
         """Add the pairs of [T,K] slots."""
         if self._pair_count is None or self._pair_sums is None or self.num_experts < 2:
             return
-        i, j = torch.triu_indices(expert.shape[1], expert.shape[1], 1, device=self.device)
-        low = torch.minimum(expert[:, i], expert[:, j])
-        high = torch.maximum(expert[:, i], expert[:, j])
-        both = counted[:, i] & counted[:, j] & (low < high)  # [T,P] bool
+        K = expert.shape[1]
+        first, second = torch.triu_indices(K, K, 1, device=self.device)
+        # index_select, because on a CPU expert[:, first] always wakes other threads
+        one, other = (expert.index_select(1, slot) for slot in (first, second))
+        low, high = torch.minimum(one, other), torch.maximum(one, other)
+        both = counted.index_select(1, first) & counted.index_select(1, second) & (low < high)
+        product = weighted.index_select(1, first) * weighted.index_select(1, second)  # [T,P] fp64
         cell = torch.where(both, high * (high - 1) // 2 + low, 0).flatten()
-        product = torch.where(both, weighted[:, i] * weighted[:, j], 0.0)
+        product = torch.where(both, product, 0.0)
         self._pair_count.index_add_(0, cell, both.flatten().long())
         self._pair_sums.add(cell, product.flatten())
 

@@ -54,7 +54,10 @@ SAMPLES, SAMPLE_BYTES = 16, 4096  # of each weight file
 
 @dataclass(frozen=True)
 class Experts:
-    """The experts of one layer: `module` called `name`, in the module `block`.
+    """The experts of one layer: `module`, in the module `block`.
+
+    `name` is the module's own, or that of the first module with the same weights where some are
+    tied: such experts are one set and share their statistics.
 
     kind: "interface" (transformers' experts interface), "direct" (forward takes hidden states,
     expert ids and gates), "input_scaled" (Llama 4: the gate multiplies the experts' input) or
@@ -89,7 +92,8 @@ def describe(model: nn.Module) -> ModelInfo:
     ReapError for a model without MoE layers, and for one with experts that cannot be observed.
     """
     inner = pretrained(model)
-    layers = tuple(_layer_info(experts) for experts in find_experts(model))
+    found = {experts.name: experts for experts in reversed(find_experts(model))}
+    layers = tuple(_layer_info(experts) for experts in reversed(found.values()))
     config, folder = inner.config, str(getattr(inner.config, "_name_or_path", "") or "")
     local = bool(folder) and os.path.isdir(folder)
     return ModelInfo(
@@ -172,16 +176,19 @@ def find_experts(model: nn.Module) -> list[Experts]:
     ReapError when there are none, and for modules that look like experts and cannot be observed.
     """
     inner = pretrained(model)
-    found = []
+    found: dict[str, Experts] = {}
+    names: dict[tuple[int, ...], str] = {}  # by the identity of the weights
     for name, module in inner.named_modules():
         if OTHER_TOWERS.search(name):
             continue
         block = inner.get_submodule(name.rpartition(".")[0])
         kind = _kind(name, module, block)
         if kind is not None:
-            found.append(Experts(name, module, block, kind))
-    _check_all_found(inner, found)
-    return found
+            weights = tuple(id(parameter) for parameter in module.parameters())
+            first = names.setdefault(weights or (id(module),), name)
+            found[name] = Experts(first, module, block, kind)
+    _check_all_found(inner, set(found))
+    return list(found.values())
 
 
 def _kind(name: str, module: nn.Module, block: nn.Module) -> str | None:
@@ -228,8 +235,7 @@ def router_of(block: nn.Module) -> nn.Module | None:
     return None
 
 
-def _check_all_found(model: nn.Module, found: list[Experts]) -> None:
-    names = {experts.name for experts in found}
+def _check_all_found(model: nn.Module, names: set[str]) -> None:
     missed = []
     for name, module in model.named_modules():
         looks = LOOKS_LIKE_EXPERTS.search(type(module).__name__) or name.endswith(".experts")
@@ -248,7 +254,7 @@ def _check_all_found(model: nn.Module, found: list[Experts]) -> None:
             "transformers' experts interface and shows no expert ids and gates; a quantised model "
             "can be observed when it is loaded dequantised"
         )
-    if not found:
+    if not names:
         _check_has_experts(model.config, type(model).__name__)
         raise ReapError(
             f"{type(model).__name__}: the config counts experts, but no module holds any"

@@ -122,7 +122,9 @@ class _Observation:
     def record(self, layer: str, ids: Tensor, gates: Tensor, measured: Measured) -> None:
         self._called.add(layer)
         real = self.padding.real(len(ids), ids.device)
-        self.stats.update(layer, ids, gates, measured.norms, measured.peaks, real)
+        # Statistics outlive an inference mode that the model may be called in.
+        with torch.inference_mode(False), torch.no_grad():
+            self.stats.update(layer, ids, gates, measured.norms, measured.peaks, real)
 
     def verdict(self, key: Any, decide: Callable[[], str | None]) -> str | None:
         if key not in self._verdicts:

@@ -24,12 +24,16 @@ from reap.errors import ReapError
 class _Call:
     """One running call of a model: what it was given."""
 
-    cls: str
+    model: nn.Module
     shape: tuple[int, int] | None  # [B,q] of its tokens
     cached: int | None  # tokens in the cache before the call; None: it cannot be told
     mask: Any
     real: Tensor | None = None  # [B*q] bool, once worked out; None where nothing is padded
     known: bool = False
+
+    @property
+    def cls(self) -> str:
+        return type(self.model).__name__
 
 
 class Padding:
@@ -54,9 +58,12 @@ class Padding:
             for name, parameter in signature.parameters.items():
                 if parameter.kind is inspect.Parameter.VAR_KEYWORD:
                     given.update(given.pop(name, {}))
+            if any(call.model is model for call in self._calls):
+                # No model runs inside itself: that call was cut short, by an interrupt say.
+                self._calls.clear()
             self._calls.append(
                 _Call(
-                    cls=type(model).__name__,
+                    model=model,
                     shape=_token_shape(given),
                     cached=_cached(given.get("past_key_values")),
                     mask=given.get("attention_mask"),

@@ -1,0 +1,84 @@
+"""The loop: batches through a model, statistics out."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from reap.errors import ReapError
+from reap.models import pretrained
+from reap.observe import observe
+from reap.stats import Statistics
+
+if TYPE_CHECKING:
+    from reap.data import Batch
+
+
+def calibrate(
+    model: nn.Module,
+    batches: Iterable[Batch],
+    *,
+    gates: str = "applied",
+    pairs: bool = False,
+    backend: str = "auto",
+    deterministic: bool = False,
+    progress: Callable[[int], None] | None = None,
+) -> Statistics:
+    """Run `batches` through `model` and return the statistics of its experts, by domain.
+
+    A batch has input_ids and attention_mask, both [B,L] int64, domain (str) and tokens (int, the
+    padding left out). The language-model head does not run: nothing here needs logits. `progress` is called
+    after each batch with its number of tokens. The other options are those of `observe`, and so
+    are the errors; ReapError also for batches without a single token. The model is in eval mode
+    meanwhile, and left as it was found, whatever happens.
+    """
+    base = pretrained(model).base_model
+    options = {"use_cache": False} if _takes_use_cache(base) else {}
+    device = _input_device(base)
+    with (
+        observe(
+            model, gates=gates, pairs=pairs, backend=backend, deterministic=deterministic
+        ) as stats,
+        _eval_mode(model),
+        torch.inference_mode(),
+    ):
+        for batch in batches:
+            # Without padding no mask is the same, and lets attention take its causal fast path.
+            padded = not bool(batch.attention_mask.all())
+            mask = batch.attention_mask.to(device) if padded else None
+            with stats.domain(batch.domain):
+                base(input_ids=batch.input_ids.to(device), attention_mask=mask, **options)
+            if progress is not None:
+                progress(batch.tokens)
+    if stats.tokens == 0:
+        raise ReapError("the calibration data has no tokens: nothing was observed")
+    return stats
+
+
+def _takes_use_cache(model: nn.Module) -> bool:
+    parameters = inspect.signature(type(model).forward).parameters
+    return "use_cache" in parameters or any(
+        p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values()
+    )
+
+
+def _input_device(model: Any) -> torch.device:
+    """Where token ids go. Offloaded embeddings are on "meta" and fetch their inputs themselves."""
+    device = model.get_input_embeddings().weight.device
+    return torch.device("cpu") if device.type == "meta" else device
+
+
+@contextmanager
+def _eval_mode(model: nn.Module) -> Iterator[None]:
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True

@@ -39,7 +39,7 @@ class ExactSum:
     """
 
     def __init__(self, cells: int, device: torch.device | str = "cpu") -> None:
-        self._limbs = torch.zeros(cells, LIMBS, dtype=torch.int64, device=device)  # [C,20] int64
+        self._limbs = torch.zeros(LIMBS, cells, dtype=torch.int64, device=device)  # [20,C] int64
         self._pending = 0  # addends since the last carry
 
     def add(self, cell: Tensor, values: Tensor) -> None:
@@ -48,6 +48,7 @@ class ExactSum:
         Does not wait for the device. A value out of range is the caller's to find: here it would
         corrupt the sums.
         """
+        cells = self._limbs.shape[1]
         flat = self._limbs.view(-1)
         chunk = _CPU_CHUNK if flat.device.type == "cpu" else _MAX_PENDING
         for part, addends in zip(cell.split(chunk), values.split(chunk), strict=True):
@@ -55,10 +56,10 @@ class ExactSum:
                 self._carry()
             self._pending += len(part)
             limb, low, middle, high = _split(addends)
-            limb += part * LIMBS
-            flat.index_add_(0, limb, low)
-            flat.index_add_(0, limb + 1, middle)
-            flat.index_add_(0, limb + 2, high)
+            place = limb * cells + part
+            flat.index_add_(0, place, low)
+            flat.index_add_(0, place + cells, middle)
+            flat.index_add_(0, place + 2 * cells, high)
 
     def merge(self, other: ExactSum) -> None:
         """Add the sums of `other`, cell by cell."""
@@ -75,17 +76,18 @@ class ExactSum:
         """
         self._carry()
         limbs = self._limbs.cpu()
-        top = limbs[:, -1]
+        top = limbs[-1]
         if ((top < -(1 << 31)) | (top >= 1 << 31)).any():
             raise ReapError("a sum of statistics exceeds 2**319: the norms cannot be real")
-        return torch.where(limbs >= 1 << 31, limbs - (1 << 32), limbs).to(torch.int32)
+        signed = torch.where(limbs >= 1 << 31, limbs - (1 << 32), limbs)
+        return signed.to(torch.int32).T.contiguous()
 
     @classmethod
     def from_canonical(cls, rows: Tensor) -> ExactSum:
         """The sums whose `canonical()` is `rows` [C,20] int32."""
         total = cls(0)
-        total._limbs = rows.to(torch.int64)
-        total._limbs[:, :-1] &= _LOW
+        total._limbs = rows.T.contiguous().to(torch.int64)
+        total._limbs[:-1] &= _LOW
         return total
 
     def integers(self, cells: slice = slice(None)) -> list[int]:
@@ -103,9 +105,9 @@ class ExactSum:
 
     def _carry(self) -> None:
         """Bring every limb but the top one into [0, 2**32)."""
-        for i in range(LIMBS - 1):
-            self._limbs[:, i + 1] += self._limbs[:, i] >> LIMB_BITS
-            self._limbs[:, i] &= _LOW
+        for limb, above in zip(self._limbs[:-1], self._limbs[1:], strict=True):
+            above += limb >> LIMB_BITS
+            limb &= _LOW
         self._pending = 0
 
 

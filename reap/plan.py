@@ -199,7 +199,7 @@ def make_plan(
         },
         calibration={
             "tokens": stats.tokens,
-            "domains": {domain: stats.select(domain).tokens for domain in stats.domains},
+            "domains": stats.domain_tokens,
             "gates": stats.gates,
             "data": stats.data,
             "statistics": stats.digest(),

@@ -60,10 +60,12 @@ class Statistics:
     @property
     def tokens(self) -> int:
         """Tokens counted, by the layer that saw the most of them."""
-        seen = Counter[str]()
-        for (_, name), part in self._parts.items():
-            seen[name] += part.tokens
-        return max(seen.values(), default=0)
+        return self._most_tokens(self.domains)
+
+    @property
+    def domain_tokens(self) -> dict[str, int]:
+        """`tokens` of every domain."""
+        return {domain: self._most_tokens((domain,)) for domain in self.domains}
 
     @contextmanager
     def domain(self, name: str) -> Iterator[None]:
@@ -193,6 +195,12 @@ class Statistics:
         """Make `part` the statistics of one layer in one domain."""
         self._info(name)
         self._parts[domain, name] = part
+
+    def _most_tokens(self, domains: tuple[str, ...]) -> int:
+        seen = Counter[str]()
+        for (domain, name), part in self._parts.items():
+            seen[name] += part.tokens if domain in domains else 0
+        return max(seen.values(), default=0)
 
     def _like(self, model: ModelInfo) -> Statistics:
         return Statistics(

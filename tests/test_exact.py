@@ -110,7 +110,7 @@ def test_range():
 
 def test_a_sum_beyond_the_last_limb_is_an_error():
     result = total([math.nextafter(LIMIT, 0.0)])
-    result._limbs[0, -1] = 1 << 31  # as 2**31 such addends would leave it
+    result._limbs[-1, 0] = 1 << 31  # as 2**31 such addends would leave it
     with pytest.raises(ReapError, match=r"exceeds 2\*\*319"):
         result.canonical()
 

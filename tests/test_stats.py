@@ -221,6 +221,7 @@ def test_domains():
     assert stats.domains == ("code", "default", "prose")
     assert stats.layers == ("first", "second")
     assert stats.tokens == 22
+    assert stats.domain_tokens == {"code": 10, "default": 5, "prose": 7}
     assert stats.layer("first", "code").tokens == 10
     assert stats.layer("second", "prose").tokens == 0
     assert stats["first"] == stats.layer("first")

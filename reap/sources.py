@@ -103,8 +103,9 @@ def _local_domain(target: str) -> str:
 
 def read(source: Source, tokenizer: Any, seed: int) -> Iterator[Text]:
     """The documents of a source. The seed orders files, and shuffles a hub data set; the lines of
-    a file stay as they are. The tokenizer is there for its chat template. ReapError, naming the
-    file and the line, for what cannot be read as text."""
+    a file stay as they are. The tokenizer is there for its chat template. ReapError at once for a
+    folder or glob without text files, and on the way, naming file and line, for what is not text.
+    """
     if source.kind == "stdlib":
         domain, _, part = source.target.removeprefix("stdlib:").partition("/")
         return (
@@ -114,12 +115,9 @@ def read(source: Source, tokenizer: Any, seed: int) -> Iterator[Text]:
     if source.kind == "hub":
         return _hub_texts(source, tokenizer, seed)
     paths = _paths(source, seed)
-    return (
-        text
+    return itertools.chain.from_iterable(
+        _json_lines(path, tokenizer) if path.suffix in JSON_LINES else _plain_text(path)
         for path in paths
-        for text in (
-            _json_lines(path, tokenizer) if path.suffix in JSON_LINES else _plain_text(path)
-        )
     )
 
 
@@ -127,7 +125,7 @@ def _paths(source: Source, seed: int) -> list[Path]:
     """The files of a source in an order that the seed decides; what a folder holds beside text of
     a known suffix, and hidden files and folders, are not part of it."""
     target = Path(source.target)
-    if target.is_file():
+    if target.exists() and not target.is_dir():  # a pipe will do
         return [target]
     root = target if target.is_dir() else Path()
     if target.is_dir():
@@ -146,11 +144,15 @@ def _paths(source: Source, seed: int) -> list[Path]:
 
 
 def _walk(root: Path) -> Iterator[Path]:
-    for folder, below, names in os.walk(root):
+    for folder, below, names in os.walk(root, onerror=_refuse_folder):
         below[:] = [name for name in below if not name.startswith(".")]
         for name in names:
             if not name.startswith(".") and Path(name).suffix in (*JSON_LINES, *TEXT_SUFFIXES):
                 yield Path(folder, name)
+
+
+def _refuse_folder(error: OSError) -> None:
+    raise ReapError(f"{error.filename}: cannot be read ({error.strerror})")
 
 
 def _plain_text(path: Path) -> Iterator[Text]:

@@ -1,5 +1,7 @@
 import json
+import os
 import sys
+import threading
 from itertools import islice
 from types import SimpleNamespace
 
@@ -152,6 +154,29 @@ def test_bad_text_file_is_named(here, content, message):
     (here / "a.txt").write_bytes(content)
     with pytest.raises(ReapError, match=f"a.txt.*{message}"):
         list(batches(["a.txt"], TOKENIZER))
+
+
+def test_pipe(here):
+    os.mkfifo("pipe")
+    writer = threading.Thread(target=(here / "pipe").write_text, args=("through a pipe",))
+    writer.start()
+    assert all_text(["pipe"], TOKENIZER, packing=False) == ["through a pipe"]
+    writer.join()
+
+
+def test_unreadable_folder_is_named(here, monkeypatch):
+    (here / "src/closed").mkdir(parents=True)
+    (here / "src/a.py").write_text("a")
+    scandir = os.scandir
+
+    def refuse(path):
+        if os.fspath(path).endswith("closed"):
+            raise PermissionError(13, "Permission denied", path)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(ReapError, match="src/closed: cannot be read"):
+        batches(["src"], TOKENIZER)
 
 
 def test_folder_and_glob(here):

@@ -17,7 +17,6 @@ import json
 import math
 import os
 import platform
-import shutil
 import time
 from collections import Counter
 from pathlib import Path
@@ -36,7 +35,7 @@ VOCABULARY = 2048
 SEQ_LEN, ROWS = 256, 16  # 4,096 tokens per step, half of the rows from each domain
 PEAK_RATE, WARMUP, BALANCE, CLIP = 2e-3, 150, 0.01, 1.0
 EVERY = 200  # steps between checkpoints
-QUICK_ROWS = 96  # held-out rows per domain at a checkpoint; the last evaluation takes all of them
+QUICK_ROWS = 96  # held-out rows per domain at a checkpoint; training.json's figures take all
 END, PAD = "<|endoftext|>", "<|pad|>"
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}"
@@ -52,6 +51,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
+    torch.set_flush_denormal(True)
     options.work.mkdir(parents=True, exist_ok=True)
     tokenizer = load_tokenizer(options.work)
     streams = load_streams(options.work, tokenizer)
@@ -197,27 +197,26 @@ def train(options: argparse.Namespace, tokenizer: PreTrainedTokenizerFast,
                  "train_loss": round(running["loss"] / running["steps"], 4),
                  "balance_loss": round(running["balance"] / running["steps"], 4)}
         for domain in DOMAINS:
-            entry[f"heldout_{domain}"] = validate(model, streams, domain, QUICK_ROWS)["loss"]
+            heldout = streams[f"{domain}/heldout"]
+            quick = heldout[:: len(heldout) // QUICK_ROWS]
+            entry[f"heldout_{domain}"] = validate(model, quick)["loss"]
         history.append(entry)
         print(json.dumps(entry), flush=True)
         state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(),
                  "step": step + 1, "seconds": seconds, "history": history}
         torch.save(state, f"{checkpoint}.new")
         os.replace(f"{checkpoint}.new", checkpoint)
-        export(model, tokenizer, options.work / "export")
         running.clear()
         began = time.monotonic()
-    record = training_record(options, streams, history)
     export(model, tokenizer, options.out)
+    record = training_record(options, streams, history)
     (options.out / "training.json").write_text(json.dumps(record, indent=1) + "\n")
 
 
 @torch.inference_mode()
-def validate(model: Qwen3MoeForCausalLM, streams: dict[str, np.ndarray], domain: str,
-             limit: int | None = None) -> dict:
-    """Held-out loss in nats per token, and of each layer's experts the busiest and the idlest as
-    multiples of the mean load."""
-    rows = streams[f"{domain}/heldout"][:limit]
+def validate(model: Qwen3MoeForCausalLM, rows: np.ndarray) -> dict:
+    """Loss in nats per token, and of each layer's experts the busiest and the idlest as multiples
+    of the mean load."""
     top_k, experts = model.config.num_experts_per_tok, model.config.num_experts
     loads = torch.zeros(model.config.num_hidden_layers, experts, dtype=torch.int64)
     total = 0.0
@@ -243,7 +242,7 @@ def unigram_entropy(rows: np.ndarray) -> float:
 def training_record(options: argparse.Namespace, streams: dict[str, np.ndarray],
                     history: list[dict]) -> dict:
     """What the model card may claim, measured on the exported bf16 weights as they load."""
-    model = Qwen3MoeForCausalLM.from_pretrained(options.work / "export", dtype=torch.bfloat16)
+    model = Qwen3MoeForCausalLM.from_pretrained(options.out, dtype=torch.bfloat16)
     model.set_experts_implementation("grouped_mm")
     domains = {}
     for domain in DOMAINS:
@@ -252,8 +251,10 @@ def training_record(options: argparse.Namespace, streams: dict[str, np.ndarray],
             "train_tokens": int(streams[domain][:, 1:].size),
             "heldout_unigram_entropy": round(unigram_entropy(heldout), 4),
             "heldout_uniform": round(math.log(VOCABULARY), 4),
-            "heldout": validate(model, streams, domain),
+            "heldout": validate(model, heldout),
         }
+    even = min(len(streams[f"{domain}/heldout"]) for domain in DOMAINS)
+    mixed = np.concatenate([streams[f"{domain}/heldout"][:even] for domain in DOMAINS])
     steps = history[-1]["step"]
     return {
         "text": f"standard library of CPython {platform.python_version()}",
@@ -264,14 +265,13 @@ def training_record(options: argparse.Namespace, streams: dict[str, np.ndarray],
         "epochs": {d: round(steps * (ROWS // 2) / len(streams[d]), 2) for d in DOMAINS},
         "seconds": history[-1]["seconds"], "threads": options.threads,
         "torch": torch.__version__, "transformers": transformers.__version__,
-        "domains": domains, "history": history,
+        "domains": domains, "half_code_half_prose": validate(model, mixed), "history": history,
     }
 
 
 def export(model: Qwen3MoeForCausalLM, tokenizer: PreTrainedTokenizerFast, out: Path) -> None:
     """A checkpoint as the hub has them: bf16, one tensor per expert, `num_experts` in the config
     (transformers' own save renames it)."""
-    shutil.rmtree(out, ignore_errors=True)
     copy = Qwen3MoeForCausalLM(model.config)
     copy.load_state_dict(model.state_dict())
     copy.to(torch.bfloat16).save_pretrained(out)

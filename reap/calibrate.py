@@ -32,10 +32,10 @@ def calibrate(
     """Run `batches` through `model` and return the statistics of its experts, by domain.
 
     A batch has input_ids and attention_mask, both [B,L] int64, domain (str) and tokens (int, the
-    padding left out). The language-model head does not run: nothing here needs logits. `progress` is called
-    after each batch with its number of tokens. The other options are those of `observe`, and so
-    are the errors; ReapError also for batches without a single token. The model is in eval mode
-    meanwhile, and left as it was found, whatever happens.
+    padding left out). The language-model head does not run: nothing here needs logits. `progress`
+    is called after each batch with its number of tokens. The other options are those of `observe`,
+    and so are the errors; ReapError also for batches without a single token. The model is in eval
+    mode meanwhile, and left as it was found, whatever happens.
     """
     base = pretrained(model).base_model
     options = {"use_cache": False} if _takes_use_cache(base) else {}

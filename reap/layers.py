@@ -79,13 +79,15 @@ class Layer:
         key = (type(module), self.activation, hidden.dtype, hidden.device.type)
         return self.observer.verdict(key, compare)
 
-    def beside(self, hidden: Tensor, ids: Tensor, gates: Tensor, reason: str) -> Measured:
+    def beside(
+        self, hidden: Tensor, ids: Tensor, gates: Tensor, reason: str, out: Tensor | None = None
+    ) -> Measured:
         """The module's own output and the norms of its slots, one at a time."""
         self.observer.say_once(
             f"{self.cls} runs as it is and once more per slot for its statistics: {reason}"
         )
         try:
-            return measure.beside(self.own, hidden, ids, gates, self.info.num_experts)
+            return measure.beside(self.own, hidden, ids, gates, self.info.num_experts, out)
         except ReapError as error:
             raise self.unobservable(str(error)) from error
 
@@ -130,8 +132,9 @@ def _hook_direct(layer: Layer, undo: ExitStack) -> None:
     def hook(_: nn.Module, args: Any, kwargs: Any, output: Tensor) -> None:
         hidden, ids, gates = list(signature.bind(*args, **kwargs).arguments.values())[:3]
         layer.check_call(hidden, ids, gates)
-        measured = layer.beside(hidden, ids, gates, "it is not on transformers' experts interface")
-        layer.observer.record(layer.info.name, ids, gates, measured._replace(out=output))
+        reason = "it is not on transformers' experts interface"
+        measured = layer.beside(hidden, ids, gates, reason, output)
+        layer.observer.record(layer.info.name, ids, gates, measured)
 
     undo.callback(module.register_forward_hook(hook, with_kwargs=True).remove)
 

@@ -78,24 +78,32 @@ def fused(
     )
 
 
-def beside(forward: Forward, hidden: Tensor, ids: Tensor, gates: Tensor, experts: int) -> Measured:
-    """The module's own output, and norms from its outputs with one slot at a time and gate one.
+def beside(
+    forward: Forward,
+    hidden: Tensor,
+    ids: Tensor,
+    gates: Tensor,
+    experts: int,
+    out: Tensor | None = None,
+) -> Measured:
+    """The module's own output, and norms from its outputs for one slot at a time with gate one.
 
-    Never larger than the output itself: [T,H] at a time. Norms are of outputs rounded to the model
-    dtype. ReapError when the outputs of the slots do not add up to the module's output.
+    `out` is the output if it is known already. Nothing larger than that is held. Norms are of
+    outputs rounded to the model dtype; an id >= `experts` has norm 0. ReapError when the gated
+    outputs of the slots do not add up to the output.
     """
-    out = forward(hidden, ids, gates)
-    ones = torch.ones_like(gates[:, :1])
+    if out is None:
+        out = forward(hidden, ids, gates)
+    one = torch.ones_like(gates[:, :1])
     norms = torch.zeros(ids.shape, dtype=torch.float32, device=ids.device)
     peaks = torch.zeros_like(norms)
     total = torch.zeros_like(out.reshape(len(ids), -1), dtype=torch.float32)
     for k in range(ids.shape[1]):
-        real = ids[:, k] < experts
-        y = forward(hidden, ids[:, k : k + 1], ones).reshape(total.shape).float()
-        y = torch.where(real[:, None], y, 0)
+        y = forward(hidden, ids[:, k : k + 1], one).reshape(total.shape).float()
+        total += gates[:, k : k + 1].float() * y
+        y = torch.where(ids[:, k : k + 1] < experts, y, 0)
         norms[:, k] = torch.linalg.vector_norm(y, dim=1)
         peaks[:, k] = y.abs().amax(dim=1)
-        total += gates[:, k : k + 1].float() * y
     check_sum(total, out.reshape(total.shape))
     return Measured(out, norms, peaks)
 

@@ -168,13 +168,16 @@ def _resolve(module: nn.Module, implementation: str | None) -> Callable[..., Ten
 def _own_forward(experts: Experts) -> Callable[..., Tensor]:
     """The forward that the module has without us, bound; resolved at every call."""
     module = experts.module
-    if experts.kind != "interface":
-        return lambda *args: module.forward(*args)
 
     def own(*args: Tensor) -> Tensor:
         return _resolve(module, _patches[id(module.config)].before)(module, *args)
 
-    return own
+    def direct(hidden: Tensor, ids: Tensor, gates: Tensor) -> Tensor:
+        if ids.shape[1] == 1:  # some modules squeeze it away: a second slot with gate zero
+            ids, gates = ids.expand(-1, 2), torch.cat([gates, torch.zeros_like(gates)], 1)
+        return module.forward(hidden, ids, gates)
+
+    return own if experts.kind == "interface" else direct
 
 
 def _patch(config: Any, undo: ExitStack) -> None:

@@ -69,6 +69,15 @@ _MROPE = {"rope_theta": 1e4, "rope_type": "default", "mrope_section": [2, 1, 1]}
 EXCEPTIONS: dict[str, dict[str, Any]] = {
     "cohere2_moe": {"logit_scale": 1.0},
     "deepseek_ocr2": {"mlp_layer_types": _FROM_DENSE, "num_experts_per_tok": 2},
+    "dbrx": {
+        "attn_config": {"kv_n_heads": 2, "rope_theta": 1e4, "clip_qkv": 8},
+        "ffn_config": {
+            "hidden_size": 32,
+            "ffn_hidden_size": 20,
+            "moe_num_experts": 8,
+            "moe_top_k": 2,
+        },
+    },
     "diffusion_gemma": {"num_experts": 8, "top_k_experts": 2, "moe_intermediate_size": 20},
     "deepseek_v2": {"num_experts_per_tok": 2},
     "dots1": {"n_routed_experts": 8, "num_experts_per_tok": 2, "n_shared_experts": 1},
@@ -90,6 +99,7 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     "inkling_text": {"logits_mup_width_multiplier": 1.0},
     "jamba": {"attn_layer_offset": 1, "attn_layer_period": 2},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2},
+    "longcat_flash": {"zero_expert_num": 2},
     "mistral4": {
         "rope_parameters": {
             "rope_theta": 1e4,
@@ -109,6 +119,7 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
         "indexer_budget": 8,
         "indexer_compress_ratio": 2,
     },
+    "step3p7": {"sliding_window": 4, "swiglu_limits": [None, None, 0.5, 0.5]},
     "zaya": {"num_experts_per_tok": 1},
 }
 # Classes that the auto mappings do not name (or name a wrapper around).

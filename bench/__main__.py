@@ -1,0 +1,113 @@
+"""`python -m bench [SUITE ...]`: runs suites, appends rows to files, prints and plots them."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from dataclasses import replace
+from enum import Enum
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from rich.console import Console
+
+from bench import report
+from bench.measure import PRESETS, TORCH, Settings
+from bench.row import Log, Row
+from bench.shapes import REAL, TINY
+
+SUITES = {
+    "roof": "bench.roofs",
+    "layer": "bench.layer",
+    "calibrate": "bench.calibrate",
+    "prune": "bench.prune",
+    "stats": "bench.stats",
+}
+Suite = Enum("Suite", {name: name for name in SUITES}, type=str)
+SHAPES = {**REAL, TINY.name: TINY}
+
+app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
+
+
+@app.command()
+def main(
+    suites: Annotated[list[Suite] | None, typer.Argument(help="all of them by default")] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="one shape: minutes")] = False,
+    smoke: Annotated[bool, typer.Option("--smoke", help="tiny shapes, no figures")] = False,
+    out: Annotated[Path, typer.Option(help="folder that rows are appended to")] = Path("out/bench"),
+    dtype: Annotated[str | None, typer.Option(help="bf16, fp32 or both: bf16,fp32")] = None,
+    shapes: Annotated[str | None, typer.Option(help="names, by comma; see bench/shapes.py")] = None,
+    tokens: Annotated[str | None, typer.Option(help="T of the layer suite, by comma")] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="torch's own by default")] = None,
+    rounds: Annotated[int | None, typer.Option(min=1, help="samples of each")] = None,
+    seconds: Annotated[float | None, typer.Option(help="for each impl and size")] = None,
+    gigabytes: Annotated[float | None, typer.Option(help="size of the `prune` checkpoint")] = None,
+    llmcompressor_python: Annotated[
+        Path | None, typer.Option(help="a python that has llmcompressor, for `calibrate`")
+    ] = None,
+) -> None:
+    """Measure this engine beside its peers on this machine."""
+    if quick and smoke:
+        raise typer.BadParameter("give --quick or --smoke, not both")
+    # A table in a file or pipe must not be cut to 80 columns.
+    console = Console(width=None if sys.stdout.isatty() else 160)
+    mode = "smoke" if smoke else "quick" if quick else "full"
+    given = {
+        "dtypes": _names("--dtype", dtype, TORCH),
+        "shapes": _chosen_shapes(shapes),
+        "tokens": _tokens(tokens),
+        "rounds": rounds,
+        "seconds": seconds,
+        "gigabytes": gigabytes,
+        "llmcompressor": llmcompressor_python,
+        "scratch": out / "scratch",
+        "say": lambda line: console.print(line, highlight=False, markup=False),
+    }
+    settings = replace(PRESETS[mode], **{k: v for k, v in given.items() if v is not None})
+    if threads is not None:
+        torch.set_num_threads(threads)
+    run([suite.value for suite in suites or Suite], settings, out, console)
+
+
+def run(suites: list[str], settings: Settings, out: Path, console: Console) -> list[Row]:
+    """Every row as soon as it is measured: an interrupted run keeps what it has."""
+    log = Log(out)
+    try:
+        for suite in suites:
+            for row in importlib.import_module(SUITES[suite]).run(settings):
+                log.add(row)
+                settings.say(report.line(row))
+    finally:
+        report.tables(log.rows, console)
+        for path in [log.jsonl, log.csv, *report.plots(log.rows, out)]:
+            settings.say(f"wrote {path}")
+    return log.rows
+
+
+def _names(option: str, text: str | None, known: dict) -> tuple[str, ...] | None:
+    if text is None:
+        return None
+    names = tuple(text.split(","))
+    for name in names:
+        if name not in known:
+            raise typer.BadParameter(f"{option} {name!r}: it must be one of {', '.join(known)}")
+    return names
+
+
+def _chosen_shapes(text: str | None) -> tuple | None:
+    names = _names("--shapes", text, SHAPES)
+    return names and tuple(SHAPES[name] for name in names)
+
+
+def _tokens(text: str | None) -> tuple[int, ...] | None:
+    if text is None:
+        return None
+    if not all(part.isdigit() and int(part) > 0 for part in text.split(",")):
+        raise typer.BadParameter(f"--tokens {text!r}: it must be positive numbers by comma")
+    return tuple(sorted(map(int, text.split(","))))
+
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,182 @@
+"""A whole model: our calibration against forwards without saliency and against other observers.
+
+The model has the layers of Qwen3-30B-A3B and random weights, a few of its 48 layers, and as many of
+its 151,936 tokens of vocabulary per layer, so that the head weighs what it weighs in the real one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import reap
+from bench import gate, inputs, llmcompressor, memory, peers
+from bench.layer import backends_here
+from bench.measure import TORCH, Settings, interleave, rows
+from bench.row import Row
+from bench.shapes import REAL, TINY, Shape
+from reap.data import Batch
+
+REAL_LAYERS, REAL_VOCABULARY = 48, 151_936
+
+
+@dataclass(frozen=True)
+class Size:
+    """`rows` rows of `length` tokens, one row per forward, through `layers` layers of `shape`."""
+
+    shape: Shape
+    layers: int
+    length: int
+    rows: int
+    heads: int
+    head_dim: int
+
+    @property
+    def vocabulary(self) -> int:
+        return REAL_VOCABULARY * self.layers // REAL_LAYERS
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """Of a Qwen3MoeConfig."""
+        return {
+            "hidden_size": self.shape.H,
+            "moe_intermediate_size": self.shape.I,
+            "num_experts": self.shape.E,
+            "num_experts_per_tok": self.shape.K,
+            "num_hidden_layers": self.layers,
+            "num_attention_heads": self.heads,
+            "num_key_value_heads": self.heads // 8,
+            "head_dim": self.head_dim,
+            "vocab_size": self.vocabulary,
+            "norm_topk_prob": True,
+            "tie_word_embeddings": False,
+        }
+
+    def __str__(self) -> str:
+        return f"{self.shape} L{self.layers} vocabulary {self.vocabulary}, rows of {self.length}"
+
+
+def run(settings: Settings) -> Iterator[Row]:
+    for dtype in settings.dtypes:
+        size = _size(dtype, settings)
+        if size is None:
+            settings.say(f"calibrate: skips {dtype}, one layer does not fit in memory")
+            continue
+        theirs = llmcompressor.run(settings, size.config, dtype, size.length, size.rows)
+        yield from _model(size, dtype, settings, theirs)
+
+
+def _size(dtype: str, settings: Settings) -> Size | None:
+    """Four layers, or as many as fit beside the observer's tensor."""
+    if settings.smoke:
+        return Size(TINY, layers=2, length=16, rows=2, heads=8, head_dim=8)
+    shape, length = REAL["qwen3-30b-a3b"], 2048
+    observed = peers.Observer.bytes_needed(shape.E, length, shape.H)
+    room = int(0.8 * memory.available()) - 2 * observed
+    layers = min(4, room // (shape.weight_bytes(dtype) * 11 // 10))
+    if layers < 1:
+        return None
+    rows_of = {"full": 2, "quick": 1}[settings.mode]
+    return Size(shape, layers, length, rows_of, heads=32, head_dim=128)
+
+
+@torch.inference_mode()
+def _model(
+    size: Size, dtype: str, settings: Settings, theirs: llmcompressor.Result | None
+) -> Iterator[Row]:
+    model = build(size, TORCH[dtype])
+    g = torch.Generator().manual_seed(0)
+    ids = torch.randint(size.vocabulary, (size.rows, size.length), generator=g)
+    batches = [Batch(row[None], torch.ones_like(row[None]), "bench") for row in ids]
+    calls: dict[str, Callable[[], Any]] = {
+        f"reap:{name}": partial(reap.calibrate, model, batches, backend=name)
+        for name in backends_here(settings)
+    }
+    for implementation in ("eager", "grouped_mm"):
+        calls[implementation] = partial(_forward, model, batches, implementation)
+    calls["eager, no head"] = partial(_forward, model.model, batches, "eager")
+    for name, kind in (("hooks", peers.Hooks), ("observer", peers.Observer)):
+        calls[name] = partial(_replaced, model, batches, _peers(model, kind))
+
+    extra, found = {}, {}
+    for name, call in calls.items():
+        found[name], extra[name] = memory.peak_extra(call)
+    _check(found, dtype)
+    samples = interleave(calls, None, settings)
+    if theirs is not None:
+        samples.ms |= theirs.ms
+    shape = str(size)
+    for row in rows("calibrate", (dtype, shape, size.rows * size.length), samples, extra=extra):
+        yield theirs.stamp(row) if theirs is not None else row
+
+
+def build(size: Size, dtype: torch.dtype) -> nn.Module:
+    from transformers import AutoModelForCausalLM, Qwen3MoeConfig
+    from transformers.initialization import no_init_weights
+
+    with no_init_weights():
+        model = AutoModelForCausalLM.from_config(Qwen3MoeConfig(**size.config), dtype=dtype)
+    for index, parameter in enumerate(model.parameters()):
+        parameter.requires_grad_(False)
+        if parameter.dim() == 1:
+            parameter.fill_(1)
+        else:
+            start = 1_000_003 * index % inputs.POOL
+            inputs.fill(parameter.data, parameter.shape[-1] ** -0.5, start)
+    return model.eval()
+
+
+def _forward(model: nn.Module, batches: list[Batch], implementation: str) -> None:
+    model.set_experts_implementation(implementation)
+    for batch in batches:
+        model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
+
+
+def _peers(model: nn.Module, kind: type) -> list[nn.Module]:
+    """One peer per layer, on the model's own weights."""
+    originals = [layer.mlp.experts for layer in model.model.layers]
+    return [kind(experts.gate_up_proj, experts.down_proj) for experts in originals]
+
+
+def _replaced(model: nn.Module, batches: list[Batch], experts: list[nn.Module]) -> list[nn.Module]:
+    """A forward with `experts` in place of the layers' own; returns them with their sums."""
+    blocks = [layer.mlp for layer in model.model.layers]
+    originals = [block.experts for block in blocks]
+    try:
+        for block, module in zip(blocks, experts, strict=True):
+            block.experts = module
+        _forward(model, batches, "eager")
+    finally:
+        for block, module in zip(blocks, originals, strict=True):
+            block.experts = module
+    return experts
+
+
+def _check(found: dict[str, Any], dtype: str) -> None:
+    """All observers saw the same first layer: later ones see what rounding made of it.
+
+    Counts are equal; mean saliencies differ by less than the model dtype's epsilon.
+    """
+    exact_count = exact_score = None
+    for name, result in found.items():
+        if result is None:
+            continue
+        first = result[0] if isinstance(result, list) else result[result.layers[0]]
+        count, weighted = (
+            torch.as_tensor(values, dtype=torch.float64)
+            for values in (first.count, first.weighted_sum)
+        )
+        score: Tensor = weighted / count.clamp(min=1)
+        if exact_count is None or exact_score is None:
+            exact_count, exact_score = count, score
+        eps = torch.finfo(TORCH[dtype]).eps
+        if not torch.equal(count, exact_count):
+            raise gate.WrongResult(f"calibrate: {name} counts other slots in the first layer")
+        if not torch.allclose(score, exact_score, rtol=eps, atol=0):
+            worst = ((score - exact_score).abs() / exact_score).max().item()
+            raise gate.WrongResult(f"calibrate: {name} is off by {worst:.2g} in the first layer")

@@ -1,0 +1,57 @@
+"""Random weights and routing at the scale of real layers, quickly."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bench.shapes import Shape
+
+# Prime, so that rows of any power of two start at different places of the pool.
+POOL = 8_388_593
+
+
+@cache
+def _pool() -> Tensor:
+    return torch.randn(POOL, generator=torch.Generator().manual_seed(0))
+
+
+def fill(tensor: Tensor, scale: float, start: int = 0) -> Tensor:
+    """Normal values in place, 8 million repeated: 15 GB of fresh ones would take minutes."""
+    flat = tensor.view(-1)
+    pool = (_pool() * scale).to(tensor.dtype).roll(-start)
+    for at in range(0, flat.numel(), POOL):
+        part = flat[at : at + POOL]
+        part.copy_(pool[: part.numel()])
+    return tensor
+
+
+def weights(shape: Shape, dtype: torch.dtype) -> dict[str, Tensor]:
+    """gate_up_proj [E,2I,H] and down_proj [E,H,I], with variance 1/fan-in."""
+    gate_up = torch.empty(shape.E, 2 * shape.I, shape.H, dtype=dtype)
+    down = torch.empty(shape.E, shape.H, shape.I, dtype=dtype)
+    return {
+        "gate_up_proj": fill(gate_up, shape.H**-0.5),
+        "down_proj": fill(down, shape.I**-0.5, start=POOL // 2),
+    }
+
+
+def routed(shape: Shape, T: int, dtype: torch.dtype) -> dict[str, Any]:
+    """hidden_states [T,H], top_k_index [T,K] uniform without repeats, top_k_weights [T,K] that sum
+    to 1 in the model dtype, as Qwen3's router hands them on; and the options of a SwiGLU layer."""
+    g = torch.Generator().manual_seed(T)
+    scores, ids = torch.randn(T, shape.E, generator=g).topk(shape.K, dim=1)
+    return {
+        "hidden_states": torch.randn(T, shape.H, generator=g).to(dtype),
+        "top_k_index": ids,
+        "top_k_weights": scores.softmax(dim=1).to(dtype),
+        "gate_up_bias": None,
+        "down_bias": None,
+        "activation": "silu",
+        "gated": True,
+        "interleaved": False,
+        "transposed": False,
+    }

@@ -1,0 +1,156 @@
+"""How everything is timed: implementations in turn, round by round, with the roof in between."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import median, quantiles
+
+import torch
+
+from bench import roof
+from bench.row import Row, machine, versions
+from bench.shapes import REAL, TINY, Shape
+
+TORCH = {"bf16": torch.bfloat16, "fp32": torch.float32}
+# A sample is at least this long, so that the clock and the call into Python do not count.
+SAMPLE_SECONDS = 0.02
+ROOF_SECONDS = 0.05
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a run covers. `seconds` is the time given to each implementation at each size, over
+    `rounds` rounds or fewer, but at least three."""
+
+    mode: str = "full"  # full, quick (minutes) or smoke (seconds, tiny shapes: no figure to quote)
+    dtypes: tuple[str, ...] = ("bf16", "fp32")
+    shapes: tuple[Shape, ...] = tuple(REAL.values())
+    tokens: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
+    rounds: int = 9
+    seconds: float = 10.0
+    gigabytes: float = 4.0
+    scratch: Path = Path("out/bench/scratch")
+    llmcompressor: Path | None = None
+    say: Callable[[str], None] = field(default=print)
+
+    @property
+    def smoke(self) -> bool:
+        return self.mode == "smoke"
+
+
+PRESETS = {
+    "full": Settings(),
+    "quick": Settings(
+        mode="quick",
+        shapes=(REAL["qwen3-30b-a3b"],),
+        tokens=(1, 64, 1024, 4096),
+        rounds=5,
+        seconds=4.0,
+        gigabytes=2.0,
+    ),
+    "smoke": Settings(
+        mode="smoke",
+        shapes=(TINY,),
+        tokens=(1, 40),
+        rounds=3,
+        seconds=0.05,
+        gigabytes=0.002,
+    ),
+}
+
+
+@dataclass
+class Samples:
+    """Milliseconds per call of each implementation, and the roof of each round [FLOP/s]."""
+
+    ms: dict[str, list[float]]
+    peaks: list[float]
+
+    @property
+    def peak(self) -> float | None:
+        return median(self.peaks) if self.peaks else None
+
+
+def interleave(
+    impls: dict[str, Callable[[], object]], dtype: str | None, settings: Settings
+) -> Samples:
+    """Times the implementations in turn, so that a machine that slows down slows all of them down.
+
+    Each has run once before. One that has used up its seconds after three rounds leaves the turn.
+    """
+    repeats = dict.fromkeys(impls, 1)
+    samples = Samples({name: [] for name in impls}, [])
+    used = dict.fromkeys(impls, 0.0)
+    names = list(impls)
+    for done in range(settings.rounds):
+        names.append(names.pop(0))  # nobody always follows the same neighbour
+        if dtype in TORCH:
+            peak = roof.fma_peak(dtype, torch.get_num_threads(), ROOF_SECONDS)
+            samples.peaks += [] if peak is None else [peak]
+        for name in names:
+            if done >= 3 and used[name] > settings.seconds:
+                continue
+            elapsed = _seconds(impls[name], repeats[name])
+            if done == 0 and elapsed < SAMPLE_SECONDS:
+                repeats[name] = math.ceil(SAMPLE_SECONDS / elapsed)
+                elapsed = _seconds(impls[name], repeats[name])
+            used[name] += elapsed
+            samples.ms[name].append(1e3 * elapsed / repeats[name])
+    return samples
+
+
+def _seconds(call: Callable[[], object], repeats: int) -> float:
+    start = time.perf_counter()
+    for _ in range(repeats):
+        call()
+    return time.perf_counter() - start
+
+
+def rows(
+    bench: str,
+    size: tuple[str, str, int],  # dtype, shape, T
+    samples: Samples,
+    *,
+    flops: int | None = None,
+    extra: dict[str, int | None] | None = None,
+    ours: str = "reap",
+) -> list[Row]:
+    """One row per implementation; one whose name starts with `ours` is compared to the others."""
+    dtype, shape, T = size
+    peak = samples.peak
+    medians = {name: median(ms) for name, ms in samples.ms.items()}
+    peers = {name: ms for name, ms in medians.items() if not name.startswith(ours)}
+    made = []
+    for name, ms in samples.ms.items():
+        rate = flops / medians[name] / 1e6 if flops else None  # FLOP / ms / 1e6 = GFLOP/s
+        made.append(
+            Row(
+                bench=bench,
+                impl=name,
+                dtype=dtype,
+                shape=shape,
+                T=T,
+                ms_median=medians[name],
+                ms_p20=_percentile(ms, 20),
+                ms_p80=_percentile(ms, 80),
+                gflops=rate,
+                fraction_of_peak=rate * 1e9 / peak if rate and peak else None,
+                extra_bytes=(extra or {}).get(name),
+                speedup_vs={}
+                if name in peers
+                else {peer: other / medians[name] for peer, other in peers.items()},
+                machine=machine(),
+                versions=versions(),
+            )
+        )
+    return made
+
+
+def _percentile(values: Sequence[float], percent: int) -> float:
+    if len(values) == 1:
+        return values[0]
+    return quantiles(values, n=100, method="inclusive")[percent - 1]

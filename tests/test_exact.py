@@ -92,6 +92,13 @@ def test_carries_before_a_limb_can_overflow(monkeypatch):
     assert result.integers() == [int(Fraction(-0.1) / UNIT) * 15]
 
 
+def test_merged_limbs_keep_their_room():
+    parts = [total([0.1] * 1000) for _ in range(2)]
+    parts[0].merge(parts[1])
+    assert parts[0]._limbs.max() < 2**33 and parts[0]._pending == 1
+    assert parts[0].integers() == [int(Fraction(0.1) / UNIT) * 2000]
+
+
 def test_more_addends_than_one_cache_chunk():
     n = 3 * exact._CPU_CHUNK + 7
     values = torch.rand(n, generator=torch.Generator().manual_seed(0), dtype=torch.float64)

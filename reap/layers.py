@@ -48,17 +48,23 @@ class Layer:
         if experts.kind == "interface":
             self.activation = measure.activation_of(experts.module)
 
-    @torch.no_grad()
     def forward(self, hidden: Tensor, ids: Tensor, gates: Tensor) -> Tensor:
         """In place of the forward of a module on the interface: [T,H], [T,K], [T,K] -> [T,H]."""
         self.check_call(hidden, ids, gates)
-        reason = self.why_beside(hidden, ids, gates)
-        if reason is None:
-            options = {**self.observer.options, "activation": self.activation}
-            measured = measure.fused(self.experts.module, hidden, ids, gates, **options)
-        else:
-            measured = self.beside(hidden, ids, gates, reason)
-        self.observer.record(self.info.name, ids, gates, measured)
+        if torch.is_grad_enabled() and any(
+            p.requires_grad for p in self.experts.module.parameters()
+        ):
+            self.observer.say_once(
+                "observed experts carry no gradient: call the model under torch.no_grad()"
+            )
+        with torch.no_grad():
+            reason = self.why_beside(hidden, ids, gates)
+            if reason is None:
+                options = {**self.observer.options, "activation": self.activation}
+                measured = measure.fused(self.experts.module, hidden, ids, gates, **options)
+            else:
+                measured = self.beside(hidden, ids, gates, reason)
+            self.observer.record(self.info.name, ids, gates, measured)
         return measured.out
 
     def why_beside(self, hidden: Tensor, ids: Tensor, gates: Tensor) -> str | None:
@@ -104,12 +110,6 @@ class Layer:
             raise self.unobservable(
                 f"it is called with ids {list(ids.shape)} and gates {list(gates.shape)}, which are "
                 "not [tokens, experts per token]"
-            )
-        if torch.is_grad_enabled() and any(
-            p.requires_grad for p in self.experts.module.parameters()
-        ):
-            self.observer.say_once(
-                "observed experts carry no gradient: call the model under torch.no_grad()"
             )
 
     def unobservable(self, reason: str) -> ReapError:

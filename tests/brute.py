@@ -1,7 +1,7 @@
-"""Statistics of an eager model by brute force: one slot at a time, in fp64, sharing no code with us.
+"""Statistics by brute force: one slot at a time, in fp64, sharing no code with the package.
 
-    with brute_force(model) as truth: model(**inputs)
-    truth["model.layers.0.mlp.experts"]  # a `Truth` with every field of LayerStatistics
+with brute_force(model) as truth: model(**inputs)
+truth["model.layers.0.mlp.experts"]  # a `Truth` with every field of LayerStatistics
 """
 
 from __future__ import annotations
@@ -23,8 +23,11 @@ class Truth:
     num_experts: int
     tokens: int = 0
     slots: list[tuple[int, int, float, float, float]] = field(default_factory=list)
+    output_error: float = 0.0  # of the module's output against the exact one, relative, the worst
 
-    def fields(self, *, renormalized: bool = False, keep: Tensor | None = None) -> dict[str, Tensor]:
+    def fields(
+        self, *, renormalized: bool = False, keep: Tensor | None = None
+    ) -> dict[str, Tensor]:
         """Every field of LayerStatistics over the tokens where `keep` [tokens] bool is True."""
         E = self.num_experts
         sums = {
@@ -46,7 +49,9 @@ class Truth:
             if expert >= E or gate == 0 or (keep is not None and not keep[token]):
                 continue
             g = gate / totals[token] if renormalized else gate
-            for name, value in zip(sums, (g, norm, norm**2, g * norm, (g * norm) ** 2), strict=True):
+            for name, value in zip(
+                sums, (g, norm, norm**2, g * norm, (g * norm) ** 2), strict=True
+            ):
                 result[name][expert] += value
             result["count"][expert] += 1
             result["peak"][expert] = max(result["peak"][expert], peak)
@@ -61,31 +66,51 @@ class Truth:
 
 def slot_output(module: nn.Module, x: Tensor, expert: int) -> Tensor:
     """f(x) [H] of one expert for one token x [H], in x's dtype, through the module's own gate."""
-    up_name = "gate_up_proj" if module.has_gate else "up_proj"
+    cls = type(module).__name__
+    if cls == "DbrxExperts":
+        inner = (-1, module.ffn_hidden_size, module.hidden_size)
+        w1, v1, w2 = (
+            w.view(inner)[expert].to(x) for w in (module.mlp.w1, module.mlp.v1, module.mlp.w2)
+        )
+        return (module.mlp.activation_fn(w1 @ x) * (v1 @ x)) @ w2
+    if cls == "LongcatFlashExperts" and expert >= module.num_routed_experts:
+        return x
+    has_gate, has_bias = getattr(module, "has_gate", True), getattr(module, "has_bias", False)
+    up_name = "gate_up_proj" if has_gate else "up_proj"
     up, down = getattr(module, up_name)[expert], module.down_proj[expert]
-    if module.is_transposed:
+    if getattr(module, "is_transposed", False):
         up, down = up.T, down.T
     y = up.to(x) @ x
-    if module.has_bias:
+    if has_bias:
         y = y + getattr(module, f"{up_name}_bias")[expert].to(x)
-    y = (module._apply_gate if module.has_gate else module.act_fn)(y[None])[0].to(x)
+    if not has_gate:
+        y = module.act_fn(y)
+    elif hasattr(module, "_apply_gate"):
+        y = module._apply_gate(y[None])[0].to(x)
+    else:
+        y = module.act_fn(y[: len(y) // 2]) * y[len(y) // 2 :]
     y = down.to(x) @ y
-    if module.has_bias:
+    if has_bias:
         y = y + module.down_proj_bias[expert].to(x)
-    if module.has_post_expert_norm:
-        norm = copy.deepcopy(module.post_expert_norm).to(x.dtype)
-        y = norm(y[None])[0].to(x)
+    if getattr(module, "has_post_expert_norm", False):
+        y = copy.deepcopy(module.post_expert_norm).to(x.dtype)(y[None])[0].to(x)
     return y
 
 
-def count_slots(truth: Truth, ids: Tensor, gates: Tensor, output: Any) -> None:
-    """Add one call; `output(token, expert)` is f(x) in fp64."""
+def count_call(truth: Truth, module: nn.Module, call: tuple[Tensor, ...], out: Tensor) -> None:
+    """Add one call of `module` with hidden states, ids and gates, which returned `out`."""
+    hidden, ids, gates = call
+    x = hidden.reshape(-1, hidden.shape[-1]).double()
+    exact = torch.zeros_like(x)
     for t, (experts, weights) in enumerate(zip(ids.tolist(), gates.double().tolist(), strict=True)):
         for expert, gate in zip(experts, weights, strict=True):
-            y = output(t, expert) if expert < truth.num_experts else torch.zeros(1)
-            norm, peak = float(y.norm()), float(y.abs().max())
-            truth.slots.append((truth.tokens + t, expert, gate, norm, peak))
+            y = slot_output(module, x[t], expert)
+            exact[t] += gate * y
+            slot = (truth.tokens + t, expert, gate, float(y.norm()), float(y.abs().max()))
+            truth.slots.append(slot)
     truth.tokens += len(ids)
+    error = (out.reshape(x.shape).double() - exact).norm() / exact.norm()
+    truth.output_error = max(truth.output_error, float(error))
 
 
 @contextmanager
@@ -94,15 +119,21 @@ def brute_force(model: nn.Module) -> Iterator[dict[str, Truth]]:
     truths: dict[str, Truth] = {}
     handles = []
     for name, module in model.named_modules():
-        if not hasattr(module, "is_concatenated"):
+        experts = getattr(module, "num_routed_experts", getattr(module, "num_experts", None))
+        if not name.endswith("experts") or not hasattr(module, "forward") or experts is None:
             continue
 
-        def hook(module: nn.Module, args: Any, kwargs: Any, out: Any, name: str = name) -> None:
-            hidden, ids, gates = (*args, *kwargs.values())[:3]
-            truth = truths.setdefault(name, Truth(module.num_experts))
-            x = hidden.double()
+        def hook(
+            module: nn.Module,
+            args: Any,
+            kwargs: Any,
+            out: Tensor,
+            name: str = name,
+            E: int = experts,
+        ) -> None:
+            call = (*args, *kwargs.values())[:3]
             with torch.no_grad():
-                count_slots(truth, ids, gates, lambda t, e: slot_output(module, x[t], e))
+                count_call(truths.setdefault(name, Truth(E)), module, call, out)
 
         handles.append(module.register_forward_hook(hook, with_kwargs=True))
     try:

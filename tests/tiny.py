@@ -33,6 +33,8 @@ LAYERS = 4
 SIZES: dict[str, Any] = {
     r"vocab_size(_per_layer_input)?|unpadded_vocab_size|codebook_size": VOCAB,
     r"num_hidden_layers|depth|n_layers|encoder_layers": LAYERS,
+    r"num_layers": 2,
+    r"(expert_)?ffn_hidden_size": 20,
     r"(vision_|text_|thinker_|out_|projector_|moe_)?hidden_size|d_model|output_dim": 32,
     r"projection_hidden_dim|adapter_(in_dim|input_size|out_dim)": 32,
     r"num_attention_heads|encoder_attention_heads|num_heads|swa_num_attention_heads": 4,
@@ -80,6 +82,7 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     },
     "diffusion_gemma": {"num_experts": 8, "top_k_experts": 2, "moe_intermediate_size": 20},
     "deepseek_v2": {"num_experts_per_tok": 2},
+    "doge": {"is_moe": True},
     "dots1": {"n_routed_experts": 8, "num_experts_per_tok": 2, "n_shared_experts": 1},
     "dots3_note": {"head_dim": 16},
     "ernie4_5_vl_moe": {
@@ -201,7 +204,18 @@ def tiny_model(
         torch.manual_seed(seed)
         model = _model_class(model_type)(config)
     _draw_weights(model, seed)
-    return model.to(dtype).eval()
+    return _cast(model, dtype).eval()
+
+
+def _cast(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """`model` in `dtype`, except what it says must stay in fp32."""
+    model.to(dtype)
+    for part in model.modules():
+        for word in getattr(part, "_keep_in_fp32_modules_strict", None) or ():
+            for name, tensor in [*part.named_parameters(), *part.named_buffers()]:
+                if word in name:
+                    tensor.data = tensor.data.float()
+    return model
 
 
 @torch.no_grad()

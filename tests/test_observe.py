@@ -1,0 +1,513 @@
+"""Statistics and outputs of observed models against brute force, and what observing may not do."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import pytest
+import torch
+from brute import Truth, brute_force, check
+from tiny import model_types, tiny_inputs, tiny_model
+from torch import Tensor, nn
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+from reap.errors import ReapError
+from reap.measure import activation_of
+from reap.models import find_experts
+from reap.observe import observe
+
+# Softmax renormalised or not, sigmoid with groups and bias, interleaved and transposed with biases,
+# a hybrid, no gate half: the rest is in the sweep.
+MAIN = (
+    *("qwen3_moe", "mixtral", "olmoe", "deepseek_v3", "glm4_moe", "gpt_oss", "qwen3_next"),
+    "nemotron_h",
+)
+OFF_INTERFACE = ("dbrx", "step3p7", "longcat_flash")
+# Types whose experts cannot be replaced by `moe_saliency`, and the reason that the log gives.
+BESIDE = {
+    "inkling2": "no known kind",
+    "muse_spark": "norm after each expert",
+    **{name: "not on transformers' experts interface" for name in OFF_INTERFACE},
+}
+# fp32 sums of fp32 products; bf16 rounds the inner tensor once (2**-9), norms average that out.
+RTOL = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
+
+
+def logits(output: Any) -> Tensor:
+    return output.logits if hasattr(output, "logits") else output[0]
+
+
+def run(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
+    with torch.no_grad():
+        return logits(model(**inputs)).float()
+
+
+def eager_truth(model: nn.Module, inputs: dict[str, Tensor]) -> tuple[Tensor, dict[str, Truth]]:
+    if (
+        hasattr(model, "_can_set_experts_implementation")
+        and model._can_set_experts_implementation()
+    ):
+        model.set_experts_implementation("eager")
+    with brute_force(model) as truth:
+        return run(model, inputs), truth
+
+
+def assert_matches(model: nn.Module, inputs: dict[str, Tensor], **options: Any) -> None:
+    """Outputs and every statistic of an observed run against an unobserved eager one, in fp32."""
+    expected, truth = eager_truth(model, inputs)
+    keep = inputs["attention_mask"].flatten().bool()
+    with observe(model, pairs=True, **options) as stats:
+        actual = run(model, inputs)
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
+    assert stats.layers and set(stats.layers) <= set(truth)
+    renormalized = options.get("gates") == "renormalized"
+    for name in stats.layers:
+        assert stats[name].tokens == keep.sum()
+        fields = truth[name].fields(renormalized=renormalized, keep=keep)
+        check(stats[name], fields, rtol=RTOL[torch.float32])
+
+
+@pytest.mark.parametrize("gates", ["applied", "renormalized"])
+@pytest.mark.parametrize("model_type", MAIN)
+def test_main_architectures(model_type: str, gates: str) -> None:
+    model = tiny_model(model_type)
+    assert_matches(model, tiny_inputs(model), gates=gates)
+
+
+@pytest.mark.parametrize(
+    "model_type", [t for t in (*model_types(), *OFF_INTERFACE) if t != "diffusion_gemma"]
+)
+def test_every_architecture_with_padding(model_type: str, caplog: Any) -> None:
+    """Right padding as well, so that all of them also prove that tokens arrive batch-major."""
+    model = tiny_model(model_type)
+    caplog.set_level(logging.WARNING, logger="reap")
+    assert_matches(model, tiny_inputs(model, lengths=[6, 3]))
+    said = " ".join(
+        record.message for record in caplog.records if "runs as it is" in record.message
+    )
+    assert BESIDE[model_type] in said if model_type in BESIDE else not said
+
+
+def test_tied_experts_share_their_statistics() -> None:
+    """Block diffusion: the decoder's experts are the encoder's, called a second time."""
+    model = tiny_model("diffusion_gemma")
+    inputs = tiny_inputs(model)
+    inputs["decoder_input_ids"] = inputs["input_ids"][:, :5]
+    expected, truth = eager_truth(model, inputs)
+    with observe(model) as stats:
+        torch.testing.assert_close(run(model, inputs), expected, rtol=1e-4, atol=1e-4)
+    assert len(stats.layers) == 4 and all("encoder" in name for name in stats.layers)
+    for name in stats.layers:
+        twin = truth[name.replace("encoder.language_model", "decoder")].fields()
+        once = truth[name].fields()
+        both = {field: once[field] + twin[field] for field in once if field != "peak"}
+        check(stats[name], {k: v for k, v in both.items() if k[:2] != "co"}, rtol=1e-5)
+        assert stats[name].tokens == 2 * 9 + 2 * 5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model_type", [*model_types(), *OFF_INTERFACE])
+def test_every_architecture_in_bfloat16(model_type: str) -> None:
+    assert_close_in_bfloat16(model_type)
+
+
+@pytest.mark.parametrize("model_type", [*MAIN, "openai_privacy_filter"])
+def test_main_architectures_in_bfloat16(model_type: str) -> None:
+    assert_close_in_bfloat16(model_type)
+
+
+def assert_close_in_bfloat16(model_type: str) -> None:
+    """Rounding may route a token elsewhere, so truth follows the observed model's own routing."""
+    model = tiny_model(model_type, dtype=torch.bfloat16)
+    inputs = tiny_inputs(model)
+    _, own = eager_truth(model, inputs)
+    with observe(model) as stats, brute_force(model) as truth:
+        run(model, inputs)
+    for name in stats.layers:
+        check(stats[name], truth[name].fields(), rtol=RTOL[torch.bfloat16])
+        assert truth[name].output_error <= 1.2 * own[name].output_error + 1e-3
+
+
+def test_a_module_that_computes_in_fp32_runs_as_it_is(caplog: Any) -> None:
+    """openai_privacy_filter: its own forward is more accurate than its flags say."""
+    model = tiny_model("openai_privacy_filter", dtype=torch.bfloat16)
+    inputs = tiny_inputs(model)
+    expected, _ = eager_truth(model, inputs)
+    with observe(model) as stats:
+        actual = run(model, inputs)
+    assert torch.equal(actual, expected) and stats.tokens == 18
+    assert sum("more accurately" in record.message for record in caplog.records) == 1
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_is_the_same_as_none(side: str) -> None:
+    """Rows padded to a common length count as the same rows without padding."""
+    model = tiny_model("qwen3_moe")
+    padded = tiny_inputs(model, lengths=[9, 5, 1], side=side)
+    with observe(model) as stats:
+        run(model, padded)
+    with observe(model) as alone:
+        for ids, mask in zip(padded["input_ids"], padded["attention_mask"], strict=True):
+            run(model, {"input_ids": ids[mask.bool()][None]})
+    assert stats.tokens == alone.tokens == 15
+    for name in stats.layers:
+        assert torch.equal(stats[name].count, alone[name].count)
+        check(stats[name], {"weighted_sum": alone[name].weighted_sum}, rtol=1e-5)
+
+
+def test_generation_counts_every_token_once() -> None:
+    """Left padded, cached decoding: B x 1 tokens against a mask that grows."""
+    model = tiny_model("qwen3_moe")
+    inputs = tiny_inputs(model, lengths=[6, 4], side="left")
+    options = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
+    expected = model.generate(**inputs, **options)
+    with observe(model) as stats:
+        actual = model.generate(**inputs, **options)
+    assert torch.equal(actual, expected)
+    assert stats.tokens == (6 + 4) + 2 * 3  # the last new token is never fed back
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            {"attention_mask": torch.tensor([[1] * 9, [0] * 4 + [1] * 5, [1] * 9])},
+            "cannot tell padding",
+        ),
+        ({"attention_mask": torch.ones(2, 1, 9, 9, dtype=torch.bool)}, "batch, length"),
+    ],
+)
+def test_padding_that_cannot_be_told(change: dict[str, Tensor], message: str) -> None:
+    model = tiny_model("qwen3_moe")
+    with pytest.raises(ReapError, match=message), observe(model), torch.no_grad():
+        # The model itself may object to such a mask before its experts are reached.
+        try:
+            model(**{**tiny_inputs(model), **change})
+        except RuntimeError as error:
+            raise ReapError(f"cannot tell padding: {error}") from error
+
+
+def test_canvas_tokens_of_equal_length_are_not_taken_for_the_prompt() -> None:
+    model = tiny_model("diffusion_gemma")
+    inputs = tiny_inputs(model, lengths=[9, 5])
+    inputs["decoder_input_ids"] = inputs["input_ids"]
+    with pytest.raises(ReapError, match="DecoderModel in it with no token ids"), observe(model):
+        run(model, inputs)
+
+
+def state(model: nn.Module) -> Any:
+    configs = {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}
+    return (
+        {key: config._experts_implementation_internal for key, config in configs.items()},
+        {
+            name: (len(m._forward_hooks), len(m._forward_pre_hooks))
+            for name, m in model.named_modules()
+        },
+        {name: vars(m).keys() for name, m in model.named_modules()},
+        set(ALL_EXPERTS_FUNCTIONS),
+    )
+
+
+@pytest.mark.parametrize("error", [None, RuntimeError, KeyboardInterrupt])
+@pytest.mark.parametrize("model_type", ["dots3_note", "aria", "llama4_text", "longcat_flash"])
+def test_the_model_is_put_back(model_type: str, error: type[BaseException] | None) -> None:
+    """Composite models whose parts differ, private copies of configurations, hooks."""
+    model = tiny_model(model_type)
+    if model_type == "aria":
+        model.config.text_config._experts_implementation_internal = "grouped_mm"
+    before = state(model)
+    inputs = tiny_inputs(model)
+    expected = run(model, inputs)
+    try:
+        with observe(model):
+            run(model, inputs)
+            assert state(model) != before
+            if error is not None:
+                raise error
+    except BaseException as caught:
+        assert type(caught) is error
+    assert state(model) == before
+    assert torch.equal(run(model, inputs), expected)
+
+
+def test_an_interrupt_inside_a_forward_leaves_no_trace() -> None:
+    model = tiny_model("qwen3_moe")
+    before = state(model)
+
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with observe(model) as stats:
+        handle = model.model.layers[2].register_forward_hook(interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            run(model, tiny_inputs(model, lengths=[9, 5]))
+        handle.remove()
+        run(
+            model, tiny_inputs(model, batch=3, length=4)
+        )  # not judged by the mask of the first call
+        assert stats[stats.layers[-1]].tokens == 12
+    assert state(model) == before
+
+
+def test_two_models_at_once_and_apart() -> None:
+    first, second = tiny_model("qwen3_moe", seed=1), tiny_model("mixtral", seed=2)
+    inputs = tiny_inputs(first)
+    with observe(first) as one:
+        run(first, inputs)
+    with observe(first) as a, observe(second) as b:
+        run(first, inputs)
+        run(second, inputs)
+        run(second, inputs)
+    assert a == one and (a.tokens, b.tokens) == (18, 36)
+    assert "reap" not in ALL_EXPERTS_FUNCTIONS
+
+
+def test_a_model_that_shares_its_configuration_is_not_observed() -> None:
+    first = tiny_model("qwen3_moe")
+    second = type(first)(first.config).eval()
+    inputs = tiny_inputs(first)
+    expected = run(second, inputs)
+    with observe(first) as stats:
+        assert torch.equal(run(second, inputs), expected)
+        with observe(second):
+            run(second, inputs)
+        run(first, inputs)
+    assert stats.tokens == 18
+    assert first.config._experts_implementation_internal != "reap"
+
+
+def test_nested_observation_is_refused() -> None:
+    model = tiny_model("mixtral")
+    with observe(model) as stats:
+        with pytest.raises(ReapError, match="being observed already"), observe(model.model):
+            pass
+        run(model, tiny_inputs(model))
+    assert stats.tokens == 18
+
+
+def test_domains() -> None:
+    model = tiny_model("qwen3_moe")
+    code, prose = tiny_inputs(model, seed=1), tiny_inputs(model, seed=2)
+    with observe(model) as stats:
+        with stats.domain("code"):
+            run(model, code)
+        with stats.domain("prose"):
+            run(model, prose)
+    with observe(model) as alone, alone.domain("prose"):
+        run(model, prose)
+    assert stats.domains == ("code", "prose")
+    assert stats.select("prose").layer(stats.layers[0]) == alone.layer(stats.layers[0])
+    assert stats.tokens == 36
+
+
+def test_partitions_of_batches_give_the_same_bits() -> None:
+    model = tiny_model("qwen3_moe")
+    batches = [tiny_inputs(model, seed=seed) for seed in range(4)]
+    with observe(model) as whole:
+        for batch in batches:
+            run(model, batch)
+    parts = []
+    for some in (batches[2:], batches[:1], batches[1:2]):
+        with observe(model) as stats:
+            for batch in some:
+                run(model, batch)
+        parts.append(stats)
+    assert parts[0] + parts[1] + parts[2] == whole
+
+
+def test_sentinel_ids_are_left_out() -> None:
+    """Expert parallelism marks slots of other processes with an id of E and a gate of zero."""
+    model = tiny_model("qwen3_moe")
+    experts = find_experts(model)[0].module
+    hidden = torch.randn(3, 32)
+    ids, gates = (
+        torch.tensor([[0, 8], [8, 8], [3, 1]]),
+        torch.tensor([[0.5, 0], [0, 0], [0.2, 0.8]]),
+    )
+    with observe(model) as stats, torch.no_grad():
+        out = experts(hidden, ids, gates)
+    assert stats[stats.layers[0]].count.tolist() == [1, 1, 0, 1, 0, 0, 0, 0]
+    assert torch.equal(out[1], torch.zeros(32))
+
+
+def test_llama4_counts_contributions() -> None:
+    """Its gate multiplies the experts' input: gate times norm is the norm of f(g x)."""
+    model = tiny_model("llama4_text")
+    inputs = tiny_inputs(model)
+    name = find_experts(model)[0].name
+    experts = model.get_submodule(name)
+    seen: list[tuple[Tensor, Tensor]] = []
+    handle = experts.register_forward_hook(lambda m, args, out: seen.append((args[0], out)))
+    expected = run(model, inputs)
+    handle.remove()
+    with observe(model) as stats:
+        assert torch.equal(run(model, inputs), expected)
+    scaled, out = (x.view(8, 18, 32) for x in seen[0])
+    chosen = scaled.abs().sum(2) > 0
+    assert torch.equal(stats[name].count, chosen.sum(1))
+    contribution = out.double().norm(dim=2) * chosen
+    torch.testing.assert_close(stats[name].weighted_sum, contribution.sum(1), rtol=1e-5, atol=0)
+
+
+class RemoteGate(nn.Module):
+    def __init__(self, config: Any) -> None:
+        super().__init__()
+        self.top_k, self.weight = 2, nn.Parameter(torch.randn(4, config.hidden_size))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        gates, ids = (x.flatten(0, 1) @ self.weight.T).sigmoid().topk(self.top_k)
+        return ids, gates
+
+
+class RemoteMoE(nn.Module):
+    """The shape of code that comes with a checkpoint: a list of experts, walked in a loop."""
+
+    scale = 1.0
+
+    def __init__(self, config: Any, mlp: type[nn.Module]) -> None:
+        super().__init__()
+        self.experts = nn.ModuleList(mlp(config, intermediate_size=16) for _ in range(4))
+        self.gate, self.shared_experts = RemoteGate(config), mlp(config, intermediate_size=16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        ids, gates = self.gate(x)
+        flat = x.flatten(0, 1)
+        out = torch.zeros_like(flat)
+        for t in range(len(flat)):
+            for expert, gate in zip(ids[t].tolist(), gates[t], strict=True):
+                out[t] += self.scale * gate * self.experts[expert](flat[t : t + 1])[0]
+        return (out + self.shared_experts(flat)).view(x.shape)
+
+
+def remote_model() -> nn.Module:
+    model = tiny_model("deepseek_v3")
+    for layer in model.model.layers[1:]:
+        layer.mlp = RemoteMoE(model.config, type(model.model.layers[0].mlp))
+    return model
+
+
+def test_a_list_of_experts() -> None:
+    model = remote_model().eval()
+    inputs = tiny_inputs(model, lengths=[9, 5])
+    with torch.no_grad():
+        expected = run(model, inputs)
+        with observe(model) as stats:
+            assert torch.equal(run(model, inputs), expected)
+        block = model.model.layers[3].mlp
+        seen: list[Tensor] = []
+        block.register_forward_pre_hook(lambda m, args: seen.append(args[0]))
+        run(model, inputs)
+        ids, gates = block.gate(seen[0])
+        truth = torch.zeros(4, dtype=torch.float64)
+        for t in inputs["attention_mask"].flatten().nonzero().flatten():
+            for expert, gate in zip(ids[t], gates[t], strict=True):
+                truth[expert] += gate * block.experts[expert](seen[0].flatten(0, 1)[t]).norm()
+    assert stats.tokens == 14 and len(stats.layers) == 3
+    torch.testing.assert_close(stats[stats.layers[2]].weighted_sum, truth, rtol=1e-5, atol=0)
+
+
+def test_a_list_of_experts_that_does_not_add_up_is_an_error() -> None:
+    model = remote_model().eval()
+    model.model.layers[3].mlp.scale = 2.5
+    with pytest.raises(ReapError, match=r"ModuleList .*layers\.3.*do not add up"), observe(model):
+        run(model, tiny_inputs(model))
+
+
+@pytest.mark.parametrize(
+    ("model_type", "message"),
+    [
+        ("jetmoe", "JetMoeMoE .* cannot be observed"),
+        ("doge", "DogeCDMoE .* cannot be observed"),
+        ("llama", "llama model without mixture-of-experts layers"),
+    ],
+)
+def test_a_model_that_cannot_be_observed_is_an_error(model_type: str, message: str) -> None:
+    model = tiny_model(model_type)
+    before = state(model)
+    with pytest.raises(ReapError, match=message), observe(model):
+        pass
+    assert state(model) == before
+
+
+def test_nan_weights_are_named() -> None:
+    model = tiny_model("qwen3_moe")
+    experts = model.model.layers[2].mlp.experts
+    with torch.no_grad():
+        experts.down_proj[5] = float("nan")
+    with pytest.raises(ReapError, match=r"layers\.2\.mlp\.experts.*expert 5"), observe(model):
+        for seed in range(4):
+            run(model, tiny_inputs(model, seed=seed))
+
+
+def test_autocast_is_an_error() -> None:
+    model = tiny_model("qwen3_moe")
+    with pytest.raises(ReapError, match="autocast"), observe(model):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            run(model, tiny_inputs(model))
+
+
+def test_grad_mode_works_and_says_that_no_gradient_flows(caplog: Any) -> None:
+    model = tiny_model("qwen3_moe")
+    with observe(model) as stats:
+        model(**tiny_inputs(model))
+    assert stats.tokens == 18
+    assert sum("no gradient" in record.message for record in caplog.records) == 1
+
+
+@pytest.mark.parametrize("backend", ["nonsense", 7])
+def test_an_unknown_backend_is_an_error_before_anything_runs(backend: Any) -> None:
+    model = tiny_model("qwen3_moe")
+    with pytest.raises(ReapError, match="backend"), observe(model, backend=backend):
+        pass
+
+
+def test_something_else_than_a_model() -> None:
+    for thing in (nn.Linear(2, 2), "a/path", None):
+        with pytest.raises(ReapError, match="must be a transformers model"), observe(thing):  # type: ignore[arg-type]
+            pass
+
+
+@pytest.mark.slow  # tracing takes most of half a minute
+def test_a_compiled_model() -> None:
+    model = tiny_model("qwen3_moe", num_hidden_layers=1)
+    inputs = tiny_inputs(model, lengths=[9, 5])
+    expected = run(model, inputs)
+    compiled = torch.compile(model, backend="eager")
+    run(compiled, inputs)
+    with observe(compiled) as stats:
+        torch.testing.assert_close(run(compiled, inputs), expected)
+    torch.testing.assert_close(run(compiled, inputs), expected)
+    assert stats.tokens == 14
+
+
+class Gate(nn.Module):
+    """What `activation_of` looks at, around any function of gate and up."""
+
+    has_gate, is_concatenated = True, True
+
+    def __init__(self, function: Any, **parameters: float) -> None:
+        super().__init__()
+        self.function = function
+        vars(self).update(parameters)
+
+    def _apply_gate(self, gate_up: Tensor) -> Tensor:
+        return self.function(*gate_up.chunk(2, -1))
+
+
+@pytest.mark.parametrize(
+    ("function", "parameters", "expected"),
+    [
+        (lambda g, u: nn.functional.silu(g) * u, {}, "silu"),
+        (lambda g, u: nn.functional.gelu(g, approximate="tanh") * u, {}, "gelu_tanh"),
+        (lambda g, u: u.clamp(-3, 3) * nn.functional.silu(g.clamp(max=3)), {"my_limit": 3.0},
+         "swiglu_clamped(1.0, 3.0, 0.0)"),
+        (lambda g, u: u.clamp(-3, 3) * nn.functional.silu(g.clamp(max=3)), {}, None),
+        (lambda g, u: u.clamp(-300, 300) * nn.functional.silu(g), {}, None),
+        (lambda g, u: nn.functional.silu(u) * g, {}, None),
+        (lambda g, u: 1 / 0, {}, None),
+    ],
+    ids=["silu", "gelu_tanh", "limit", "hidden limit", "large limit", "swapped", "raises"],
+)  # fmt: skip
+def test_activations_are_told_by_numbers(function: Any, parameters: Any, expected: Any) -> None:
+    assert activation_of(Gate(function, **parameters)) == expected

@@ -34,7 +34,7 @@ from reap.stdlib_text import DOMAINS, documents
 VOCABULARY = 2048
 SEQ_LEN, ROWS = 256, 16  # 4,096 tokens per step, half of the rows from each domain
 PEAK_RATE, WARMUP, BALANCE, CLIP = 2e-3, 150, 0.01, 1.0
-EVERY = 200  # steps between checkpoints
+EVERY = 100  # steps between checkpoints
 QUICK_ROWS = 96  # held-out rows per domain at a checkpoint; training.json's figures take all
 END, PAD = "<|endoftext|>", "<|pad|>"
 CHAT_TEMPLATE = (
@@ -47,7 +47,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--out", type=Path, default=Path("models/tiny-qwen3-moe"))
     parser.add_argument("--work", type=Path, default=Path("out/train"), help="checkpoints, resume")
-    parser.add_argument("--steps", type=int, default=4000)
+    parser.add_argument("--steps", type=int, default=1400)
     parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)

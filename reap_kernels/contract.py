@@ -79,7 +79,11 @@ class Call(NamedTuple):
 
 
 class Backend(Protocol):
-    """What a backend module has."""
+    """What a backend module has.
+
+    One that also has ASSERTS_IDS = True refuses ids below 0 itself; for the others the op reads the
+    ids first, which waits for a GPU.
+    """
 
     NAME: str
 

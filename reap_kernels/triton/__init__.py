@@ -1,0 +1,91 @@
+"""The `triton` backend: NVIDIA GPUs from sm_80 and AMD CDNA GPUs; CPU tensors in the interpreter.
+
+    routing     top-k ids -> slots sorted by expert, tiles
+    gate_up     rows of x -> activated inner rows
+    down        inner rows -> norms and peaks (partial), gated output
+    finish      partials -> norms and peaks, output in the model dtype
+    statistics  norms, gates, ids -> exact sums per expert
+
+Importing this package imports neither triton nor a kernel: `available` says why, if it cannot.
+Negative ids on a GPU fail a device-side assertion in the first launch, as torch's own indexing
+does: refusing them with a ValueError would make every layer wait for the device.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from reap_kernels.contract import Call, Saliency, check_ids
+
+NAME = "triton"
+ASSERTS_IDS = True
+MIN_TRITON = (3, 4)
+MAX_EXPERTS = 1 << 12  # the routing kernels scan them in one vector
+MAX_SLOTS = 1 << 30  # positions are int32
+
+
+def available() -> str | None:
+    try:
+        import triton
+    except ImportError as error:
+        return f"triton cannot be imported ({error}): pip install triton"
+    if _version(triton.__version__) < MIN_TRITON:
+        least = ".".join(map(str, MIN_TRITON))
+        return f"triton is {triton.__version__}, must be {least} or newer"
+    if triton.knobs.runtime.interpret:
+        if torch.cuda.is_available():
+            return "TRITON_INTERPRET is set although there is a GPU: unset it"
+        return None
+    if not torch.cuda.is_available():
+        build = torch.version.cuda or torch.version.hip
+        return "no GPU driver or no GPU" if build else "this torch is built for CPUs only"
+    return None
+
+
+def unsupported(call: Call) -> str | None:
+    x = call.hidden_states
+    if x.device.type != ("cpu" if _interpreting() else "cuda"):
+        return f"tensors are on {x.device}, must be on a GPU"
+    if x.dtype == torch.float64:
+        return "hidden_states has dtype float64"
+    if call.E > MAX_EXPERTS:
+        return f"{call.E} experts, at most {MAX_EXPERTS}"
+    if call.T * call.K > MAX_SLOTS:
+        return f"{call.T * call.K} slots, at most {MAX_SLOTS}: pass fewer tokens at a time"
+    return _choose(call)[1]
+
+
+def run(call: Call) -> Saliency:
+    from reap_kernels.triton import launch
+
+    if call.top_k_index.device.type == "cpu":
+        check_ids(call.top_k_index)
+    config, reason = _choose(call)
+    assert config is not None, reason
+    with torch.cuda.device_of(call.hidden_states):
+        return launch.run(call, config)
+
+
+def _choose(call: Call):  # type: ignore[no-untyped-def]
+    """A config, or None and the reason."""
+    from reap_kernels.triton import configs, tune
+
+    device = call.hidden_states.device
+    kind = "interpreter" if device.type == "cpu" else configs.family(device)
+    if kind is None:
+        name = torch.cuda.get_device_name(device)
+        return None, f"no tile config for {name}"
+    limit = configs.shared_limit(device, kind)
+    config = tune.recorded(call) or configs.choose(call, kind, limit)
+    return config, None if config else f"no tile config fits {limit} bytes of shared memory"
+
+
+def _interpreting() -> bool:
+    import triton
+
+    return triton.knobs.runtime.interpret
+
+
+def _version(text: str) -> tuple[int, ...]:
+    """ "3.9.0+git1" -> (3, 9)"""
+    return tuple(int(part) for part in text.split(".")[:2])

@@ -1,0 +1,202 @@
+"""Tile sizes per architecture, as data; the tests compile each of them offline for its chips.
+
+Large tiles reuse what they read and feed the tensor cores; a tile with few rows is bound by the
+bytes of the weights, so it takes a small block_m and deep pipelines instead. All sizes are bounded
+by registers (accumulators: block_m * columns / threads each) and by shared memory.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from reap_kernels.contract import Call
+
+
+@dataclass(frozen=True)
+class Tile:
+    """How one grouped GEMM is cut. block_n counts columns of the result: gate_up reads twice that
+    many weight rows where there is a gate."""
+
+    block_n: int
+    block_k: int
+    warps: int
+    stages: int
+    group_m: int  # row tiles of one expert that run side by side, sharing weights in the L2 cache
+
+    def shared_bytes(self, block_m: int, halves: int, itemsize: int) -> int:
+        """Shared memory of the pipelined operands."""
+        return self.stages * self.block_k * (block_m + halves * self.block_n) * itemsize
+
+
+@dataclass(frozen=True)
+class Config:
+    """The tiles of both kernels, which share block_m and with it one table of row tiles."""
+
+    block_m: int
+    gate_up: Tile
+    down: Tile
+
+    def shared_bytes(self, gated: bool, itemsize: int) -> int:
+        """Shared memory of the kernel that needs more. [bytes]"""
+        return max(
+            self.gate_up.shared_bytes(self.block_m, 2 if gated else 1, itemsize),
+            self.down.shared_bytes(self.block_m, 1, itemsize),
+        )
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A config, and the calls it is for: 16- or 32-bit models, at most `rows` slots per expert on
+    average, or experts no wider than `width`."""
+
+    config: Config
+    why: str
+    bits: int = 16
+    rows: float = math.inf
+    width: int = 0
+
+    def suits(self, call: Call) -> bool:
+        bits = 8 * call.hidden_states.element_size()
+        few = call.T * call.K <= self.rows * call.E
+        return bits == self.bits and (few or min(call.H, call.I) <= self.width)
+
+
+FFMA = Choice(
+    Config(64, Tile(32, 16, 4, 3, 8), Tile(64, 16, 4, 3, 8)),
+    "fp32 keeps all its bits, so it multiplies without tensor cores, from registers",
+    bits=32,
+)
+
+# Per family the first choice that suits a call and fits the chip.
+CHOICES: dict[str, tuple[Choice, ...]] = {
+    "sm_80": (
+        Choice(
+            Config(32, Tile(64, 64, 4, 4, 8), Tile(64, 64, 4, 4, 8)),
+            "few rows: bound by the weights' bytes, so half-empty tiles cost nothing",
+            rows=24,
+            width=64,
+        ),
+        Choice(
+            Config(64, Tile(64, 64, 4, 3, 8), Tile(128, 64, 4, 3, 8)),
+            "two programs per SM hide each other's latency",
+            rows=96,
+        ),
+        Choice(
+            Config(128, Tile(64, 32, 8, 4, 16), Tile(128, 32, 8, 4, 16)),
+            "64 accumulator registers per thread, the most that the epilogue leaves room for",
+        ),
+        FFMA,
+    ),
+    "sm_86": (
+        Choice(
+            Config(32, Tile(64, 64, 4, 3, 8), Tile(64, 64, 4, 3, 8)),
+            "few rows: bound by the weights' bytes",
+            rows=24,
+            width=64,
+        ),
+        Choice(
+            Config(64, Tile(64, 32, 4, 3, 8), Tile(128, 32, 4, 3, 8)),
+            "two programs in 99 KB of shared memory",
+            rows=96,
+        ),
+        Choice(
+            Config(128, Tile(64, 32, 8, 3, 16), Tile(128, 32, 8, 3, 16)),
+            "as on sm_80, with one stage less",
+        ),
+        FFMA,
+    ),
+    "sm_90": (
+        Choice(
+            Config(64, Tile(64, 64, 4, 4, 8), Tile(128, 64, 4, 4, 8)),
+            "64 rows are one warpgroup's wgmma, the least it takes",
+            rows=96,
+            width=64,
+        ),
+        Choice(
+            Config(128, Tile(128, 64, 8, 3, 16), Tile(256, 64, 8, 3, 16)),
+            "two warpgroups of 64x256 each, the widest wgmma",
+        ),
+        FFMA,
+    ),
+    "sm_100": (
+        Choice(
+            Config(64, Tile(64, 64, 4, 4, 8), Tile(128, 64, 4, 4, 8)),
+            "64 rows, the least that tcgen05 takes",
+            rows=96,
+            width=64,
+        ),
+        Choice(
+            Config(128, Tile(128, 64, 8, 3, 16), Tile(256, 64, 8, 3, 16)),
+            "128x256 accumulators: half of the tensor memory, the epilogue's registers do the rest",
+        ),
+        FFMA,
+    ),
+    "gfx942": (
+        Choice(
+            Config(32, Tile(64, 64, 4, 2, 8), Tile(64, 64, 4, 2, 8)),
+            "few rows: bound by the weights' bytes",
+            rows=24,
+            width=64,
+        ),
+        Choice(
+            Config(128, Tile(64, 64, 8, 2, 16), Tile(128, 64, 8, 2, 16)),
+            "what fits 64 KB of shared memory",
+        ),
+        Choice(
+            Config(64, Tile(32, 32, 4, 2, 8), Tile(64, 32, 4, 2, 8)),
+            "fp32 has matrix instructions of its own here",
+            bits=32,
+        ),
+    ),
+    "interpreter": tuple(
+        Choice(
+            Config(16, Tile(32, 32, 1, 1, 2), Tile(64, 16, 1, 1, 2)),
+            "small tests have several tiles",
+            bits=bits,
+        )
+        for bits in (16, 32)
+    ),
+}
+
+# Shared memory that one program may have, where the device does not say. [bytes]
+SHARED_LIMIT = {
+    "sm_80": 163 << 10,
+    "sm_86": 99 << 10,
+    "sm_90": 227 << 10,
+    "sm_100": 227 << 10,
+    "gfx942": 64 << 10,
+    "interpreter": 1 << 30,
+}
+
+_FAMILY = {(8, 0): "sm_80", (8, 7): "sm_80", (8, 6): "sm_86", (8, 9): "sm_86"}
+_FAMILY_BY_MAJOR = {9: "sm_90", 10: "sm_100", 12: "sm_86"}  # 12 has sm_86's mma and shared memory
+_CDNA = ("gfx90a", "gfx942", "gfx950")
+
+
+def family(device: torch.device) -> str | None:
+    """The key of CHOICES for a GPU; None where nothing was ever compiled for its kind."""
+    if torch.version.hip is not None:
+        name = torch.cuda.get_device_properties(device).gcnArchName
+        return "gfx942" if name.startswith(_CDNA) else None
+    capability = torch.cuda.get_device_capability(device)
+    return _FAMILY.get(capability) or _FAMILY_BY_MAJOR.get(capability[0])
+
+
+def shared_limit(device: torch.device, kind: str) -> int:
+    """Shared memory that one program may have. [bytes]"""
+    if device.type == "cpu":
+        return SHARED_LIMIT[kind]
+    properties = torch.cuda.get_device_properties(device)
+    return getattr(properties, "shared_memory_per_block_optin", SHARED_LIMIT[kind])
+
+
+def choose(call: Call, kind: str, limit: int) -> Config | None:
+    """The first config of a family that suits the call and fits `limit` bytes of shared memory."""
+    itemsize = call.hidden_states.element_size()
+    for choice in CHOICES[kind]:
+        if choice.suits(call) and choice.config.shared_bytes(call.gated, itemsize) <= limit:
+            return choice.config
+    return None

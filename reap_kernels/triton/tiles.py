@@ -1,0 +1,97 @@
+# mypy: allow-untyped-defs
+"""What the two grouped GEMMs share: where a program's tile lies, and how its operands are read."""
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+# Decided, as by triton, when the kernels are decorated. The interpreter keeps bf16 as raw uint16:
+# its dot multiplies the bit patterns and its rounding truncates, so kernels ask for this constant.
+INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+
+
+def strides(names: str, tensor: Tensor | None) -> dict[str, int]:
+    """A tensor's strides as arguments of these names; zeros for a tensor that is not there."""
+    split = names.split()
+    return dict(
+        zip(split, tensor.stride() if tensor is not None else (0,) * len(split), strict=True)
+    )
+
+
+@triton.jit
+def tile_count(
+    first_tile,  # expert -> its first row tile; [E] is the number of row tiles [E+1] int32
+    E,
+    N,
+    BLOCK_N: tl.constexpr,
+):
+    """The number of programs with work: row tiles of all experts times column tiles."""
+    return tl.load(first_tile + E) * tl.cdiv(N, BLOCK_N)
+
+
+@triton.jit
+def locate(
+    program,
+    tile_expert,  # row tile -> expert [row tiles] int32
+    first_tile,  # expert -> its first row tile [E+1] int32
+    offsets,  # expert -> its first sorted position [E+1] int32
+    N,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    GROUP_M: tl.constexpr,
+):
+    """A program's expert, first position, end of the expert's positions, and column tile.
+
+    The programs of an expert are neighbours. Among them row tiles run fastest, in groups of GROUP_M
+    whose rows stay in the L2 cache while each column tile of the weights passes by once.
+    """
+    columns = tl.cdiv(N, BLOCK_N)
+    expert = tl.load(tile_expert + program // columns)
+    first = tl.load(first_tile + expert)
+    rows = tl.load(first_tile + expert + 1) - first
+    local = program - first * columns
+    group = local // (GROUP_M * columns)
+    local -= group * GROUP_M * columns
+    height = tl.minimum(rows - group * GROUP_M, GROUP_M)
+    row_tile = group * GROUP_M + local % height
+    start = tl.load(offsets + expert) + row_tile * BLOCK_M
+    return expert, start, tl.load(offsets + expert + 1), local // height
+
+
+@triton.jit
+def load_rows(pointers, k, depth, EVEN_K: tl.constexpr):
+    """[BLOCK_M, BLOCK_K] of the left operand; rows past the end repeat the last: no mask."""
+    if EVEN_K:
+        return tl.load(pointers)
+    return tl.load(pointers, mask=k[None, :] < depth, other=0.0)
+
+
+@triton.jit
+def load_weights(pointers, k, depth, inside, EVEN_K: tl.constexpr, EVEN_N: tl.constexpr):
+    """[BLOCK_K, BLOCK_N] of the weights; zeros where there are none."""
+    if EVEN_K and EVEN_N:
+        return tl.load(pointers)
+    if EVEN_K:
+        return tl.load(pointers, mask=inside[None, :], other=0.0)
+    if EVEN_N:
+        return tl.load(pointers, mask=k[:, None] < depth, other=0.0)
+    return tl.load(pointers, mask=(k[:, None] < depth) & inside[None, :], other=0.0)
+
+
+@triton.jit
+def multiply(a, b, total):
+    """total + a b in fp32; fp32 operands keep all of their bits (no TF32)."""
+    if INTERPRETED and a.dtype == tl.bfloat16:
+        a = a.to(tl.float32)
+        b = b.to(tl.float32)
+    return tl.dot(a, b, total, input_precision="ieee")
+
+
+@triton.jit
+def narrow(x, dtype: tl.constexpr):
+    """fp32 -> dtype, to nearest even."""
+    if INTERPRETED and dtype == tl.bfloat16:
+        bits = x.to(tl.uint32, bitcast=True)
+        bits += 0x7FFF + ((bits >> 16) & 1)
+        x = bits.to(tl.float32, bitcast=True)
+    return x.to(dtype)

@@ -60,7 +60,7 @@ static void add_output(const Layer& layer, const Block& block, int64_t column, i
                 const vf x = add(load(c + (row + i) * ld + lane), set1(bias[i]));
                 if constexpr (Norms) {
                     square = fma(x, x, square);
-                    peak = max(peak, abs(x));
+                    peak = max_abs(peak, x);
                 }
                 y[i] = mul(x, gate);
             }

@@ -11,17 +11,18 @@ struct Group {
     int64_t row[2];          // output rows at position 0 and, if there are two spans, at GROUP / 2
     int spans, count;        // spans of adjacent rows; rows in each
     int start[2], stride, height, second;
+    int rows_ahead;          // from here to the same row of the group that follows
 };
 
 static inline Group gated_group(const Layer& layer, int64_t i, int height) {  // C: gate rows, then up rows
     constexpr int half = GROUP / 2;
-    if (layer.interleaved) return {{2 * i, 0}, 1, 2 * height, {0, 1}, 2, height, half};
-    return {{i, layer.I + i}, 2, height, {0, half}, 1, height, half};
+    if (layer.interleaved) return {{2 * i, 0}, 1, 2 * height, {0, 1}, 2, height, half, GROUP};
+    return {{i, layer.I + i}, 2, height, {0, half}, 1, height, half, half};
 }
 
 static inline Group plain_group(int64_t row, int count) {  // C: the rows as they come
     const int height = (count + 1) / 2;
-    return {{row, 0}, 1, count, {0, count - height}, 1, height, count - height};
+    return {{row, 0}, 1, count, {0, count - height}, 1, height, count - height, GROUP};
 }
 
 // Packed tokens, tile by tile [steps, lanes]; `exact`: the last tile has as many lanes as tokens.
@@ -61,9 +62,14 @@ template <Dtype D>
 static Rows find_rows(const Weights& w, const char* matrix, const Group& group, int64_t k_size, int64_t step, int64_t num_steps, float* packed) {
     const int64_t row_bytes = w.row_stride * Number<D>::size, k_bytes = w.k_stride * Number<D>::size;
     const char* piece = matrix + step * per_step<D> * k_bytes;
-    if (native<D> && w.k_stride == 1)
-        return {{piece + row_of(group, group.start[0]) * row_bytes, piece + row_of(group, group.start[1]) * row_bytes},
-                group.stride * row_bytes, 4, group.height, group.second};
+    if (native<D> && w.k_stride == 1) {
+        const char* const half0 = piece + row_of(group, group.start[0]) * row_bytes;
+        const char* const half1 = piece + row_of(group, group.start[1]) * row_bytes;
+        // After this piece of k comes the next one, and after the last one the next group.
+        const bool more = (step + num_steps) * per_step<D> < k_size;
+        const int64_t ahead = more ? num_steps * 4 : group.rows_ahead * row_bytes - step * 4;
+        return {{half0, half1}, group.stride * row_bytes, 4, group.height, group.second, {half0 + ahead, half1 + ahead}};
+    }
 
     const bool along = w.k_stride == 1;
     const int64_t row_step = along ? KSTEPS : 1;  // floats from position to position
@@ -77,7 +83,7 @@ static Rows find_rows(const Weights& w, const char* matrix, const Group& group, 
     }
     const char* base = reinterpret_cast<const char*>(packed);
     return {{base + group.start[0] * row_step * 4, base + group.start[1] * row_step * 4},
-            group.stride * row_step * 4, along ? 4 : GROUP * 4, group.height, group.second};
+            group.stride * row_step * 4, along ? 4 : GROUP * 4, group.height, group.second, {base, base}};
 }
 
 // Returns C, [GROUP, lanes of the block].

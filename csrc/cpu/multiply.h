@@ -13,10 +13,16 @@ struct Rows {
     int64_t step_stride;     // bytes
     int height;              // rows per half
     int second;              // row of C where the second half begins
+    const char* next[2];     // what each half will want after its last row
 };
+
+constexpr int LINE_STEPS = 16;  // steps in a cache line of weights
+
+static inline void prefetch(const char* p) { __builtin_prefetch(p, 0, 2); }
 
 struct Tile {
     const char *w0, *w1;     // weights of both halves
+    const char *next0, *next1;  // weights of the tile after this one
     int64_t row_stride, step_stride;
     const char* tokens;      // packed operand [steps, V * W]
     int64_t token_stride;    // bytes from step to step
@@ -27,25 +33,35 @@ struct Tile {
     int64_t previous;        // where the sums over earlier k lie, in floats from c0 and c1; 0: nowhere
 };
 
+// The next tile's weights are fetched into the second-level cache meanwhile: they come from memory, in more and
+// shorter streams than hardware prefetchers follow.
 template <bool Dot, int RH, int V> static inline void accumulate(vf (&sums)[2 * RH][V], const Tile& tile) {
     const char *w0 = tile.w0, *w1 = tile.w1, *tokens = tile.tokens;
     const int64_t row_stride = tile.row_stride, step_stride = tile.step_stride, token_stride = tile.token_stride;
-    for (int64_t step = 0; step < tile.steps; ++step) {
-        vf token[V];
-#pragma GCC unroll 4
-        for (int v = 0; v < V; ++v) token[v] = load(reinterpret_cast<const float*>(tokens) + v * W);
-#pragma GCC unroll 8
+    const int64_t to_next0 = tile.next0 - tile.w0, to_next1 = tile.next1 - tile.w1;
+    for (int64_t step = 0; step < tile.steps;) {
         for (int r = 0; r < RH; ++r) {
-            const vf a = broadcast_step(w0 + r * row_stride);
-#pragma GCC unroll 4
-            for (int v = 0; v < V; ++v) sums[r][v] = multiply_add<Dot>(a, token[v], sums[r][v]);
-            const vf b = broadcast_step(w1 + r * row_stride);
-#pragma GCC unroll 4
-            for (int v = 0; v < V; ++v) sums[RH + r][v] = multiply_add<Dot>(b, token[v], sums[RH + r][v]);
+            prefetch(w0 + to_next0 + r * row_stride);
+            prefetch(w1 + to_next1 + r * row_stride);
         }
-        w0 += step_stride;
-        w1 += step_stride;
-        tokens += token_stride;
+        const int64_t stop = tile.steps - step < LINE_STEPS ? tile.steps : step + LINE_STEPS;
+        for (; step < stop; ++step) {
+            vf token[V];
+#pragma GCC unroll 4
+            for (int v = 0; v < V; ++v) token[v] = load(reinterpret_cast<const float*>(tokens) + v * W);
+#pragma GCC unroll 8
+            for (int r = 0; r < RH; ++r) {
+                const vf a = broadcast_step(w0 + r * row_stride);
+#pragma GCC unroll 4
+                for (int v = 0; v < V; ++v) sums[r][v] = multiply_add<Dot>(a, token[v], sums[r][v]);
+                const vf b = broadcast_step(w1 + r * row_stride);
+#pragma GCC unroll 4
+                for (int v = 0; v < V; ++v) sums[RH + r][v] = multiply_add<Dot>(b, token[v], sums[RH + r][v]);
+            }
+            w0 += step_stride;
+            w1 += step_stride;
+            tokens += token_stride;
+        }
     }
 }
 
@@ -96,6 +112,8 @@ template <bool Dot, int V> static void multiply_column(const Rows& rows, Tile ti
         if (row > last) row = last;
         tile.w0 = rows.half[0] + row * rows.row_stride;
         tile.w1 = rows.half[1] + row * rows.row_stride;
+        tile.next0 = row == last ? rows.next[0] : tile.w0 + RH * rows.row_stride;
+        tile.next1 = row == last ? rows.next[1] : tile.w1 + RH * rows.row_stride;
         tile.c0 = c + row * c_stride;
         tile.c1 = c + (rows.second + row) * c_stride;
         multiply_tile<Dot, RH, V>(tile);

@@ -9,8 +9,9 @@ namespace REAP_ISA {
 
 constexpr int W = 16;
 constexpr int MAX_V = 4;
-// Register tiles of 2*RH weight rows by V token vectors: up to 24 accumulators in 32 registers.
-constexpr int rows_per_half(int V) { return V == 4 ? 3 : V == 3 ? 4 : V == 2 ? 6 : 8; }
+// Register tiles of 2*RH weight rows by V token vectors: 24 accumulators of 32 registers where V allows. Never more
+// than 8 rows: they often lie a multiple of 4 KiB apart, and a first-level cache has 8 lines for those.
+constexpr int rows_per_half(int V) { return V == 4 ? 3 : 4; }
 
 using vf = __m512;
 
@@ -31,6 +32,7 @@ static inline vf fma(vf a, vf b, vf c) { return _mm512_fmadd_ps(a, b, c); }
 static inline vf max(vf a, vf b) { return _mm512_max_ps(a, b); }
 static inline vf min(vf a, vf b) { return _mm512_min_ps(a, b); }
 static inline vf abs(vf x) { return _mm512_abs_ps(x); }
+static inline vf max_abs(vf a, vf b) { return _mm512_range_ps(a, b, 0x0b); }  // max(|a|, |b|); drops NaN
 static inline vf round(vf x) { return _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 static inline vf scale(vf x, vf n) { return _mm512_scalef_ps(x, n); }  // x * 2^n
 static inline vf if_less(vf a, vf b, vf x, vf y) {                    // a < b ? x : y
@@ -65,7 +67,7 @@ static inline vf pair(__m256i a, __m256i b) {
     return _mm512_castsi512_ps(_mm512_or_si512(_mm512_cvtepu16_epi32(a), high));
 }
 static inline vf dot(vf sum, vf a, vf b) {
-    return _mm512_dpbf16_ps(sum, reinterpret_cast<__m512bh>(a), reinterpret_cast<__m512bh>(b));
+    return _mm512_dpbf16_ps(sum, reinterpret_cast<__m512bh>(b), reinterpret_cast<__m512bh>(a));
 }
 #else
 constexpr bool HAS_DOT = false;

@@ -34,6 +34,7 @@ static inline vf pick(vi where, vf x, vf y) { return reinterpret_cast<vf>((where
 static inline vf max(vf a, vf b) { return pick(a > b, a, b); }
 static inline vf min(vf a, vf b) { return pick(a < b, a, b); }
 static inline vf abs(vf x) { return reinterpret_cast<vf>(reinterpret_cast<vi>(x) & vi{0x7fffffff, 0x7fffffff, 0x7fffffff, 0x7fffffff}); }
+static inline vf max_abs(vf a, vf b) { return max(a, abs(b)); }  // a >= 0; drops NaN
 static inline vf round(vf x) {
     vf y;
     for (int i = 0; i < W; ++i) y[i] = __builtin_rintf(x[i]);

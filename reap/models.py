@@ -264,8 +264,9 @@ def _check_all_found(model: nn.Module, names: set[str]) -> None:
 def _check_has_experts(config: Any, name: str) -> None:
     """ReapError for a dense model."""
     text = text_config(config)
-    if not any(_plural(getattr(text, key, None)) for key in EXPERT_COUNT_KEYS) and not any(
-        _plural(getattr(getattr(text, "ffn_config", None), key, None)) for key in EXPERT_COUNT_KEYS
+    if not any(_positive(getattr(text, key, None)) for key in EXPERT_COUNT_KEYS) and not any(
+        _positive(getattr(getattr(text, "ffn_config", None), key, None))
+        for key in EXPERT_COUNT_KEYS
     ):
         raise ReapError(
             f"{name} is a {config.model_type} model without mixture-of-experts layers: there is "
@@ -273,10 +274,9 @@ def _check_has_experts(config: Any, name: str) -> None:
         )
 
 
-def _plural(count: Any) -> bool:
-    return (
-        max(count, default=0) > 1 if isinstance(count, list | tuple) else bool(count) and count > 1
-    )
+def _positive(count: Any) -> bool:
+    """Of a number of experts, or one number per layer."""
+    return max(count, default=0) > 0 if isinstance(count, list | tuple) else bool(count)
 
 
 def _layer_info(experts: Experts) -> LayerInfo:

@@ -176,10 +176,14 @@ def _shrink(fields: dict[str, Any], layers: tuple[int, ...] | None = None) -> di
 def tiny_config(model_type: str, **overrides: Any) -> transformers.PreTrainedConfig:
     """The default configuration of `model_type`, shrunk; overrides: fields of its text part."""
     cls = CONFIG_MAPPING[model_type]
-    fields = _shrink(cls().to_dict())
+    default = cls()
+    aliases = type(default.get_text_config()).attribute_map
+    fields = _shrink(default.to_dict())
     text = fields["text_config"] if isinstance(fields.get("text_config"), dict) else fields
     for path, value in {**EXCEPTIONS.get(model_type, {}), **overrides}.items():
         *parents, leaf = path.split(".")
+        # A field with two names is stored under one of them.
+        leaf = leaf if parents else aliases.get(leaf, leaf)
         target = fields if parents else text
         for parent in filter(None, parents):
             target = target[parent]

@@ -8,6 +8,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from bench.measure import Settings
 from bench.row import Row
 
@@ -34,6 +36,7 @@ def run(
         settings.say("calibrate: skips llm-compressor, no --llmcompressor-python was given")
         return None
     job = {"config": config, "dtype": dtype, "length": length, "rows": rows}
+    job["threads"] = torch.get_num_threads()
     # Isolated: this folder must not shadow modules of that environment.
     command = [str(settings.llmcompressor), "-I", str(SCRIPT), json.dumps(job)]
     try:

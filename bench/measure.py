@@ -56,7 +56,7 @@ PRESETS = {
         mode="smoke",
         shapes=(TINY,),
         tokens=(1, 40),
-        rounds=3,
+        rounds=1,
         seconds=0.05,
         gigabytes=0.002,
     ),

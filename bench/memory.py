@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import gc
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -26,7 +25,6 @@ def peak_extra(call: Callable[[], Result]) -> tuple[Result, int | None]:
     Counted are pages touched for the first time, so what an earlier call allocated and kept for
     reuse is not; freed heap is handed back first so that it counts again.
     """
-    gc.collect()
     _return_free_heap()
     try:
         Path("/proc/self/clear_refs").write_text("5")

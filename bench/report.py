@@ -34,7 +34,9 @@ def tables(rows: list[Row], console: Console) -> None:
             if any(values):
                 left = column in ("impl", "times as fast as")
                 table.add_column(column, justify="left" if left else "right", no_wrap=not left)
-        for row in zip(*(values for values in zip(*cells, strict=True) if any(values)), strict=True):
+        for row in zip(
+            *(values for values in zip(*cells, strict=True) if any(values)), strict=True
+        ):
             table.add_row(*row)
         console.print(table)
     for machine in dict.fromkeys(row.machine for row in rows):

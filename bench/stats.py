@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 
 import torch
 
@@ -41,7 +42,7 @@ def _shape(shape: Shape, dtype: str, settings: Settings) -> Iterator[Row]:
         _check(_empty(shape), slots)
         for name, pairs in (("reap:update", False), ("reap:update+pairs", True)):
             stats = _empty(shape, pairs=pairs)
-            calls[name] = lambda stats=stats: stats.update("layer", *slots)
+            calls[name] = partial(stats.update, "layer", *slots)
         samples = interleave(calls, None, settings)
         yield from rows("stats", (dtype, str(shape), T), samples)
 

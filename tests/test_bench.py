@@ -1,0 +1,190 @@
+"""Every suite runs at tiny sizes, writes sane rows, and refuses to time a wrong kernel."""
+
+import csv
+import io
+import json
+from dataclasses import asdict, replace
+from statistics import median
+
+import pytest
+import torch
+from rich.console import Console
+
+import reap_kernels
+from bench import gate, inputs, memory, report, roof
+from bench.__main__ import SUITES, run
+from bench.measure import PRESETS, Samples, Settings, interleave, rows
+from bench.row import COLUMNS, Log, Row
+from bench.shapes import REAL, TINY, Shape
+
+ROOFED = pytest.mark.skipif(roof.missing() is not None, reason=f"{roof.missing()}")
+
+
+@pytest.fixture(scope="module")
+def smoke(tmp_path_factory):
+    """All suites once: their rows, the folder, and what was printed."""
+    out = tmp_path_factory.mktemp("bench")
+    said = []
+    settings = replace(PRESETS["smoke"], scratch=out / "scratch", say=said.append)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with open(out / "tables", "w") as file:
+            made = run(list(SUITES), settings, out, Console(file=file, width=160))
+    finally:
+        torch.set_num_threads(threads)
+    return made, out, said
+
+
+def test_every_suite_has_rows_of_us_and_of_peers(smoke):
+    made, _, _ = smoke
+    impls = {suite: {row.impl for row in made if row.bench == suite} for suite in SUITES}
+    if roof.missing() is None:
+        assert impls["roof"] == {"fma_peak", "read"}
+    peers = {"eager", "grouped_mm", "hooks", "observer"}
+    backends = {f"reap:{name}" for name, why in reap_kernels.backends().items() if why is None}
+    assert peers | backends <= impls["layer"]
+    assert peers | backends | {"eager, no head"} <= impls["calibrate"]
+    assert impls["prune"] == {"reap", "cp -r", "cp -r; sync"}
+    assert {"reap:update", "reap:update+pairs", "layer eager"} <= impls["stats"]
+
+
+def test_rows_are_sane(smoke):
+    made, _, _ = smoke
+    for row in made:
+        assert 0 < row.ms_p20 <= row.ms_median <= row.ms_p80, row
+        assert row.gflops is None or row.gflops > 0
+        assert row.fraction_of_peak is None or 0 < row.fraction_of_peak < 1.5
+        assert row.extra_bytes is None or row.extra_bytes >= 0
+        assert "threads" in row.machine and row.versions["torch"] == torch.__version__
+        group = [r for r in made if (r.bench, r.dtype, r.shape, r.T) == _size(row)]
+        for peer, times in row.speedup_vs.items():
+            (other,) = [r for r in group if r.impl == peer]
+            assert times == pytest.approx(other.ms_median / row.ms_median)
+    for row in made:
+        if row.bench == "layer":
+            assert row.gflops == pytest.approx(TINY.flops(row.T) / row.ms_median / 1e6)
+            assert (row.speedup_vs == {}) == (not row.impl.startswith("reap"))
+
+
+def _size(row):
+    return row.bench, row.dtype, row.shape, row.T
+
+
+def test_files_hold_the_rows(smoke):
+    made, out, _ = smoke
+    lines = (out / "rows.jsonl").read_text().splitlines()
+    assert [Row.from_json(line) for line in lines] == made
+    cells = list(csv.DictReader(io.StringIO((out / "rows.csv").read_text())))
+    assert len(cells) == len(made) and tuple(cells[0]) == COLUMNS
+    assert [float(cell["ms_median"]) for cell in cells] == [row.ms_median for row in made]
+    assert [json.loads(cell["speedup_vs"]) for cell in cells] == [row.speedup_vs for row in made]
+
+
+def test_tables_and_plots(smoke):
+    _, out, said = smoke
+    tables = (out / "tables").read_text()
+    assert all(suite in tables for suite in SUITES if suite != "roof" or not roof.missing())
+    for name in ("roofline-bf16.png", "speedup-fp32.png"):
+        assert (out / name).read_bytes().startswith(b"\x89PNG")
+    assert any("llm-compressor" in line for line in said), "a peer is left out without a word"
+
+
+def test_another_header_is_refused(tmp_path):
+    (tmp_path / "rows.csv").write_text("impl,ms\n")
+    with pytest.raises(ValueError, match="has the columns impl,ms"):
+        Log(tmp_path)
+
+
+def test_appended_files_keep_one_header(tmp_path, smoke):
+    row = smoke[0][0]
+    for _ in range(2):
+        Log(tmp_path).add(row)
+    assert (tmp_path / "rows.csv").read_text().count("bench,impl,") == 1
+    assert len((tmp_path / "rows.jsonl").read_text().splitlines()) == 2
+
+
+@pytest.mark.parametrize("field", ["out", "norms", "peaks"])
+def test_a_wrong_kernel_is_not_timed(field):
+    with torch.inference_mode():
+        given = inputs.weights(TINY, torch.float32) | inputs.routed(TINY, 5, torch.float32)
+        result = reap_kernels.moe_saliency(**given, backend="reference")
+        gate.check("right", result, given)
+        wrong = result._replace(**{field: getattr(result, field) * (1 + 1e-4)})
+        with pytest.raises(gate.WrongResult, match=f"wrong at T=5.*{field}"):
+            gate.check("wrong", wrong, given)
+
+
+def test_interleave_takes_turns(monkeypatch):
+    turns = []
+    monkeypatch.setattr("bench.measure.SAMPLE_SECONDS", 0.0)
+    impls = {name: lambda name=name: turns.append(name) for name in "abc"}
+    samples = interleave(impls, None, Settings(rounds=4, seconds=60.0))
+    assert all(len(ms) == 4 for ms in samples.ms.values())
+    assert [sorted(turns[i : i + 3]) for i in range(0, 12, 3)] == [list("abc")] * 4
+    assert len({turns[i] for i in range(0, 12, 3)}) == 3, "the first of a round changes"
+
+
+def test_rows_from_samples():
+    samples = Samples({"reap:x": [1.0, 2.0, 9.0], "peer": [4.0]}, [1e9, 4e9, 2e9])
+    ours, peer = rows("layer", ("bf16", "tiny", 7), samples, flops=2_000_000, extra={"peer": 5})
+    assert (ours.ms_median, peer.ms_median) == (2.0, 4.0)
+    assert (ours.ms_p20, ours.ms_p80) == pytest.approx((1.4, 6.2))
+    assert ours.gflops == pytest.approx(1.0) and ours.fraction_of_peak == pytest.approx(0.5)
+    assert ours.speedup_vs == {"peer": 2.0} and peer.speedup_vs == {}
+    assert (ours.extra_bytes, peer.extra_bytes) == (None, 5)
+    assert asdict(ours).keys() == set(COLUMNS)
+
+
+def test_floors_by_hand():
+    shape = Shape("x", 4, 2, 8, 16)
+    assert shape.flops(3) == 2 * 3 * 2 * (8 * 16 * 3)  # 6 slots, three projections of 8 x 16
+    assert shape.weight_bytes("bf16") == 2 * 4 * 3 * 8 * 16
+    # One token hits 2 of 4 experts; in and out are 8 elements each.
+    assert shape.floor_bytes(1, "fp32") == 4 * (2 * 3 * 8 * 16 + 2 * 8)
+    assert Shape.parse(str(shape)) == shape
+
+
+def test_a_layer_is_scaled_in_experts_and_says_so():
+    real = REAL["kimi-k2"]
+    fitted = real.fit("bf16", 10 << 30)
+    assert fitted.weight_bytes("bf16") <= 10 << 30 < 2 * fitted.weight_bytes("bf16")
+    assert (fitted.of, fitted.K, fitted.H, fitted.I) == (384, real.K, real.H, real.I)
+    assert "E96(of 384)" in str(fitted) and Shape.parse(str(fitted)) == fitted
+    assert real.fit("bf16", 1 << 20) is None
+
+
+def test_peak_extra_sees_what_is_freed_before_the_end():
+    def call():
+        torch.ones(25 << 20)  # 100 MiB
+        return torch.ones(5 << 20)
+
+    result, extra = memory.peak_extra(call)
+    if extra is None:
+        pytest.skip("this kernel has no resettable high-water mark")
+    assert result.numel() == 5 << 20
+    assert 99 << 20 <= extra < 130 << 20  # resident pages are counted in batches
+
+
+@ROOFED
+def test_roofs_are_above_what_torch_reaches():
+    x = torch.randn(512, 512)
+    _, (ms,) = _best_matmul(x)
+    peak = max(roof.fma_peak("fp32", 1, 0.02) for _ in range(5))
+    assert peak > 2 * 512**3 / ms * 1e3 * 0.8  # neighbours may take the processor from either
+    assert roof.read_bandwidth(torch.ones(1 << 22), 1) > 1e8
+
+
+def _best_matmul(x):
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        samples = interleave({"mm": lambda: x @ x}, None, Settings(rounds=5, seconds=60.0))
+    finally:
+        torch.set_num_threads(threads)
+    return median(samples.ms["mm"]), [min(samples.ms["mm"])]
+
+
+def test_line_of_a_row(smoke):
+    row = next(row for row in smoke[0] if row.bench == "layer" and row.impl == "eager")
+    assert report.line(row).startswith(f"layer {row.dtype} tiny E8 K2 H64 I48 T={row.T} eager ")

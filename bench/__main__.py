@@ -14,6 +14,7 @@ import typer
 from rich.console import Console
 
 from bench import report
+from bench.gate import WrongResult
 from bench.measure import PRESETS, TORCH, Settings
 from bench.row import Log, Row
 from bench.shapes import REAL, TINY
@@ -68,22 +69,31 @@ def main(
     settings = replace(PRESETS[mode], **{k: v for k, v in given.items() if v is not None})
     if threads is not None:
         torch.set_num_threads(threads)
-    run([suite.value for suite in suites or Suite], settings, out, console)
+    _, refused = run([suite.value for suite in suites or Suite], settings, out, console)
+    if refused:
+        raise typer.Exit(1)
 
 
-def run(suites: list[str], settings: Settings, out: Path, console: Console) -> list[Row]:
-    """Every row as soon as it is measured: an interrupted run keeps what it has."""
+def run(
+    suites: list[str], settings: Settings, out: Path, console: Console
+) -> tuple[list[Row], list[str]]:
+    """The rows, each written as soon as it is measured, and the suites that a wrong one ended."""
     log = Log(out)
+    refused: list[str] = []
     try:
         for suite in suites:
-            for row in importlib.import_module(SUITES[suite]).run(settings):
-                log.add(row)
-                settings.say(report.line(row))
+            try:
+                for row in importlib.import_module(SUITES[suite]).run(settings):
+                    log.add(row)
+                    settings.say(report.line(row))
+            except WrongResult as error:
+                settings.say(f"{suite}: stops, nothing wrong is timed: {error}")
+                refused.append(suite)
     finally:
         report.tables(log.rows, console)
         for path in [log.jsonl, log.csv, *report.plots(log.rows, out)]:
             settings.say(f"wrote {path}")
-    return log.rows
+    return log.rows, refused
 
 
 def _names(option: str, text: str | None, known: dict) -> tuple[str, ...] | None:

@@ -160,7 +160,7 @@ def _replaced(model: nn.Module, batches: list[Batch], experts: list[nn.Module]) 
 def _check(found: dict[str, Any], dtype: str) -> None:
     """All observers saw the same first layer: later ones see what rounding made of it.
 
-    Counts are equal; mean saliencies differ by less than the model dtype's epsilon.
+    Counts are equal; mean saliencies differ by at most the model dtype's epsilon, and luck.
     """
     exact_count = exact_score = None
     for name, result in found.items():
@@ -174,9 +174,9 @@ def _check(found: dict[str, Any], dtype: str) -> None:
         score: Tensor = weighted / count.clamp(min=1)
         if exact_count is None or exact_score is None:
             exact_count, exact_score = count, score
-        eps = torch.finfo(TORCH[dtype]).eps
+        tolerance = torch.finfo(TORCH[dtype]).eps + gate.LUCK
         if not torch.equal(count, exact_count):
             raise gate.WrongResult(f"calibrate: {name} counts other slots in the first layer")
-        if not torch.allclose(score, exact_score, rtol=eps, atol=0):
+        if not torch.allclose(score, exact_score, rtol=tolerance, atol=0):
             worst = ((score - exact_score).abs() / exact_score).max().item()
             raise gate.WrongResult(f"calibrate: {name} is off by {worst:.2g} in the first layer")

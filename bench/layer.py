@@ -76,7 +76,7 @@ def _layer(shape: Shape, dtype: str, settings: Settings) -> Iterator[Row]:
 
 def backends_here(settings: Settings) -> list[str]:
     """Those that run here; the reference, which is not made for speed, if nothing else does."""
-    found = []
+    found: list[str] = []
     for name, reason in reap_kernels.backends().items():
         if reason is not None:
             settings.say(f"layer: skips reap:{name}, {reason}")

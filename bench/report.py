@@ -29,15 +29,13 @@ def tables(rows: list[Row], console: Console) -> None:
         groups[row.bench, row.dtype, row.shape].append(row)
     for (bench, dtype, shape), group in groups.items():
         table = Table(title=f"{bench} {dtype} {shape}", title_justify="left")
-        cells = [_cells(row) for row in group]
-        for column, values in zip(COLUMNS, zip(*cells, strict=True), strict=True):
-            if any(values):
-                left = column in ("impl", "times as fast as")
-                table.add_column(column, justify="left" if left else "right", no_wrap=not left)
-        for row in zip(
-            *(values for values in zip(*cells, strict=True) if any(values)), strict=True
-        ):
-            table.add_row(*row)
+        columns = zip(COLUMNS, zip(*map(_cells, group), strict=True), strict=True)
+        used = [(column, cells) for column, cells in columns if any(cells)]
+        for column, _ in used:
+            left = column in ("impl", "times as fast as")
+            table.add_column(column, justify="left" if left else "right", no_wrap=not left)
+        for texts in zip(*(cells for _, cells in used), strict=True):
+            table.add_row(*texts)
         console.print(table)
     for machine in dict.fromkeys(row.machine for row in rows):
         console.print(machine, highlight=False)

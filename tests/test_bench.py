@@ -9,10 +9,11 @@ from statistics import median
 import pytest
 import torch
 from rich.console import Console
+from typer.testing import CliRunner
 
 import reap_kernels
 from bench import gate, inputs, memory, report, roof
-from bench.__main__ import SUITES, run
+from bench.__main__ import SUITES, app, run
 from bench.measure import PRESETS, Samples, Settings, interleave, rows
 from bench.row import COLUMNS, Log, Row
 from bench.shapes import REAL, TINY, Shape
@@ -30,9 +31,10 @@ def smoke(tmp_path_factory):
     torch.set_num_threads(1)
     try:
         with open(out / "tables", "w") as file:
-            made = run(list(SUITES), settings, out, Console(file=file, width=160))
+            made, refused = run(list(SUITES), settings, out, Console(file=file, width=160))
     finally:
         torch.set_num_threads(threads)
+    assert not refused, said
     return made, out, said
 
 
@@ -113,6 +115,36 @@ def test_a_wrong_kernel_is_not_timed(field):
         wrong = result._replace(**{field: getattr(result, field) * (1 + 1e-4)})
         with pytest.raises(gate.WrongResult, match=f"wrong at T=5.*{field}"):
             gate.check("wrong", wrong, given)
+
+
+def test_a_suite_with_a_wrong_kernel_ends_without_its_rows(monkeypatch, tmp_path):
+    def wrong(backend, given):
+        result = reap_kernels.moe_saliency(**given, backend=backend)
+        return lambda: result._replace(norms=result.norms + 1)
+
+    monkeypatch.setattr("bench.layer.ours", wrong)
+    monkeypatch.chdir(tmp_path)
+    result = CliRunner().invoke(app, ["layer", "--smoke", "--dtype", "fp32"])
+    assert result.exit_code == 1
+    assert "layer: stops, nothing wrong is timed: reap:" in result.output
+    assert not (tmp_path / "out/bench/rows.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--smoke", "--quick"], "not both"),
+        (["--dtype", "int8"], "'int8': it must be one of bf16, fp32"),
+        (["--shapes", "gpt-2"], "'gpt-2': it must be one of qwen3-30b-a3b"),
+        (["--tokens", "8,-1"], "'8,-1': it must be positive numbers"),
+        (["speed"], "speed"),
+    ],
+)
+def test_mistakes_are_told_before_anything_runs(arguments, message, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 2 and not any(tmp_path.iterdir())
+    assert message in " ".join(result.output.split())
 
 
 def test_interleave_takes_turns(monkeypatch):

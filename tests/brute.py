@@ -154,3 +154,22 @@ def check(layer: Any, expected: dict[str, Tensor], *, rtol: float) -> None:
         else:
             error = (actual.double() - value).abs().max()
             assert error <= rtol * max(float(value.abs().max()), 1e-30), f"{name}: off by {error}"
+
+
+def logits(output: Any) -> Tensor:
+    return output.logits if hasattr(output, "logits") else output[0]
+
+
+def run(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
+    with torch.no_grad():
+        return logits(model(**inputs)).float()
+
+
+def eager_truth(model: nn.Module, inputs: dict[str, Tensor]) -> tuple[Tensor, dict[str, Truth]]:
+    if (
+        hasattr(model, "_can_set_experts_implementation")
+        and model._can_set_experts_implementation()
+    ):
+        model.set_experts_implementation("eager")
+    with brute_force(model) as truth:
+        return run(model, inputs), truth

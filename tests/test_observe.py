@@ -7,13 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from brute import Truth, brute_force, check
+from brute import brute_force, check, eager_truth, run
 from tiny import model_types, tiny_inputs, tiny_model
 from torch import Tensor, nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from reap.errors import ReapError
-from reap.measure import activation_of
 from reap.models import find_experts
 from reap.observe import observe
 
@@ -34,25 +33,6 @@ BESIDE = {
 }
 # fp32 sums of fp32 products; bf16 rounds the inner tensor once (2**-9), norms average that out.
 RTOL = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
-
-
-def logits(output: Any) -> Tensor:
-    return output.logits if hasattr(output, "logits") else output[0]
-
-
-def run(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
-    with torch.no_grad():
-        return logits(model(**inputs)).float()
-
-
-def eager_truth(model: nn.Module, inputs: dict[str, Tensor]) -> tuple[Tensor, dict[str, Truth]]:
-    if (
-        hasattr(model, "_can_set_experts_implementation")
-        and model._can_set_experts_implementation()
-    ):
-        model.set_experts_implementation("eager")
-    with brute_force(model) as truth:
-        return run(model, inputs), truth
 
 
 def assert_matches(model: nn.Module, inputs: dict[str, Tensor], **options: Any) -> None:
@@ -138,62 +118,6 @@ def test_a_module_that_computes_in_fp32_runs_as_it_is(caplog: Any) -> None:
         actual = run(model, inputs)
     assert torch.equal(actual, expected) and stats.tokens == 18
     assert sum("more accurately" in record.message for record in caplog.records) == 1
-
-
-@pytest.mark.parametrize("side", ["left", "right"])
-def test_padding_is_the_same_as_none(side: str) -> None:
-    """Rows padded to a common length count as the same rows without padding."""
-    model = tiny_model("qwen3_moe")
-    padded = tiny_inputs(model, lengths=[9, 5, 1], side=side)
-    with observe(model) as stats:
-        run(model, padded)
-    with observe(model) as alone:
-        for ids, mask in zip(padded["input_ids"], padded["attention_mask"], strict=True):
-            run(model, {"input_ids": ids[mask.bool()][None]})
-    assert stats.tokens == alone.tokens == 15
-    for name in stats.layers:
-        assert torch.equal(stats[name].count, alone[name].count)
-        check(stats[name], {"weighted_sum": alone[name].weighted_sum}, rtol=1e-5)
-
-
-def test_generation_counts_every_token_once() -> None:
-    """Left padded, cached decoding: B x 1 tokens against a mask that grows."""
-    model = tiny_model("qwen3_moe")
-    inputs = tiny_inputs(model, lengths=[6, 4], side="left")
-    options = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
-    expected = model.generate(**inputs, **options)
-    with observe(model) as stats:
-        actual = model.generate(**inputs, **options)
-    assert torch.equal(actual, expected)
-    assert stats.tokens == (6 + 4) + 2 * 3  # the last new token is never fed back
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (
-            {"attention_mask": torch.tensor([[1] * 9, [0] * 4 + [1] * 5, [1] * 9])},
-            "cannot tell padding",
-        ),
-        ({"attention_mask": torch.ones(2, 1, 9, 9, dtype=torch.bool)}, "batch, length"),
-    ],
-)
-def test_padding_that_cannot_be_told(change: dict[str, Tensor], message: str) -> None:
-    model = tiny_model("qwen3_moe")
-    with pytest.raises(ReapError, match=message), observe(model), torch.no_grad():
-        # The model itself may object to such a mask before its experts are reached.
-        try:
-            model(**{**tiny_inputs(model), **change})
-        except RuntimeError as error:
-            raise ReapError(f"cannot tell padding: {error}") from error
-
-
-def test_canvas_tokens_of_equal_length_are_not_taken_for_the_prompt() -> None:
-    model = tiny_model("diffusion_gemma")
-    inputs = tiny_inputs(model, lengths=[9, 5])
-    inputs["decoder_input_ids"] = inputs["input_ids"]
-    with pytest.raises(ReapError, match="DecoderModel in it with no token ids"), observe(model):
-        run(model, inputs)
 
 
 def state(model: nn.Module) -> Any:
@@ -331,105 +255,6 @@ def test_sentinel_ids_are_left_out() -> None:
     assert torch.equal(out[1], torch.zeros(32))
 
 
-def test_llama4_counts_contributions() -> None:
-    """Its gate multiplies the experts' input: gate times norm is the norm of f(g x)."""
-    model = tiny_model("llama4_text")
-    inputs = tiny_inputs(model)
-    name = find_experts(model)[0].name
-    experts = model.get_submodule(name)
-    seen: list[tuple[Tensor, Tensor]] = []
-    handle = experts.register_forward_hook(lambda m, args, out: seen.append((args[0], out)))
-    expected = run(model, inputs)
-    handle.remove()
-    with observe(model) as stats:
-        assert torch.equal(run(model, inputs), expected)
-    scaled, out = (x.view(8, 18, 32) for x in seen[0])
-    chosen = scaled.abs().sum(2) > 0
-    assert torch.equal(stats[name].count, chosen.sum(1))
-    contribution = out.double().norm(dim=2) * chosen
-    torch.testing.assert_close(stats[name].weighted_sum, contribution.sum(1), rtol=1e-5, atol=0)
-
-
-class RemoteGate(nn.Module):
-    def __init__(self, config: Any) -> None:
-        super().__init__()
-        self.top_k, self.weight = 2, nn.Parameter(torch.randn(4, config.hidden_size))
-
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        gates, ids = (x.flatten(0, 1) @ self.weight.T).sigmoid().topk(self.top_k)
-        return ids, gates
-
-
-class RemoteMoE(nn.Module):
-    """The shape of code that comes with a checkpoint: a list of experts, walked in a loop."""
-
-    scale = 1.0
-
-    def __init__(self, config: Any, mlp: type[nn.Module]) -> None:
-        super().__init__()
-        self.experts = nn.ModuleList(mlp(config, intermediate_size=16) for _ in range(4))
-        self.gate, self.shared_experts = RemoteGate(config), mlp(config, intermediate_size=16)
-
-    def forward(self, x: Tensor) -> Tensor:
-        ids, gates = self.gate(x)
-        flat = x.flatten(0, 1)
-        out = torch.zeros_like(flat)
-        for t in range(len(flat)):
-            for expert, gate in zip(ids[t].tolist(), gates[t], strict=True):
-                out[t] += self.scale * gate * self.experts[expert](flat[t : t + 1])[0]
-        return (out + self.shared_experts(flat)).view(x.shape)
-
-
-def remote_model() -> nn.Module:
-    model = tiny_model("deepseek_v3")
-    for layer in model.model.layers[1:]:
-        layer.mlp = RemoteMoE(model.config, type(model.model.layers[0].mlp))
-    return model
-
-
-def test_a_list_of_experts() -> None:
-    model = remote_model().eval()
-    inputs = tiny_inputs(model, lengths=[9, 5])
-    with torch.no_grad():
-        expected = run(model, inputs)
-        with observe(model) as stats:
-            assert torch.equal(run(model, inputs), expected)
-        block = model.model.layers[3].mlp
-        seen: list[Tensor] = []
-        block.register_forward_pre_hook(lambda m, args: seen.append(args[0]))
-        run(model, inputs)
-        ids, gates = block.gate(seen[0])
-        truth = torch.zeros(4, dtype=torch.float64)
-        for t in inputs["attention_mask"].flatten().nonzero().flatten():
-            for expert, gate in zip(ids[t], gates[t], strict=True):
-                truth[expert] += gate * block.experts[expert](seen[0].flatten(0, 1)[t]).norm()
-    assert stats.tokens == 14 and len(stats.layers) == 3
-    torch.testing.assert_close(stats[stats.layers[2]].weighted_sum, truth, rtol=1e-5, atol=0)
-
-
-def test_a_list_of_experts_that_does_not_add_up_is_an_error() -> None:
-    model = remote_model().eval()
-    model.model.layers[3].mlp.scale = 2.5
-    with pytest.raises(ReapError, match=r"ModuleList .*layers\.3.*do not add up"), observe(model):
-        run(model, tiny_inputs(model))
-
-
-@pytest.mark.parametrize(
-    ("model_type", "message"),
-    [
-        ("jetmoe", "JetMoeMoE .* cannot be observed"),
-        ("doge", "DogeCDMoE .* cannot be observed"),
-        ("llama", "llama model without mixture-of-experts layers"),
-    ],
-)
-def test_a_model_that_cannot_be_observed_is_an_error(model_type: str, message: str) -> None:
-    model = tiny_model(model_type)
-    before = state(model)
-    with pytest.raises(ReapError, match=message), observe(model):
-        pass
-    assert state(model) == before
-
-
 def test_nan_weights_are_named() -> None:
     model = tiny_model("qwen3_moe")
     experts = model.model.layers[2].mlp.experts
@@ -479,35 +304,3 @@ def test_a_compiled_model() -> None:
         torch.testing.assert_close(run(compiled, inputs), expected)
     torch.testing.assert_close(run(compiled, inputs), expected)
     assert stats.tokens == 14
-
-
-class Gate(nn.Module):
-    """What `activation_of` looks at, around any function of gate and up."""
-
-    has_gate, is_concatenated = True, True
-
-    def __init__(self, function: Any, **parameters: float) -> None:
-        super().__init__()
-        self.function = function
-        vars(self).update(parameters)
-
-    def _apply_gate(self, gate_up: Tensor) -> Tensor:
-        return self.function(*gate_up.chunk(2, -1))
-
-
-@pytest.mark.parametrize(
-    ("function", "parameters", "expected"),
-    [
-        (lambda g, u: nn.functional.silu(g) * u, {}, "silu"),
-        (lambda g, u: nn.functional.gelu(g, approximate="tanh") * u, {}, "gelu_tanh"),
-        (lambda g, u: u.clamp(-3, 3) * nn.functional.silu(g.clamp(max=3)), {"my_limit": 3.0},
-         "swiglu_clamped(1.0, 3.0, 0.0)"),
-        (lambda g, u: u.clamp(-3, 3) * nn.functional.silu(g.clamp(max=3)), {}, None),
-        (lambda g, u: u.clamp(-300, 300) * nn.functional.silu(g), {}, None),
-        (lambda g, u: nn.functional.silu(u) * g, {}, None),
-        (lambda g, u: 1 / 0, {}, None),
-    ],
-    ids=["silu", "gelu_tanh", "limit", "hidden limit", "large limit", "swapped", "raises"],
-)  # fmt: skip
-def test_activations_are_told_by_numbers(function: Any, parameters: Any, expected: Any) -> None:
-    assert activation_of(Gate(function, **parameters)) == expected

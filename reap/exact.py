@@ -22,7 +22,7 @@ LIMIT = 2.0**288  # leaves the top limb to carries and the sign: room for 2**31 
 _LOW = (1 << LIMB_BITS) - 1
 _MANTISSA_BITS = 53
 # One addend moves a limb by less than 2**33, so this many keep it well inside int64.
-_MAX_PENDING = 1 << 28
+MAX_PENDING = 1 << 28
 _CPU_CHUNK = 1 << 14  # addends at a time whose temporaries stay in the cache
 
 
@@ -50,9 +50,9 @@ class ExactSum:
         """
         cells = self._limbs.shape[1]
         flat = self._limbs.view(-1)
-        chunk = _CPU_CHUNK if flat.device.type == "cpu" else _MAX_PENDING
+        chunk = _CPU_CHUNK if flat.device.type == "cpu" else MAX_PENDING
         for part, addends in zip(cell.split(chunk), values.split(chunk), strict=True):
-            if self._pending + len(part) > _MAX_PENDING:
+            if self._pending + len(part) > MAX_PENDING:
                 self._carry()
             self._pending += len(part)
             limb, low, middle, high = _split(addends)
@@ -60,6 +60,16 @@ class ExactSum:
             flat.index_add_(0, place, low)
             flat.index_add_(0, place + cells, middle)
             flat.index_add_(0, place + 2 * cells, high)
+
+    def limbs(self, addends: int) -> Tensor:
+        """The limbs themselves [20,C] int64, for a kernel that adds to them as `add` does: at most
+        `addends` to each sum. ReapError for more than 2**28."""
+        if addends > MAX_PENDING:
+            raise ReapError(f"{addends} addends at once: pass fewer tokens at a time")
+        if self._pending + addends > MAX_PENDING:
+            self._carry()
+        self._pending += addends
+        return self._limbs
 
     def merge(self, other: ExactSum) -> None:
         """Add the sums of `other`, cell by cell."""

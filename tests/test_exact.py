@@ -80,7 +80,7 @@ def test_lost_in_fp64_but_not_here():
 
 
 def test_carries_before_a_limb_can_overflow(monkeypatch):
-    monkeypatch.setattr(exact, "_MAX_PENDING", 4)
+    monkeypatch.setattr(exact, "MAX_PENDING", 4)
     result = ExactSum(1)
     carried = []
     carry = ExactSum._carry

@@ -42,7 +42,7 @@ def why_not_fused(module: nn.Module, dtype: torch.dtype) -> str | None:
             return f"{name} is not a tensor of bfloat16, float16 or float32"
         if weight.dtype != dtype:
             return f"it is called with {dtype} and {name} is {weight.dtype}"
-    normed = getattr(module, "has_post_expert_norm", False)  # a flag that transformers 5.7 lacks
+    normed = getattr(module, "has_post_expert_norm", False)  # not in every release
     return "it has a norm after each expert" if normed else None
 
 

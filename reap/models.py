@@ -375,7 +375,7 @@ def _weights_fingerprint(folder: Path) -> str | None:
         with path.open("rb") as file:
             length = min(int.from_bytes(file.read(8), "little"), size)
             stop = min(8 + length, size)
-            digest.update(file.read(min(stop - 8, 1 << 27)))
+            digest.update(file.read(max(0, min(stop - 8, 1 << 27))))
             for i in range(SAMPLES):
                 file.seek(stop + (size - stop) * i // SAMPLES)
                 digest.update(file.read(SAMPLE_BYTES))

@@ -2,7 +2,7 @@
 four layers, on the sources (half) and the prose (half) of Python's standard library.
 
     python tools/train_tiny.py --threads 2            # under an hour on two cores
-    python tools/train_tiny.py --steps 3600           # again: continues where it was
+    python tools/train_tiny.py --steps 2400           # again: continues where it was
 
 Learning rate: warmup, constant, then a linear decay over the last quarter, so that a run can be
 stopped and its end moved while it is on the plateau. The balance loss is Switch's (arXiv
@@ -47,7 +47,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--out", type=Path, default=Path("models/tiny-qwen3-moe"))
     parser.add_argument("--work", type=Path, default=Path("out/train"), help="checkpoints, resume")
-    parser.add_argument("--steps", type=int, default=1400)
+    parser.add_argument("--steps", type=int, default=1150)
     parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)

@@ -79,7 +79,7 @@ def backends_here(settings: Settings) -> list[str]:
     found: list[str] = []
     for name, reason in reap_kernels.backends().items():
         if reason is not None:
-            settings.say(f"layer: skips reap:{name}, {reason}")
+            settings.say(f"skips reap:{name}, {reason}")
         elif name != "reference" or settings.smoke or not found:
             found.append(name)
     return found

@@ -16,6 +16,8 @@ from __future__ import annotations
 import torch
 
 from reap_kernels.contract import Call, Saliency, check_ids
+from reap_kernels.triton import configs, tune
+from reap_kernels.triton.configs import Config
 
 NAME = "triton"
 ASSERTS_IDS = True
@@ -66,17 +68,15 @@ def run(call: Call) -> Saliency:
         return launch.run(call, config)
 
 
-def _choose(call: Call):  # type: ignore[no-untyped-def]
+def _choose(call: Call) -> tuple[Config | None, str | None]:
     """A config, or None and the reason."""
-    from reap_kernels.triton import configs, tune
-
     device = call.hidden_states.device
     kind = "interpreter" if device.type == "cpu" else configs.family(device)
     if kind is None:
         name = torch.cuda.get_device_name(device)
         return None, f"no tile config for {name}"
-    limit = configs.shared_limit(device, kind)
-    config = tune.recorded(call) or configs.choose(call, kind, limit)
+    limit, cache = configs.shared_limit(device, kind), configs.cache_size(device, kind)
+    config = tune.recorded(call) or configs.choose(call, kind, limit, cache)
     return config, None if config else f"no tile config fits {limit} bytes of shared memory"
 
 

@@ -8,7 +8,7 @@ by registers (accumulators: block_m * columns / threads each) and by shared memo
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -24,7 +24,9 @@ class Tile:
     block_k: int
     warps: int
     stages: int
-    group_m: int  # row tiles of one expert that run side by side, sharing weights in the L2 cache
+    # Row tiles of one expert that run side by side and share weights in the cache, at least. With
+    # 16 the 108 to 148 programs that run at a time cover about as many columns as rows.
+    group_m: int = 16
 
     def shared_bytes(self, block_m: int, halves: int, itemsize: int) -> int:
         """Shared memory of the pipelined operands."""
@@ -39,6 +41,16 @@ class Config:
     gate_up: Tile
     down: Tile
 
+    def grouped(self, depths: tuple[int, int], cache: int) -> Config:
+        """As many row tiles side by side as leave a fifth of the cache to the weights that pass by,
+        if that is more: an expert that is one group reads its weights once. `depths`: bytes of a
+        row of x and of the inner tensor."""
+        up, down = (
+            replace(tile, group_m=max(tile.group_m, cache * 4 // 5 // (self.block_m * depth)))
+            for tile, depth in zip((self.gate_up, self.down), depths, strict=True)
+        )
+        return replace(self, gate_up=up, down=down)
+
     def shared_bytes(self, gated: bool, itemsize: int) -> int:
         """Shared memory of the kernel that needs more. [bytes]"""
         return max(
@@ -50,112 +62,144 @@ class Config:
 @dataclass(frozen=True)
 class Choice:
     """A config, and the calls it is for: 16- or 32-bit models, at most `rows` slots per expert on
-    average, or experts no wider than `width`."""
+    average or experts no wider than `width`, and, unless it says otherwise, aligned memory."""
 
     config: Config
     why: str
     bits: int = 16
     rows: float = math.inf
     width: int = 0
+    unaligned: bool = False
 
     def suits(self, call: Call) -> bool:
         bits = 8 * call.hidden_states.element_size()
-        few = call.T * call.K <= self.rows * call.E
-        return bits == self.bits and (few or min(call.H, call.I) <= self.width)
+        few = call.T * call.K <= self.rows * call.E or min(call.H, call.I) <= self.width
+        return bits == self.bits and few and (self.unaligned or aligned(call))
 
 
-FFMA = Choice(
-    Config(64, Tile(32, 16, 4, 3, 8), Tile(64, 16, 4, 3, 8)),
-    "fp32 keeps all its bits, so it multiplies without tensor cores, from registers",
-    bits=32,
+def aligned(call: Call) -> bool:
+    """Whether rows can be read 16 bytes at a time, as triton finds out: sizes and strides are
+    multiples of 16 elements, but for the stride of 1 along the rows."""
+    tensors = (call.hidden_states, call.gate_up_proj, call.down_proj)
+    steps = [stride for tensor in tensors for stride in tensor.stride()]
+    rows = all(1 in tensor.stride() and tensor.data_ptr() % 16 == 0 for tensor in tensors)
+    return rows and all(n % 16 == 0 for n in (call.H, call.I)) and all(
+        n == 1 or n % 16 == 0 for n in steps
+    )  # fmt: skip
+
+
+FFMA = (
+    Choice(
+        Config(64, Tile(32, 16, 8, 3), Tile(64, 16, 8, 3)),
+        "fp32 keeps all its bits, so it multiplies without tensor cores, from registers",
+        bits=32,
+    ),
+    Choice(
+        Config(32, Tile(32, 16, 8, 2), Tile(32, 16, 8, 2)),
+        "memory that is read an element at a time takes a pointer per element",
+        bits=32,
+        unaligned=True,
+    ),
+)
+UNALIGNED = Choice(
+    Config(64, Tile(32, 32, 8, 2), Tile(64, 32, 8, 2)),
+    "memory that is read an element at a time takes a pointer per element",
+    unaligned=True,
 )
 
 # Per family the first choice that suits a call and fits the chip.
 CHOICES: dict[str, tuple[Choice, ...]] = {
     "sm_80": (
         Choice(
-            Config(32, Tile(64, 64, 4, 4, 8), Tile(64, 64, 4, 4, 8)),
+            Config(32, Tile(64, 64, 4, 4), Tile(64, 64, 4, 4)),
             "few rows: bound by the weights' bytes, so half-empty tiles cost nothing",
             rows=24,
             width=64,
         ),
         Choice(
-            Config(64, Tile(64, 64, 4, 3, 8), Tile(128, 64, 4, 3, 8)),
+            Config(64, Tile(64, 64, 4, 3), Tile(128, 64, 4, 3)),
             "two programs per SM hide each other's latency",
             rows=96,
         ),
         Choice(
-            Config(128, Tile(64, 32, 8, 4, 16), Tile(128, 32, 8, 4, 16)),
+            Config(128, Tile(64, 32, 8, 4), Tile(128, 32, 8, 4)),
             "64 accumulator registers per thread, the most that the epilogue leaves room for",
         ),
-        FFMA,
+        UNALIGNED,
+        *FFMA,
     ),
     "sm_86": (
         Choice(
-            Config(32, Tile(64, 64, 4, 3, 8), Tile(64, 64, 4, 3, 8)),
+            Config(32, Tile(64, 64, 4, 3), Tile(64, 64, 4, 3)),
             "few rows: bound by the weights' bytes",
             rows=24,
             width=64,
         ),
         Choice(
-            Config(64, Tile(64, 32, 4, 3, 8), Tile(128, 32, 4, 3, 8)),
+            Config(64, Tile(64, 32, 4, 3), Tile(128, 32, 4, 3)),
             "two programs in 99 KB of shared memory",
             rows=96,
         ),
         Choice(
-            Config(128, Tile(64, 32, 8, 3, 16), Tile(128, 32, 8, 3, 16)),
+            Config(128, Tile(64, 32, 8, 3), Tile(128, 32, 8, 3)),
             "as on sm_80, with one stage less",
         ),
-        FFMA,
+        UNALIGNED,
+        *FFMA,
     ),
     "sm_90": (
         Choice(
-            Config(64, Tile(64, 64, 4, 4, 8), Tile(128, 64, 4, 4, 8)),
+            Config(64, Tile(64, 64, 4, 4), Tile(128, 64, 4, 4)),
             "64 rows are one warpgroup's wgmma, the least it takes",
             rows=96,
             width=64,
         ),
         Choice(
-            Config(128, Tile(128, 64, 8, 3, 16), Tile(256, 64, 8, 3, 16)),
+            Config(128, Tile(128, 64, 8, 3), Tile(256, 64, 8, 3)),
             "two warpgroups of 64x256 each, the widest wgmma",
         ),
-        FFMA,
+        UNALIGNED,
+        *FFMA,
     ),
     "sm_100": (
         Choice(
-            Config(64, Tile(64, 64, 4, 4, 8), Tile(128, 64, 4, 4, 8)),
+            Config(64, Tile(64, 64, 4, 4), Tile(128, 64, 4, 4)),
             "64 rows, the least that tcgen05 takes",
             rows=96,
             width=64,
         ),
         Choice(
-            Config(128, Tile(128, 64, 8, 3, 16), Tile(256, 64, 8, 3, 16)),
+            Config(128, Tile(128, 64, 8, 3), Tile(256, 64, 8, 3)),
             "128x256 accumulators: half of the tensor memory, the epilogue's registers do the rest",
         ),
-        FFMA,
+        UNALIGNED,
+        *FFMA,
     ),
     "gfx942": (
         Choice(
-            Config(32, Tile(64, 64, 4, 2, 8), Tile(64, 64, 4, 2, 8)),
+            Config(32, Tile(64, 64, 4, 2), Tile(64, 64, 4, 2)),
             "few rows: bound by the weights' bytes",
             rows=24,
             width=64,
         ),
         Choice(
-            Config(128, Tile(64, 64, 8, 2, 16), Tile(128, 64, 8, 2, 16)),
+            Config(128, Tile(64, 64, 8, 2), Tile(128, 64, 8, 2)),
             "what fits 64 KB of shared memory",
         ),
+        UNALIGNED,
         Choice(
-            Config(64, Tile(32, 32, 4, 2, 8), Tile(64, 32, 4, 2, 8)),
+            Config(64, Tile(32, 32, 4, 2), Tile(64, 32, 4, 2)),
             "fp32 has matrix instructions of its own here",
             bits=32,
+            unaligned=True,
         ),
     ),
     "interpreter": tuple(
         Choice(
-            Config(16, Tile(32, 32, 1, 1, 2), Tile(64, 16, 1, 1, 2)),
+            Config(16, Tile(32, 32, 1, 1, group_m=2), Tile(64, 16, 1, 1, group_m=2)),
             "small tests have several tiles",
             bits=bits,
+            unaligned=True,
         )
         for bits in (16, 32)
     ),
@@ -169,6 +213,16 @@ SHARED_LIMIT = {
     "sm_100": 227 << 10,
     "gfx942": 64 << 10,
     "interpreter": 1 << 30,
+}
+
+# The last cache before memory, where the device does not say. [bytes]
+CACHE = {
+    "sm_80": 40 << 20,
+    "sm_86": 6 << 20,
+    "sm_90": 50 << 20,
+    "sm_100": 126 << 20,
+    "gfx942": 256 << 20,
+    "interpreter": 0,
 }
 
 _FAMILY = {(8, 0): "sm_80", (8, 7): "sm_80", (8, 6): "sm_86", (8, 9): "sm_86"}
@@ -193,10 +247,19 @@ def shared_limit(device: torch.device, kind: str) -> int:
     return getattr(properties, "shared_memory_per_block_optin", SHARED_LIMIT[kind])
 
 
-def choose(call: Call, kind: str, limit: int) -> Config | None:
-    """The first config of a family that suits the call and fits `limit` bytes of shared memory."""
+def cache_size(device: torch.device, kind: str) -> int:
+    """The last cache before memory. [bytes]"""
+    if kind in ("gfx942", "interpreter"):  # AMD's driver tells of the L2, not of what is behind it
+        return CACHE[kind]
+    return getattr(torch.cuda.get_device_properties(device), "L2_cache_size", CACHE[kind])
+
+
+def choose(call: Call, kind: str, limit: int, cache: int) -> Config | None:
+    """The first config of a family that suits the call and fits `limit` bytes of shared memory,
+    with its groups widened to `cache`."""
     itemsize = call.hidden_states.element_size()
     for choice in CHOICES[kind]:
         if choice.suits(call) and choice.config.shared_bytes(call.gated, itemsize) <= limit:
-            return choice.config
+            depths = (call.H * itemsize, call.I * itemsize)
+            return choice.config.grouped(depths, cache)
     return None

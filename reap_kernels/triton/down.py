@@ -66,6 +66,7 @@ def down_kernel(
     I,  # noqa: E741
     S,
     first_column,  # of the slab; a multiple of BLOCK_N
+    group_m,
     W,  # columns of this launch: H, or those of the slab
     stride_we,
     stride_wh,
@@ -81,13 +82,12 @@ def down_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    GROUP_M: tl.constexpr,
 ):
     program = tl.program_id(0)
     if program >= tile_count(first_tile, E, W, BLOCK_N):
         return
     expert, start, end, column = locate(
-        program, tile_expert, first_tile, offsets, W, BLOCK_M, BLOCK_N, GROUP_M
+        program, tile_expert, first_tile, offsets, W, group_m, BLOCK_M, BLOCK_N
     )
     position = start + tl.arange(0, BLOCK_M)
     real = position < end
@@ -175,5 +175,5 @@ def arguments(call: Call, tiles: Tiles, buffers: dict[str, Tensor], config: Conf
         "BLOCK_M": config.block_m,
         "BLOCK_N": tile.block_n,
         "BLOCK_K": tile.block_k,
-        "GROUP_M": tile.group_m,
+        "group_m": tile.group_m,
     }

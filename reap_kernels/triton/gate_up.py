@@ -64,6 +64,7 @@ def gate_up_kernel(
     E,
     H,
     I,  # noqa: E741
+    group_m,
     stride_xt,
     stride_xh,
     stride_we,
@@ -83,7 +84,6 @@ def gate_up_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    GROUP_M: tl.constexpr,
 ):
     TWO: tl.constexpr = GATED and not INTERLEAVED
     WIDTH: tl.constexpr = 2 * BLOCK_N if INTERLEAVED else BLOCK_N
@@ -92,7 +92,7 @@ def gate_up_kernel(
     if program >= tile_count(first_tile, E, I, BLOCK_N):
         return
     expert, start, end, column = locate(
-        program, tile_expert, first_tile, offsets, I, BLOCK_M, BLOCK_N, GROUP_M
+        program, tile_expert, first_tile, offsets, I, group_m, BLOCK_M, BLOCK_N
     )
     position = start + tl.arange(0, BLOCK_M)
     slot = tl.load(order + tl.minimum(position, end - 1))
@@ -170,7 +170,7 @@ def arguments(call: Call, tiles: Tiles, inner: object, config: Config) -> dict:
         "BLOCK_M": config.block_m,
         "BLOCK_N": tile.block_n,
         "BLOCK_K": tile.block_k,
-        "GROUP_M": tile.group_m,
+        "group_m": tile.group_m,
     }
 
 

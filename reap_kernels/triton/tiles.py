@@ -36,13 +36,13 @@ def locate(
     first_tile,  # expert -> its first row tile [E+1] int32
     offsets,  # expert -> its first sorted position [E+1] int32
     N,
+    group_m,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    GROUP_M: tl.constexpr,
 ):
     """A program's expert, first position, end of the expert's positions, and column tile.
 
-    The programs of an expert are neighbours. Among them row tiles run fastest, in groups of GROUP_M
+    The programs of an expert are neighbours. Among them row tiles run fastest, in groups of group_m
     whose rows stay in the L2 cache while each column tile of the weights passes by once.
     """
     columns = tl.cdiv(N, BLOCK_N)
@@ -50,10 +50,10 @@ def locate(
     first = tl.load(first_tile + expert)
     rows = tl.load(first_tile + expert + 1) - first
     local = program - first * columns
-    group = local // (GROUP_M * columns)
-    local -= group * GROUP_M * columns
-    height = tl.minimum(rows - group * GROUP_M, GROUP_M)
-    row_tile = group * GROUP_M + local % height
+    group = local // (group_m * columns)
+    local -= group * group_m * columns
+    height = tl.minimum(rows - group * group_m, group_m)
+    row_tile = group * group_m + local % height
     start = tl.load(offsets + expert) + row_tile * BLOCK_M
     return expert, start, tl.load(offsets + expert + 1), local // height
 

@@ -1,0 +1,130 @@
+"""Triton's interpreter, for tests: faster, in any order of programs, and with every access seen.
+
+Uses its private parts, so `pytest` on a triton other than the pinned one may have to adapt this
+file. Imported only in a process that has TRITON_INTERPRET set.
+"""
+
+import inspect
+from collections import defaultdict
+from contextlib import contextmanager
+from dataclasses import replace
+
+import numpy as np
+import torch
+import triton.language as tl
+from triton.runtime import interpreter
+from triton.runtime.interpreter import GridExecutor, InterpreterBuilder, interpreter_builder
+
+_patch_lang = interpreter._patch_lang
+_patched: set[int] = set()
+
+
+class _Nothing:
+    def restore(self):
+        pass
+
+
+def _patch_once(function):
+    """The interpreter patches all of triton.language at each call of a helper; once will do."""
+    modules = {id(v) for v in function.__globals__.values() if inspect.ismodule(v)}
+    langs = modules & {id(tl), id(tl.core)}
+    new = langs - _patched
+    if not new:
+        return _Nothing()
+    scope = _patch_lang(function)
+    restore = scope.restore
+    _patched.update(new)
+
+    def undo():
+        _patched.difference_update(new)
+        restore()
+
+    scope.restore = undo
+    return scope
+
+
+def speed_up():
+    interpreter._patch_lang = _patch_once
+    # Overflow checks of the integer arithmetic, which the GPU does not have either.
+    interpreter_builder.options = replace(interpreter_builder.options, sanitize_overflow=False)
+
+
+@contextmanager
+def backwards(monkeypatch):
+    """Programs run from the last to the first."""
+    forwards = InterpreterBuilder.set_grid_idx
+
+    def set_grid_idx(self, *index):
+        forwards(self, *(n - 1 - i for n, i in zip(self.grid_dim, index, strict=True)))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(InterpreterBuilder, "set_grid_idx", set_grid_idx)
+        yield
+
+
+class Traffic:
+    """Bytes by kernel, argument and direction. An address that several lanes of one instruction
+    read counts once. An access outside the kernel's arguments is an AssertionError."""
+
+    def __init__(self):
+        self.bytes = defaultdict(int)
+        self.launches = []
+        self._ranges = []
+
+    def enter(self, kernel: str, arguments: dict):
+        self.launches.append(kernel)
+        self._ranges = []
+        for name, tensor in arguments.items():
+            if isinstance(tensor, torch.Tensor) and tensor.numel():
+                last = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
+                start, size = tensor.data_ptr(), tensor.element_size()
+                self._ranges.append((start, start + (last + 1) * size, size, (kernel, name)))
+
+    def see(self, direction: str, pointers, mask):
+        addresses = np.unique(np.broadcast_to(pointers, np.broadcast(pointers, mask).shape)[mask])
+        if not addresses.size:
+            return
+        first, last = int(addresses[0]), int(addresses[-1])
+        for start, end, size, name in self._ranges:
+            if start <= first and last + size <= end:
+                self.bytes[(*name, direction)] += size * addresses.size
+                return
+        raise AssertionError(f"{direction} outside of every argument of {self.launches[-1]}")
+
+    def of(self, kernel: str, direction: str) -> dict[str, int]:
+        return {
+            name: total
+            for (where, name, way), total in self.bytes.items()
+            if where == kernel and way == direction
+        }
+
+
+@contextmanager
+def traffic(monkeypatch):
+    """Counts what the kernels inside load, store and add atomically."""
+    seen = Traffic()
+    run, load = GridExecutor.__call__, InterpreterBuilder.create_masked_load
+    store, atomic = InterpreterBuilder.create_masked_store, InterpreterBuilder.create_atomic_rmw
+
+    def watched_run(self, *args, **kwargs):
+        seen.enter(self.fn.__name__, dict(zip(self.arg_names, args, strict=False)) | kwargs)
+        return run(self, *args, **kwargs)
+
+    def watched_load(self, ptrs, mask, *rest):
+        seen.see("load", ptrs.data, mask.data)
+        return load(self, ptrs, mask, *rest)
+
+    def watched_store(self, ptrs, value, mask, *rest):
+        seen.see("store", ptrs.data, mask.data)
+        return store(self, ptrs, value, mask, *rest)
+
+    def watched_atomic(self, op, ptr, val, mask, *rest):
+        seen.see("atomic", ptr.data, mask.data)
+        return atomic(self, op, ptr, val, mask, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(GridExecutor, "__call__", watched_run)
+        patch.setattr(InterpreterBuilder, "create_masked_load", watched_load)
+        patch.setattr(InterpreterBuilder, "create_masked_store", watched_store)
+        patch.setattr(InterpreterBuilder, "create_atomic_rmw", watched_atomic)
+        yield seen

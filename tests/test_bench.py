@@ -3,8 +3,8 @@
 import csv
 import io
 import json
+import time
 from dataclasses import asdict, replace
-from statistics import median
 
 import pytest
 import torch
@@ -200,21 +200,21 @@ def test_peak_extra_sees_what_is_freed_before_the_end():
 
 @ROOFED
 def test_roofs_are_above_what_torch_reaches():
+    """The best of many short tries of each, in turn: neighbours may take the processor away."""
     x = torch.randn(512, 512)
-    _, (ms,) = _best_matmul(x)
-    peak = max(roof.fma_peak("fp32", 1, 0.02) for _ in range(5))
-    assert peak > 2 * 512**3 / ms * 1e3 * 0.8  # neighbours may take the processor from either
-    assert roof.read_bandwidth(torch.ones(1 << 22), 1) > 1e8
-
-
-def _best_matmul(x):
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        samples = interleave({"mm": lambda: x @ x}, None, Settings(rounds=5, seconds=60.0))
+        times, peaks = [], []
+        for _ in range(30):
+            start = time.perf_counter()
+            x @ x
+            times.append(time.perf_counter() - start)
+            peaks.append(roof.fma_peak("fp32", 1, 0.002))
     finally:
         torch.set_num_threads(threads)
-    return median(samples.ms["mm"]), [min(samples.ms["mm"])]
+    assert max(peaks) > 0.7 * 2 * 512**3 / min(times)
+    assert roof.read_bandwidth(torch.ones(1 << 22), 1) > 1e8
 
 
 def test_line_of_a_row(smoke):

@@ -21,7 +21,7 @@ from reap import card, surgery
 from reap.errors import ReapError
 from reap.folder import CONFIG, Folder, open_folder
 from reap.info import ModelInfo
-from reap.operation import Operation, operate, outputs, own_tensors
+from reap.operation import Operation, layout_of, operate, own_tensors
 from reap.plan import Plan
 from reap.publish import staged
 from reap.safefile import Tensor, span
@@ -97,25 +97,25 @@ def prune(
     operation = operate(folder, plan)
     _check_same_model(folder, plan)
     before = {n: t for shard in folder.shards for n, t in own_tensors(folder, shard)}
-    after = {edit.name: (t.dtype, edit.shape) for _, edit, t in outputs(folder, operation)}
+    layout = layout_of(folder, operation)
+    parts = [part for shard in layout.values() for part in shard]
+    after = {edit.name: (tensor.dtype, edit.shape) for edit, tensor in parts}
     size = sum(span(dtype, shape) for dtype, shape in after.values())
     others = sum(os.stat(folder.path / name).st_size for name in folder.others)
     _check_space(out, size + others)
-    unchecked: list[str | None] = []
 
     def verify(stage: Path) -> None:
-        verified = open_folder(stage)
-        _verify_tensors(verified, operation, after)
-        unchecked.append(_verify_shapes(folder, before, stage, after))
+        _verify(open_folder(stage), operation, after)
 
     def advance(n: int) -> None:
         if progress is not None:
             progress(n)
 
     try:
+        unchecked = _check_shapes(folder, before, operation, after)
         out.parent.mkdir(parents=True, exist_ok=True)
         with staged(out, overwrite=overwrite, verify=verify) as stage:
-            write_shards(folder, operation, stage, size, advance)
+            write_shards(folder, layout, stage, advance)
             write_json(stage / CONFIG, operation.config)
             copy_others(folder, stage, card.CARRIED_AS, advance)
             record = card.record(folder, plan, operation, command)
@@ -133,7 +133,7 @@ def prune(
         config_changes=operation.changes,
         dropped_layers=operation.dropped_layers,
         left_out=folder.left_out,
-        unchecked=unchecked[0],
+        unchecked=unchecked,
         seconds=time.monotonic() - started,
     )
 
@@ -175,13 +175,29 @@ def _check_space(out: Path, needed: int) -> None:
 def _check_same_model(folder: Folder, plan: Plan) -> None:
     from reap.models import describe_folder
 
-    found: ModelInfo = describe_folder(folder.path)
+    found: ModelInfo = describe_folder(folder.path, like=plan.model)
     different = plan.model.difference(found)
     if different:
         raise ReapError(f"the plan was made for another model than {folder.path}: {different}")
 
 
-def _verify_tensors(written: Folder, operation: Operation, expected: Tensors) -> None:
+def _check_shapes(
+    folder: Folder, before: Mapping[str, Tensor], operation: Operation, after: Tensors
+) -> str | None:
+    """Asks transformers' loader. Returns why it could not be asked, None when all is well."""
+    try:
+        problems = loading_problems(operation.config, after)
+        if problems:  # what it says of the original too is not our doing
+            shapes = {name: (t.dtype, t.shape) for name, t in before.items()}
+            problems -= loading_problems(folder.config, shapes)
+    except NotImplementedError as error:
+        return str(error)
+    if problems:
+        raise ReapError(f"cannot prune {folder.path}: afterwards {min(problems)}")
+    return None
+
+
+def _verify(written: Folder, operation: Operation, expected: Tensors) -> None:
     """The written headers hold what was meant, experts number from 0, the config is the new one."""
     found = {n: (t.dtype, t.shape) for shard in written.shards for n, t in shard.tensors.items()}
     if found != expected:
@@ -195,20 +211,3 @@ def _verify_tensors(written: Folder, operation: Operation, expected: Tensors) ->
         ids = {number for number, _ in block.experts.values()}
         if module in operation.kept and ids and ids != set(range(operation.kept[module])):
             raise ReapError(f"verification failed: {module} has the experts {sorted(ids)[:8]}...")
-
-
-def _verify_shapes(
-    source: Folder, before: Mapping[str, Tensor], stage: Path, after: Tensors
-) -> str | None:
-    """Asks transformers' loader. Returns why it could not be asked, None when all is well."""
-    try:
-        old = loading_problems(source.path, {n: (t.dtype, t.shape) for n, t in before.items()})
-        new = loading_problems(stage, after)
-    except NotImplementedError as error:
-        return str(error)
-    worse = sorted(new - old)
-    if worse:
-        raise ReapError(
-            f"verification failed: the pruned files do not fit the pruned config: {worse[0]}"
-        )
-    return None

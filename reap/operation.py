@@ -6,6 +6,7 @@ import itertools
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from reap import counts, surgery
@@ -13,6 +14,9 @@ from reap.errors import ReapError
 from reap.folder import CONFIG, Folder
 from reap.plan import Plan
 from reap.safefile import BITS, Header, Tensor, span
+
+# Shard of the original -> what it holds afterwards, in the order of the data.
+Layout = dict[Path, list[tuple[surgery.Edit, Tensor]]]
 
 TABLE_LIMIT = 256 << 20  # bytes of a table of expert ids, which is rewritten in memory
 
@@ -174,9 +178,20 @@ def own_tensors(folder: Folder, shard: Header) -> Iterator[tuple[str, Tensor]]:
             yield name, tensor
 
 
-def outputs(folder: Folder, operation: Operation) -> Iterator[tuple[Header, surgery.Edit, Tensor]]:
+def layout_of(folder: Folder, operation: Operation) -> Layout:
+    """The tensors of every shard that has any left. ReapError when two would have one name."""
+    homes: dict[str, str] = {}
+    layout: Layout = {}
     for shard in folder.shards:
         for name, tensor in own_tensors(folder, shard):
             edit = operation.edits.get(name, surgery.Edit(name, tensor.shape))
-            if edit is not None:
-                yield shard, edit, tensor
+            if edit is None:
+                continue
+            home = homes.setdefault(edit.name, shard.path.name)
+            if home != shard.path.name:
+                raise ReapError(f"two shards hold {edit.name!r}: {home} and {shard.path.name}")
+            layout.setdefault(shard.path, []).append((edit, tensor))
+    for parts in layout.values():
+        # Wide elements first, as the library writes them, so that every tensor stays aligned.
+        parts.sort(key=lambda part: -BITS[part[1].dtype])
+    return layout

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 Tensors = Mapping[str, tuple[str, tuple[int, ...]]]  # name -> dtype as safetensors calls it, shape
 
 
-def loading_problems(folder: Path, tensors: Tensors) -> set[str]:
-    """One line for each parameter that would be missing, unexpected or of the wrong shape.
+def loading_problems(fields: Mapping[str, Any], tensors: Tensors) -> set[str]:
+    """One line for each parameter missing, unexpected or of the wrong shape; `fields`: config.json.
 
     A checkpoint may have harmless ones (quantisation scales that a quantiser would take, layers for
     other runtimes), so what counts is that pruning adds none. NotImplementedError, with the reason,
@@ -27,14 +29,15 @@ def loading_problems(folder: Path, tensors: Tensors) -> set[str]:
         from transformers.modeling_utils import LoadStateDictConfig
     except ImportError as error:
         raise NotImplementedError(f"this transformers has another loader ({error})") from error
-    try:
-        config = AutoConfig.from_pretrained(folder)
-        with torch.device("meta"):
-            model = _model_class(config)(config)
-    except Exception as error:  # whatever a config from anywhere makes a model class raise
-        raise NotImplementedError(
-            f"{type(error).__name__}: {str(error).splitlines()[:1]}"
-        ) from error
+    with TemporaryDirectory() as folder:
+        # From a file, because that decodes what from_dict does not.
+        Path(folder, "config.json").write_text(json.dumps(fields))
+        try:
+            config = AutoConfig.from_pretrained(folder)
+            with torch.device("meta"):
+                model = _model_class(config)(config)
+        except Exception as error:  # whatever a config from anywhere makes a model class raise
+            raise NotImplementedError(_reason(error)) from error
     state = {
         name: torch.empty(shape, dtype=_dtype(dtype), device="meta")
         for name, (dtype, shape) in tensors.items()
@@ -43,7 +46,10 @@ def loading_problems(folder: Path, tensors: Tensors) -> set[str]:
         device_map={"": "meta"}, weight_mapping=get_model_conversion_mapping(model)
     )
     with _quiet():
-        info, _ = convert_and_load_state_dict_in_model(model, state, how)
+        try:
+            info, _ = convert_and_load_state_dict_in_model(model, state, how)
+        except Exception as error:  # a format that only its quantiser can convert
+            raise NotImplementedError(_reason(error)) from error
     tied = set(getattr(model, "all_tied_weights_keys", {}) or {})
     return (
         {f"{name} is missing" for name in info.missing_keys - tied}
@@ -51,6 +57,10 @@ def loading_problems(folder: Path, tensors: Tensors) -> set[str]:
         | {f"{name} has the wrong shape" for name, *_ in info.mismatched_keys}
         | {f"{name} cannot be converted" for name in info.conversion_errors}
     )
+
+
+def _reason(error: Exception) -> str:
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
 
 
 def _model_class(config: Any) -> Any:

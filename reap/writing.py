@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import math
 import os
+import threading
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ import numpy as np
 from reap import surgery
 from reap.errors import ReapError
 from reap.folder import INDEX, Folder
-from reap.operation import Operation, outputs
+from reap.operation import Layout
 from reap.safefile import (
     BITS,
     Header,
@@ -23,41 +25,52 @@ from reap.safefile import (
     encode_header,
     merged,
     open_regular,
+    span,
     write_all,
 )
 
+WRITERS = 2  # shards written at a time
 GATHER = 16 << 20  # bytes of a strided tensor held in memory at a time
 
 
 def write_shards(
-    folder: Folder, operation: Operation, stage: Path, size: int, progress: Callable[[int], None]
+    folder: Folder, layout: Layout, stage: Path, progress: Callable[[int], None]
 ) -> None:
-    weight_map: dict[str, str] = {}
-    by_shard: dict[Path, list[tuple[surgery.Edit, Tensor]]] = {}
-    for shard, edit, tensor in outputs(folder, operation):
-        if weight_map.setdefault(edit.name, shard.path.name) != shard.path.name:
-            raise ReapError(
-                f"two shards hold {edit.name!r}: {weight_map[edit.name]} and {shard.path.name}"
-            )
-        by_shard.setdefault(shard.path, []).append((edit, tensor))
+    """Writes the shards of `layout`, several at a time, and their index. `progress` is never called
+    by two threads at once."""
+    lock, stopped = threading.Lock(), threading.Event()
+
+    def advance(n: int) -> None:
+        with lock:
+            if stopped.is_set():
+                raise InterruptedError
+            progress(n)
+
     headers = {shard.path: shard for shard in folder.shards}
-    for path, parts in by_shard.items():
-        # Wide elements first, as the library writes them, so that every tensor stays aligned.
-        parts.sort(key=lambda part: -BITS[part[1].dtype])
-        _write_shard(headers[path], parts, stage / path.name, progress)
+    with ThreadPoolExecutor(WRITERS) as pool:
+        jobs = [
+            pool.submit(_write_shard, headers[path], parts, stage / path.name, advance)
+            for path, parts in layout.items()
+        ]
+        try:
+            for job in as_completed(jobs):
+                job.result()
+        except BaseException:
+            stopped.set()
+            pool.shutdown(cancel_futures=True)
+            raise
     if folder.index is not None:
-        metadata = dict(folder.index.get("metadata") or {})
-        metadata["total_size"] = size
-        if "total_parameters" in metadata:
-            metadata["total_parameters"] = sum(
-                math.prod(edit.shape) for parts in by_shard.values() for edit, _ in parts
-            )
-        index = {
-            **folder.index,
-            "metadata": metadata,
-            "weight_map": dict(sorted(weight_map.items())),
-        }
-        write_json(stage / INDEX, index)
+        write_json(stage / INDEX, _index(folder.index, layout))
+
+
+def _index(old: Mapping[str, Any], layout: Layout) -> dict[str, Any]:
+    weight_map = {edit.name: path.name for path, parts in layout.items() for edit, _ in parts}
+    metadata = dict(old.get("metadata") or {})
+    parts = [part for shard in layout.values() for part in shard]
+    metadata["total_size"] = sum(span(tensor.dtype, edit.shape) for edit, tensor in parts)
+    if "total_parameters" in metadata:
+        metadata["total_parameters"] = sum(math.prod(edit.shape) for edit, _ in parts)
+    return {**old, "metadata": metadata, "weight_map": dict(sorted(weight_map.items()))}
 
 
 def _write_shard(
@@ -87,6 +100,7 @@ def _write_shard(
                     write_all(target, block)
                     progress(len(block))
             _copy(source, pending, target, progress)
+            os.fsync(target)  # here, so that the disk works while other shards are copied
         finally:
             os.close(target)
         now = os.fstat(source)
@@ -114,13 +128,13 @@ def _ranges(edit: surgery.Edit, tensor: Tensor, data: int) -> list[tuple[int, in
     return [(start + i * row, row) for i in edit.rows]
 
 
-def _gathered(source: int, edit: surgery.Edit, tensor: Tensor, data: int) -> Iterator[memoryview]:
+def _gathered(source: int, edit: surgery.Edit, tensor: Tensor, data: int) -> Iterator[bytes]:
     start = data + tensor.start
     if edit.experts is not None:
         table = np.frombuffer(
             _pread(source, tensor.nbytes, start), dtype=f"<i{BITS[tensor.dtype] // 8}"
         )
-        yield memoryview(surgery.remapped(table.reshape(tensor.shape), edit.experts)).cast("B")
+        yield surgery.remapped(table.reshape(tensor.shape), edit.experts).tobytes()
         return
     assert edit.rows is not None
     wide = tensor.nbytes // edit.outer
@@ -128,8 +142,7 @@ def _gathered(source: int, edit: surgery.Edit, tensor: Tensor, data: int) -> Ite
     for first in range(0, edit.outer, step):
         count = min(step, edit.outer - first)
         raw = np.frombuffer(_pread(source, count * wide, start + first * wide), dtype=np.uint8)
-        rows = raw.reshape(count, edit.length, -1)[:, list(edit.rows)]
-        yield memoryview(np.ascontiguousarray(rows)).cast("B")
+        yield raw.reshape(count, edit.length, -1)[:, list(edit.rows)].tobytes()
 
 
 def _pread(fd: int, length: int, offset: int) -> bytes:

@@ -1,0 +1,271 @@
+"""Whatever fails: the output is the old folder or the new one, whole, and nothing else is left."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from folders import saved, some_plan
+
+from reap import checkpoint, publish
+from reap.checkpoint import prune
+from reap.errors import ReapError
+from reap.plan import Plan
+
+CALLS = ("write", "copy_file_range", "fsync", "rename", "mkdir")
+ENDED = 17
+
+
+def state(folder: Path) -> dict[str, bytes] | None:
+    """Every file in a folder but those that name the command, or None when there is none."""
+    if not folder.exists():
+        return None
+    files = (
+        p for p in folder.rglob("*") if p.is_file() and p.name not in ("reap.json", "README.md")
+    )
+    return {str(p.relative_to(folder)): p.read_bytes() for p in files}
+
+
+@pytest.fixture(scope="module")
+def job(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Plan, dict[str, bytes]]:
+    """A base folder, a plan, and the whole result."""
+    root = tmp_path_factory.mktemp("job")
+    saved(root / "base", num_hidden_layers=2, shards=True)
+    (root / "base" / "tokenizer.json").write_bytes(b"{}")
+    plan = some_plan(root / "base")
+    plan.save(root / "plan.json")
+    prune(root / "base", plan, root / "whole")
+    whole = state(root / "whole")
+    assert whole is not None
+    return root / "base", plan, whole
+
+
+def prepare(out: Path, old: dict[str, bytes] | None) -> None:
+    shutil.rmtree(out, ignore_errors=True)
+    if old is not None:
+        out.mkdir()
+        for name, data in old.items():
+            (out / name).write_bytes(data)
+
+
+def failing(monkeypatch: pytest.MonkeyPatch, at: int, fail: Callable[[], None]) -> list[str]:
+    """Makes the `at`-th call that writes, syncs or renames fail; returns the calls seen."""
+    seen: list[str] = []
+
+    def counted(name: str, real: Callable) -> Callable:
+        def call(*args: object, **kwargs: object) -> object:
+            seen.append(name)
+            if len(seen) == at:
+                fail()
+            return real(*args, **kwargs)
+
+        return call
+
+    for check in ("_check_same_model", "_check_shapes"):  # slow, and they write nothing
+        monkeypatch.setattr(checkpoint, check, lambda *_: None)
+    for name in CALLS:
+        monkeypatch.setattr(os, name, counted(name, getattr(os, name)))
+    monkeypatch.setattr(publish, "_renameat2", counted("renameat2", publish._renameat2))
+    return seen
+
+
+def raising(code: int) -> Callable[[], None]:
+    def fail() -> None:
+        raise OSError(code, os.strerror(code))
+
+    return fail
+
+
+@pytest.mark.parametrize("old", [None, {"old": b"old"}], ids=["new", "overwrite"])
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EIO, None], ids=["full", "io", "interrupt"])
+def test_every_failing_call_leaves_the_old_state(
+    job: tuple[Path, Plan, dict[str, bytes]],
+    tmp_path: Path,
+    old: dict[str, bytes] | None,
+    code: int | None,
+) -> None:
+    base, plan, whole = job
+    out = tmp_path / "out"
+    prepare(out, old)
+
+    def interrupt() -> None:
+        raise KeyboardInterrupt
+
+    at, failed, names = 0, True, set()
+    while failed:
+        at += 1
+        expected = old
+        with pytest.MonkeyPatch.context() as patch:
+            seen = failing(patch, at, interrupt if code is None else raising(code))
+            try:
+                prune(base, plan, out, overwrite=old is not None)
+                expected = whole  # nothing failed, or what failed did not matter
+            except (ReapError, KeyboardInterrupt) as error:
+                assert "\n" not in str(error)
+                names.add(seen[at - 1])
+            failed = len(seen) >= at
+        assert [p.name for p in tmp_path.iterdir() if p.name != "out"] == [], f"call {at} of {seen}"
+        assert state(out) == expected, f"call {at} of {seen}"
+        if failed and expected == whole:
+            prepare(out, old)
+    assert names >= {"write", "copy_file_range", "fsync", "renameat2", "mkdir"}
+
+
+CHILD = """
+import os, sys, pytest
+sys.path.insert(0, {tests!r})
+from test_publish import failing
+from reap.checkpoint import prune
+from reap.plan import Plan
+base, plan, out = sys.argv[1], Plan.load(sys.argv[2]), sys.argv[3]
+at, code = 0, None
+while code != 0:
+    at += 1
+    sys.stdin.readline()
+    pid = os.fork()
+    if pid == 0:
+        failing(pytest.MonkeyPatch(), at, lambda: os._exit({ended}))
+        prune(base, plan, out, overwrite=sys.argv[4] == "1")
+        os._exit(0)
+    code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    print(at, code, flush=True)
+"""
+
+
+@pytest.mark.parametrize("old", [None, {"old": b"old"}], ids=["new", "overwrite"])
+def test_killed_at_every_call(
+    job: tuple[Path, Plan, dict[str, bytes]], tmp_path: Path, old: dict[str, bytes] | None
+) -> None:
+    base, _, whole = job
+    out = tmp_path / "out"
+    code = CHILD.format(tests=str(Path(__file__).parent), ended=ENDED)
+    command = [
+        sys.executable,
+        "-c",
+        code,
+        base,
+        base.parent / "plan.json",
+        out,
+        str(int(old is not None)),
+    ]
+    child = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert child.stdin and child.stdout
+
+    ends = []
+    prepare(out, old)
+    child.stdin.write("\n")
+    child.stdin.flush()
+    for line in child.stdout:
+        at, ended = map(int, line.split())
+        ends.append(ended)
+        assert ended in (0, ENDED), f"call {at} ended with {ended}"
+        found = state(out)
+        assert found in ((whole,) if ended == 0 else (old, whole)), f"killed at call {at}"
+        if ended == 0:
+            break
+        prepare(out, old)
+        child.stdin.write("\n")
+        child.stdin.flush()
+    child.stdin.close()
+    assert child.wait(30) == 0 and len(ends) > 30
+    assert [p.name for p in tmp_path.iterdir()] == ["out"], (
+        "the last run cleans up after the killed ones"
+    )
+
+
+def test_stale_folders_go_and_living_ones_stay(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    (tmp_path / ".out.reap-0123abcd").mkdir()
+    (tmp_path / ".out.reap-not-ours").mkdir()
+    # Two runs at once: the second leaves the first one's folder alone and wins; the first may not
+    # replace what has appeared meanwhile.
+    with pytest.raises(FileExistsError), publish.staged(out, overwrite=False) as first:
+        with publish.staged(out, overwrite=False) as second:
+            assert first.exists() and not (tmp_path / ".out.reap-0123abcd").exists()
+            (second / "file").write_text("second")
+    assert (out / "file").read_text() == "second"
+    assert sorted(p.name for p in tmp_path.iterdir()) == [".out.reap-not-ours", "out"]
+
+
+def test_without_exchange(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where two names cannot be exchanged the old folder is moved aside, and back on failure."""
+    monkeypatch.setattr(publish, "_renameat2", lambda *_: False)
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "file").write_text("old")
+    with publish.staged(out, overwrite=True) as stage:
+        (stage / "file").write_text("new")
+    assert (out / "file").read_text() == "new" and [p.name for p in tmp_path.iterdir()] == ["out"]
+    with pytest.raises(FileExistsError), publish.staged(out, overwrite=False):
+        pass
+    # Killed between the two renames: only the aside folder holds the old one.
+    os.rename(out, tmp_path / ".out.reap-aside")
+    with pytest.raises(RuntimeError), publish.staged(out, overwrite=True):
+        raise RuntimeError
+    assert (out / "file").read_text() == "new" and [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_failing_verify_leaves_nothing(tmp_path: Path) -> None:
+    def verify(stage: Path) -> None:
+        raise ReapError(f"{stage} is wrong")
+
+    with (
+        pytest.raises(ReapError, match="is wrong"),
+        publish.staged(tmp_path / "out", overwrite=False, verify=verify),
+    ):
+        pass
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_written_shard_that_is_wrong_is_caught(
+    job: tuple[Path, Plan, dict[str, bytes]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One expert's rows swapped for another name: the headers no longer say what was meant."""
+    from reap import writing
+
+    base, plan, _ = job
+    real = writing.encode_header
+    monkeypatch.setattr(
+        writing,
+        "encode_header",
+        lambda tensors, meta: real({f"{n}x": t for n, t in tensors.items()}, meta),
+    )
+    with pytest.raises(ReapError, match="verification failed|does not hold"):
+        prune(base, plan, tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL], ids=["ctrl-c", "kill -9"])
+def test_a_signal_at_any_time(
+    job: tuple[Path, Plan, dict[str, bytes]], tmp_path: Path, number: signal.Signals
+) -> None:
+    base, _, whole = job
+    code = (
+        "import sys, time; from reap.checkpoint import prune; from reap.plan import Plan\n"
+        "plan = Plan.load(sys.argv[2])\n"
+        "slow = lambda n: (print(n, flush=True), time.sleep(0.05))\n"
+        "prune(sys.argv[1], plan, sys.argv[3], progress=slow)"
+    )
+    out = tmp_path / "out"
+    child = subprocess.Popen(
+        [sys.executable, "-c", code, base, base.parent / "plan.json", out],
+        stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
+    )  # fmt: skip
+    assert child.stdout and child.stdout.readline()
+    time.sleep(0.1)
+    child.send_signal(number)
+    assert child.wait(60) != 0
+    assert not out.exists()
+    hidden = [p.name for p in tmp_path.iterdir()]
+    assert len(hidden) == (1 if number == signal.SIGKILL else 0)
+    assert all(name.startswith(".out.reap-") for name in hidden)
+    prune(base, Plan.load(base.parent / "plan.json"), out)
+    assert state(out) == whole and [p.name for p in tmp_path.iterdir()] == ["out"]

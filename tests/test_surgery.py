@@ -1,0 +1,276 @@
+"""Which bytes go where, on hand-made checkpoints: names, axes, quantised formats, counts."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from reap import counts, surgery
+from reap.errors import ReapError
+from reap.folder import open_folder
+from reap.info import LayerInfo, ModelInfo
+from reap.operation import layout_of, operate
+from reap.plan import Plan
+from reap.safefile import BITS, encode_header, read_header, span
+from reap.writing import write_shards
+
+KEPT = (1, 2, 5)
+EXPERTS = 6
+
+
+def plan_for(*names: str, model_type: str = "any", kept: tuple[int, ...] = KEPT) -> Plan:
+    layers = tuple(LayerInfo(name, EXPERTS, 2) for name in names)
+    model = ModelInfo(model_type, "m", "f", None, layers)
+    return Plan(model=model, criterion="random", seed=0, kept=dict.fromkeys(names, kept))
+
+
+Spec = Mapping[str, tuple[str, tuple[int, ...]]]
+
+
+def checkpoint(folder: Path, tensors: Spec, **config: object) -> dict[str, np.ndarray]:
+    """A folder with these tensors, filled with random bytes; returns the bytes of each."""
+    folder.mkdir(exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(config or {"num_experts": EXPERTS}))
+    rng = np.random.default_rng(0)
+    raw = {
+        name: rng.integers(0, 256, span(*spec), dtype=np.uint8) for name, spec in tensors.items()
+    }
+    data = b"".join(raw[name].tobytes() for name in tensors)
+    (folder / "model.safetensors").write_bytes(
+        encode_header(dict(tensors), {"format": "pt"}) + data
+    )
+    return raw
+
+
+def pruned(
+    folder: Path, plan: Plan
+) -> tuple[dict[str, np.ndarray], dict[str, tuple[int, ...]], dict]:
+    """The bytes and shapes after pruning, and the new config."""
+    source = open_folder(folder)
+    operation = operate(source, plan)
+    out = folder / "written"
+    out.mkdir()
+    write_shards(source, layout_of(source, operation), out, lambda n: None)
+    header = read_header(out / "model.safetensors")
+    data = (out / "model.safetensors").read_bytes()[header.data :]
+    raw = {n: np.frombuffer(data[t.start : t.stop], np.uint8) for n, t in header.tensors.items()}
+    widths = [BITS[t.dtype] for t in header.tensors.values()]
+    assert widths == sorted(widths, reverse=True), "wide elements come first, so all are aligned"
+    return raw, {n: t.shape for n, t in header.tensors.items()}, operation.config
+
+
+def rows(raw: np.ndarray, length: int, kept: tuple[int, ...]) -> np.ndarray:
+    return raw.reshape(length, -1)[list(kept)].reshape(-1)
+
+
+def test_per_expert_fp8_and_int4(tmp_path: Path) -> None:
+    """Scales, zero points and packed weights are tensors of an expert like any other."""
+    block = "model.layers.3.mlp"
+    parts: dict[str, tuple[str, tuple[int, ...]]] = {
+        "up_proj.weight": ("F8_E4M3", (8, 16)), "up_proj.weight_scale_inv": ("F32", (1, 1)),
+        "down_proj.weight_packed": ("I32", (16, 2)), "down_proj.weight_scale": ("BF16", (16, 1)),
+        "down_proj.weight_shape": ("I64", (2,)), "gate_proj.input_scale": ("F32", ()),
+    }  # fmt: skip
+    tensors = {
+        f"{block}.experts.{i}.{n}": spec for i in range(EXPERTS) for n, spec in parts.items()
+    }
+    tensors[f"{block}.gate.weight"] = ("BF16", (EXPERTS, 16))
+    tensors[f"{block}.gate.e_score_correction_bias"] = ("F32", (EXPERTS,))
+    tensors[f"{block}.shared_experts.up_proj.weight"] = ("F8_E4M3", (EXPERTS, 16))
+    before = checkpoint(tmp_path / "m", tensors, n_routed_experts=EXPERTS)
+    after, shapes, config = pruned(tmp_path / "m", plan_for(f"{block}.experts"))
+    assert config == {"n_routed_experts": 3}
+    for new, old in enumerate(KEPT):
+        for part in parts:
+            assert np.array_equal(
+                after[f"{block}.experts.{new}.{part}"], before[f"{block}.experts.{old}.{part}"]
+            )
+    assert not any(f".experts.{i}." in name for i in range(3, EXPERTS) for name in after)
+    for name in ("gate.weight", "gate.e_score_correction_bias"):
+        assert np.array_equal(
+            after[f"{block}.{name}"], rows(before[f"{block}.{name}"], EXPERTS, KEPT)
+        )
+        assert shapes[f"{block}.{name}"][0] == 3
+    shared = f"{block}.shared_experts.up_proj.weight"
+    assert np.array_equal(after[shared], before[shared])
+
+
+def test_fused_mxfp4(tmp_path: Path) -> None:
+    block = "model.layers.0.mlp"
+    tensors: dict[str, tuple[str, tuple[int, ...]]] = {
+        f"{block}.experts.gate_up_proj_blocks": ("U8", (EXPERTS, 8, 2, 16)),
+        f"{block}.experts.gate_up_proj_scales": ("U8", (EXPERTS, 8, 2)),
+        f"{block}.experts.gate_up_proj_bias": ("BF16", (EXPERTS, 8)),
+        f"{block}.experts.down_proj": ("F4", (EXPERTS, 3, 2)),
+        f"{block}.experts.down_proj_input_scale": ("F32", (1,)),
+        f"{block}.router.weight": ("BF16", (EXPERTS, 4)),
+        f"{block}.router.bias": ("BF16", (EXPERTS,)),
+    }  # fmt: skip
+    before = checkpoint(tmp_path / "m", tensors, num_local_experts=EXPERTS)
+    after, shapes, _ = pruned(tmp_path / "m", plan_for(f"{block}.experts"))
+    for name in tensors:
+        if name.endswith("input_scale"):
+            assert np.array_equal(after[name], before[name])
+        else:
+            assert shapes[name] == (3, *tensors[name][1][1:])
+            assert np.array_equal(after[name], rows(before[name], EXPERTS, KEPT))
+
+
+def test_experts_that_share_a_byte_are_refused(tmp_path: Path) -> None:
+    tensors: dict[str, tuple[str, tuple[int, ...]]] = {
+        "layers.0.mlp.experts.up_proj": ("F4", (EXPERTS, 3)),
+        "layers.0.mlp.gate.weight": ("U8", (EXPERTS, 1)),
+    }  # fmt: skip
+    checkpoint(tmp_path / "m", tensors)
+    with pytest.raises(ReapError, match="packs several experts into one byte"):
+        operate(open_folder(tmp_path / "m"), plan_for("layers.0.mlp.experts"))
+
+
+def test_text_and_vision_experts_in_one_numbering(tmp_path: Path) -> None:
+    """ERNIE-VL: transposed routers, a [2, E] bias with other rows in each half, 2E experts."""
+    block = "model.layers.1.mlp"
+    names = [f"model.language_model.layers.1.mlp.{kind}_moe.experts" for kind in ("text", "vision")]
+    tensors: dict[str, tuple[str, tuple[int, ...]]] = {
+        f"{block}.experts.{i}.up_proj.weight": ("BF16", (2, 2)) for i in range(2 * EXPERTS)
+    }
+    tensors[f"{block}.gate.weight"] = ("F32", (5, EXPERTS))
+    tensors[f"{block}.gate.weight_1"] = ("F32", (5, EXPERTS))
+    tensors[f"{block}.moe_statics.e_score_correction_bias"] = ("F32", (2, EXPERTS))
+    before = checkpoint(tmp_path / "m", tensors, moe_num_experts=[EXPERTS, EXPERTS])
+    vision = (0, 3, 4)
+    plan = plan_for(*names)
+    plan = Plan(
+        model=plan.model, criterion="random", seed=0, kept={names[0]: KEPT, names[1]: vision}
+    )
+    after, _, config = pruned(tmp_path / "m", plan)
+    assert config == {"moe_num_experts": [3, 3]}
+    for new, old in enumerate([*KEPT, *(EXPERTS + i for i in vision)]):
+        part = "up_proj.weight"
+        assert np.array_equal(
+            after[f"{block}.experts.{new}.{part}"], before[f"{block}.experts.{old}.{part}"]
+        )
+
+    def columns(name: str, kept: tuple[int, ...]) -> np.ndarray:
+        return before[f"{block}.{name}"].view(np.float32).reshape(-1, EXPERTS)[:, kept]
+
+    gate = after[f"{block}.gate.weight"].view(np.uint32).reshape(5, 3)
+    assert np.array_equal(gate, columns("gate.weight", KEPT).view(np.uint32))
+    gate = after[f"{block}.gate.weight_1"].view(np.uint32).reshape(5, 3)
+    assert np.array_equal(gate, columns("gate.weight_1", vision).view(np.uint32))
+    old = before[f"{block}.moe_statics.e_score_correction_bias"].view(np.uint32).reshape(2, EXPERTS)
+    new = after[f"{block}.moe_statics.e_score_correction_bias"].view(np.uint32).reshape(2, 3)
+    assert np.array_equal(new, np.stack([old[0, list(KEPT)], old[1, list(vision)]]))
+
+
+def test_strided_rows_wider_than_the_buffer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("reap.writing.GATHER", 40)
+    block = "model.layers.1.mlp"
+    tensors: dict[str, tuple[str, tuple[int, ...]]] = {
+        f"{block}.experts.{i}.up_proj.weight": ("U8", (1,)) for i in range(EXPERTS)
+    }
+    tensors[f"{block}.gate.weight"] = ("U8", (EXPERTS, 1))
+    tensors[f"{block}.moe_statics.e_score_correction_bias"] = ("U8", (7, EXPERTS, 2))
+    before = checkpoint(tmp_path / "m", tensors)
+    after, _, _ = pruned(tmp_path / "m", plan_for(f"{block}.experts"))
+    name = f"{block}.moe_statics.e_score_correction_bias"
+    assert np.array_equal(
+        after[name].reshape(7, 3, 2), before[name].reshape(7, EXPERTS, 2)[:, KEPT]
+    )
+
+
+@pytest.mark.parametrize(
+    ("layer", "modules", "found"),
+    [
+        ("model.layers.3.mlp.experts", ["language_model.model.layers.3.mlp"], 0),
+        (
+            "model.layers.3.mlp.experts",
+            ["model.layers.2.mlp", "model.layers.3.block_sparse_moe"],
+            1,
+        ),
+        ("model.layers.0.mlp.experts", ["mtp.layers.0.mlp", "model.layers.0.mlp"], 1),
+        (
+            "model.vision_tower.blocks.3.mlp.experts",
+            ["model.layers.3.mlp", "vision.blocks.3.mlp"],
+            1,
+        ),
+        (
+            "thinker.model.layers.3.mlp.experts",
+            ["talker.model.layers.3.mlp", "thinker.model.layers.3.mlp"],
+            1,
+        ),
+        (
+            "model.layers.3.mlp.experts",
+            ["talker.model.layers.3.mlp", "thinker.model.layers.3.mlp"],
+            None,
+        ),
+        ("model.layers.3.mlp.experts", ["model.layers.4.mlp"], None),
+    ],
+)
+def test_layers_find_their_blocks(layer: str, modules: list[str], found: int | None) -> None:
+    blocks = surgery.find_blocks(f"{module}.experts.0.w1.weight" for module in modules)
+    if found is None:
+        with pytest.raises(ReapError, match="ambiguous|no experts for layer"):
+            surgery.resolve(layer, blocks)
+    else:
+        assert surgery.resolve(layer, blocks).module == modules[found]
+
+
+def test_only_the_config_that_counts_these_experts_changes() -> None:
+    config = {
+        "thinker_config": {"text_config": {"num_experts": 6}},
+        "talker_config": {"text_config": {"num_experts": 6}},
+        "quantization_config": {"num_experts": 6},
+    }
+    places = counts.places_of(config, "thinker.model.layers.0.mlp.experts", 0, 6)
+    assert [str(p) for p in places] == ["thinker_config.text_config.num_experts"]
+    new, changes = counts.with_fewer(config, {places[0]: {0: 3}}, drop_extra=False)
+    assert new == {**config, "thinker_config": {"text_config": {"num_experts": 3}}}
+    assert changes == ["thinker_config.text_config.num_experts: 6 -> 3"]
+
+
+def test_a_stale_copy_beside_the_sub_config_changes_too() -> None:
+    config = {
+        "num_experts": 6,
+        "text_config": {"num_experts": 6},
+        "vision_config": {"num_experts": 4},
+    }
+    places = counts.places_of(config, "model.language_model.layers.0.mlp.experts", 0, 6)
+    assert {str(p) for p in places} == {"num_experts", "text_config.num_experts"}
+
+
+def test_a_list_with_one_count_per_layer() -> None:
+    config = {"num_experts": [6, 8, 6], "num_hidden_layers": 3}
+    (place,) = counts.places_of(config, "model.layers.1.mlp.experts", 1, 8)
+    new, _ = counts.with_fewer(config, {place: {1: 4}}, drop_extra=False)
+    assert new["num_experts"] == [6, 4, 6]
+
+
+def test_names_of_experts_in_a_quantisation_config() -> None:
+    ignored = [
+        "lm_head",
+        "m.experts.0.up_proj",
+        "m.experts.5.up_proj",
+        "other.experts.0",
+        "re:.*experts.0",
+    ]
+    new = counts.renumbered({"ignore": ignored, "bits": 4}, {"m": (1, 5)})
+    assert new == {
+        "ignore": ["lm_head", "m.experts.1.up_proj", "other.experts.0", "re:.*experts.0"],
+        "bits": 4,
+    }
+
+
+def test_remapped_tables_spread_the_orphans() -> None:
+    table = np.array([[0, 1], [1, 5], [3, 4], [0, 4]])
+    new = surgery.remapped(table, KEPT)
+    assert new[1].tolist() == [0, 2] and new[0, 1] == 0
+    for row in new:
+        assert len(set(row)) == 2 and all(0 <= e < 3 for e in row), "no token gets an expert twice"
+    many = surgery.remapped(np.zeros((999, 1), dtype=np.int64), KEPT)
+    assert np.bincount(many[:, 0]).tolist() == [333, 333, 333]

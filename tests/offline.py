@@ -207,7 +207,10 @@ def small_kernels(chip: str) -> Iterator[dict]:
         ),
     ):
         binary = compiled(kernel, arguments, {"num_warps": 4, "debug": bool(kernel.debug)}, target)
-        yield resources(binary) | {"kernel": kernel.__name__, "variant": "", "config": ""}
+        code = binary.asm.get("ptx") or binary.asm["amdgcn"]
+        yield resources(binary) | {
+            "kernel": kernel.__name__, "variant": "", "config": "", "asserts": "assert" in code
+        }  # fmt: skip
 
 
 def every(chip: str, large: bool) -> Iterator[dict]:

@@ -1,0 +1,351 @@
+"""The Triton kernels where they run: on a GPU, or in the interpreter, which needs a process of its
+own (test_triton_offline.py starts it):
+
+    TRITON_INTERPRET=1 python -m pytest tests/test_triton.py
+"""
+
+import os
+from dataclasses import replace
+
+import cases
+import pytest
+import torch
+from cases import Case
+
+from bench import gpu_roofline
+from bench.shapes import Shape
+from reap.layerstats import LayerStatistics
+from reap_kernels import moe_saliency, ops, routing
+from reap_kernels import triton as backend
+from reap_kernels.contract import Call, make_call
+from reap_kernels.triton import configs, tune
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = "cpu" if INTERPRETED else "cuda"
+if INTERPRETED:
+    import interpreted
+
+    interpreted.speed_up()
+    pytestmark: list = []
+else:
+    pytestmark = [pytest.mark.gpu]
+interpreter_only = pytest.mark.skipif(not INTERPRETED, reason="looks into the interpreter")
+gpu_only = pytest.mark.skipif(INTERPRETED, reason="needs a GPU")
+
+# One dtype each, in turn; every combination is in the slow sweep.
+SOME = [(case, cases.DTYPES[i % 3]) for i, case in enumerate(cases.CASES) if i % 2 == 0]
+DETERMINISTIC = [
+    (cases.SHAPES[0], torch.bfloat16),
+    (cases.LAYOUTS[7], torch.float16),
+    (cases.ROUTINGS[0], torch.float32),
+]
+
+
+def run(inputs: dict, **options):
+    return moe_saliency(**inputs, backend="triton", **options)
+
+
+def call_of(inputs: dict, deterministic: bool = False) -> Call:
+    *tensors, activation, gated, interleaved, transposed = inputs.values()
+    return make_call(tuple(tensors), activation, (gated, interleaved, transposed, deterministic))
+
+
+@pytest.mark.parametrize(("case", "dtype"), SOME, ids=str)
+def test_accurate(case, dtype):
+    inputs = cases.make(case, dtype, DEVICE)
+    cases.assert_accurate(run(inputs), inputs)
+
+
+@pytest.mark.parametrize(("case", "dtype"), DETERMINISTIC, ids=str)
+def test_deterministic_combine_is_accurate(case, dtype):
+    inputs = cases.make(case, dtype, DEVICE)
+    cases.assert_accurate(run(inputs, deterministic=True), inputs)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("deterministic", (False, True))
+@pytest.mark.parametrize("dtype", cases.DTYPES, ids=str)
+@pytest.mark.parametrize("case", cases.CASES, ids=str)
+def test_accurate_in_every_way(case, dtype, deterministic):
+    inputs = cases.make(case, dtype, DEVICE)
+    cases.assert_accurate(run(inputs, deterministic=deterministic), inputs)
+
+
+# Rows of several tiles, of which some are not full; columns past the end of a tile.
+SEVERAL_TILES = Case("several tiles", T=90, K=2, E=2, H=288, I=144, bias=True, transposed=True)
+SHIPPED = {
+    f"{family}-{choice.config.block_m}-{choice.bits}-{number}": (choice.config, choice.bits)
+    for family, choices in configs.CHOICES.items()
+    for number, choice in enumerate(choices)
+    if family != "interpreter"
+}
+WIDEST = next(reversed([name for name in SHIPPED if name.startswith("sm_90-128")]))
+
+
+@pytest.mark.parametrize(
+    "name", [n if n == WIDEST else pytest.param(n, marks=pytest.mark.slow) for n in SHIPPED]
+)
+def test_accurate_with_shipped_tiles(name, monkeypatch):
+    config, bits = SHIPPED[name]
+    if not INTERPRETED:
+        family = configs.family(torch.device(DEVICE))
+        if family is None or not name.startswith(family):
+            pytest.skip("another architecture's tiles")
+    inputs = cases.make(SEVERAL_TILES, torch.float16 if bits == 16 else torch.float32, DEVICE)
+    monkeypatch.setattr(configs, "choose", lambda *_: config)
+    cases.assert_accurate(run(inputs), inputs)
+    cases.assert_accurate(run(inputs, deterministic=True), inputs)
+
+
+def same_bits(a, b) -> bool:
+    return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+def test_same_bits_in_any_order_of_programs(monkeypatch):
+    case = replace(cases.ROUTINGS[0], T=40)
+    inputs = cases.make(case, torch.bfloat16, DEVICE)
+    first, atomic = run(inputs, deterministic=True), run(inputs)
+    if INTERPRETED:
+        with interpreted.backwards(monkeypatch):
+            again, atomic_again = run(inputs, deterministic=True), run(inputs)
+    else:
+        again, atomic_again = run(inputs, deterministic=True), run(inputs)
+    assert same_bits(first, again)
+    assert same_bits(atomic[1:], atomic_again[1:])  # norms and peaks, in either mode
+    assert same_bits(first[1:], atomic[1:])
+
+
+def test_routing_is_stable_and_its_tiles_cover_every_slot_once():
+    from reap_kernels.triton.routing import route
+
+    case = replace(cases.ROUTINGS[0], T=130, K=3, E=11)  # more than one block of slots
+    inputs = cases.make(case, torch.float32, DEVICE)
+    expected = routing.route(inputs["top_k_index"], case.E)
+    for block_m in (16, 64):
+        tiles = route(call_of(inputs), block_m)
+        assert torch.equal(tiles.order.long(), expected.order)
+        assert torch.equal(tiles.offsets.long(), expected.offsets)
+        number = int(tiles.first_tile[-1])
+        assert number <= tiles.bound
+        per_expert = tiles.tile_expert[:number].long().bincount(minlength=case.E)
+        assert torch.equal(per_expert, -(-expected.counts // block_m))
+        assert torch.equal(tiles.first_tile.diff().long(), per_expert)
+
+
+@interpreter_only
+@pytest.mark.parametrize(
+    "case", [cases.SHAPES[0], cases.LAYOUTS[7], cases.STRIDES[0], cases.STRIDES[4]], ids=str
+)
+@pytest.mark.parametrize("deterministic", (False, True))
+def test_touches_nothing_but_its_tensors(case, deterministic, monkeypatch):
+    """Inputs lie between NaNs; an access outside of a kernel's arguments fails at once."""
+    inputs = cases.make(case, torch.float32)
+    for name, tensor in inputs.items():
+        if isinstance(tensor, torch.Tensor) and case.strides == "contiguous":
+            poison = torch.nan if tensor.is_floating_point() else -1
+            arena = tensor.new_full((tensor.numel() + 64,), poison)
+            inputs[name] = arena[32:-32].view(tensor.shape).copy_(tensor)
+    with interpreted.traffic(monkeypatch) as seen:
+        result = run(inputs, deterministic=deterministic)
+    cases.assert_accurate(result, inputs)
+    assert seen.of("gate_up_kernel", "load") and seen.of("down_kernel", "load")
+
+
+@interpreter_only
+def test_bytes_are_those_of_the_roofline_model(monkeypatch):
+    """A scaled-down layer with several tiles in every direction."""
+    case = Case("", T=96, K=2, E=3, H=160, I=96)
+    inputs = cases.make(case, torch.bfloat16)
+    config = configs.CHOICES["interpreter"][0].config
+    counts = torch.bincount(inputs["top_k_index"].flatten(), minlength=case.E)
+    work = gpu_roofline.Work(
+        Shape("", case.E, case.K, case.H, case.I), case.T, tuple(counts.tolist()), config
+    )
+    with interpreted.traffic(monkeypatch) as seen:
+        run(inputs)
+    expected = work.program_bytes()
+    assert {key: seen.bytes[key] for key in expected} == expected
+    tables = {"order", "offsets", "first_tile", "tile_expert", "gates"}
+    big = {"gate_up_kernel", "down_kernel", "finish_kernel"}
+    others = {k for k in seen.bytes if k[0] in big and k[1] not in tables}
+    assert others == set(expected), "a tensor that the model does not know"
+
+
+@interpreter_only
+def test_norms_and_peaks_cost_at_most_a_hundredth_of_the_bytes():
+    for name in ("qwen3-30b-a3b", "mixtral-8x7b", "deepseek-v3"):
+        shape = gpu_roofline.REAL[name]
+        counts = gpu_roofline.uniform_counts(shape, 1 << 14)
+        for gpu in gpu_roofline.GPUS:
+            work = gpu_roofline.Work(shape, 1 << 14, counts, gpu_roofline.large_config(gpu, shape))
+            moved = work.memory_bytes(gpu)
+            assert moved["norms"] <= 0.01 * sum(moved.values()), (name, gpu.name)
+
+
+@interpreter_only
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float32), ids=str)
+def test_at_most_eight_launches_and_nothing_waits(dtype, monkeypatch):
+    """Every torch op and every kernel of a layer with its statistics, nothing executed."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+    from triton.runtime.interpreter import GridExecutor
+
+    launches = []
+
+    class Ops(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            launches.append(function.overloadpacket.__name__)
+            return function(*args, **(kwargs or {}))
+
+    inputs = cases.make(Case("", bias=True), dtype)
+    stats = LayerStatistics(7, gates="renormalized", pairs=True)
+    stats._fused = True
+    mask = torch.ones(33, dtype=torch.bool)
+    call, config = call_of(inputs), configs.CHOICES["interpreter"][0].config
+    from reap_kernels.triton import launch
+
+    monkeypatch.undo()  # poisoned memory would add its fills
+    monkeypatch.setattr(
+        GridExecutor, "__call__", lambda self, *a, **k: launches.append(self.fn.__name__)
+    )
+    with Ops():
+        result = launch.run(call, config)
+        stats.update(call.top_k_index, call.top_k_weights, *result[1:], mask)
+    free = {"new_empty", "empty", "empty_like", "transpose", "view", "detach"}
+    spent = [name for name in launches if name not in free]
+    assert spent == [
+        "count_kernel", "scan_kernel", "place_kernel", "gate_up_kernel",
+        "zeros" if dtype != torch.float32 else "zero_",
+        "down_kernel", "finish_kernel", "statistics_kernel",
+    ]  # fmt: skip
+
+
+def random_slots(g, T, K, E):
+    """ids, gates, norms, peaks, mask with every kind of slot and magnitudes far apart."""
+    ids = torch.randint(0, E + 2, (T, K), generator=g)
+    gates = torch.randn(T, K, generator=g) * 10.0 ** torch.randint(-30, 3, (T, K), generator=g)
+    gates[torch.rand(T, K, generator=g) < 0.1] = 0
+    norms = torch.randn(T, K, generator=g).abs() * 10.0 ** torch.randint(
+        -38, 20, (T, K), generator=g
+    )
+    norms[0] = 2.0**-149  # the smallest subnormal
+    return ids, gates, norms, torch.rand(T, K, generator=g), torch.rand(T, generator=g) < 0.7
+
+
+@pytest.mark.parametrize("gates", ("applied", "renormalized"))
+@pytest.mark.parametrize("pairs", (False, True))
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
+def test_statistics_have_the_bits_of_the_torch_ones(gates, pairs, dtype):
+    g = torch.Generator().manual_seed(1)
+    T, K, E = 150, 3, 6
+    theirs = LayerStatistics(E, gates=gates, pairs=pairs)
+    ours = LayerStatistics(E, gates=gates, pairs=pairs, device=DEVICE)
+    ours._fused = True
+    for masked in (True, False):
+        *slots, mask = random_slots(g, T, K, E)
+        slots[1] = slots[1].to(dtype)
+        mask = mask if masked else None
+        theirs.update(*slots, mask)
+        ours.update(*(slot.to(DEVICE) for slot in slots), None if mask is None else mask.to(DEVICE))
+    assert ours == theirs
+
+
+@pytest.mark.parametrize(
+    ("what", "value"),
+    [
+        ("gate", torch.nan), ("gate", -torch.inf), ("norm", torch.nan), ("norm", torch.inf),
+        ("norm", -1.0), ("peak", torch.nan), ("peak", torch.inf), ("peak", -1.0), ("id", -3),
+    ],
+)  # fmt: skip
+def test_statistics_count_what_cannot_be_summed(what, value):
+    ids = torch.tensor([[0, 1], [1, 0]])
+    slots = {
+        "id": ids,
+        "gate": torch.rand(2, 2),
+        "norm": torch.rand(2, 2),
+        "peak": torch.rand(2, 2),
+    }
+    slots[what][1, 0] = value
+    ours = LayerStatistics(2, device=DEVICE)
+    ours._fused = True
+    ours.update(*(tensor.to(DEVICE) for tensor in slots.values()))
+    expert = -1 if what == "id" else 1
+    assert ours._faults.tolist() == [0 if i != expert % 3 else 1 for i in range(3)]
+    assert ours._count.tolist() == ([2, 1] if expert else [1, 2])
+
+
+@interpreter_only
+def test_a_negative_id_is_refused():
+    inputs = cases.make(Case(""), torch.float32)
+    inputs["top_k_index"][3, 1] = -2
+    with pytest.raises(ValueError, match="top_k_index holds the id -2, must be >= 0"):
+        run(inputs)
+
+
+@interpreter_only
+def test_the_assertion_in_the_first_kernel_sees_a_negative_id(monkeypatch):
+    from triton.runtime.errors import InterpreterError
+    from triton.runtime.interpreter import interpreter_builder
+
+    from reap_kernels.triton.routing import route
+
+    inputs = cases.make(Case(""), torch.float32)
+    inputs["top_k_index"][32, 2] = -1
+    monkeypatch.setattr(
+        interpreter_builder, "options", replace(interpreter_builder.options, debug=True)
+    )
+    with pytest.raises(InterpreterError, match="holds an id below 0"):
+        route(call_of(inputs), 16)
+
+
+@gpu_only
+def test_the_host_never_waits():
+    inputs = cases.make(Case("", bias=True), torch.bfloat16, DEVICE)
+    run(inputs)  # compiles
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        run(inputs)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_unsupported_calls_say_why(monkeypatch):
+    inputs = cases.make(Case("", E=4097, H=4, I=2), torch.float32, DEVICE)
+    assert backend.unsupported(call_of(inputs)) == "4097 experts, at most 4096"
+    inputs = cases.make(Case(""), torch.float64, DEVICE)
+    assert backend.unsupported(call_of(inputs)) == "hidden_states has dtype float64"
+    inputs = cases.make(Case(""), torch.float32, DEVICE)
+    monkeypatch.setattr(configs, "shared_limit", lambda *_: 1000)
+    reason = "no tile config fits 1000 bytes of shared memory"
+    assert backend.unsupported(call_of(inputs)) == reason
+    with pytest.raises(ValueError, match=f"cannot run this call: triton: {reason}"):
+        run(inputs)
+    monkeypatch.setattr(ops, "LADDER", (backend, ops.reference))
+    cases.assert_accurate(moe_saliency(**inputs), inputs)  # auto moves on
+
+
+def test_tuned_configs_are_recorded_and_used(monkeypatch, tmp_path):
+    inputs = cases.make(Case("", H=64, I=32), torch.float16, DEVICE)
+    call = call_of(inputs)
+    other = replace(configs.CHOICES["interpreter"][0].config, block_m=32)
+    shipped = configs.CHOICES["interpreter"][0].config
+    monkeypatch.setattr(tune, "candidates", lambda call: [shipped, other])
+    monkeypatch.setattr(tune, "_machine", lambda device: {"gpu": "x", "triton": "3"})
+    monkeypatch.setattr(tune, "_records", {})
+    times = iter((2.0, 1.0))
+    monkeypatch.setattr("triton.testing.do_bench", lambda f: (f(), next(times))[1])
+    *tensors, activation, gated, interleaved, transposed = inputs.values()
+    path = tmp_path / "tuned.json"
+    measured = tune.measure(path, *tensors[:5], activation=activation)
+    assert list(measured.values()) == [2.0, 1.0]
+    assert tune.recorded(call) is None  # recorded is not yet used
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    tune.use(path)
+    assert tune.recorded(call) == other
+    assert tune.recorded(call._replace(top_k_index=inputs["top_k_index"][:, :1])) is None
+    cases.assert_accurate(run(inputs), inputs)
+    monkeypatch.setattr(tune, "_machine", lambda device: {"gpu": "y", "triton": "3"})
+    with pytest.raises(ValueError, match="was measured on .*'x'.*measure it again"):
+        tune.use(path)
+    path.write_text('{"gpu": "y", "triton": "3", "configs": {"a": {}}}')
+    with pytest.raises(ValueError, match="is not a record of tuned configs"):
+        tune.use(path)

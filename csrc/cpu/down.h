@@ -87,8 +87,12 @@ template <Dtype D> static void down(const Job& job, int64_t task, char* memory) 
     const Block& block = job.blocks[b];
     const Tiling tiling(block.tokens);
     const Scratch scratch = carve(memory);
+    const bool few = few_tokens(layer, block);
     Tokens tokens = {inner_of<D>(job, block), true};
-    if constexpr (!native<D>) {
+    const char* rows[FEW_TOKENS];
+    if (few) {
+        for (int i = 0; i < block.tokens; ++i) rows[i] = tokens.data + i * job.inner_width * Number<D>::size;
+    } else if (!native<D>) {
         widen_inner<D>(tokens.data, layer.I, tiling, scratch.tokens);
         tokens = {scratch.tokens, false};
     }
@@ -98,7 +102,9 @@ template <Dtype D> static void down(const Job& job, int64_t task, char* memory) 
     fill_lanes(job, block, column, lanes);
     for (int offset = 0; offset < width; offset += GROUP) {
         const int count = width - offset < GROUP ? width - offset : GROUP;
-        const float* c = multiply_group<D>(layer.down, matrix, plain_group(column + offset, count), layer.I, tokens, tiling, scratch);
+        const Group group = plain_group(column + offset, count);
+        const float* c = few ? multiply_few<D>(layer.down, matrix, group, layer.I, rows, tiling, scratch)
+                             : multiply_group<D>(layer.down, matrix, group, layer.I, tokens, tiling, scratch);
         if (offset == 0) wait_for_turn(job.turns + slab, b);
         if (job.partials) add_output<D, true>(layer, block, column, offset, count, c, lanes);
         else add_output<D, false>(layer, block, column, offset, count, c, lanes);

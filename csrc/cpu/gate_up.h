@@ -1,10 +1,10 @@
 // hidden_states -> inner: gather, gate and up projection, bias, activation.
 //
-// inner is [S, I] in the model dtype, block by block and tile by tile, as [steps, tokens of the tile]: the packed
-// operand of `down` where the processor multiplies the model dtype itself.
+// inner is [S, I] in the model dtype. A block with few tokens lies as [tokens, I]; others tile by tile as
+// [steps, tokens of the tile], the packed operand of `down` where the processor multiplies the model dtype.
 #pragma once
 #include "activation.h"
-#include "group.h"
+#include "few.h"
 
 namespace reap {
 namespace REAP_ISA {
@@ -18,53 +18,75 @@ template <Dtype D> static inline vf bias_of(const Weights& w, int64_t expert, in
     return set1(scalar<D>(w.bias + (expert * w.bias_expert_stride + row * w.bias_row_stride) * Number<D>::size));
 }
 
-// C of one group -> rows i .. i+count of inner.
-template <Dtype D, Activation Act>
-static void write_inner(const Job& job, const Block& block, const Tiling& tiling, int64_t i, int count, const float* c) {
-    const Layer& layer = job.layer;
-    const int64_t up_first = layer.interleaved ? 1 : layer.I, row_factor = layer.interleaved ? 2 : 1;
-    for (int j = 0; j < count; j += per_step<D>) {
-        vf bias[4];
-        for (int r = 0; r < per_step<D>; ++r) {
-            const int64_t row = i + (j + r < count ? j + r : j);
-            bias[2 * r] = bias_of<D>(layer.gate_up, block.expert, row * row_factor);
-            bias[2 * r + 1] = layer.gated ? bias_of<D>(layer.gate_up, block.expert, row * row_factor + up_first) : set1(0.0f);
-        }
-        for (int tile = 0; tile < tiling.tiles; ++tile) {
-            const int tokens = tiling.tokens_in(tile);
-            constexpr int cell = Number<D>::size * per_step<D>;
-            char* out = inner_of<D>(job, block) + (steps<D>(layer.I) * tiling.begin(tile) * W + (i + j) / per_step<D> * tokens) * cell;
+// Rows of inner as they come out of C: bias, activation, and the product with `up` if there is one.
+template <Dtype D, Activation Act> struct Activated {
+    const Layer& layer;
+    int64_t expert, first;   // row of inner that row 0 of C belongs to
+    const float* c;          // [GROUP, ld]
+    int ld;
+
+    vf operator()(int row, int lane) const {
+        const int64_t i = first + row, stride = layer.interleaved ? 2 : 1;
+        const float* p = c + row * ld + lane;
+        const vf gate = add(load(p), bias_of<D>(layer.gate_up, expert, i * stride));
+        if (!layer.gated) return activate<Act>(gate);
+        const vf bias = bias_of<D>(layer.gate_up, expert, layer.interleaved ? 2 * i + 1 : layer.I + i);
+        return activate_gated<Act>(gate, add(load(p + GROUP / 2 * ld), bias), layer);
+    }
+};
+
+// `count` rows -> tile by tile [steps, tokens of the tile]
+template <Dtype D, class Rows>
+static void write_across(const Rows& rows, const Tiling& tiling, int count, char* inner) {
+    constexpr int cell = Number<D>::size * per_step<D>;
+    for (int tile = 0; tile < tiling.tiles; ++tile) {
+        const int tokens = tiling.tokens_in(tile), begin = tiling.begin(tile) * W;
+        char* out = inner + (steps<D>(rows.layer.I) * begin + rows.first / per_step<D> * tokens) * cell;
+        for (int row = 0; row < count; row += per_step<D>, out += tokens * cell)
             for (int lane = 0; lane < tokens; lane += W) {
                 const int n = tokens - lane < W ? tokens - lane : W;
-                const float* gates = c + j * tiling.lanes() + tiling.begin(tile) * W + lane;
-                vf y[2];
-                for (int r = 0; r < per_step<D>; ++r) {
-                    const float* p = gates + r * tiling.lanes();
-                    const vf gate = add(load(p), bias[2 * r]);
-                    if (layer.gated) y[r] = activate_gated<Act>(gate, add(load(p + GROUP / 2 * tiling.lanes()), bias[2 * r + 1]), layer);
-                    else y[r] = activate<Act>(gate);
-                }
+                const vf y = rows(row, begin + lane);
                 if constexpr (Number<D>::dot) {
-                    if (j + 1 == count) y[1] = set1(0.0f);
-                    vf both = pair(narrow_bf16(y[0]), narrow_bf16(y[1]));
-                    Number<Dtype::f32>::store(out + lane * cell, both, n);
+                    const vf second = row + 1 < count ? rows(row + 1, begin + lane) : set1(0.0f);
+                    Number<Dtype::f32>::store(out + lane * cell, pair(narrow_bf16(y), narrow_bf16(second)), n);
                 } else {
-                    Number<D>::store(out + lane * cell, y[0], n);
+                    Number<D>::store(out + lane * cell, y, n);
                 }
             }
-        }
     }
 }
 
-template <Dtype D>
-static void write_inner(const Job& job, const Block& block, const Tiling& tiling, int64_t i, int count, const float* c) {
+// `count` rows -> [tokens, inner_width]
+template <Dtype D, class Rows>
+static void write_along(const Rows& rows, int64_t inner_width, int tokens, int count, char* inner) {
+    for (int lane = 0; lane < tokens; lane += W)
+        for (int row = 0; row < count; row += W) {
+            vf square[W];
+            for (int i = 0; i < W; ++i) square[i] = row + i < count ? rows(row + i, lane) : set1(0.0f);
+            transpose(square);
+            const int n = count - row < W ? count - row : W;
+            for (int i = 0; i < W && lane + i < tokens; ++i)
+                Number<D>::store(inner + ((lane + i) * inner_width + rows.first + row) * Number<D>::size, square[i], n);
+        }
+}
+
+template <Dtype D, Activation Act>
+static void write_inner(const Job& job, const Block& block, int64_t first, int count, const float* c) {
+    const Tiling tiling(block.tokens);
+    const Activated<D, Act> rows = {job.layer, block.expert, first, c, tiling.lanes()};
+    char* const inner = inner_of<D>(job, block);
+    if (few_tokens(job.layer, block)) write_along<D>(rows, job.inner_width, block.tokens, count, inner);
+    else write_across<D>(rows, tiling, count, inner);
+}
+
+template <Dtype D> static void write_inner(const Job& job, const Block& block, int64_t first, int count, const float* c) {
     switch (job.layer.activation) {
-        case Activation::silu: return write_inner<D, Activation::silu>(job, block, tiling, i, count, c);
-        case Activation::gelu: return write_inner<D, Activation::gelu>(job, block, tiling, i, count, c);
-        case Activation::gelu_tanh: return write_inner<D, Activation::gelu_tanh>(job, block, tiling, i, count, c);
-        case Activation::relu: return write_inner<D, Activation::relu>(job, block, tiling, i, count, c);
-        case Activation::relu2: return write_inner<D, Activation::relu2>(job, block, tiling, i, count, c);
-        case Activation::swiglu_clamped: return write_inner<D, Activation::swiglu_clamped>(job, block, tiling, i, count, c);
+        case Activation::silu: return write_inner<D, Activation::silu>(job, block, first, count, c);
+        case Activation::gelu: return write_inner<D, Activation::gelu>(job, block, first, count, c);
+        case Activation::gelu_tanh: return write_inner<D, Activation::gelu_tanh>(job, block, first, count, c);
+        case Activation::relu: return write_inner<D, Activation::relu>(job, block, first, count, c);
+        case Activation::relu2: return write_inner<D, Activation::relu2>(job, block, first, count, c);
+        case Activation::swiglu_clamped: return write_inner<D, Activation::swiglu_clamped>(job, block, first, count, c);
     }
 }
 
@@ -74,7 +96,10 @@ template <Dtype D> static void gate_up(const Job& job, int64_t task, char* memor
     const int64_t part = task % job.inner_splits;
     const Tiling tiling(block.tokens);
     const Scratch scratch = carve(memory);
-    pack_tokens<D>(layer, job.order + block.first, tiling, scratch.tokens);
+    const bool few = few_tokens(layer, block);
+    const char* rows[FEW_TOKENS];
+    if (few) find_tokens<D>(layer, job.order + block.first, block.tokens, rows);
+    else pack_tokens<D>(layer, job.order + block.first, tiling, scratch.tokens);
 
     const char* matrix = layer.gate_up.data + block.expert * layer.gate_up.expert_stride * Number<D>::size;
     const int height = layer.gated ? GROUP / 2 : GROUP;
@@ -84,7 +109,9 @@ template <Dtype D> static void gate_up(const Job& job, int64_t task, char* memor
         const int count = static_cast<int>(layer.I - i < height ? layer.I - i : height);
         const Group group = layer.gated ? gated_group(layer, i, count) : plain_group(i, count);
         const Tokens tokens = {scratch.tokens, false};
-        write_inner<D>(job, block, tiling, i, count, multiply_group<D>(layer.gate_up, matrix, group, layer.H, tokens, tiling, scratch));
+        const float* c = few ? multiply_few<D>(layer.gate_up, matrix, group, layer.H, rows, tiling, scratch)
+                             : multiply_group<D>(layer.gate_up, matrix, group, layer.H, tokens, tiling, scratch);
+        write_inner<D>(job, block, i, count, c);
     }
 }
 

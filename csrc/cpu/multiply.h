@@ -33,6 +33,16 @@ struct Tile {
     int64_t previous;        // where the sums over earlier k lie, in floats from c0 and c1; 0: nowhere
 };
 
+template <bool Dot, int V> static inline void multiply_row(const char* weight, const vf (&token)[V], vf (&sums)[V]) {
+    if constexpr (Dot && V == 1) {
+        sums[0] = dot_broadcast(sums[0], token[0], weight);
+        return;
+    }
+    const vf w = broadcast_step(weight);
+#pragma GCC unroll 4
+    for (int v = 0; v < V; ++v) sums[v] = multiply_add<Dot>(w, token[v], sums[v]);
+}
+
 // The next tile's weights are fetched into the second-level cache meanwhile: they come from memory, in more and
 // shorter streams than hardware prefetchers follow.
 template <bool Dot, int RH, int V> static inline void accumulate(vf (&sums)[2 * RH][V], const Tile& tile) {
@@ -51,12 +61,8 @@ template <bool Dot, int RH, int V> static inline void accumulate(vf (&sums)[2 * 
             for (int v = 0; v < V; ++v) token[v] = load(reinterpret_cast<const float*>(tokens) + v * W);
 #pragma GCC unroll 8
             for (int r = 0; r < RH; ++r) {
-                const vf a = broadcast_step(w0 + r * row_stride);
-#pragma GCC unroll 4
-                for (int v = 0; v < V; ++v) sums[r][v] = multiply_add<Dot>(a, token[v], sums[r][v]);
-                const vf b = broadcast_step(w1 + r * row_stride);
-#pragma GCC unroll 4
-                for (int v = 0; v < V; ++v) sums[RH + r][v] = multiply_add<Dot>(b, token[v], sums[RH + r][v]);
+                multiply_row<Dot, V>(w0 + r * row_stride, token, sums[r]);
+                multiply_row<Dot, V>(w1 + r * row_stride, token, sums[RH + r]);
             }
             w0 += step_stride;
             w1 += step_stride;

@@ -14,7 +14,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -114,12 +113,20 @@ def _read(path: Path, machine: dict[str, str]) -> dict[str, Config]:
     try:
         data = json.loads(path.read_text())
         found = {name: data[name] for name in machine}
-        read: Callable[[dict], Config] = lambda c: Config(  # noqa: E731
-            c["block_m"], Tile(**c["gate_up"]), Tile(**c["down"])
-        )
-        records = {name: read(config) for name, config in data["configs"].items()}
-    except (OSError, KeyError, TypeError, ValueError) as error:
+        records = {name: _config(fields) for name, fields in data["configs"].items()}
+    except (OSError, AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path} is not a record of tuned configs: {error!r}") from error
     if found != machine:
         raise ValueError(f"{path} was measured on {found}, this is {machine}: measure it again")
     return records
+
+
+def _config(fields: dict[str, Any]) -> Config:
+    """The inverse of `dataclasses.asdict`; ValueError for what is no size."""
+    config = Config(fields["block_m"], Tile(**fields["gate_up"]), Tile(**fields["down"]))
+    sizes = [config.block_m]
+    for tile in (config.gate_up, config.down):
+        sizes += dataclasses.astuple(tile)
+    if not all(type(size) is int and size > 0 for size in sizes):
+        raise ValueError(f"{fields} are not positive integers")
+    return config

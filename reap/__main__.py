@@ -1,10 +1,17 @@
 """`python -m reap` and the `reap` command."""
 
-from reap.cli import app
+import sys
 
 
 def main() -> None:
-    app(prog_name="reap")
+    # Commands explain themselves; this is for a Ctrl-C while they are still being imported.
+    try:
+        from reap.cli import app
+
+        app(prog_name="reap")
+    except KeyboardInterrupt:
+        sys.stderr.write("reap: interrupted: no output was written or changed\n")
+        sys.exit(2)
 
 
 if __name__ == "__main__":

@@ -16,6 +16,8 @@ from reap.errors import ReapError
 if TYPE_CHECKING:
     import torch
 
+SURE = 2.0  # standard errors between the weakest expert kept and the strongest dropped
+
 app = typer.Typer(
     help="Expert saliency of mixture-of-experts language models, and pruning by it.",
     no_args_is_help=True,
@@ -85,8 +87,10 @@ def calibrate(
     from reap.calibrate import calibrate as run
     from reap.data import batches
     from reap.load import load_model, load_tokenizer, resolve_model
+    from reap.models import describe_folder
 
     folder = resolve_model(model)
+    describe_folder(folder)  # a model without experts is refused before its weights are loaded
     rows = batches(
         data,
         load_tokenizer(folder),
@@ -167,10 +171,12 @@ def plan(
     """Choose which experts stay in every layer."""
     _refuse_existing(out, overwrite)
     from reap.plan import make_plan
+    from reap.saliency import cut_confidence, under_sampled
     from reap.stats import Statistics
 
+    loaded = Statistics.load(stats)
     made = make_plan(
-        Statistics.load(stats),
+        loaded,
         criterion,
         ratio=ratio,
         keep=keep,
@@ -180,10 +186,31 @@ def plan(
     )
     made.save(out, overwrite=overwrite)
     kept = {layer: len(experts) for layer, experts in made.kept.items()}
+    confidence = cut_confidence(loaded, made.kept, criterion)
+    few = under_sampled(loaded)
     if json:
-        print_json({"out": str(out), "kept": kept, "notes": list(made.notes)})
+        print_json(
+            {
+                "out": str(out),
+                "kept": kept,
+                "confidence": confidence,
+                "under_sampled": few,
+                "notes": made.notes,
+            }
+        )
         return
     typer.echo(f"{out}: keeps {_span(kept.values())} experts in each of {len(kept)} layers")
+    unsure = [layer for layer, gap in confidence.items() if abs(gap) < SURE]
+    if unsure:
+        typer.echo(
+            f"note: in {len(unsure)} of {len(kept)} layers the weakest expert kept and the "
+            f"strongest dropped are within {SURE:g} standard errors: more text may swap them"
+        )
+    if few:
+        typer.echo(
+            f"note: {sum(map(len, few.values()))} experts in {len(few)} layers saw too few tokens "
+            "to be judged: calibrate on more text"
+        )
     for note in made.notes:
         typer.echo(f"note: {note}")
 

@@ -2,6 +2,7 @@
 
 import functools
 import json
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -17,6 +18,7 @@ SHOW_AFTER_SECONDS = 2.0
 
 Command = TypeVar("Command", bound=Callable[..., None])
 debug = False
+_interrupted = False
 
 
 def reports_errors(command: Command) -> Command:
@@ -27,25 +29,41 @@ def reports_errors(command: Command) -> Command:
 
     @functools.wraps(command)
     def run(*args: Any, **kwargs: Any) -> None:
+        if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+            signal.signal(signal.SIGINT, _interrupt)
         try:
             command(*args, **kwargs)
         except typer.Exit:
             raise
-        except KeyboardInterrupt:
-            code, line = USER_ERROR, "interrupted: no output was written or changed"
-        except ReapError as error:
-            code, line = USER_ERROR, str(error)
-        except Exception as error:
-            code = OUR_ERROR
-            line = f"internal error: {type(error).__name__}: {error} (`reap --debug` shows where)"
-        else:
-            return
-        if debug:
-            raise
-        typer.echo("reap: " + " ".join(line.split()), err=True)
-        raise typer.Exit(code)
+        except (Exception, KeyboardInterrupt) as error:
+            if debug:
+                raise
+            code, line = _explain(error)
+            typer.echo("reap: " + " ".join(line.split()), err=True)
+            raise typer.Exit(code) from None
 
     return run  # type: ignore[return-value]
+
+
+def _interrupt(*_: object) -> None:
+    """Ctrl-C. Importing torch swallows a KeyboardInterrupt now and then: `progress` asks again."""
+    global _interrupted
+    _interrupted = True
+    raise KeyboardInterrupt
+
+
+def _explain(error: BaseException) -> tuple[int, str]:
+    if isinstance(error, KeyboardInterrupt):
+        return USER_ERROR, "interrupted: no output was written or changed"
+    if isinstance(error, ReapError):
+        return USER_ERROR, str(error)
+    kind = type(error).__name__
+    return OUR_ERROR, f"internal error: {kind}: {error} (`reap --debug` shows where)"
+
+
+def _stop_if_interrupted() -> None:
+    if _interrupted:
+        raise KeyboardInterrupt
 
 
 def print_json(result: object) -> None:
@@ -84,7 +102,7 @@ def progress(task: str, total: int | None, unit: str) -> Iterator[Callable[[int]
     Quiet where stderr is not a terminal.
     """
     if not sys.stderr.isatty():
-        yield lambda amount: None
+        yield lambda amount: _stop_if_interrupted()
         return
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
@@ -103,6 +121,7 @@ def progress(task: str, total: int | None, unit: str) -> Iterator[Callable[[int]
 
     def advance(amount: int) -> None:
         nonlocal done
+        _stop_if_interrupted()
         done += amount
         elapsed = time.monotonic() - start
         if elapsed > SHOW_AFTER_SECONDS:

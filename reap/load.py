@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import re
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from reap.errors import ReapError
 
 DTYPES = ("auto", "bfloat16", "float16", "float32")
+# Formats of a hub model's weights that nothing here reads.
+OTHER_FORMATS = ["*.bin", "*.pt", "*.pth", "*.gguf"]
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
@@ -29,13 +34,10 @@ def resolve_model(model: str | Path) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(
-            snapshot_download(str(model), ignore_patterns=["*.bin", "*.pt", "*.gguf", "*.pth"])
-        )
+        return Path(snapshot_download(str(model), ignore_patterns=OTHER_FORMATS))
     except Exception as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ReapError(
-            f"{model} is no local folder and the hub did not give it: {reason}"
+            f"{model} is no local folder and the hub did not give it: {_first_line(error)}"
         ) from error
 
 
@@ -54,18 +56,16 @@ def load_model(folder: Path, *, dtype: str = "auto", device: str = "auto") -> An
 
     dtype: "auto" (as stored), "bfloat16", "float16" or "float32". device: "auto" (the first GPU,
     else the CPU), or what torch or accelerate call it ("cpu", "cuda:1", "balanced").
-    Raises ReapError for a folder without a mixture-of-experts model, for damaged or missing weight
-    files, and for weights that the model asks for and the files do not have.
+    Raises ReapError for damaged or missing weight files, and for weights that the model asks for and
+    the files do not have.
     """
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
     from reap.checkpoint import check_folder
-    from reap.models import describe_folder
 
     if dtype not in DTYPES:
         raise ReapError(f"dtype is {dtype!r}: it must be one of {', '.join(DTYPES)}")
-    describe_folder(folder)
     check_folder(folder)
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -73,9 +73,10 @@ def load_model(folder: Path, *, dtype: str = "auto", device: str = "auto") -> An
     known = type(AutoConfig.from_pretrained(folder)) in AutoModelForCausalLM._model_mapping
     auto = AutoModelForCausalLM if known else AutoModelForImageTextToText
     try:
-        model, report = auto.from_pretrained(
-            folder, dtype=dtype, use_safetensors=True, output_loading_info=True, **placement
-        )
+        with _quiet():
+            model, report = auto.from_pretrained(
+                folder, dtype=dtype, use_safetensors=True, output_loading_info=True, **placement
+            )
     except (torch.OutOfMemoryError, MemoryError) as error:
         raise ReapError(
             f"{folder} does not fit in the memory of {device}: {_first_line(error)}"
@@ -90,6 +91,21 @@ def load_model(folder: Path, *, dtype: str = "auto", device: str = "auto") -> An
                 f"such as {example}"
             )
     return model.eval()
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without transformers' progress bars where nobody is watching."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    if not sys.stderr.isatty():
+        logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def _first_line(error: BaseException) -> str:

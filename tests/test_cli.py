@@ -1,0 +1,244 @@
+"""The command line end to end on the shipped model, and every mistake a user can make with it."""
+
+import json
+import os
+import pty
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from reap.cli import app
+
+MODEL = Path(__file__).parent.parent / "models" / "tiny-qwen3-moe"
+
+
+def invoke(*arguments: object) -> tuple[int, str, str]:
+    """Exit code, stdout, stderr."""
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    return result.exit_code, result.stdout, result.stderr
+
+
+def run_json(*arguments: object) -> dict:
+    code, out, err = invoke(*arguments, "--json")
+    assert code == 0, err
+    return json.loads(out)
+
+
+def refused(*arguments: object) -> str:
+    """The one line with which a user's mistake is refused."""
+    code, out, err = invoke(*arguments)
+    assert code == 2, (code, out, err)
+    lines = err.strip().splitlines()
+    assert len(lines) == 1 and lines[0].startswith("reap: "), err
+    assert "Traceback" not in err
+    return lines[0]
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with what a first session leaves: sources, code and prose statistics, a plan."""
+    folder = tmp_path_factory.mktemp("cli")
+    (folder / "a.txt").write_text("def f(x):\n    return x + 1\n" * 400)
+    for name in ("one", "two"):
+        calibrate(folder, name)
+    invoke("plan", folder / "one.st", "--ratio", 0.5, "--out", folder / "plan.json")
+    return folder
+
+
+def calibrate(folder: Path, name: str) -> None:
+    arguments = (
+        "--data",
+        folder / "a.txt",
+        "--max-tokens",
+        512,
+        "--seq-len",
+        64,
+        "--batch-size",
+        2,
+    )
+    code, _, err = invoke(
+        "calibrate", MODEL, *arguments, "--domain", name, "--out", f"{folder}/{name}.st"
+    )
+    assert code == 0, err
+
+
+@pytest.fixture(scope="module")
+def pruned(work: Path) -> Path:
+    code, _, err = invoke("prune", MODEL, work / "plan.json", work / "pruned")
+    assert code == 0, err
+    return work / "pruned"
+
+
+def test_help_does_not_import_torch():
+    """`reap --help` answers at once: the slow imports wait until a command needs them."""
+    code = (
+        "import sys; from reap.cli import app; import reap.__main__; print('torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
+    assert "calibrate" in invoke("--help")[1]
+
+
+def test_submodules_do_not_hide_functions():
+    code = "import reap.saliency, reap.observe, reap; print(callable(reap.saliency), "
+    code += "callable(reap.observe))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["True", "True"]
+
+
+def test_score_lists_every_expert_of_every_layer(work):
+    printed = run_json("score", work / "one.st", "--criterion", "frequency")
+    assert printed["tokens"] == 512
+    for layer in printed["layers"].values():
+        assert layer["scores"] == layer["counts"]
+    assert invoke("score", work / "one.st")[1].count("experts") == len(printed["layers"])
+
+
+def test_combine_adds_exactly(work):
+    printed = run_json("combine", work / "one.st", work / "two.st", "--out", work / "both.st")
+    assert printed["tokens"] == 1024
+    assert sorted(printed["domains"]) == ["one", "two"]
+    one = run_json("score", work / "one.st", "--criterion", "weighted_ean")["layers"]
+    both = run_json("score", work / "both.st", "--criterion", "weighted_ean")["layers"]
+    for layer, values in both.items():
+        assert values["scores"] == [2 * score for score in one[layer]["scores"]]
+
+
+def test_plan_prune_evaluate(work, pruned):
+    plan = json.loads((work / "plan.json").read_text())
+    config = json.loads((MODEL / "config.json").read_text())
+    kept = {len(layer["kept"]) for layer in plan["layers"].values()}
+    assert kept == {config["num_experts"] // 2}
+    assert json.loads((pruned / "config.json").read_text())["num_experts"] == kept.pop()
+    data = ("--data", work / "a.txt", "--max-tokens", 256, "--seq-len", 64)
+    same = run_json("evaluate", MODEL, *data, "--teacher", MODEL)["total"]
+    assert same["kl"] == pytest.approx(0, abs=1e-6) and same["agreement"] == 1
+    changed = run_json("evaluate", pruned, *data, "--teacher", MODEL)["total"]
+    assert changed["kl"] > 0.01 and changed["agreement"] < 1
+    assert changed["tokens"] == same["tokens"]
+
+
+def test_doctor_gives_every_backend_a_reason_or_none():
+    found = run_json("doctor")
+    assert found["backends"]["reference"] is None
+    assert found["versions"]["torch"]
+    assert "backend reference" in invoke("doctor")[1]
+
+
+def test_progress_is_quiet_without_a_terminal(work):
+    _, out, err = invoke("evaluate", MODEL, "--data", work / "a.txt", "--max-tokens", 128)
+    assert err == "" and "\x1b" not in out
+
+
+def test_progress_shows_rate_on_a_terminal(work):
+    """A pseudo-terminal as stderr: after two seconds there is a bar with tokens per second."""
+    leader, follower = pty.openpty()
+    command = [sys.executable, "-m", "reap", "evaluate", str(MODEL), "--data", "stdlib:code"]
+    command += ["--max-tokens", "2000000", "--seq-len", "64"]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=follower)
+    seen = b""
+    try:
+        deadline = time.monotonic() + 180
+        while b"tokens/s" not in seen and time.monotonic() < deadline:
+            seen += os.read(leader, 4096)
+    finally:
+        process.kill()
+        process.wait()
+        os.close(follower)
+        os.close(leader)
+    assert b"tokens/s" in seen
+
+
+# Each line: what the user typed, and what the answer must name. {w} is the work folder.
+MISTAKES = {
+    "no such folder": ("calibrate {w}/nothing --data {w}/a.txt --out {w}/x.st", "does not exist"),
+    "a file as model": ("calibrate {w}/a.txt --data {w}/a.txt --out {w}/x.st", "is a file"),
+    "not a model folder": ("calibrate {w} --data {w}/a.txt --out {w}/x.st", "no config.json"),
+    "no such data": ("calibrate {m} --data {w}/no.txt --out {w}/x.st", "no.txt"),
+    "existing output": ("calibrate {m} --data {w}/a.txt --out {w}/one.st", "--overwrite"),
+    "no output folder": ("calibrate {m} --data {w}/a.txt --out {w}/no/x.st", "create the folder"),
+    "unknown backend": (
+        "calibrate {m} --data {w}/a.txt --backend quantum --out {w}/x.st",
+        "quantum",
+    ),
+    "unknown gates": ("calibrate {m} --data {w}/a.txt --gates odd --out {w}/x.st", "renormalized"),
+    "unknown dtype": ("calibrate {m} --data {w}/a.txt --dtype int3 --out {w}/x.st", "bfloat16"),
+    "not statistics": ("score {w}/a.txt", "a.txt"),
+    "no statistics": ("score {w}/none.st", "none.st"),
+    "unknown criterion": ("score {w}/one.st --criterion best", "weighted_ean"),
+    "no ratio, no keep": ("plan {w}/one.st --out {w}/x.json", "ratio"),
+    "ratio and keep": ("plan {w}/one.st --ratio 0.5 --keep 8 --out {w}/x.json", "keep"),
+    "ratio of all": ("plan {w}/one.st --ratio 1 --out {w}/x.json", "ratio"),
+    "fewer than top-k": ("plan {w}/one.st --keep 1 --out {w}/x.json", "picks 2 per token"),
+    "not a plan": ("prune {m} {w}/a.txt {w}/x", "a.txt"),
+    "existing folder": ("prune {m} {w}/plan.json {w}", "--overwrite"),
+    "combine with nothing": ("combine {w}/none.st --out {w}/x.st", "none.st"),
+    "teacher is missing": ("evaluate {m} --data {w}/a.txt --teacher {w}/none", "none"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_mistake_is_one_line(work, mistake):
+    line, named = MISTAKES[mistake]
+    before = sorted(path.name for path in work.iterdir())
+    assert named in refused(*line.format(w=work, m=MODEL).split())
+    assert sorted(path.name for path in work.iterdir()) == before
+
+
+def test_dense_model_is_refused(tmp_path):
+    config = {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    line = refused("calibrate", tmp_path, "--data", "stdlib:code", "--out", tmp_path / "x.st")
+    assert "llama" in line
+
+
+def test_truncated_weights_are_refused_before_loading(work, tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(MODEL, folder)
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1000])
+    line = refused("calibrate", folder, "--data", work / "a.txt", "--out", tmp_path / "x.st")
+    assert "model.safetensors" in line
+    assert "model.safetensors" in refused("prune", folder, work / "plan.json", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_nan_weights_name_layer_and_expert(work, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    folder = tmp_path / "model"
+    shutil.copytree(MODEL, folder)
+    weights = load_file(folder / "model.safetensors")
+    name = next(n for n in weights if ".layers.1." in n and ".experts.3.down_proj" in n)
+    weights[name][0, 0] = float("nan")
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    arguments = ("--data", work / "a.txt", "--seq-len", 64, "--out", tmp_path / "x.st")
+    line = refused("calibrate", folder, *arguments)
+    assert "layers.1" in line and "expert 3" in line
+    assert not (tmp_path / "x.st").exists()
+
+
+def test_debug_shows_the_traceback(work):
+    result = CliRunner().invoke(app, ["--debug", "score", str(work / "none.st")])
+    assert result.exit_code != 0 and result.exception is not None
+    assert "none.st" in str(result.exception)
+
+
+@pytest.mark.parametrize("seconds", [1, 10])  # while torch is imported, and inside the loop
+def test_ctrl_c_during_calibrate_leaves_nothing(tmp_path, seconds):
+    command = [sys.executable, "-m", "reap", "calibrate", str(MODEL), "--data", "stdlib:code"]
+    process = subprocess.Popen(
+        [*command, "--out", str(tmp_path / "x.st")], stderr=subprocess.PIPE, text=True
+    )
+    time.sleep(seconds)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 2
+    assert err.strip().startswith("reap: interrupted") and len(err.strip().splitlines()) == 1
+    assert list(tmp_path.iterdir()) == []

@@ -43,6 +43,8 @@ CHIPS = {
     "gfx942": ("gfx942", GPUTarget("hip", "gfx942", 64), "v_mfma"),
     "gfx950": ("gfx942", GPUTarget("hip", "gfx950", 64), "v_mfma"),
 }
+# Shared memory where it is not the family's. [bytes]
+LIMITS = {"gfx950": 160 << 10}
 
 
 class Variant(NamedTuple):
@@ -216,6 +218,7 @@ def small_kernels(chip: str) -> Iterator[dict]:
 def every(chip: str, large: bool) -> Iterator[dict]:
     family, _, instruction = CHIPS[chip]
     choices = configs.CHOICES[family]
+    limit = LIMITS.get(chip, configs.SHARED_LIMIT[family])
     if large:
         choices = tuple(c for c in choices if c.bits == 16 and not c.unaligned)[-1:]
     else:
@@ -227,7 +230,7 @@ def every(chip: str, large: bool) -> Iterator[dict]:
         for variant in variants:
             needed = [instruction] if choice.bits == 16 else []
             for found in gemms(chip, choice.config, variant):
-                yield found | {"needed": needed, "limit": configs.SHARED_LIMIT[family]}
+                yield found | {"needed": needed, "limit": limit}
 
 
 if __name__ == "__main__":

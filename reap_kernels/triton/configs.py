@@ -90,7 +90,7 @@ def aligned(call: Call) -> bool:
 
 FFMA = (
     Choice(
-        Config(64, Tile(32, 16, 8, 3), Tile(64, 16, 8, 3)),
+        Config(64, Tile(32, 16, 8, 3), Tile(64, 32, 8, 2)),
         "fp32 keeps all its bits, so it multiplies without tensor cores, from registers",
         bits=32,
     ),

@@ -72,7 +72,13 @@ def combine(
 
 def slab_width(call: Call, config: Config) -> int:
     """Columns of the output at a time: all of them, or in deterministic mode as many as keep the
-    slab [S, width] fp32 within the bytes of the inner tensor, but at least one column tile."""
+    slab [S, width] fp32 within the bytes of the inner tensor, but at least one column tile.
+
+    The price of determinism: at most the inner tensor's memory once more (201 MB for a layer of
+    Qwen3-30B-A3B at T = 16384), two launches per slab (six slabs there), and inner read again for
+    each. In bytes of the sums the modes are even: 8 per slot and column, a slab written and read
+    back or a cell of the output read and written.
+    """
     if not call.deterministic:
         return call.H
     fitting = call.I * call.hidden_states.element_size() // 4

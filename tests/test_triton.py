@@ -6,7 +6,10 @@ own (test_triton_offline.py starts it):
 
 import mmap
 import os
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import cases
 import pytest
@@ -62,6 +65,16 @@ def test_accurate(case, dtype):
 def test_deterministic_combine_is_accurate(case, dtype):
     inputs = cases.make(case, dtype, DEVICE)
     cases.assert_accurate(run(inputs, deterministic=True), inputs)
+
+
+@pytest.mark.parametrize("value", (torch.nan, torch.inf))
+def test_what_is_not_finite_stays_with_its_expert(value):
+    inputs = cases.make(Case("", bias=True), torch.float32, DEVICE)
+    inputs["down_bias"][2, 5] = value
+    result, clean = run(inputs, deterministic=True), inputs["top_k_index"] != 2
+    assert torch.equal(result.norms.isfinite(), clean)
+    assert torch.equal(result.peaks.isfinite(), clean)
+    assert torch.equal(result.out.isfinite().all(dim=1), clean.all(dim=1))
 
 
 @pytest.mark.slow
@@ -315,6 +328,23 @@ def test_the_assertion_in_the_first_kernel_sees_a_negative_id(monkeypatch):
     )
     with pytest.raises(InterpreterError, match="holds an id below 0"):
         route(call_of(inputs), 16)
+
+
+@gpu_only
+def test_a_negative_id_in_gpu_memory_fails_an_assertion():
+    """In a process of its own: the CUDA context does not survive it."""
+    code = (
+        "import torch, cases; from reap_kernels import moe_saliency; "
+        "inputs = cases.make(cases.Case(''), torch.float32, 'cuda'); "
+        "inputs['top_k_index'][3, 1] = -2; moe_saliency(**inputs); torch.cuda.synchronize()"
+    )
+    folder = Path(__file__).parent
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=folder, capture_output=True, text=True,
+        env={**os.environ, "PYTHONPATH": f"{folder.parent}{os.pathsep}{folder}"},
+    )  # fmt: skip
+    assert done.returncode != 0
+    assert "holds an id below 0" in done.stderr
 
 
 @gpu_only

@@ -5,13 +5,14 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import cases
 import offline
 import pytest
 import torch
 
-from reap_kernels import backends, moe_saliency
+from reap_kernels import Saliency, backends, moe_saliency, ops
 from reap_kernels import triton as backend
 from reap_kernels.triton import configs
 
@@ -153,6 +154,20 @@ def test_named_it_raises_and_auto_moves_on():
     with pytest.raises(ValueError, match="cannot run this call: triton: this torch is built for"):
         moe_saliency(**inputs, backend="triton")
     cases.assert_accurate(moe_saliency(**inputs), inputs)
+
+
+def test_ids_are_read_by_the_host_only_for_backends_that_do_not_refuse_them(monkeypatch):
+    inputs = cases.make(cases.SHAPES[4], torch.float32)
+    inputs["top_k_index"][0, 0] = -1
+    fake = SimpleNamespace(
+        NAME="fake", available=lambda: None, unsupported=lambda call: None, run=lambda call: ran
+    )
+    ran = Saliency(torch.ones(1, 97), torch.ones(1, 3), torch.zeros(1, 3))
+    monkeypatch.setattr(ops, "LADDER", (fake,))
+    with pytest.raises(ValueError, match="holds the id -1"):
+        moe_saliency(**inputs)
+    fake.ASSERTS_IDS = True
+    assert torch.equal(moe_saliency(**inputs).out, ran.out)
 
 
 def test_tensors_in_host_memory_are_refused_beside_a_gpu(monkeypatch):

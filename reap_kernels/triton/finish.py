@@ -52,6 +52,7 @@ def finish_kernel(
             total += tl.load(squares + partial, mask=routed, other=0.0)
             found = tl.load(partial_peaks + partial, mask=routed, other=0.0)
             peak = tl.maximum(peak, found, propagate_nan=tl.PropagateNan.ALL)
+        peak = tl.where(total == total, peak, total)  # the maximum of a tile may lose a NaN
         slot = tl.load(order + position, mask=position < S, other=0)
         tl.store(norms + slot, tl.sqrt_rn(total), mask=position < S)
         tl.store(peaks + slot, peak, mask=position < S)

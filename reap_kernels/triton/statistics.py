@@ -190,7 +190,9 @@ def accumulate(
         return
     with torch.cuda.device_of(slots[0]):
         statistics_kernel[(triton.cdiv(T, BLOCK), K)](
-            **arguments(slots, mask, accumulators, renormalized), num_warps=4
+            **arguments(slots, mask, accumulators, renormalized),
+            num_warps=4,
+            enable_fp_fusion=False,  # every addend is rounded as torch rounds it
         )
 
 

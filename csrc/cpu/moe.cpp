@@ -108,7 +108,7 @@ void route(Run& run) {
 void gate_up_phase(void* context, int member) {
     Run& run = *static_cast<Run*>(context);
     const Layer& layer = run.job.layer;
-    if (layer.dtype == Dtype::f32) {  // the output is the sum, and fresh; the arena is zero
+    if (layer.dtype == Dtype::f32 && layer.T) {  // the output is the sum, and fresh; the arena is zero
         const int64_t cells = layer.T * layer.H, first = cells * member / layer.threads;
         std::memset(run.job.sums + first, 0, static_cast<size_t>(cells * (member + 1) / layer.threads - first) * sizeof(float));
     }
@@ -129,9 +129,9 @@ void finish_phase(void* context, int member) {
     const Job& job = run.job;
     const Layer& layer = job.layer;
     run.kernels->finish(job, layer.T * member / layer.threads, layer.T * (member + 1) / layer.threads);
-    if (!layer.norms) return;
-    const Block* last = job.blocks + job.num_blocks - 1;
-    const int64_t positions = job.num_blocks ? last->first + last->tokens : 0;
+    if (!layer.norms || !job.num_blocks) return;
+    const Block& last = job.blocks[job.num_blocks - 1];
+    const int64_t positions = last.first + last.tokens;
     for (int64_t p = positions * member / layer.threads; p < positions * (member + 1) / layer.threads; ++p) {
         double square = 0;
         float peak = 0;

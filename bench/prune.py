@@ -67,10 +67,10 @@ def run(settings: Settings) -> Iterator[Row]:
 # In a process of its own, so that the peak is prune's. Importing transformers is not timed:
 # describing the folder once before does that.
 _CHILD = """
-import resource, sys, time, reap, reap.checkpoint, reap.models, reap.shapes
+import resource, sys, time, reap, reap.checkpoint, reap.models, reap.checkpoint.shapes
 plan = reap.Plan.load(sys.argv[2])
 reap.models.describe_folder(sys.argv[1])
-reap.shapes.loading_problems(reap.checkpoint.check_folder(sys.argv[1]).config, {})
+reap.checkpoint.shapes.loading_problems(reap.checkpoint.folder.open_folder(sys.argv[1]).config, {})
 start = time.perf_counter()
 reap.prune(sys.argv[1], plan, sys.argv[3])
 print(time.perf_counter() - start)

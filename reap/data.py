@@ -73,8 +73,14 @@ class Batches(Iterator[Batch]):
     text; a source that runs out leaves its share to the others, and `describe` says how many tokens
     each of them gave. The same arguments give the same batches."""
 
-    def __init__(self, streams: list[_Stream], packer: Packer, batch_size: int,
-                 max_tokens: int | None, seed: int) -> None:
+    def __init__(
+        self,
+        streams: list[_Stream],
+        packer: Packer,
+        batch_size: int,
+        max_tokens: int | None,
+        seed: int,
+    ) -> None:
         self._streams = streams
         self._open = list(streams)
         self._packer = packer

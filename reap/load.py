@@ -56,17 +56,17 @@ def load_model(folder: Path, *, dtype: str = "auto", device: str = "auto") -> An
 
     dtype: "auto" (as stored), "bfloat16", "float16" or "float32". device: "auto" (the first GPU,
     else the CPU), or what torch or accelerate call it ("cpu", "cuda:1", "balanced").
-    Raises ReapError for damaged or missing weight files, and for weights that the model asks for and
+    Raises ReapError for damaged or missing weight files, and for weights that the model needs and
     the files do not have.
     """
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
-    from reap.checkpoint import check_folder
+    from reap.checkpoint.folder import open_folder
 
     if dtype not in DTYPES:
         raise ReapError(f"dtype is {dtype!r}: it must be one of {', '.join(DTYPES)}")
-    check_folder(folder)
+    open_folder(folder)  # reads headers alone
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     placement: dict[str, Any] = {} if device == "cpu" else {"device_map": device}

@@ -1,7 +1,7 @@
 """Where text comes from: specs that a user can type, and the documents behind them.
 
-    notes.txt   chats.jsonl   src   "src/**/*.py"   stdlib:code   stdlib:prose/heldout
-    hf:org/name:split:column   and any of them with a share of the tokens: stdlib:code=3
+notes.txt   chats.jsonl   src   "src/**/*.py"   stdlib:code   stdlib:prose/heldout
+hf:org/name:split:column   and any of them with a share of the tokens: stdlib:code=3
 """
 
 from __future__ import annotations

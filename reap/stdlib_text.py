@@ -86,8 +86,14 @@ def split_source(source: str) -> tuple[str, str]:
             block_ends = last
             kept[first - 1] = kept[first - 1][:start].rstrip() + "\n"
             continue
-        if token.type == tokenize.STRING and after_layout and following.type in (
-            tokenize.NEWLINE, tokenize.COMMENT,
+        if (
+            token.type == tokenize.STRING
+            and after_layout
+            and following.type
+            in (
+                tokenize.NEWLINE,
+                tokenize.COMMENT,
+            )
         ):
             prose += ["\n".join(block), _docstring(token.string)]
             block = []

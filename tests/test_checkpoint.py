@@ -300,7 +300,7 @@ def test_config_that_does_not_count(base: Path) -> None:
 def test_transformers_own_loader_is_asked(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A config that was not edited fits no pruned tensor, and only building the model can tell."""
     plan = some_plan(base)
-    monkeypatch.setattr("reap.counts.with_fewer", lambda config, *_: (dict(config), []))
+    monkeypatch.setattr("reap.checkpoint.counts.with_fewer", lambda config, *_: (dict(config), []))
     refused(base, plan, "wrong shape")
 
 

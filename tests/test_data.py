@@ -25,8 +25,11 @@ def make_tokenizer(**options):
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens(["<end>", "<pad>"])
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, eos_token="<end>", pad_token="<pad>",
-        clean_up_tokenization_spaces=False, **options,
+        tokenizer_object=tokenizer,
+        eos_token="<end>",
+        pad_token="<pad>",
+        clean_up_tokenization_spaces=False,
+        **options,
     )
 
 
@@ -276,7 +279,7 @@ def test_hub_data_set(monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
     rows = all_text(["hf:org/name:test:body"], TOKENIZER, packing=False)
     assert rows == ["last", "org/name/test"]
-    with pytest.raises(ReapError, match="name, sample 1: needs \"text\""):
+    with pytest.raises(ReapError, match='name, sample 1: needs "text"'):
         list(batches(["org/name"], TOKENIZER))
     with pytest.raises(ReapError, match="ConnectionError: no route$"):
         list(batches(["org/down"], TOKENIZER))
@@ -341,8 +344,14 @@ def test_stdlib_without_sources(monkeypatch, tmp_path):
 
 def test_the_same_arguments_give_the_same_batches():
     def read(seed):
-        rows = batches(["stdlib:code=2", "stdlib:prose"], TOKENIZER, seq_len=64, batch_size=4,
-                       max_tokens=4000, seed=seed)
+        rows = batches(
+            ["stdlib:code=2", "stdlib:prose"],
+            TOKENIZER,
+            seq_len=64,
+            batch_size=4,
+            max_tokens=4000,
+            seed=seed,
+        )
         return [(batch.domain, batch.input_ids.tolist()) for batch in rows], rows.describe()
 
     assert read(3) == read(3) and read(3) != read(4)

@@ -66,7 +66,8 @@ def test_matches_a_computation_by_hand(model, teacher, monkeypatch, chunk):
     results = evaluate(
         model,
         [batch("code", *code[:3]), batch("prose", *prose), batch("code", code[3])],
-        teacher=teacher, progress=seen.append,
+        teacher=teacher,
+        progress=seen.append,
     )
     assert list(results) == ["code", "prose", "total"] and seen == [16, 7, 7]
     for name, expected_rows in (("code", code), ("prose", prose), ("total", code + prose)):

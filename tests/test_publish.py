@@ -15,8 +15,8 @@ from pathlib import Path
 import pytest
 from folders import saved, some_plan
 
-from reap import checkpoint, publish
-from reap.checkpoint import prune
+from reap import checkpoint
+from reap.checkpoint import prune, publish
 from reap.errors import ReapError
 from reap.plan import Plan
 
@@ -229,7 +229,7 @@ def test_a_written_shard_that_is_wrong_is_caught(
     job: tuple[Path, Plan, dict[str, bytes]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One expert's rows swapped for another name: the headers no longer say what was meant."""
-    from reap import writing
+    from reap.checkpoint import writing
 
     base, plan, _ = job
     real = writing.encode_header

@@ -12,8 +12,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from reap.checkpoint.folder import open_folder
 from reap.errors import ReapError
-from reap.folder import open_folder
 from reap.safefile import encode_header, merged, parse_json, read_header
 
 

@@ -9,14 +9,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from reap import counts, surgery
+from reap.checkpoint import counts, surgery
+from reap.checkpoint.folder import open_folder
+from reap.checkpoint.operation import layout_of, operate
+from reap.checkpoint.writing import write_shards
 from reap.errors import ReapError
-from reap.folder import open_folder
 from reap.info import LayerInfo, ModelInfo
-from reap.operation import layout_of, operate
 from reap.plan import Plan
 from reap.safefile import BITS, encode_header, read_header, span
-from reap.writing import write_shards
 
 KEPT = (1, 2, 5)
 EXPERTS = 6
@@ -169,7 +169,7 @@ def test_text_and_vision_experts_in_one_numbering(tmp_path: Path) -> None:
 def test_strided_rows_wider_than_the_buffer(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("reap.writing.GATHER", 40)
+    monkeypatch.setattr("reap.checkpoint.writing.GATHER", 40)
     block = "model.layers.1.mlp"
     tensors: dict[str, tuple[str, tuple[int, ...]]] = {
         f"{block}.experts.{i}.up_proj.weight": ("U8", (1,)) for i in range(EXPERTS)

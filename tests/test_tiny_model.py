@@ -49,8 +49,11 @@ def test_loads_without_a_flag(loaded):
 
 def test_predicts_held_out_text_as_recorded(loaded, tokenizer):
     data = batches(
-        [f"stdlib:{domain}/heldout" for domain in DOMAINS], tokenizer,
-        seq_len=RECORD["seq_len"], batch_size=16, max_tokens=32_768,
+        [f"stdlib:{domain}/heldout" for domain in DOMAINS],
+        tokenizer,
+        seq_len=RECORD["seq_len"],
+        batch_size=16,
+        max_tokens=32_768,
     )
     results = evaluate(loaded[0], data)
     for domain in DOMAINS:
@@ -61,18 +64,28 @@ def test_predicts_held_out_text_as_recorded(loaded, tokenizer):
 
 
 def test_every_expert_is_used(loaded, tokenizer):
-    data = batches(["stdlib:code/heldout", "stdlib:prose/heldout"], tokenizer, seq_len=256,
-                   batch_size=8, max_tokens=8192)
+    data = batches(
+        ["stdlib:code/heldout", "stdlib:prose/heldout"],
+        tokenizer,
+        seq_len=256,
+        batch_size=8,
+        max_tokens=8192,
+    )
     counts = 0
     for batch in data:
         with torch.inference_mode():
-            out = loaded[0](input_ids=batch.input_ids, attention_mask=batch.attention_mask,
-                            output_router_logits=True)
+            out = loaded[0](
+                input_ids=batch.input_ids,
+                attention_mask=batch.attention_mask,
+                output_router_logits=True,
+            )
         chosen = torch.stack(out.router_logits)[:, batch.attention_mask.flatten().bool()].topk(2)
         counts = counts + torch.nn.functional.one_hot(chosen.indices, 16).sum((1, 2))
     assert counts.shape == (4, 16) and counts.min() > 0
-    for record in (*(RECORD["domains"][d]["heldout"] for d in DOMAINS),
-                   RECORD["half_code_half_prose"]):
+    for record in (
+        *(RECORD["domains"][d]["heldout"] for d in DOMAINS),
+        RECORD["half_code_half_prose"],
+    ):
         assert min(record["expert_load_min_over_mean"]) > 0
 
 

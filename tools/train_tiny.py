@@ -70,15 +70,19 @@ def load_tokenizer(work: Path) -> PreTrainedTokenizerFast:
         tokenizer.train_from_iterator(
             (text for domain in texts for text in take(domain, amount)),
             trainers.BpeTrainer(
-                vocab_size=VOCABULARY, show_progress=False,
+                vocab_size=VOCABULARY,
+                show_progress=False,
                 special_tokens=[END, PAD, "<|im_start|>", "<|im_end|>"],
                 initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
             ),
         )
         tokenizer.save(str(path))
     return PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer.from_file(str(path)), eos_token=END, pad_token=PAD,
-        model_max_length=SEQ_LEN, clean_up_tokenization_spaces=False,
+        tokenizer_object=Tokenizer.from_file(str(path)),
+        eos_token=END,
+        pad_token=PAD,
+        model_max_length=SEQ_LEN,
+        clean_up_tokenization_spaces=False,
         chat_template=CHAT_TEMPLATE,
     )
 
@@ -101,7 +105,8 @@ def load_streams(work: Path, tokenizer: PreTrainedTokenizerFast) -> dict[str, np
                 ids = [
                     [*encoding.ids, tokenizer.eos_token_id]
                     for encoding in tokenizer.backend_tokenizer.encode_batch(
-                        [text for _, text in documents(domain, held_out=held_out)])
+                        [text for _, text in documents(domain, held_out=held_out)]
+                    )
                 ]
                 flat = np.concatenate([np.array(document, np.uint16) for document in ids])
                 count = (len(flat) - 1) // SEQ_LEN
@@ -116,11 +121,23 @@ def load_streams(work: Path, tokenizer: PreTrainedTokenizerFast) -> dict[str, np
 def build_model() -> Qwen3MoeForCausalLM:
     torch.manual_seed(0)
     config = Qwen3MoeConfig(
-        vocab_size=VOCABULARY, hidden_size=192, num_hidden_layers=4, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=48, intermediate_size=480, moe_intermediate_size=80,
-        num_experts=16, num_experts_per_tok=2, norm_topk_prob=True, tie_word_embeddings=True,
-        router_aux_loss_coef=BALANCE, max_position_embeddings=SEQ_LEN,
-        eos_token_id=0, pad_token_id=1, bos_token_id=None,
+        vocab_size=VOCABULARY,
+        hidden_size=192,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=48,
+        intermediate_size=480,
+        moe_intermediate_size=80,
+        num_experts=16,
+        num_experts_per_tok=2,
+        norm_topk_prob=True,
+        tie_word_embeddings=True,
+        router_aux_loss_coef=BALANCE,
+        max_position_embeddings=SEQ_LEN,
+        eos_token_id=0,
+        pad_token_id=1,
+        bos_token_id=None,
     )
     model = Qwen3MoeForCausalLM(config)
     model.set_experts_implementation("grouped_mm")
@@ -158,14 +175,17 @@ def batch_rows(stream: np.ndarray, step: int, rows: int, seed: int) -> np.ndarra
     return stream[order[position * rows : (position + 1) * rows]]
 
 
-def train(options: argparse.Namespace, tokenizer: PreTrainedTokenizerFast,
-          streams: dict[str, np.ndarray]) -> None:
+def train(
+    options: argparse.Namespace, tokenizer: PreTrainedTokenizerFast, streams: dict[str, np.ndarray]
+) -> None:
     model = build_model()
     matrices = [p for p in model.parameters() if p.ndim > 1]
     vectors = [p for p in model.parameters() if p.ndim == 1]
     optimizer = torch.optim.AdamW(
         [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}],
-        lr=PEAK_RATE, betas=(0.9, 0.95), fused=True,
+        lr=PEAK_RATE,
+        betas=(0.9, 0.95),
+        fused=True,
     )
     checkpoint = options.work / "state.pt"
     first, seconds, history = 0, 0.0, []
@@ -179,10 +199,12 @@ def train(options: argparse.Namespace, tokenizer: PreTrainedTokenizerFast,
     for step in range(first, options.steps):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, options.steps)
-        rows = np.concatenate([
-            batch_rows(streams[domain], step, ROWS // 2, seed)
-            for seed, domain in enumerate(DOMAINS)
-        ])
+        rows = np.concatenate(
+            [
+                batch_rows(streams[domain], step, ROWS // 2, seed)
+                for seed, domain in enumerate(DOMAINS)
+            ]
+        )
         loss, router_logits = losses(model, rows)
         balance = balance_loss(router_logits, model.config.num_experts_per_tok)
         (loss.mean() + BALANCE * balance).backward()
@@ -193,17 +215,25 @@ def train(options: argparse.Namespace, tokenizer: PreTrainedTokenizerFast,
         if (step + 1) % EVERY and step + 1 != options.steps:
             continue
         seconds += time.monotonic() - began
-        entry = {"step": step + 1, "seconds": round(seconds),
-                 "train_loss": round(running["loss"] / running["steps"], 4),
-                 "balance_loss": round(running["balance"] / running["steps"], 4)}
+        entry = {
+            "step": step + 1,
+            "seconds": round(seconds),
+            "train_loss": round(running["loss"] / running["steps"], 4),
+            "balance_loss": round(running["balance"] / running["steps"], 4),
+        }
         for domain in DOMAINS:
             heldout = streams[f"{domain}/heldout"]
             quick = heldout[:: len(heldout) // QUICK_ROWS]
             entry[f"heldout_{domain}"] = validate(model, quick)["loss"]
         history.append(entry)
         print(json.dumps(entry), flush=True)
-        state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(),
-                 "step": step + 1, "seconds": seconds, "history": history}
+        state = {
+            "model": model.state_dict(),
+            "optimizer": optimizer.state_dict(),
+            "step": step + 1,
+            "seconds": seconds,
+            "history": history,
+        }
         torch.save(state, f"{checkpoint}.new")
         os.replace(f"{checkpoint}.new", checkpoint)
         running.clear()
@@ -227,7 +257,8 @@ def validate(model: Qwen3MoeForCausalLM, rows: np.ndarray) -> dict:
             load += logits.topk(top_k).indices.flatten().bincount(minlength=experts)
     relative = loads / loads.double().mean(1, keepdim=True)
     return {
-        "tokens": len(rows) * SEQ_LEN, "loss": round(total / (len(rows) * SEQ_LEN), 4),
+        "tokens": len(rows) * SEQ_LEN,
+        "loss": round(total / (len(rows) * SEQ_LEN), 4),
         "expert_load_max_over_mean": [round(v, 3) for v in relative.amax(1).tolist()],
         "expert_load_min_over_mean": [round(v, 3) for v in relative.amin(1).tolist()],
     }
@@ -239,8 +270,9 @@ def unigram_entropy(rows: np.ndarray) -> float:
     return float(-(share[share > 0] * np.log(share[share > 0])).sum())
 
 
-def training_record(options: argparse.Namespace, streams: dict[str, np.ndarray],
-                    history: list[dict]) -> dict:
+def training_record(
+    options: argparse.Namespace, streams: dict[str, np.ndarray], history: list[dict]
+) -> dict:
     """What the model card may claim, measured on the exported bf16 weights as they load."""
     model = Qwen3MoeForCausalLM.from_pretrained(options.out, dtype=torch.bfloat16)
     model.set_experts_implementation("grouped_mm")
@@ -261,11 +293,17 @@ def training_record(options: argparse.Namespace, streams: dict[str, np.ndarray],
         "split": "by hash of the file name, one in sixteen held out",
         "unit": "nats per token; loads are multiples of the mean load of the layer's experts",
         "parameters": sum(p.numel() for p in model.parameters()),
-        "steps": steps, "tokens": steps * ROWS * SEQ_LEN, "seq_len": SEQ_LEN,
+        "steps": steps,
+        "tokens": steps * ROWS * SEQ_LEN,
+        "seq_len": SEQ_LEN,
         "epochs": {d: round(steps * (ROWS // 2) / len(streams[d]), 2) for d in DOMAINS},
-        "seconds": history[-1]["seconds"], "threads": options.threads,
-        "torch": torch.__version__, "transformers": transformers.__version__,
-        "domains": domains, "half_code_half_prose": validate(model, mixed), "history": history,
+        "seconds": history[-1]["seconds"],
+        "threads": options.threads,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "domains": domains,
+        "half_code_half_prose": validate(model, mixed),
+        "history": history,
     }
 
 

@@ -13,10 +13,10 @@ from typing import Any
 
 import numpy as np
 
-from reap import surgery
+from reap.checkpoint import surgery
+from reap.checkpoint.folder import INDEX, Folder
+from reap.checkpoint.operation import Layout
 from reap.errors import ReapError
-from reap.folder import INDEX, Folder
-from reap.operation import Layout
 from reap.safefile import (
     BITS,
     Header,

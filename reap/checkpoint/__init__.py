@@ -1,5 +1,4 @@
-"""Plan + model folder -> pruned model folder, straight from the files: no tensor passes through
-torch.
+"""Plan + model folder -> pruned model folder, straight from the files, past torch.
 
     report = reap.prune("Qwen3-30B-A3B", plan, "Qwen3-30B-A3B-pruned")
 
@@ -17,16 +16,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from reap import card, surgery
+from reap.checkpoint import card, surgery
+from reap.checkpoint.folder import CONFIG, Folder, open_folder
+from reap.checkpoint.operation import Operation, layout_of, operate, own_tensors
+from reap.checkpoint.publish import staged
+from reap.checkpoint.shapes import Tensors, loading_problems
+from reap.checkpoint.writing import copy_others, write, write_json, write_shards
 from reap.errors import ReapError
-from reap.folder import CONFIG, Folder, open_folder
 from reap.info import ModelInfo
-from reap.operation import Operation, layout_of, operate, own_tensors
 from reap.plan import Plan
-from reap.publish import staged
 from reap.safefile import Tensor, span
-from reap.shapes import Tensors, loading_problems
-from reap.writing import copy_others, write, write_json, write_shards
 
 MARGIN = 16 << 20  # bytes of disk left free beside the output
 
@@ -66,11 +65,6 @@ class PruneReport:
         if self.unchecked:
             lines.append(f"shapes not checked by transformers: {self.unchecked}")
         return "\n".join(lines)
-
-
-def check_folder(path: str | os.PathLike[str]) -> Folder:
-    """The folder's config, index and headers; ReapError says what is wrong with them."""
-    return open_folder(path)
 
 
 def prune(

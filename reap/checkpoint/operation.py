@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from reap import counts, surgery
+from reap.checkpoint import counts, surgery
+from reap.checkpoint.folder import CONFIG, Folder
 from reap.errors import ReapError
-from reap.folder import CONFIG, Folder
 from reap.plan import Plan
 from reap.safefile import BITS, Header, Tensor, span
 

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 import reap
 
 if TYPE_CHECKING:
-    from reap.folder import Folder
-    from reap.operation import Operation
+    from reap.checkpoint.folder import Folder
+    from reap.checkpoint.operation import Operation
     from reap.plan import Plan
 
 RECORD = "reap.json"

@@ -1,12 +1,12 @@
 """The compiled extension `reap_kernels._native`, or the reason why there is none."""
 
+from importlib import import_module
 from types import ModuleType
 
-_native: ModuleType | None
+_native: ModuleType | None = None
 try:
-    from reap_kernels import _native
+    _native = import_module("reap_kernels._native")
 except ImportError as error:
-    _native = None
     _reason = (
         f"the native extension is not built ({error}): install a C++17 compiler and pybind11, "
         "then run `pip install --no-build-isolation -e .` again and read what it says"

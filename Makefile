@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 NATIVE := $(shell find csrc -type f 2>/dev/null)
 
-.PHONY: demo test test-slow lint bench clean
+.PHONY: demo test test-slow sanitize lint bench clean
 
 demo: .venv/installed
 	$(BIN)/python -m reap demo
@@ -13,6 +13,15 @@ test: .venv/installed
 
 test-slow: .venv/installed
 	$(BIN)/python -m pytest -m slow
+
+# The native kernels under ASan+UBSan (all their tests) and under TSan (those with threads).
+sanitize: .venv/installed
+	REAP_SANITIZE=address $(BIN)/python setup.py -q build --build-base build/address --build-lib build/address/lib
+	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" \
+	ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 PYTHONPATH=build/address/lib $(BIN)/pytest tests/test_cpu.py
+	REAP_SANITIZE=thread $(BIN)/python setup.py -q build --build-base build/thread --build-lib build/thread/lib
+	LD_PRELOAD="$$(gcc -print-file-name=libtsan.so)" PYTHONPATH=build/thread/lib \
+	$(BIN)/pytest tests/test_cpu.py -k "threads or formula"
 
 lint: .venv/installed
 	$(BIN)/ruff check .

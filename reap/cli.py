@@ -40,7 +40,9 @@ Data = Annotated[
 ]
 Domain = Annotated[str | None, typer.Option(help="one name for all of this data")]
 MaxTokens = Annotated[int | None, typer.Option(min=1, help="stop after this many tokens")]
-SeqLen = Annotated[int, typer.Option(min=2, help="tokens per row")]
+SeqLen = Annotated[
+    int | None, typer.Option(min=2, help="tokens per row; 2048, or the model's limit if lower")
+]
 BatchSize = Annotated[int, typer.Option(min=1, help="rows per forward pass")]
 Pack = Annotated[bool, typer.Option("--pack/--no-pack", help="full rows, or a sample per row")]
 Dtype = Annotated[str, typer.Option(help="auto (as stored), bfloat16, float16 or float32")]
@@ -70,7 +72,7 @@ def calibrate(
     data: Data,
     out: Annotated[Path, typer.Option(help="the statistics file to write")],
     max_tokens: MaxTokens = None,
-    seq_len: SeqLen = 2048,
+    seq_len: SeqLen = None,
     batch_size: BatchSize = 1,
     domain: Domain = None,
     pack: Pack = True,
@@ -86,7 +88,7 @@ def calibrate(
     _refuse_existing(out, overwrite)
     from reap.calibrate import calibrate as run
     from reap.data import batches
-    from reap.load import load_model, load_tokenizer, resolve_model
+    from reap.load import load_model, load_tokenizer, resolve_model, row_length
     from reap.models import describe_folder
 
     folder = resolve_model(model)
@@ -94,7 +96,7 @@ def calibrate(
     rows = batches(
         data,
         load_tokenizer(folder),
-        seq_len=seq_len,
+        seq_len=row_length(folder, seq_len),
         batch_size=batch_size,
         max_tokens=max_tokens,
         packing=pack,
@@ -227,13 +229,14 @@ def prune(
     """Write MODEL without the experts that PLAN drops, straight from its files."""
     _refuse_existing(out, overwrite)
     from reap.checkpoint import prune as run
+    from reap.checkpoint import pruned_size
     from reap.load import resolve_model
     from reap.plan import Plan
 
     chosen = Plan.load(plan)
     folder = resolve_model(model)
     command = shlex.join(["reap", *sys.argv[1:]])
-    with progress("pruning", None, "bytes") as advance:
+    with progress("pruning", pruned_size(folder, chosen), "bytes") as advance:
         report = run(folder, chosen, out, overwrite=overwrite, command=command, progress=advance)
     if json:
         print_json(report.to_json())
@@ -270,7 +273,7 @@ def evaluate(
     data: Data,
     teacher: Annotated[str | None, typer.Option(help="a model to compare with")] = None,
     max_tokens: MaxTokens = None,
-    seq_len: SeqLen = 2048,
+    seq_len: SeqLen = None,
     batch_size: BatchSize = 1,
     domain: Domain = None,
     pack: Pack = True,
@@ -281,14 +284,14 @@ def evaluate(
     """Measure loss and perplexity, and with --teacher KL divergence and top-1 agreement."""
     from reap.data import batches
     from reap.evaluate import evaluate as run
-    from reap.load import load_model, load_tokenizer, resolve_model
+    from reap.load import load_model, load_tokenizer, resolve_model, row_length
 
     folder = resolve_model(model)
     original = resolve_model(teacher) if teacher else None
     rows = batches(
         data,
         load_tokenizer(folder),
-        seq_len=seq_len,
+        seq_len=row_length(folder, seq_len),
         batch_size=batch_size,
         max_tokens=max_tokens,
         packing=pack,

@@ -14,6 +14,7 @@ from reap.errors import ReapError
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 # Formats of a hub model's weights that nothing here reads.
 OTHER_FORMATS = ["*.bin", "*.pt", "*.pth", "*.gguf"]
+USUAL_LENGTH = 2048  # of the paper's calibration rows
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
@@ -39,6 +40,23 @@ def resolve_model(model: str | Path) -> Path:
         raise ReapError(
             f"{model} is no local folder and the hub did not give it: {_first_line(error)}"
         ) from error
+
+
+def row_length(folder: Path, asked: int | None) -> int:
+    """Tokens per row: what was asked for, else 2,048 or the model's limit where that is lower.
+
+    Raises ReapError for more than the model has positions.
+    """
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(folder)
+    except Exception as error:
+        raise ReapError(f"{folder}/config.json is not usable: {_first_line(error)}") from error
+    limit = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if asked and limit and asked > limit:
+        raise ReapError(f"rows of {asked} tokens are too long: {folder} has {limit} positions")
+    return asked or min(USUAL_LENGTH, limit or USUAL_LENGTH)
 
 
 def load_tokenizer(folder: Path) -> Any:

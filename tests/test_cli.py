@@ -163,6 +163,10 @@ MISTAKES = {
     "no such data": ("calibrate {m} --data {w}/no.txt --out {w}/x.st", "no.txt"),
     "existing output": ("calibrate {m} --data {w}/a.txt --out {w}/one.st", "--overwrite"),
     "no output folder": ("calibrate {m} --data {w}/a.txt --out {w}/no/x.st", "create the folder"),
+    "rows too long": (
+        "calibrate {m} --data {w}/a.txt --seq-len 512 --out {w}/x.st",
+        "256 positions",
+    ),
     "unknown backend": (
         "calibrate {m} --data {w}/a.txt --backend quantum --out {w}/x.st",
         "quantum",

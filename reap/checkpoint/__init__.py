@@ -18,7 +18,7 @@ from typing import Any
 
 from reap.checkpoint import card, surgery
 from reap.checkpoint.folder import CONFIG, Folder, open_folder
-from reap.checkpoint.operation import Operation, layout_of, operate, own_tensors
+from reap.checkpoint.operation import Layout, Operation, layout_of, operate, own_tensors
 from reap.checkpoint.publish import staged
 from reap.checkpoint.shapes import Tensors, loading_problems
 from reap.checkpoint.writing import copy_others, write, write_json, write_shards
@@ -94,8 +94,7 @@ def prune(
     layout = layout_of(folder, operation)
     parts = [part for shard in layout.values() for part in shard]
     after = {edit.name: (tensor.dtype, edit.shape) for edit, tensor in parts}
-    size = sum(span(dtype, shape) for dtype, shape in after.values())
-    others = sum(os.stat(folder.path / name).st_size for name in folder.others)
+    size, others = _sizes(folder, layout)
     _check_space(out, size + others)
 
     def verify(stage: Path) -> None:
@@ -130,6 +129,19 @@ def prune(
         unchecked=unchecked,
         seconds=time.monotonic() - started,
     )
+
+
+def pruned_size(model_dir: str | os.PathLike[str], plan: Plan) -> int:
+    """The bytes that `prune` copies: what its `progress` adds up to. Raises what `prune` raises."""
+    folder = open_folder(model_dir)
+    return sum(_sizes(folder, layout_of(folder, operate(folder, plan))))
+
+
+def _sizes(folder: Folder, layout: Layout) -> tuple[int, int]:
+    """Bytes of the weights that stay, and of the other files."""
+    parts = (part for shard in layout.values() for part in shard)
+    weights = sum(span(tensor.dtype, edit.shape) for edit, tensor in parts)
+    return weights, sum(os.stat(folder.path / name).st_size for name in folder.others)
 
 
 def _check_output(source: Path, out_dir: Path, overwrite: bool) -> Path:

@@ -23,7 +23,7 @@ MODEL = Path(__file__).resolve().parent.parent / "models" / "tiny-qwen3-moe"
 CALIBRATION = "stdlib:code"
 HELD_OUT = {"code": "stdlib:code/heldout", "prose": "stdlib:prose/heldout"}
 SEQ_LEN, BATCH_SIZE = 256, 16
-CALIBRATION_TOKENS, EVALUATION_TOKENS = 131_072, 32_768
+CALIBRATION_TOKENS, EVALUATION_TOKENS = 262_144, 65_536
 RATIOS = (0.25, 0.5)
 SEEDS = {"reap": (0,), "frequency": (0,), "ean": (0,), "random": (0, 1, 2)}
 

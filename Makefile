@@ -20,7 +20,7 @@ sanitize: .venv/installed
 	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" \
 	ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 PYTHONPATH=build/address/lib $(BIN)/pytest tests/test_cpu.py
 	REAP_SANITIZE=thread $(BIN)/python setup.py -q build --build-base build/thread --build-lib build/thread/lib
-	LD_PRELOAD="$$(gcc -print-file-name=libtsan.so)" PYTHONPATH=build/thread/lib \
+	LD_PRELOAD="$$(gcc -print-file-name=libtsan.so)" TSAN_OPTIONS=suppressions=csrc/tsan.supp PYTHONPATH=build/thread/lib \
 	$(BIN)/pytest tests/test_cpu.py -k "threads or formula"
 
 lint: .venv/installed

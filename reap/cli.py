@@ -16,6 +16,8 @@ from reap.errors import ReapError
 if TYPE_CHECKING:
     import torch
 
+    from reap.data import Batches
+
 SURE = 2.0  # standard errors between the weakest expert kept and the strongest dropped
 
 app = typer.Typer(
@@ -87,21 +89,13 @@ def calibrate(
     """Run MODEL over calibration text and write the statistics of every expert."""
     _refuse_existing(out, overwrite)
     from reap.calibrate import calibrate as run
-    from reap.data import batches
-    from reap.load import load_model, load_tokenizer, resolve_model, row_length
+    from reap.load import load_model, resolve_model
     from reap.models import describe_folder
 
     folder = resolve_model(model)
     describe_folder(folder)  # a model without experts is refused before its weights are loaded
-    rows = batches(
-        data,
-        load_tokenizer(folder),
-        seq_len=row_length(folder, seq_len),
-        batch_size=batch_size,
-        max_tokens=max_tokens,
-        packing=pack,
-        domain=domain,
-    )
+    options = {"batch_size": batch_size, "max_tokens": max_tokens, "packing": pack}
+    rows = _rows(folder, data, seq_len, domain=domain, **options)
     loaded = load_model(folder, dtype=dtype, device=device)
     with progress("calibrating", max_tokens, "tokens") as advance:
         stats = run(loaded, rows, gates=gates, pairs=pairs, backend=backend, progress=advance)
@@ -282,21 +276,13 @@ def evaluate(
     json: Json = False,
 ) -> None:
     """Measure loss and perplexity, and with --teacher KL divergence and top-1 agreement."""
-    from reap.data import batches
     from reap.evaluate import evaluate as run
-    from reap.load import load_model, load_tokenizer, resolve_model, row_length
+    from reap.load import load_model, resolve_model
 
     folder = resolve_model(model)
     original = resolve_model(teacher) if teacher else None
-    rows = batches(
-        data,
-        load_tokenizer(folder),
-        seq_len=row_length(folder, seq_len),
-        batch_size=batch_size,
-        max_tokens=max_tokens,
-        packing=pack,
-        domain=domain,
-    )
+    options = {"batch_size": batch_size, "max_tokens": max_tokens, "packing": pack}
+    rows = _rows(folder, data, seq_len, domain=domain, **options)
     student = load_model(folder, dtype=dtype, device=device)
     reference = load_model(original, dtype=dtype, device=device) if original else None
     with progress("evaluating", max_tokens, "tokens") as advance:
@@ -347,6 +333,15 @@ def demo(
     from reap.demo import run
 
     run(out, as_json=json)
+
+
+def _rows(folder: Path, data: list[str], seq_len: int | None, **options: Any) -> Batches:
+    """The text of `data` as batches for the model in `folder`; `options` are those of `batches`."""
+    from reap.data import batches
+    from reap.load import load_tokenizer, row_length
+
+    tokenizer = load_tokenizer(folder)
+    return batches(data, tokenizer, seq_len=row_length(folder, seq_len), **options)
 
 
 def _refuse_existing(out: Path, overwrite: bool) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import sys
+from collections.abc import Collection
 from dataclasses import replace
 from enum import Enum
 from pathlib import Path
@@ -13,7 +14,7 @@ import torch
 import typer
 from rich.console import Console
 
-from bench import report
+from bench import layer, report
 from bench.gate import WrongResult
 from bench.measure import PRESETS, TORCH, Settings
 from bench.row import Log, Row
@@ -41,6 +42,7 @@ def main(
     dtype: Annotated[str | None, typer.Option(help="bf16, fp32 or both: bf16,fp32")] = None,
     shapes: Annotated[str | None, typer.Option(help="names, by comma; see bench/shapes.py")] = None,
     tokens: Annotated[str | None, typer.Option(help="T of the layer suite, by comma")] = None,
+    impls: Annotated[str | None, typer.Option(help="of the layer suite, by comma")] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="torch's own by default")] = None,
     rounds: Annotated[int | None, typer.Option(min=1, help="samples of each")] = None,
     seconds: Annotated[float | None, typer.Option(help="for each impl and size")] = None,
@@ -59,6 +61,7 @@ def main(
         "dtypes": _names("--dtype", dtype, TORCH),
         "shapes": _chosen_shapes(shapes),
         "tokens": _tokens(tokens),
+        "impls": _names("--impls", impls, layer.IMPLS),
         "rounds": rounds,
         "seconds": seconds,
         "gigabytes": gigabytes,
@@ -96,7 +99,7 @@ def run(
     return log.rows, refused
 
 
-def _names(option: str, text: str | None, known: dict) -> tuple[str, ...] | None:
+def _names(option: str, text: str | None, known: Collection[str]) -> tuple[str, ...] | None:
     if text is None:
         return None
     names = tuple(text.split(","))

@@ -12,11 +12,14 @@ from bench import gate, inputs, memory, peers
 from bench.measure import TORCH, Settings, interleave, rows
 from bench.row import Row
 from bench.shapes import BYTES, Shape
-from reap_kernels import cpu
+from reap_kernels import cpu, ops
 from reap_kernels.contract import Call, make_call
 
 # An observer that runs every expert on every token is worth waiting for up to here [FLOP].
 OBSERVER_FLOPS = 5e12
+NORMS_OFF = "cpu, norms off"
+PEERS = ("eager", "grouped_mm", "hooks", "observer")
+IMPLS = (*(f"reap:{backend.NAME}" for backend in ops.LADDER), NORMS_OFF, *PEERS)
 FLAGS = (True, False, False, False)  # gated, interleaved, transposed, deterministic
 
 
@@ -55,12 +58,13 @@ def _layer(shape: Shape, dtype: str, settings: Settings) -> Iterator[Row]:
         given = inputs.routed(shape, T, TORCH[dtype]) | weights
         calls = {f"reap:{name}": ours(name, given) for name in backends}
         if "cpu" in backends:
-            calls["cpu, norms off"] = _without_norms(given)
+            calls[NORMS_OFF] = _without_norms(given)
         calls |= {
             name: peer(module, given)
             for name, module in modules.items()
             if name != "observer" or _observable(shape, T)
         }
+        calls = {name: call for name, call in calls.items() if settings.wants(name)}
         if T == min(settings.tokens):
             for call in calls.values():
                 call()  # what libraries set up once is no layer's memory

@@ -33,6 +33,7 @@ class Settings:
     rounds: int = 9
     seconds: float = 10.0
     gigabytes: float = 4.0
+    impls: tuple[str, ...] = ()  # of the layer suite; none named: all
     scratch: Path = Path("out/bench/scratch")
     llmcompressor: Path | None = None
     say: Callable[[str], None] = field(default=print)
@@ -40,6 +41,9 @@ class Settings:
     @property
     def smoke(self) -> bool:
         return self.mode == "smoke"
+
+    def wants(self, impl: str) -> bool:
+        return not self.impls or impl in self.impls
 
 
 PRESETS = {

@@ -57,7 +57,10 @@ void bind_layer(py::module_& m) {
         .def_readwrite("hidden_stride", &Layer::hidden_stride)
         .def_readwrite("gate_up", &Layer::gate_up)
         .def_readwrite("down", &Layer::down)
-        .def_readwrite("threads", &Layer::threads);
+        .def_readwrite("threads", &Layer::threads)
+        .def_readwrite("deterministic", &Layer::deterministic)
+        .def_readwrite("sm", &Layer::sm)
+        .def_readwrite("processors", &Layer::processors);
     def_address(layer, "hidden", &Layer::hidden);
     def_address(layer, "top_k_index", &Layer::top_k_index);
     def_address(layer, "top_k_weights", &Layer::top_k_weights);

@@ -1,0 +1,40 @@
+// One call of an engine. Plain data that both engines take: no instruction set, no torch.
+//
+// Letters: T tokens, K experts per token, S = T*K slots, E experts, H hidden size, I inner size.
+#pragma once
+#include <cstdint>
+
+namespace reap {
+
+enum class Dtype : int { bf16, f16, f32 };
+enum class Activation : int { silu, gelu, gelu_tanh, relu, relu2, swiglu_clamped };
+
+// Rows are outputs of a projection, k runs over its inputs. Strides count elements.
+struct Weights {
+    const char* data;     // [E, rows, k] model dtype, any strides, any alignment
+    int64_t expert_stride, row_stride, k_stride;
+    const char* bias;     // [E, rows] model dtype, or null
+    int64_t bias_expert_stride, bias_row_stride;
+};
+
+struct Layer {
+    int64_t T, K, E, H, I;
+    Dtype dtype;
+    Activation activation;
+    float alpha, limit, offset;      // of swiglu_clamped
+    bool gated, interleaved;
+    const char* hidden;              // [T, H] model dtype, elements of a row adjacent
+    int64_t hidden_stride;           // elements from token to token
+    Weights gate_up, down;
+    const int64_t* top_k_index;      // [T, K] contiguous; outside [0, E) is a slot without expert
+    const float* top_k_weights;      // [T, K] contiguous
+    char* out;                       // [T, H] model dtype, contiguous
+    float* norms;                    // [T, K] fp32, or null: neither norms nor peaks
+    float* peaks;                    // [T, K] fp32, or null with norms
+    int threads;                     // cpu only
+    bool deterministic;              // cuda only; cpu always is: the same bits run to run
+    int sm;                          // cuda only: compute capability, 90 for 9.0
+    int processors;                  // cuda only: streaming multiprocessors of the chip
+};
+
+}  // namespace reap

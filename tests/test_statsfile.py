@@ -1,0 +1,155 @@
+import json
+import math
+import struct
+
+import pytest
+from slots import MODEL, NAME, TWO_LAYERS, E, slots
+
+from reap.errors import ReapError
+from reap.stats import Statistics
+
+
+def rewrite(path, change):
+    """Change a statistics file's metadata object and raw tensors, keeping the container valid."""
+    from safetensors.torch import load_file, save_file
+
+    raw = path.read_bytes()
+    (length,) = struct.unpack("<Q", raw[:8])
+    about = json.loads(json.loads(raw[8 : 8 + length])["__metadata__"]["reap"])
+    tensors = {name: tensor.clone() for name, tensor in load_file(path).items()}
+    change(about, tensors)
+    save_file(tensors, path, {"reap": json.dumps(about)})
+
+
+def changes(field, value):
+    return lambda about, tensors: about.__setitem__(field, value)
+
+
+def fills(field, index, value):
+    return lambda about, tensors: tensors[f"0/{NAME}/{field}"].__setitem__(index, value)
+
+
+def test_save_and_load(tmp_path):
+    stats = Statistics(TWO_LAYERS, gates="renormalized", pairs=True, data=[{"spec": "x", "n": 1}])
+    with stats.domain("a/b"):
+        stats.update("first", *slots(30))
+    stats.update("second", *slots(30, 1, experts=9, k=2))
+    stats.save(tmp_path / "s")
+    back = Statistics.load(tmp_path / "s")
+    assert back == stats
+    assert (back.model, back.data, back.versions) == (stats.model, stats.data, stats.versions)
+    assert back.digest() == stats.digest()
+    back.update("first", *slots(4))  # loaded sums go on exactly
+    stats.update("first", *slots(4))
+    assert back == stats
+    with pytest.raises(ReapError, match="s exists"):
+        stats.save(tmp_path / "s")
+    Statistics(MODEL).save(tmp_path / "empty")
+    assert Statistics.load(tmp_path / "empty") == Statistics(MODEL)
+
+
+def test_merged_files_are_identical_bytes(tmp_path):
+    parts = []
+    for seed in range(3):
+        part = Statistics(MODEL, data=[{"spec": f"file{seed}"}, {"spec": "shared"}])
+        with part.domain("ab"[seed % 2]):
+            part.update(NAME, *slots(20, seed))
+        parts.append(part)
+    a, b, c = parts
+    ((a + b) + c).save(tmp_path / "one")
+    (c + (b + a)).save(tmp_path / "other")
+    assert (tmp_path / "one").read_bytes() == (tmp_path / "other").read_bytes()
+    assert Statistics.load(tmp_path / "one").data == [
+        {"spec": "file0"}, {"spec": "file1"}, {"spec": "file2"}, {"spec": "shared"}
+    ]  # fmt: skip
+    assert (a + b).digest() == (b + a).digest() != (a + c).digest()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (changes("format", "gguf"), "holds no statistics: its format is 'gguf'"),
+        (changes("version", 2), "has format version 2: this program reads version 1"),
+        (changes("model", None), "field 'model' must be a JSON dict"),
+        (changes("model", {}), "model description lacks"),
+        (changes("gates", "softmax"), "gates is 'softmax'"),
+        (changes("data", [1]), "'data' must be a list of objects"),
+        (changes("versions", {"torch": 2}), "'versions' must map names to strings"),
+        (changes("parts", {"default": "x"}), "'parts' must map 'default' to layer names"),
+        (changes("parts", {"default": []}), "domain 'default' has no layers"),
+        (changes("parts", {"default": ["other"]}), "no MoE layer called 'other'"),
+        (changes("parts", {}), "is I64 .*, its metadata asks for absent"),
+        (changes("pairs", False), "pair_count.* its metadata asks for absent"),
+        (lambda about, tensors: tensors.popitem(), "is absent, its metadata asks for"),
+        (fills("count", 0, -1), "a count is negative"),
+        (fills("tokens", 0, -1), "a count is negative"),
+        (fills("tokens", 0, 3), "slots from 3 tokens with top_k 3"),
+        (fills("count", 0, 2**62), "slots from 20 tokens"),
+        (fills("peak", 0, math.nan), "a peak is negative, infinite or NaN"),
+        (fills("peak", 0, -1.0), "a peak is negative, infinite or NaN"),
+        (fills("peak", E - 1, 1.0), "peak is not zero for an expert without tokens"),
+        (fills("gate_sum", (E - 1, 3), 1), "gate_sum is not zero for an expert without tokens"),
+        (fills("norm_sq_sum", (0, -1), -1), "norm_sq_sum is negative"),
+        (fills("pair_count", 0, -1), "impossible counts of pairs"),
+        (fills("pair_count", 0, 61), "impossible counts of pairs"),
+        (fills("pair_sums", (-1, 0), 1), "a pair without tokens has a sum"),
+    ],
+)
+def test_files_that_contradict_themselves(tmp_path, change, message):
+    stats = Statistics(MODEL, pairs=True)
+    stats.update(NAME, *slots(20, experts=E - 1))  # the last expert is never routed to
+    path = tmp_path / "s"
+    stats.save(path)
+    rewrite(path, change)
+    with pytest.raises(ReapError, match=message) as error:
+        Statistics.load(path)
+    assert "\n" not in str(error.value)
+
+
+def test_shapes_are_checked_before_anything_is_read(tmp_path):
+    stats = Statistics(MODEL)
+    stats.update(NAME, *slots(20))
+    stats.save(tmp_path / "s")
+
+    def many_experts(about, tensors):
+        about["model"]["layers"][0]["num_experts"] = 10**15
+
+    rewrite(tmp_path / "s", many_experts)
+    with pytest.raises(
+        ReapError, match=r"count' is I64 \[6\], its metadata asks for I64 \[1000000"
+    ):
+        Statistics.load(tmp_path / "s")
+
+
+def test_every_truncation_is_an_error(tmp_path):
+    stats = Statistics(MODEL)
+    stats.update(NAME, *slots(20))
+    stats.save(tmp_path / "s")
+    whole = (tmp_path / "s").read_bytes()
+    for length in [0, 4, 8, 40, len(whole) // 2, len(whole) - 1]:
+        (tmp_path / "t").write_bytes(whole[:length])
+        with pytest.raises(ReapError) as error:
+            Statistics.load(tmp_path / "t")
+        assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "cannot read"),
+        (b"PK\x03\x04" + b"\0" * 60, "not a safetensors file|truncated or no safetensors"),
+        (struct.pack("<Q", 2) + b"{}", "holds no statistics: it was not written by"),
+        (struct.pack("<Q", 2**63) + b"{}", "not a safetensors file"),
+        (
+            struct.pack("<Q", 100_039) + b'{"__metadata__":{"reap":"' + b"[" * 100_011 + b'"}}',
+            "JSON|truncated",
+        ),
+    ],
+)
+def test_foreign_files(tmp_path, content, message):
+    path = tmp_path / "s"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(ReapError, match=message) as error:
+        Statistics.load(path)
+    assert "\n" not in str(error.value)

@@ -1,78 +1,18 @@
-// The extension module reap_kernels._native: raw addresses, sizes and strides in, nothing of torch.
-#include <pybind11/pybind11.h>
+// The extension module reap_kernels._native: the CPU kernels.
 #include <pybind11/stl.h>
 
 #include <optional>
 #include <string>
 #include <vector>
 
+#include "binding.h"
 #include "cpu/moe.h"
 
 namespace py = pybind11;
 using namespace reap;
 
-namespace {
-
-// A pointer member as a Python integer; 0 is null.
-template <class C, class T> void def_address(py::class_<C>& type, const char* name, T* C::*member) {
-    type.def_property(
-        name, [member](const C& self) { return reinterpret_cast<uintptr_t>(self.*member); },
-        [member](C& self, uintptr_t address) { self.*member = reinterpret_cast<T*>(address); });
-}
-
-void bind_layer(py::module_& m) {
-    py::enum_<Dtype>(m, "Dtype").value("bf16", Dtype::bf16).value("f16", Dtype::f16).value("f32", Dtype::f32);
-    py::enum_<Activation>(m, "Activation")
-        .value("silu", Activation::silu)
-        .value("gelu", Activation::gelu)
-        .value("gelu_tanh", Activation::gelu_tanh)
-        .value("relu", Activation::relu)
-        .value("relu2", Activation::relu2)
-        .value("swiglu_clamped", Activation::swiglu_clamped);
-
-    py::class_<Weights> weights(m, "Weights");
-    weights.def(py::init<>())
-        .def_readwrite("expert_stride", &Weights::expert_stride)
-        .def_readwrite("row_stride", &Weights::row_stride)
-        .def_readwrite("k_stride", &Weights::k_stride)
-        .def_readwrite("bias_expert_stride", &Weights::bias_expert_stride)
-        .def_readwrite("bias_row_stride", &Weights::bias_row_stride);
-    def_address(weights, "data", &Weights::data);
-    def_address(weights, "bias", &Weights::bias);
-
-    py::class_<Layer> layer(m, "Layer");
-    layer.def(py::init<>())
-        .def_readwrite("T", &Layer::T)
-        .def_readwrite("K", &Layer::K)
-        .def_readwrite("E", &Layer::E)
-        .def_readwrite("H", &Layer::H)
-        .def_readwrite("I", &Layer::I)
-        .def_readwrite("dtype", &Layer::dtype)
-        .def_readwrite("activation", &Layer::activation)
-        .def_readwrite("alpha", &Layer::alpha)
-        .def_readwrite("limit", &Layer::limit)
-        .def_readwrite("offset", &Layer::offset)
-        .def_readwrite("gated", &Layer::gated)
-        .def_readwrite("interleaved", &Layer::interleaved)
-        .def_readwrite("hidden_stride", &Layer::hidden_stride)
-        .def_readwrite("gate_up", &Layer::gate_up)
-        .def_readwrite("down", &Layer::down)
-        .def_readwrite("threads", &Layer::threads)
-        .def_readwrite("deterministic", &Layer::deterministic)
-        .def_readwrite("sm", &Layer::sm)
-        .def_readwrite("processors", &Layer::processors);
-    def_address(layer, "hidden", &Layer::hidden);
-    def_address(layer, "top_k_index", &Layer::top_k_index);
-    def_address(layer, "top_k_weights", &Layer::top_k_weights);
-    def_address(layer, "out", &Layer::out);
-    def_address(layer, "norms", &Layer::norms);
-    def_address(layer, "peaks", &Layer::peaks);
-}
-
-}  // namespace
-
 PYBIND11_MODULE(_native, m, py::mod_gil_not_used()) {
-    m.doc() = "Native kernels of reap_kernels; see csrc/.";
+    m.doc() = "CPU kernels of reap_kernels; see csrc/cpu.";
     bind_layer(m);
     m.def("available_isas", [] {
         std::vector<std::string> names;

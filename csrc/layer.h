@@ -33,6 +33,7 @@ struct Layer {
     float* peaks;                    // [T, K] fp32, or null with norms
     int threads;                     // cpu only
     bool deterministic;              // cuda only; cpu always is: the same bits run to run
+    int device;                      // cuda only: ordinal
     int sm;                          // cuda only: compute capability, 90 for 9.0
     int processors;                  // cuda only: streaming multiprocessors of the chip
 };

@@ -19,7 +19,10 @@ template <class C, class T> void def_address(py::class_<C>& type, const char* na
 }
 
 inline void bind_layer(py::module_& m) {
-    py::enum_<Dtype>(m, "Dtype", py::module_local()).value("bf16", Dtype::bf16).value("f16", Dtype::f16).value("f32", Dtype::f32);
+    py::enum_<Dtype>(m, "Dtype", py::module_local())
+        .value("bf16", Dtype::bf16)
+        .value("f16", Dtype::f16)
+        .value("f32", Dtype::f32);
     py::enum_<Activation>(m, "Activation", py::module_local())
         .value("silu", Activation::silu)
         .value("gelu", Activation::gelu)

@@ -318,9 +318,9 @@ def doctor(json: Json = False) -> None:
     typer.echo(f"processor      {found.processor}, {found.threads} threads, {memory}")
     typer.echo(f"GPU            {', '.join(found.devices) or 'none'}")
     for name, reason in found.backends.items():
-        typer.echo(
-            f"backend {name:10} {'available' if reason is None else 'not available: ' + reason}"
-        )
+        state = "available" if reason is None else f"not available: {reason}"
+        caveat = f" ({found.caveats[name]})" if name in found.caveats else ""
+        typer.echo(f"backend {name:10} {state}{caveat}")
 
 
 @app.command()

@@ -13,7 +13,8 @@ PACKAGES = ("reap-saliency", "torch", "triton", "transformers", "safetensors", "
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """`backends` maps a name to None when usable here, else to the reason. `memory` is in bytes."""
+    """`backends` maps a name to None when usable here, else to the reason; `caveats` says of some
+    how little they have been run. `memory` is in bytes."""
 
     versions: dict[str, str | None]
     processor: str
@@ -21,6 +22,7 @@ class Diagnosis:
     memory: int
     devices: tuple[str, ...]
     backends: dict[str, str | None]
+    caveats: dict[str, str]
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -31,6 +33,7 @@ def diagnose() -> Diagnosis:
     import torch
 
     import reap_kernels
+    from reap_kernels.ops import LADDER
 
     devices = tuple(
         f"cuda:{index} {torch.cuda.get_device_name(index)}"
@@ -43,6 +46,7 @@ def diagnose() -> Diagnosis:
         memory=_memory(),
         devices=devices,
         backends=reap_kernels.backends(),
+        caveats={b.NAME: b.CAVEAT for b in LADDER if hasattr(b, "CAVEAT")},
     )
 
 

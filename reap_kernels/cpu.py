@@ -1,15 +1,13 @@
 """The native CPU backend: csrc/cpu, compiled once per instruction set and chosen at run time."""
 
 import torch
-from torch import Tensor
 
 from reap_kernels import native
 from reap_kernels.contract import Call, Saliency
 
 NAME = "cpu"
 
-_DTYPES = {torch.bfloat16: "bf16", torch.float16: "f16", torch.float32: "f32"}
-# As in csrc/cpu/layer.h.
+# As in csrc/cpu/layer.h and moe.cpp.
 _SLAB, _GROUP, _KSTEPS, _BLOCK_TOKENS, _LINE = 96, 48, 256, 128, 64
 
 
@@ -21,7 +19,7 @@ def unsupported(call: Call) -> str | None:
     dtype, device = call.hidden_states.dtype, call.hidden_states.device
     if device.type != "cpu":
         return f"tensors are on {device}, not on the CPU"
-    if dtype not in _DTYPES:
+    if dtype not in native.DTYPES:
         return f"no kernels for {dtype}"
     if call.T * call.K >= 2**31:
         return f"{call.T * call.K} slots, at most {2**31 - 1} per call"
@@ -39,27 +37,11 @@ def execute(
     """`run` with an instruction set of `isas()` (None: the best), a number of threads, and with
     norms and peaks left out (they are then 0) to measure their price. Also returns the bytes that
     were allocated besides the results; MemoryError if they are not to be had, before any work."""
-    module = native.module()
-    x = call.hidden_states if call.hidden_states.stride(1) == 1 else call.hidden_states.contiguous()
-    ids = call.top_k_index.to(torch.int64).contiguous()  # [T, K] int64
-    gates = call.top_k_weights.to(torch.float32).contiguous()  # [T, K] fp32
-    out = torch.empty(call.T, call.H, dtype=x.dtype)
-    saliency = Saliency(out, torch.empty(call.T, call.K), torch.empty(call.T, call.K))
-
-    layer = module.Layer()
-    layer.T, layer.K, layer.E, layer.H, layer.I = call.T, call.K, call.E, call.H, call.I
-    layer.dtype = getattr(module.Dtype, _DTYPES[x.dtype])
-    layer.activation = getattr(module.Activation, call.activation.kind)
-    _, layer.alpha, layer.limit, layer.offset = call.activation
-    layer.gated, layer.interleaved = call.gated, call.interleaved
-    layer.hidden, layer.hidden_stride = x.data_ptr(), x.stride(0)
-    layer.gate_up = _weights(call.gate_up_proj, call.gate_up_bias, call.transposed)
-    layer.down = _weights(call.down_proj, call.down_bias, call.transposed)
-    layer.top_k_index, layer.top_k_weights = ids.data_ptr(), gates.data_ptr()
-    layer.out = out.data_ptr()
-    if norms:
-        layer.norms, layer.peaks = saliency.norms.data_ptr(), saliency.peaks.data_ptr()
-    else:
+    module, call = native.module(), native.plain(call)
+    saliency = native.empty(call)
+    layer = native.layer(module, call, saliency)
+    if not norms:
+        layer.norms = layer.peaks = 0
         saliency.norms.zero_()
         saliency.peaks.zero_()
     layer.threads = torch.get_num_threads() if threads is None else threads
@@ -102,17 +84,3 @@ def extra_bytes(call: Call, isa: str | None = None, threads: int | None = None) 
 def isas() -> list[str]:
     """The instruction sets that this build and this processor have, best first."""
     return native.module().available_isas()
-
-
-def _weights(weight: Tensor, bias: Tensor | None, transposed: bool) -> object:
-    weights = native.module().Weights()
-    weights.data = weight.data_ptr()
-    rows, k = (2, 1) if transposed else (1, 2)
-    weights.expert_stride = weight.stride(0)
-    # The stride of a dimension of size 1 means nothing; adjacent is the fast case.
-    weights.row_stride = weight.stride(rows) if weight.shape[rows] > 1 else 1
-    weights.k_stride = weight.stride(k) if weight.shape[k] > 1 else 1
-    if bias is not None:
-        weights.bias = bias.data_ptr()
-        weights.bias_expert_stride, weights.bias_row_stride = bias.stride()
-    return weights

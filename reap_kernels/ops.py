@@ -3,11 +3,11 @@
 import torch
 from torch import Tensor
 
-from reap_kernels import cpu, reference, triton
+from reap_kernels import cpu, cuda, reference, triton
 from reap_kernels.contract import Backend, Call, Saliency, check_ids, make_call
 
 # "auto" takes the first that is available and supports the call; a new backend is one entry here.
-LADDER: tuple[Backend, ...] = (cpu, triton, reference)
+LADDER: tuple[Backend, ...] = (cpu, triton, cuda, reference)
 
 
 def backends() -> dict[str, str | None]:
@@ -49,7 +49,7 @@ def moe_saliency(
     Saliency(out [T, H] model dtype, norms [T, K] fp32, peaks [T, K] fp32) in fresh memory.
     Raises ValueError that names the argument, what it was and what it must be, before any work;
     only an id below 0 in GPU memory, which the host cannot see without waiting for the device, is a
-    device-side assertion instead where the `triton` backend runs.
+    device-side assertion instead where `triton` runs, and a trap where `cuda` does.
     There is no backward: inputs that require grad need torch.no_grad() or torch.inference_mode().
     """
     required = (hidden_states, gate_up_proj, down_proj, top_k_index, top_k_weights)

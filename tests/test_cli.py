@@ -128,7 +128,11 @@ def test_doctor_gives_every_backend_a_reason_or_none():
     found = run_json("doctor")
     assert found["backends"]["reference"] is None
     assert found["versions"]["torch"]
-    assert "backend reference" in invoke("doctor")[1]
+    lines = invoke("doctor")[1].splitlines()
+    for name in ("triton", "cuda"):  # what never ran on a GPU says so
+        (line,) = [line for line in lines if line.startswith(f"backend {name}")]
+        assert found["caveats"][name] in line and "never on a GPU" in line
+    assert "backend reference  available" in lines
 
 
 def test_progress_is_quiet_without_a_terminal(work):

@@ -1,0 +1,103 @@
+"""The CUDA backend: csrc/cuda, for NVIDIA GPUs from sm_80 on.
+
+Its kernels have been executed on the emulator of the test suite, and never on a GPU: `auto` prefers
+`triton`. Raw addresses, strides and torch's current stream go in; there is no allocation but
+torch's and no wait, so a call can be captured in a CUDA graph.
+"""
+
+from __future__ import annotations
+
+import functools
+from types import ModuleType
+from typing import NamedTuple
+
+import torch
+
+from reap_kernels import native
+from reap_kernels.contract import Call, Saliency
+
+NAME = "cuda"
+ASSERTS_IDS = True  # a negative id traps in the first kernel
+CAVEAT = "executed on an emulator only, never on a GPU"
+DTYPES = (torch.bfloat16, torch.float16)
+
+
+class Chip(NamedTuple):
+    device: int  # CUDA ordinal
+    sm: int  # compute capability, 90 for 9.0
+    processors: int  # streaming multiprocessors
+
+
+def available() -> str | None:
+    if reason := native.missing("_cuda"):
+        return reason
+    if torch.version.cuda is None:
+        return f"this torch is built for {'ROCm' if torch.version.hip else 'CPUs only'}"
+    if not torch.cuda.is_available():
+        return "no GPU driver or no GPU"
+    try:
+        native.module("_cuda").device_count()
+    except RuntimeError as error:  # say, a driver older than the toolkit that built the extension
+        return str(error)
+    reasons = [_unfit(chip(index).sm) for index in range(torch.cuda.device_count())]
+    return None if None in reasons else reasons[0]
+
+
+def unsupported(call: Call) -> str | None:
+    x = call.hidden_states
+    if x.device.type != "cuda":
+        return f"tensors are on {x.device}, must be on a GPU"
+    return unsupported_sizes(call) or _unfit(chip(x.device.index).sm)
+
+
+def unsupported_sizes(call: Call) -> str | None:
+    """What is missing on any chip."""
+    if call.hidden_states.dtype not in DTYPES:
+        dtype = str(call.hidden_states.dtype).removeprefix("torch.")
+        return f"hidden_states has dtype {dtype}, must be bfloat16 or float16"
+    return None
+
+
+def run(call: Call) -> Saliency:
+    """RuntimeError with the CUDA error's name if a launch fails."""
+    with torch.cuda.device_of(call.hidden_states):
+        stream = torch.cuda.current_stream().cuda_stream
+        return execute(native.module("_cuda"), call, chip(torch.cuda.current_device()), stream)
+
+
+def execute(extension: ModuleType, call: Call, chip: Chip, stream: int) -> Saliency:
+    """`run` on any module with the functions of csrc/cuda/bindings.cpp."""
+    call = native.plain(call)
+    result = native.empty(call)
+    if call.T == 0:
+        return result
+    layer = native.layer(extension, call, result)
+    layer.deterministic = call.deterministic
+    layer.device, layer.sm, layer.processors = chip
+    size = extension.workspace_bytes(layer)
+    workspace = torch.empty(size, dtype=torch.uint8, device=call.hidden_states.device)
+    extension.run_layer(layer, workspace.data_ptr(), stream)
+    return result
+
+
+@functools.cache
+def chip(device: int) -> Chip:
+    found = torch.cuda.get_device_properties(device)
+    return Chip(device, 10 * found.major + found.minor, found.multi_processor_count)
+
+
+def _unfit(sm: int) -> str | None:
+    """Why no code in the extension runs on that chip."""
+    built = native.module("_cuda").architectures
+    if any(_runs(name, sm) for name in built.split()):
+        return None
+    return f"the GPU is an sm_{sm}, and the extension is built for {built}: set REAP_CUDA_ARCHS"
+
+
+def _runs(name: str, sm: int) -> bool:
+    """sm_80: machine code for 8.x from 8.0 on; sm_90a: for 9.0 alone; compute_90: for 9.0 on."""
+    kind, _, number = name.partition("_")
+    own = int(number.rstrip("af"))
+    if not number.isdigit():
+        return own == sm
+    return own <= sm and (kind == "compute" or own // 10 == sm // 10)

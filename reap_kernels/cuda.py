@@ -60,13 +60,20 @@ def unsupported_sizes(call: Call) -> str | None:
 
 def run(call: Call) -> Saliency:
     """RuntimeError with the CUDA error's name if a launch fails."""
+    return launch(call, wgmma=False)
+
+
+def launch(call: Call, *, wgmma: bool) -> Saliency:
+    """On the call's device and torch's current stream there, with either set of kernels."""
     with torch.cuda.device_of(call.hidden_states):
-        stream = torch.cuda.current_stream().cuda_stream
-        return execute(native.module("_cuda"), call, chip(torch.cuda.current_device()), stream)
+        where, stream = chip(torch.cuda.current_device()), torch.cuda.current_stream().cuda_stream
+        return execute(native.module("_cuda"), call, where, stream, wgmma=wgmma)
 
 
-def execute(extension: ModuleType, call: Call, chip: Chip, stream: int) -> Saliency:
-    """`run` on any module with the functions of csrc/cuda/bindings.cpp."""
+def execute(
+    extension: ModuleType, call: Call, chip: Chip, stream: int, *, wgmma: bool = False
+) -> Saliency:
+    """`launch` on any module with the functions of csrc/cuda/bindings.cpp."""
     call = native.plain(call)
     result = native.empty(call)
     if call.T == 0:
@@ -74,6 +81,7 @@ def execute(extension: ModuleType, call: Call, chip: Chip, stream: int) -> Salie
     layer = native.layer(extension, call, result)
     layer.deterministic = call.deterministic
     layer.device, layer.sm, layer.processors = chip
+    layer.wgmma = wgmma
     size = extension.workspace_bytes(layer)
     workspace = torch.empty(size, dtype=torch.uint8, device=call.hidden_states.device)
     extension.run_layer(layer, workspace.data_ptr(), stream)

@@ -118,8 +118,12 @@ def _(*arguments):  # type: ignore[no-untyped-def]
 
 
 def named(backend: str) -> tuple[Backend, ...]:
-    """The backends that may run a call: all of them for "auto", otherwise the one of that name."""
-    candidates = tuple(b for b in LADDER if backend in ("auto", b.NAME))
+    """The backends that may run a call: the one of that name, or for "auto" all of them but those
+    with AUTO = False."""
+    auto = backend == "auto"
+    candidates = tuple(
+        b for b in LADDER if (getattr(b, "AUTO", True) if auto else backend == b.NAME)
+    )
     if not candidates:
         names = ", ".join(b.NAME for b in LADDER)
         raise ValueError(f"backend is {backend!r}, must be auto or one of {names}")

@@ -63,6 +63,7 @@ inline void bind_layer(py::module_& m) {
         .def_readwrite("device", &Layer::device)
         .def_readwrite("sm", &Layer::sm)
         .def_readwrite("processors", &Layer::processors)
+        .def_readwrite("cache_bytes", &Layer::cache_bytes)
         .def_readwrite("wgmma", &Layer::wgmma);
     def_address(layer, "hidden", &Layer::hidden);
     def_address(layer, "top_k_index", &Layer::top_k_index);

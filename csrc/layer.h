@@ -36,6 +36,7 @@ struct Layer {
     int device;                      // cuda only: ordinal
     int sm;                          // cuda only: compute capability, 90 for 9.0
     int processors;                  // cuda only: streaming multiprocessors of the chip
+    int64_t cache_bytes;             // cuda only: of the chip's L2 cache
     bool wgmma;                      // cuda only: the kernels of csrc/cuda/sm90
 };
 

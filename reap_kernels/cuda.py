@@ -20,12 +20,15 @@ NAME = "cuda"
 ASSERTS_IDS = True  # a negative id traps in the first kernel
 CAVEAT = "executed on an emulator only, never on a GPU"
 DTYPES = (torch.bfloat16, torch.float16)
+MAX_EXPERTS = 1 << 12  # one block counts and scans them
+MAX_SLOTS = 1 << 30  # positions are int32
 
 
 class Chip(NamedTuple):
     device: int  # CUDA ordinal
     sm: int  # compute capability, 90 for 9.0
     processors: int  # streaming multiprocessors
+    cache: int  # bytes of its L2 cache
 
 
 def available() -> str | None:
@@ -55,6 +58,10 @@ def unsupported_sizes(call: Call) -> str | None:
     if call.hidden_states.dtype not in DTYPES:
         dtype = str(call.hidden_states.dtype).removeprefix("torch.")
         return f"hidden_states has dtype {dtype}, must be bfloat16 or float16"
+    if call.E > MAX_EXPERTS:
+        return f"{call.E} experts, at most {MAX_EXPERTS}"
+    if call.T * call.K > MAX_SLOTS:
+        return f"{call.T * call.K} slots, at most {MAX_SLOTS}: pass fewer tokens at a time"
     return None
 
 
@@ -80,7 +87,7 @@ def execute(
         return result
     layer = native.layer(extension, call, result)
     layer.deterministic = call.deterministic
-    layer.device, layer.sm, layer.processors = chip
+    layer.device, layer.sm, layer.processors, layer.cache_bytes = chip
     layer.wgmma = wgmma
     size = extension.workspace_bytes(layer)
     workspace = torch.empty(size, dtype=torch.uint8, device=call.hidden_states.device)
@@ -91,7 +98,8 @@ def execute(
 @functools.cache
 def chip(device: int) -> Chip:
     found = torch.cuda.get_device_properties(device)
-    return Chip(device, 10 * found.major + found.minor, found.multi_processor_count)
+    sm = 10 * found.major + found.minor
+    return Chip(device, sm, found.multi_processor_count, found.L2_cache_size)
 
 
 def _unfit(sm: int) -> str | None:

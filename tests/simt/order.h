@@ -1,0 +1,133 @@
+// What happens before what inside one kernel launch, and so which two accesses are a race.
+//
+// A block counts its synchronisations; an access is stamped with the count. A barrier of the whole
+// block orders everything stamped so far before whatever its threads do next; __syncwarp does that
+// inside a warp. Synchronisation of other groups (named barriers, mbarriers) carries one time per
+// thread, as vector clocks do. Launches are ordered, blocks of one launch are not.
+#pragma once
+#include <algorithm>
+#include <cstdint>
+#include <vector>
+
+#include "fault.h"
+
+namespace simt {
+
+// Who a stamp names: a thread of the block, or several.
+constexpr uint32_t MAX_THREADS = 1024;
+constexpr uint32_t SEVERAL_IN_WARP = 1024;   // + warp
+constexpr uint32_t SEVERAL_WARPS = 1056;
+constexpr uint32_t SEVERAL_BLOCKS = 1057;
+
+struct Stamp {
+    uint64_t block : 26;    // counts all blocks that ran; 0 is "never"
+    uint64_t time : 26;     // synchronisations that the block had seen
+    uint64_t thread : 11;
+    uint64_t atomic : 1;
+    Site site;
+
+    Stamp() : block(0), time(0), thread(0), atomic(0) {}
+    bool set() const { return block != 0; }
+};
+
+// What one thread knows to be over.
+struct View {
+    uint32_t block = 0;           // this block
+    uint32_t first_block = 0;     // of this launch
+    uint32_t thread = 0;
+    uint32_t everyone = 0;        // times up to here are over for the whole block
+    uint32_t my_warp = 0;         // ... and up to here for this thread's warp
+    std::vector<uint32_t> known;  // ... and for each thread of the block; empty until needed
+
+    uint32_t warp() const { return thread / 32; }
+
+    bool after(const Stamp& stamp) const {
+        if (stamp.block != block) return stamp.block < first_block;
+        if (stamp.thread == SEVERAL_BLOCKS) return false;
+        if (stamp.time <= everyone || stamp.thread == thread) return true;
+        const bool lane = stamp.thread / 32 == warp() || stamp.thread == SEVERAL_IN_WARP + warp();
+        return (lane && stamp.time <= my_warp) || (!known.empty() && knows(stamp));
+    }
+
+    // Learns what `other` knows, and that `other` is over up to `time`. For any group.
+    void join(const View& other, uint32_t time, uint32_t threads) {
+        if (known.empty()) known.resize(threads, 0);
+        for (uint32_t i = 0; i < threads; ++i) {
+            uint32_t theirs = std::max(other.everyone, i == other.thread ? time : 0);
+            if (i / 32 == other.warp()) theirs = std::max(theirs, other.my_warp);
+            if (!other.known.empty()) theirs = std::max(theirs, other.known[i]);
+            known[i] = std::max(known[i], theirs);
+        }
+    }
+
+private:
+    bool knows(const Stamp& stamp) const {
+        size_t first = 0, last = known.size();
+        if (stamp.thread < MAX_THREADS) {
+            first = stamp.thread, last = first + 1;
+        } else if (stamp.thread < SEVERAL_WARPS) {
+            first = (stamp.thread - SEVERAL_IN_WARP) * 32, last = std::min(last, first + 32);
+        }
+        for (size_t i = first; i < last; ++i)
+            if (known[i] < stamp.time) return false;
+        return true;
+    }
+};
+
+// The accesses to one piece of memory that later ones must be ordered after: the last write and the
+// reads since. Readers beyond two are merged, which is exact where barriers order whole groups.
+struct Cell {
+    Stamp write, read[2];
+
+    // Each returns the access that races with this one, or null after taking note of this one.
+    const Stamp* note_read(const View& view, const Stamp& now) {
+        if (!view.after(write)) return &write;
+        for (Stamp& reader : read) {
+            if (!reader.set() || view.after(reader)) {
+                reader = now;
+                return nullptr;
+            }
+        }
+        for (Stamp& reader : read) {
+            if (reader.block == now.block && warp_of(reader) == view.warp()) {
+                reader = now;
+                reader.thread = SEVERAL_IN_WARP + view.warp();
+                return nullptr;
+            }
+        }
+        const bool same = read[1].block == now.block && read[1].thread != SEVERAL_BLOCKS;
+        read[1] = now;
+        read[1].thread = same ? SEVERAL_WARPS : SEVERAL_BLOCKS;
+        return nullptr;
+    }
+
+    const Stamp* note_write(const View& view, const Stamp& now) {
+        if (!view.after(write)) return &write;
+        for (const Stamp& reader : read)
+            if (!view.after(reader)) return &reader;
+        write = now;
+        read[0] = read[1] = Stamp();
+        return nullptr;
+    }
+
+    const Stamp* note_atomic(const View& view, const Stamp& now) {
+        const bool ordered = view.after(write);
+        if (!ordered && !write.atomic) return &write;
+        for (const Stamp& reader : read)
+            if (!view.after(reader)) return &reader;
+        const bool same_block = write.block == now.block && write.thread != SEVERAL_BLOCKS;
+        write = now;
+        write.atomic = 1;
+        if (!ordered) write.thread = same_block ? SEVERAL_WARPS : SEVERAL_BLOCKS;
+        read[0] = read[1] = Stamp();
+        return nullptr;
+    }
+
+private:
+    static uint32_t warp_of(const Stamp& stamp) {
+        if (stamp.thread < MAX_THREADS) return static_cast<uint32_t>(stamp.thread) / 32;
+        return static_cast<uint32_t>(stamp.thread) - SEVERAL_IN_WARP;
+    }
+};
+
+}  // namespace simt

@@ -1,0 +1,201 @@
+// The PTX instructions that the kernels use, one function each: the emulator's side of
+// csrc/cuda/ptx.cuh. Section names are those of the PTX ISA.
+#pragma once
+#include <cstring>
+
+#include "memory.h"
+#include "types.h"
+#include "warp.h"
+
+namespace simt {
+
+// "Data Movement and Conversion Instructions: cp.async": 16 bytes, of which src_bytes are read and
+// the others are zeros. Until the issuing thread waits for its group the destination belongs to the
+// copy; from then on it counts as written by that thread.
+inline void finish_copy(Block& block, const Copy& copy) {
+    std::memset(block.shared + copy.offset, 0, 16);
+    std::memcpy(block.shared + copy.offset, copy.source, copy.bytes);
+}
+
+inline void cp_async16(Shared<char> dst, Global<const char> src, int src_bytes,
+                       Site site = Site::here()) {
+    Lane& me = *running;
+    Block& block = *me.block;
+    const auto from = reinterpret_cast<uintptr_t>(src.unchecked());
+    if (src_bytes < 0 || src_bytes > 16 || from % 16 != 0)
+        block.fail(Kind::misaligned, site, me, "",
+                   "cp.async reads 0 to 16 bytes from a multiple of 16");
+    for (int i = 0; i < src_bytes; i += 2)
+        detail::check_global<Use::load>(src.home(), from + static_cast<unsigned>(i), 2, me, site);
+    detail::check_shared<Use::store>(dst.offset(), 16, me, site);
+    if (block.options.profile)
+        me.warp->requests.add(me.lane, site, "cp.async", static_cast<uint32_t>(dst.offset()), 16);
+    const auto offset = static_cast<size_t>(dst.offset());
+    me.copies.push_back({offset, src.unchecked(), static_cast<uint32_t>(src_bytes), me.group, site});
+    block.shared_shadow.set_in_flight(offset, true);
+    if (block.options.eager) finish_copy(block, me.copies.back());
+    else std::memset(block.shared + offset, 0xff, 16);
+}
+
+// "cp.async.commit_group": a group even if empty.
+inline void cp_async_commit() { ++running->group; }
+
+// "cp.async.wait_group": all but the N newest groups.
+template <int N>
+void cp_async_wait(Site site = Site::here()) {
+    Lane& me = *running;
+    Block& block = *me.block;
+    size_t done = 0;
+    for (; done < me.copies.size() && me.copies[done].group + N < me.group; ++done) {
+        const Copy& copy = me.copies[done];
+        if (!block.options.eager) finish_copy(block, copy);
+        block.shared_shadow.set_in_flight(copy.offset, false);
+        detail::touch<Use::store>(block.shared_shadow, copy.offset, 16, me, site);
+    }
+    me.copies.erase(me.copies.begin(), me.copies.begin() + static_cast<ptrdiff_t>(done));
+}
+
+// "Warp Level Matrix Instructions: ldmatrix": lanes 8j to 8j + 7 give the rows of 8x8 matrix j.
+struct LoadMatrix {
+    int64_t row;
+    uint32_t* registers;
+};
+
+template <bool transposed>
+void load_matrices(Warp& warp, unsigned, void* const* all) {
+    Block& block = here();
+    Offsets offsets;
+    uint16_t matrix[4][8][8];
+    for (unsigned i = 0; i < 32; ++i) {
+        const int64_t row = static_cast<LoadMatrix*>(all[i])->row;
+        detail::check_shared<Use::load>(row, 16, *warp.lanes[i], warp.lanes[i]->wait.site);
+        std::memcpy(matrix[i / 8][i % 8], block.shared + row, 16);
+        offsets[i] = static_cast<uint32_t>(row);
+    }
+    if (block.options.profile) {
+        SharedUse& use = block.counters.shared[running->wait.site.text()];
+        use.what = "ldmatrix";
+        count_request(use, offsets, 16);
+    }
+    for (unsigned i = 0; i < 32; ++i) {
+        const unsigned row = i / 4, column = i % 4 * 2;
+        for (unsigned j = 0; j < 4; ++j) {
+            const auto& m = matrix[j];
+            const uint32_t low = transposed ? m[column][row] : m[row][column];
+            const uint32_t high = transposed ? m[column + 1][row] : m[row][column + 1];
+            static_cast<LoadMatrix*>(all[i])->registers[j] = high << 16 | low;
+        }
+    }
+}
+
+inline void ldmatrix_x4(uint32_t (&r)[4], Shared<const char> row, Site site = Site::here()) {
+    LoadMatrix mine{row.offset(), r};
+    gather("ldmatrix", site, FULL, mine, load_matrices<false>);
+}
+
+inline void ldmatrix_x4_trans(uint32_t (&r)[4], Shared<const char> row, Site site = Site::here()) {
+    LoadMatrix mine{row.offset(), r};
+    gather("ldmatrix.trans", site, FULL, mine, load_matrices<true>);
+}
+
+// "Warp Level Matrix Instructions: mma.m16n8k16": D = A B + D in fp32, A 16x16 by rows, B 16x8 by
+// columns, of 16-bit elements. Lane 4g + t holds what the fragment layouts of the ISA give it.
+struct MultiplyAdd {
+    float* d;
+    const uint32_t* a;
+    uint32_t b[2];
+};
+
+template <typename T>
+float widen(uint32_t bits) {
+    if constexpr (std::is_same_v<T, __half>) return half_to_float(static_cast<uint16_t>(bits));
+    else return bf16_to_float(static_cast<uint16_t>(bits));
+}
+
+template <typename T>
+void multiply_add(Warp&, unsigned, void* const* all) {
+    typedef float Row __attribute__((vector_size(32)));
+    float a[16][16], b[16][8];
+    Row d[16];
+    for (unsigned i = 0; i < 32; ++i) {
+        const auto& lane = *static_cast<MultiplyAdd*>(all[i]);
+        const unsigned g = i / 4, t = i % 4 * 2;
+        for (unsigned r = 0; r < 4; ++r) {
+            float* const to = &a[g + r % 2 * 8][t + r / 2 * 8];
+            to[0] = widen<T>(lane.a[r]), to[1] = widen<T>(lane.a[r] >> 16);
+        }
+        for (unsigned r = 0; r < 2; ++r) {
+            b[t + r * 8][g] = widen<T>(lane.b[r]);
+            b[t + r * 8 + 1][g] = widen<T>(lane.b[r] >> 16);
+        }
+        for (unsigned r = 0; r < 4; ++r) d[g + r / 2 * 8][t + r % 2] = lane.d[r];
+    }
+    for (unsigned k = 0; k < 16; ++k) {
+        Row row;
+        std::memcpy(&row, b[k], sizeof(row));
+        for (unsigned m = 0; m < 16; ++m) d[m] += a[m][k] * row;
+    }
+    for (unsigned i = 0; i < 32; ++i) {
+        float* const to = static_cast<MultiplyAdd*>(all[i])->d;
+        for (unsigned r = 0; r < 4; ++r) to[r] = d[i / 4 + r / 2 * 8][i % 4 * 2 + r % 2];
+    }
+    ++here().counters.mma;
+}
+
+template <typename T>
+void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1,
+                  Site site = Site::here()) {
+    MultiplyAdd mine{d, a, {b0, b1}};
+    gather("mma.m16n8k16", site, FULL, mine, multiply_add<T>);
+}
+
+// "Parallel Synchronization and Communication Instructions: red": no value comes back. The vector
+// forms (sm_90) are one access of 8 or 16 bytes and one atomic addition per element.
+template <typename V>
+void reduce_add(Global<V> p, const V& value, Site site) {
+    detail::check_global<Use::atomic>(p.home(), reinterpret_cast<uintptr_t>(p.unchecked()),
+                                      sizeof(V), *running, site);
+    float sum[sizeof(V) / sizeof(float)], add[sizeof(V) / sizeof(float)];
+    std::memcpy(sum, p.unchecked(), sizeof(V));
+    std::memcpy(add, &value, sizeof(V));
+    for (size_t i = 0; i < sizeof(V) / sizeof(float); ++i) sum[i] += add[i];
+    std::memcpy(p.unchecked(), sum, sizeof(V));
+}
+inline void red_add(Global<float> p, float value, Site site = Site::here()) {
+    reduce_add(p, value, site);
+}
+inline void red_add2(Global<float> p, float2 value, Site site = Site::here()) {
+    reduce_add(cast<float2>(p), value, site);
+}
+inline void red_add4(Global<float> p, float4 value, Site site = Site::here()) {
+    reduce_add(cast<float4>(p), value, site);
+}
+
+inline void trap_unless(bool condition, Site site = Site::here()) {
+    if (!condition) here().fail(Kind::trap, site, *running, "", "a check of the kernel's own");
+}
+
+}  // namespace simt
+
+namespace reap::cuda {
+using simt::cast;
+using simt::cp_async16;
+using simt::cp_async_commit;
+using simt::cp_async_wait;
+using simt::Global;
+using simt::ldmatrix_x4;
+using simt::ldmatrix_x4_trans;
+using simt::load_global;
+using simt::load_shared;
+using simt::mma_m16n8k16;
+using simt::named_barrier;
+using simt::red_add;
+using simt::red_add2;
+using simt::red_add4;
+using simt::Shared;
+using simt::shared_memory;
+using simt::slice;
+using simt::store_global;
+using simt::store_shared;
+using simt::trap_unless;
+}  // namespace reap::cuda

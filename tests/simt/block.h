@@ -17,12 +17,22 @@
 
 namespace simt {
 
+enum class Use { load, store, atomic };
+
+struct GlobalAccess {
+    uint3 block;
+    Use use;
+    uint64_t address;
+    uint32_t bytes;
+};
+
 struct Options {
     uint64_t seed = 0;                  // of the order of blocks, warps and lanes
     bool eager = false;                 // cp.async copies when issued; else when waited for
     bool profile = false;               // count wavefronts of shared memory (slow)
     size_t shared_limit = 232448;       // bytes of dynamic shared memory that a block may have
     uint64_t access_limit = 1u << 31;   // memory accesses of one block
+    std::function<void(const GlobalAccess&)> watch = nullptr;   // is told of each, in order
 };
 
 class Random {
@@ -48,8 +58,7 @@ struct Warp;
 // A cp.async that was issued and not waited for.
 struct Copy {
     size_t offset;          // in shared memory
-    const char* source;
-    uint32_t bytes;         // read from source; the rest of the 16 are zeros
+    const char* source;     // of 16 bytes; null: zeros
     uint32_t group;
     Site site;
 };

@@ -14,8 +14,7 @@
 namespace simt {
 
 struct Traffic {
-    uint64_t read = 0, written = 0;   // bytes that lanes asked for
-    uint64_t atomics = 0;             // elements added to
+    uint64_t read = 0, written = 0, atomics = 0;   // bytes that lanes asked for
 };
 
 // One line's accesses to shared memory. A warp's request takes as many wavefronts as its busiest

@@ -123,8 +123,6 @@ Global<U> slice(Global<char> whole, size_t offset, size_t count, const char* nam
     return {reinterpret_cast<U*>(start), home};
 }
 
-enum class Use { load, store, atomic };
-
 namespace detail {
 
 inline const char* verb(Use use) {
@@ -145,8 +143,11 @@ const Stamp* touch(Shadow& shadow, size_t offset, size_t bytes, const Lane& lane
     return shadow.touch<note>(offset, bytes, lane.view, lane.block->stamp(lane, site));
 }
 
-template <Use use>
-void check_global(const Buffer* buffer, uintptr_t at, size_t bytes, const Lane& lane, Site site) {
+template <Use use, typename T>
+void check_global(Global<T> p, size_t bytes, Site site) {
+    const Buffer* buffer = p.home();
+    const auto at = reinterpret_cast<uintptr_t>(p.unchecked());
+    const Lane& lane = *running;
     Block& block = *lane.block;
     block.count_access(site);
     const auto address = [&] {
@@ -163,9 +164,10 @@ void check_global(const Buffer* buffer, uintptr_t at, size_t bytes, const Lane& 
         fail(Kind::misaligned, site, lane, use, bytes, address(), "at an address it does not divide");
     if (use != Use::load && !buffer->writable)
         fail(Kind::read_only, site, lane, use, bytes, address(), "to a buffer that is only read");
-    if (use != Use::store) buffer->traffic->read += use == Use::load ? bytes : 0;
-    if (use == Use::store) buffer->traffic->written += bytes;
-    if (use == Use::atomic) buffer->traffic->atomics += bytes / sizeof(float);
+    (use == Use::load    ? buffer->traffic->read
+     : use == Use::store ? buffer->traffic->written
+                         : buffer->traffic->atomics) += bytes;
+    if (block.options.watch) block.options.watch({block.index, use, at, static_cast<uint32_t>(bytes)});
     if (!buffer->shadow) return;
     Shadow& shadow = *buffer->shadow;
     const size_t offset = at - buffer->shadow_begin;
@@ -216,8 +218,7 @@ constexpr bool one_access =
 template <typename T>
 std::remove_const_t<T> load_global(Global<T> p, Site site = Site::here()) {
     static_assert(detail::one_access<T>, "an access is 2, 4, 8 or 16 bytes");
-    detail::check_global<Use::load>(p.home(), reinterpret_cast<uintptr_t>(p.unchecked()), sizeof(T),
-                                    *running, site);
+    detail::check_global<Use::load>(p, sizeof(T), site);
     std::remove_const_t<T> value;
     std::memcpy(&value, p.unchecked(), sizeof(T));
     return value;
@@ -226,8 +227,7 @@ std::remove_const_t<T> load_global(Global<T> p, Site site = Site::here()) {
 template <typename T>
 void store_global(Global<T> p, std::common_type_t<T> value, Site site = Site::here()) {
     static_assert(detail::one_access<T>, "an access is 2, 4, 8 or 16 bytes");
-    detail::check_global<Use::store>(p.home(), reinterpret_cast<uintptr_t>(p.unchecked()),
-                                     sizeof(T), *running, site);
+    detail::check_global<Use::store>(p, sizeof(T), site);
     std::memcpy(p.unchecked(), &value, sizeof(T));
 }
 

@@ -9,29 +9,24 @@
 
 namespace simt {
 
-// "Data Movement and Conversion Instructions: cp.async": 16 bytes, of which src_bytes are read and
-// the others are zeros. Until the issuing thread waits for its group the destination belongs to the
-// copy; from then on it counts as written by that thread.
+// "Data Movement and Conversion Instructions: cp.async": 16 bytes, or 16 zeros and no read. Until
+// the issuing thread waits for its group the destination belongs to the copy; from then on it
+// counts as written by that thread.
 inline void finish_copy(Block& block, const Copy& copy) {
-    std::memset(block.shared + copy.offset, 0, 16);
-    std::memcpy(block.shared + copy.offset, copy.source, copy.bytes);
+    if (copy.source) std::memcpy(block.shared + copy.offset, copy.source, 16);
+    else std::memset(block.shared + copy.offset, 0, 16);
 }
 
-inline void cp_async16(Shared<char> dst, Global<const char> src, int src_bytes,
+inline void cp_async16(Shared<char> to, Global<const char> from, bool real,
                        Site site = Site::here()) {
     Lane& me = *running;
     Block& block = *me.block;
-    const auto from = reinterpret_cast<uintptr_t>(src.unchecked());
-    if (src_bytes < 0 || src_bytes > 16 || from % 16 != 0)
-        block.fail(Kind::misaligned, site, me, "",
-                   "cp.async reads 0 to 16 bytes from a multiple of 16");
-    for (int i = 0; i < src_bytes; i += 2)
-        detail::check_global<Use::load>(src.home(), from + static_cast<unsigned>(i), 2, me, site);
-    detail::check_shared<Use::store>(dst.offset(), 16, me, site);
+    if (real) detail::check_global<Use::load>(from, 16, site);
+    detail::check_shared<Use::store>(to.offset(), 16, me, site);
     if (block.options.profile)
-        me.warp->requests.add(me.lane, site, "cp.async", static_cast<uint32_t>(dst.offset()), 16);
-    const auto offset = static_cast<size_t>(dst.offset());
-    me.copies.push_back({offset, src.unchecked(), static_cast<uint32_t>(src_bytes), me.group, site});
+        me.warp->requests.add(me.lane, site, "cp.async", static_cast<uint32_t>(to.offset()), 16);
+    const auto offset = static_cast<size_t>(to.offset());
+    me.copies.push_back({offset, real ? from.unchecked() : nullptr, me.group, site});
     block.shared_shadow.set_in_flight(offset, true);
     if (block.options.eager) finish_copy(block, me.copies.back());
     else std::memset(block.shared + offset, 0xff, 16);
@@ -149,27 +144,20 @@ void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b
     gather("mma.m16n8k16", site, FULL, mine, multiply_add<T>);
 }
 
-// "Parallel Synchronization and Communication Instructions: red": no value comes back. The vector
-// forms (sm_90) are one access of 8 or 16 bytes and one atomic addition per element.
-template <typename V>
-void reduce_add(Global<V> p, const V& value, Site site) {
-    detail::check_global<Use::atomic>(p.home(), reinterpret_cast<uintptr_t>(p.unchecked()),
-                                      sizeof(V), *running, site);
-    float sum[sizeof(V) / sizeof(float)], add[sizeof(V) / sizeof(float)];
-    std::memcpy(sum, p.unchecked(), sizeof(V));
-    std::memcpy(add, &value, sizeof(V));
-    for (size_t i = 0; i < sizeof(V) / sizeof(float); ++i) sum[i] += add[i];
-    std::memcpy(p.unchecked(), sum, sizeof(V));
+// "Parallel Synchronization and Communication Instructions: red.add" of two floats: one access of 8
+// bytes, each float added atomically.
+inline void red_add2(Global<float> p, float x, float y, Site site = Site::here()) {
+    detail::check_global<Use::atomic>(p, 8, site);
+    p.unchecked()[0] += x;
+    p.unchecked()[1] += y;
 }
-inline void red_add(Global<float> p, float value, Site site = Site::here()) {
-    reduce_add(p, value, site);
-}
-inline void red_add2(Global<float> p, float2 value, Site site = Site::here()) {
-    reduce_add(cast<float2>(p), value, site);
-}
-inline void red_add4(Global<float> p, float4 value, Site site = Site::here()) {
-    reduce_add(cast<float4>(p), value, site);
-}
+
+// "Floating Point Instructions": min.NaN, max.NaN, ex2.approx, rcp.approx. The last two are exact
+// here to the last bits, and the device's are not.
+inline float min_nan(float x, float y) { return x != x || y != y ? NAN : fminf(x, y); }
+inline float max_nan(float x, float y) { return x != x || y != y ? NAN : fmaxf(x, y); }
+inline float exp2_approx(float x) { return exp2f(x); }
+inline float reciprocal_approx(float x) { return 1.0f / x; }
 
 inline void trap_unless(bool condition, Site site = Site::here()) {
     if (!condition) here().fail(Kind::trap, site, *running, "", "a check of the kernel's own");
@@ -178,20 +166,25 @@ inline void trap_unless(bool condition, Site site = Site::here()) {
 }  // namespace simt
 
 namespace reap::cuda {
+using bf16 = __nv_bfloat16;
+using f16 = __half;
+
 using simt::cast;
 using simt::cp_async16;
 using simt::cp_async_commit;
 using simt::cp_async_wait;
+using simt::exp2_approx;
 using simt::Global;
 using simt::ldmatrix_x4;
 using simt::ldmatrix_x4_trans;
 using simt::load_global;
 using simt::load_shared;
+using simt::max_nan;
+using simt::min_nan;
 using simt::mma_m16n8k16;
 using simt::named_barrier;
-using simt::red_add;
+using simt::reciprocal_approx;
 using simt::red_add2;
-using simt::red_add4;
 using simt::Shared;
 using simt::shared_memory;
 using simt::slice;

@@ -10,6 +10,7 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
+#include <cstddef>
 #include <cstdint>
 
 namespace reap::cuda {
@@ -22,6 +23,11 @@ template <class T> using Global = T*;
 template <class T> using Shared = T*;
 
 template <class U, class T> __device__ __forceinline__ U* cast(T* p) { return reinterpret_cast<U*>(p); }
+
+// An array within a buffer; the emulator gives it bounds and a name of its own.
+template <class U> U* slice(char* whole, size_t offset, size_t /*count*/, const char* /*name*/) {
+    return reinterpret_cast<U*>(whole + offset);
+}
 
 // 2 to 16 bytes, aligned to their size.
 template <class T> __device__ __forceinline__ T load_global(const T* p) { return *p; }

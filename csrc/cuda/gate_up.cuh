@@ -1,0 +1,123 @@
+// inner = act(x W_gate + b_gate) * (x W_up + b_up)      one expert's weights per row tile
+//
+//     x [T, H], W [E, R, H]  ->  inner [S, I], rows in the sorted order of the slots
+//
+// Rows of x are gathered by the copies to shared memory. Both halves of a gated activation are in one
+// warp's tile (see Columns). That tile goes once more through shared memory: a lane then has 8
+// adjacent elements of inner, which it stores at once, and the code of the activations is there
+// once, in a loop, instead of once per accumulator.
+#pragma once
+#include "tiles.cuh"
+
+namespace reap::cuda {
+
+enum class Pairing : int { none, halves, neighbours };  // where gate and up are in a tile
+
+template <class T> struct GateUpArgs {
+    Global<const T> hidden;  // [T, H]
+    int64_t hidden_stride;
+    Projection<T> weights;   // rows R, k H
+    Global<T> inner;         // [S, pitch], elements past I are 0
+    Routing routing;
+    Gate gate;
+    Pairing pairing;
+    int K, E, H, I, pitch;
+    int column_tiles, group;
+};
+
+// The fp32 tile of one warp in shared memory, 64 columns in chunks of 4. A chunk's place depends on
+// its row so that neither fragments (2 columns of 4 rows at a time) nor readers (a chunk of each of
+// 8 lanes, from 1 or 2 rows) meet in a bank.
+struct Staging {
+    Shared<float> tile;
+
+    __device__ __forceinline__ Shared<float> chunk(int row, int number) const {
+        return tile + (row * WARP_COLUMNS + (number ^ row % 4 * 2 ^ number / 8) * 4);
+    }
+    // A strip of 16 rows.
+    __device__ __forceinline__ void store(const float (&strip)[COLUMN_TILES][4], int row) const {
+        const int column = fragment_column();
+#pragma unroll
+        for (int j = 0; j < COLUMN_TILES; ++j)
+#pragma unroll
+            for (int half = 0; half < 2; ++half)
+                store_shared(cast<float2>(chunk(row + fragment_row() + half * 8, 2 * j + column / 4) + column % 4),
+                             float2{strip[j][2 * half], strip[j][2 * half + 1]});
+    }
+    // 4 * N adjacent columns.
+    template <int N> __device__ __forceinline__ void load(float (&x)[4 * N], int row, int column) const {
+#pragma unroll
+        for (int i = 0; i < N; ++i) {
+            const float4 four = load_shared(cast<const float4>(chunk(row, column / 4 + i)));
+            x[4 * i] = four.x, x[4 * i + 1] = four.y, x[4 * i + 2] = four.z, x[4 * i + 3] = four.w;
+        }
+    }
+};
+
+// 8 elements of inner, of which 8 - count are past the last.
+template <class T> __device__ __forceinline__ uint4 pack8(const float (&y)[8], int count) {
+    T z[8];
+#pragma unroll
+    for (int i = 0; i < 8; ++i) z[i] = narrow<T>(i < count ? y[i] : 0.0f);
+    return {pack(z[0], z[1]), pack(z[2], z[3]), pack(z[4], z[5]), pack(z[6], z[7])};
+}
+
+// Activates the warp's staged tile of `rows` rows and stores it.
+template <class T>
+__device__ __forceinline__ void store_inner(const GateUpArgs<T>& args, const Tile& tile, const Staging& staged, int rows) {
+    const bool gated = args.pairing != Pairing::none;
+    const int chunks = gated ? 4 : 8;  // of 8 elements of inner per row
+    const int first = tile.first + (threadIdx.x / (2 * WARP)) * rows;
+    const int column = (tile.column * COLUMNS + warp_column()) / (gated ? 2 : 1);
+    for (int i = lane_id(); i < rows * chunks; i += WARP) {
+        const int row = i / chunks, chunk = i % chunks, n = column + chunk * 8;
+        float y[8];
+        if (gated) {
+            float x[16];
+            staged.load<4>(x, row, chunk * 16);
+            const bool halves = args.pairing == Pairing::halves;
+#pragma unroll
+            for (int k = 0; k < 8; ++k)
+                y[k] = glu(halves ? x[k] : x[2 * k], halves ? x[8 + k] : x[2 * k + 1], args.gate);
+        } else {
+            staged.load<2>(y, row, chunk * 8);
+#pragma unroll
+            for (int k = 0; k < 8; ++k) y[k] = activate(y[k], args.gate);
+        }
+        if (is_real(first + row, tile.end) && n < args.pitch)
+            store_global(cast<uint4>(args.inner + (int64_t(first + row) * args.pitch + n)), pack8<T>(y, args.I - n));
+    }
+}
+
+template <class T, int ROWS, Layout LAYOUT>
+__global__ void __launch_bounds__(THREADS) gate_up_kernel(GateUpArgs<T> args) {
+    Tile tile;
+    if (!locate(tile, args.routing, args.E, args.column_tiles, args.group, ROWS)) return;
+    const int column = tile.column * COLUMNS;
+
+    const auto x_row = [&](int i) {  // past the end the last row repeats
+        const int slot = load_global(args.routing.order + min(tile.first + i, tile.end - 1));
+        return slot / args.K * args.hidden_stride;
+    };
+    auto a = [&] {
+        if constexpr (LAYOUT == Layout::any)
+            return SliceOfElements<T, ROWS>(args.hidden, args.H, 1, x_row);
+        else
+            return SliceAlongK<T, ROWS>(args.hidden, args.H, x_row);
+    }();
+    auto b = weight_slices<T, LAYOUT>(args.weights, tile.expert, column, args.H);
+
+    Accumulators<ROWS> acc;
+    start<T, ROWS>(acc, args.weights, tile.expert, column);
+    multiply<T, ROWS, LAYOUT == Layout::along_rows>(acc, a, b, (args.H + STEP - 1) / STEP);
+
+    // Other warps may still read the ring's last slice.
+    __syncthreads();
+    const Staging staged{cast<float>(shared_memory()) + threadIdx.x / WARP * (ROWS / 2 * WARP_COLUMNS)};
+#pragma unroll
+    for (int i = 0; i < ROWS / 32; ++i) staged.store(acc[i], i * 16);
+    __syncwarp();
+    store_inner(args, tile, staged, ROWS / 2);
+}
+
+}  // namespace reap::cuda

@@ -1,0 +1,256 @@
+// One layer as launches: zero, count, scan, place, gate_up, down, finish; in deterministic mode no
+// zero, and down and finish once per slab. On the host, for any launcher:
+//
+//     launch("name of the kernel", kernel, blocks, threads, bytes of shared memory, arguments)
+#pragma once
+#include <algorithm>
+#include <cstddef>
+#include <cstdint>
+#include <limits>
+#include <type_traits>
+
+#include "down.cuh"
+#include "finish.cuh"
+#include "gate_up.cuh"
+
+namespace reap::cuda {
+
+constexpr int ANY_ROWS = 64;  // of tiles whose operands come through registers
+
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+inline int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
+
+// Whether rows of `size` adjacent elements, `count` of them `stride` apart, can be copied 16 bytes at
+// a time: no copy crosses the end of a row, and offsets in chunks fit 32 bits.
+inline bool even_rows(const char* data, int64_t size, int64_t adjacent, int64_t count, int64_t stride) {
+    return reinterpret_cast<uintptr_t>(data) % CHUNK_BYTES == 0 && adjacent == 1 && size % CHUNK_ELEMENTS == 0 &&
+           stride % CHUNK_ELEMENTS == 0 && count * stride < CHUNK_ELEMENTS * (int64_t(1) << 32);
+}
+
+// `half`: rows that are adjacent in the result, those of gate where gate and up are concatenated.
+inline Layout layout_of(const Weights& w, int64_t rows, int64_t half, int64_t k) {
+    if (w.expert_stride % CHUNK_ELEMENTS != 0) return Layout::any;
+    if (even_rows(w.data, k, w.k_stride, rows, w.row_stride)) return Layout::along_k;
+    if (even_rows(w.data, half, w.row_stride, k, w.k_stride)) return Layout::along_rows;
+    return Layout::any;
+}
+
+// How a layer is cut: everything that the host decides.
+struct Plan {
+    int64_t slots, chunks;
+    int64_t rows;             // of gate_up_proj
+    int tile_rows;            // of both GEMMs, which share one table of row tiles
+    int64_t row_tiles;        // a bound
+    Layout gate_up, down;
+    int64_t inner_pitch;      // elements
+    int64_t slab;             // columns of the output at a time
+    int64_t pitch;            // of `combined` [elements]
+    int64_t combined_rows;
+    int64_t parts;            // partials per slot
+};
+
+inline Plan make_plan(const Layer& layer) {
+    Plan plan;
+    plan.slots = layer.T * layer.K;
+    plan.chunks = ceil_div(plan.slots, CHUNK);
+    plan.rows = layer.gated ? 2 * layer.I : layer.I;
+    const bool halves = layer.gated && !layer.interleaved;
+    plan.gate_up = layout_of(layer.gate_up, plan.rows, halves ? layer.I : plan.rows, layer.H);
+    if (!even_rows(layer.hidden, layer.H, 1, layer.T, layer.hidden_stride)) plan.gate_up = Layout::any;
+    plan.down = layout_of(layer.down, layer.H, layer.H, layer.I);
+
+    // Few rows are bound by the bytes of the weights: then empty rows cost little, and deep rings
+    // keep the copies coming. Copies through registers have one size, for theirs are scarce.
+    plan.tile_rows = plan.slots <= 24 * layer.E ? 32 : plan.slots <= 96 * layer.E ? 64 : 128;
+    if (plan.gate_up == Layout::any || plan.down == Layout::any) plan.tile_rows = ANY_ROWS;
+    plan.row_tiles = std::min(plan.slots, (plan.slots + layer.E * (plan.tile_rows - 1)) / plan.tile_rows);
+    plan.inner_pitch = round_up(layer.I, CHUNK_ELEMENTS);
+
+    plan.slab = layer.H;
+    plan.pitch = round_up(layer.H, 8);
+    plan.combined_rows = layer.T;
+    plan.parts = ceil_div(layer.H, PARTIAL_COLUMNS);
+    if (layer.deterministic) {  // the bytes of inner once more, but at least one column tile
+        const int64_t tiles = std::max<int64_t>(plan.inner_pitch * 2 / 4 / COLUMNS, 1);
+        plan.slab = plan.pitch = std::min(tiles * COLUMNS, round_up(layer.H, COLUMNS));
+        plan.combined_rows = plan.slots;
+    }
+    return plan;
+}
+
+// The workspace, cut into arrays that start at multiples of 256 bytes.
+template <class T> struct Workspace {
+    Global<int32_t> counts, totals, order, offsets, first_tile, tile_expert;
+    Global<T> inner;
+    Global<float2> partials;
+    Global<float> combined;
+    size_t bytes = 0;
+
+    Workspace(const Layer& layer, const Plan& plan, Global<char> memory) {
+        cut(counts, memory, (layer.E + 1) * plan.chunks, "counts");
+        cut(totals, memory, layer.E + 1, "totals");
+        cut(order, memory, plan.slots, "order");
+        cut(offsets, memory, layer.E + 1, "offsets");
+        cut(first_tile, memory, layer.E + 1, "first_tile");
+        cut(tile_expert, memory, plan.row_tiles, "tile_expert");
+        cut(inner, memory, plan.slots * plan.inner_pitch, "inner");
+        cut(partials, memory, plan.slots * plan.parts, "partials");
+        cut(combined, memory, plan.combined_rows * plan.pitch, "combined");
+    }
+
+private:
+    template <class U> void cut(Global<U>& array, Global<char> memory, int64_t count, const char* name) {
+        array = slice<U>(memory, bytes, count, name);
+        bytes += round_up(count * sizeof(U), 256);
+    }
+};
+
+inline size_t workspace_size(const Layer& layer) {
+    return Workspace<bf16>(layer, make_plan(layer), nullptr).bytes;  // f16 is as wide
+}
+
+template <class T> Projection<T> projection(const Weights& w, Columns columns) {
+    return {reinterpret_cast<const T*>(w.data), reinterpret_cast<const T*>(w.bias), w.expert_stride, w.row_stride,
+            w.k_stride, w.bias_expert_stride, w.bias_row_stride, columns};
+}
+
+// Row tiles of an expert side by side: at least as many as make the blocks that run at a time cover
+// about as many columns as rows, and more if their rows leave a fifth of the cache to the weights
+// that pass by. An expert that is one group reads its weights once.
+inline int group_of(const Layer& layer, int tile_rows, int64_t depth) {
+    return static_cast<int>(std::max<int64_t>(16, layer.cache_bytes * 4 / 5 / (tile_rows * depth * 2)));
+}
+
+// Calls visit with the layout and the rows of a tile as constants.
+template <class Visit> void with_constants(Layout layout, int rows, Visit visit) {
+    using std::integral_constant;
+    const auto with_rows = [&](auto constant) {
+        if (rows == 32) return visit(constant, integral_constant<int, 32>());
+        if (rows == 64) return visit(constant, integral_constant<int, 64>());
+        return visit(constant, integral_constant<int, 128>());
+    };
+    if (layout == Layout::along_k) return with_rows(integral_constant<Layout, Layout::along_k>());
+    if (layout == Layout::along_rows) return with_rows(integral_constant<Layout, Layout::along_rows>());
+    return visit(integral_constant<Layout, Layout::any>(), integral_constant<int, ANY_ROWS>());
+}
+
+// The arguments of one layer's kernels, and their launches.
+template <class T> struct Launches {
+    const Layer& layer;
+    Plan plan;
+    Workspace<T> work;
+
+    Launches(const Layer& layer, Global<char> memory)
+        : layer(layer), plan(make_plan(layer)), work(layer, plan, memory) {}
+
+    template <class Launcher> void route(Launcher& launch) const {
+        RoutingArgs args;
+        args.ids = layer.top_k_index;
+        args.counts = work.counts, args.totals = work.totals, args.order = work.order, args.offsets = work.offsets;
+        args.first_tile = work.first_tile, args.tile_expert = work.tile_expert;
+        args.E = layer.E, args.S = plan.slots, args.chunks = plan.chunks;
+        args.tile_rows = plan.tile_rows;
+        const int shared = (layer.E + 1) * sizeof(int32_t);
+        launch("count", count_kernel, plan.chunks, WARP, shared, args);
+        launch("scan", scan_kernel, layer.E + 1, WARP, 0, args);
+        launch("place", place_kernel, std::max(plan.chunks, layer.E), WARP, shared, args);
+    }
+
+    template <class Launcher> void gate_up(Launcher& launch) const {
+        const bool halves = layer.gated && !layer.interleaved;
+        const Columns columns{static_cast<int>(halves ? layer.I : plan.rows), static_cast<int>(halves ? layer.I : 0)};
+        GateUpArgs<T> args;
+        args.hidden = reinterpret_cast<const T*>(layer.hidden);
+        args.hidden_stride = layer.hidden_stride;
+        args.weights = projection<T>(layer.gate_up, columns);
+        args.inner = work.inner;
+        args.routing = routing();
+        args.gate = gate();
+        args.pairing = halves ? Pairing::halves : layer.gated ? Pairing::neighbours : Pairing::none;
+        args.K = layer.K, args.E = layer.E, args.H = layer.H, args.I = layer.I;
+        args.pitch = plan.inner_pitch;
+        // Of inner: of its padding too.
+        args.column_tiles = ceil_div(layer.gated ? 2 * plan.inner_pitch : plan.inner_pitch, COLUMNS);
+        args.group = group_of(layer, plan.tile_rows, layer.H);
+        with_constants(plan.gate_up, plan.tile_rows, [&](auto layout, auto rows) {
+            launch("gate_up", gate_up_kernel<T, rows(), layout()>, plan.row_tiles * args.column_tiles, THREADS,
+                   Ring<rows()>::BYTES, args);
+        });
+    }
+
+    template <class Launcher> void down(Launcher& launch, int64_t first_column, int64_t last_column) const {
+        DownArgs<T> args;
+        args.inner = work.inner;
+        args.weights = projection<T>(layer.down, {static_cast<int>(layer.H), 0});
+        args.routing = routing();
+        args.combine.order = work.order;
+        args.combine.gates = layer.top_k_weights;
+        args.combine.combined = work.combined;
+        args.combine.partials = work.partials;
+        args.combine.pitch = plan.pitch;
+        args.combine.K = layer.K, args.combine.S = plan.slots, args.combine.H = layer.H;
+        args.combine.first_column = first_column;
+        args.combine.deterministic = layer.deterministic;
+        args.E = layer.E, args.I = layer.I;
+        args.inner_pitch = plan.inner_pitch;
+        args.column_tiles = ceil_div(last_column - first_column, COLUMNS);
+        args.group = group_of(layer, plan.tile_rows, layer.I);
+        with_constants(plan.down, plan.tile_rows, [&](auto layout, auto rows) {
+            launch("down", down_kernel<T, rows(), layout()>, plan.row_tiles * args.column_tiles, THREADS,
+                   Ring<rows()>::BYTES, args);
+        });
+    }
+
+    template <class Launcher> void zero(Launcher& launch) const {
+        const int64_t count = plan.combined_rows * plan.pitch / 4;
+        launch("zero", zero_kernel, ceil_div(count, FINISH_THREADS), FINISH_THREADS, 0,
+               ZeroArgs{cast<float4>(work.combined), count});
+    }
+
+    template <class Launcher> void finish(Launcher& launch, int64_t first_column, int64_t last_column) const {
+        FinishArgs<T> args;
+        args.combined = work.combined;
+        args.partials = work.partials;
+        args.ids = layer.top_k_index;
+        args.order = work.order, args.offsets = work.offsets;
+        args.out = reinterpret_cast<T*>(layer.out);
+        args.norms = layer.norms, args.peaks = layer.peaks;
+        args.pitch = plan.pitch;
+        args.tokens = layer.T, args.K = layer.K, args.E = layer.E, args.H = layer.H, args.S = plan.slots;
+        args.parts = last_column == layer.H ? plan.parts : 0;
+        args.first_column = first_column, args.last_column = last_column;
+        args.deterministic = layer.deterministic;
+        launch("finish", finish_kernel<T>, std::max(layer.T, ceil_div(plan.slots, FINISH_THREADS)), FINISH_THREADS, 0, args);
+    }
+
+    Routing routing() const { return {work.order, work.offsets, work.first_tile, work.tile_expert}; }
+
+    Gate gate() const {
+        if (layer.activation == Activation::swiglu_clamped)
+            return {layer.activation, layer.alpha, layer.limit, layer.offset};
+        return {layer.activation, 1.0f, std::numeric_limits<float>::infinity(), 0.0f};
+    }
+};
+
+template <class T, class Launcher> void run(Launcher& launch, const Layer& layer, Global<char> memory) {
+    const Launches<T> launches(layer, memory);
+    launches.route(launch);
+    launches.gate_up(launch);
+    if (!layer.deterministic) launches.zero(launch);
+    for (int64_t first = 0; first < layer.H; first += launches.plan.slab) {
+        const int64_t last = std::min(first + launches.plan.slab, layer.H);
+        launches.down(launch, first, last);
+        launches.finish(launch, first, last);
+    }
+}
+
+// Needs T > 0, a 16-bit dtype, norms and peaks, at most MAX_EXPERTS experts and 2^30 slots, and a
+// workspace of workspace_size(layer) bytes, 256-byte aligned.
+template <class Launcher> void run_layer(Launcher& launch, const Layer& layer, char* workspace) {
+    if (layer.dtype == Dtype::bf16)
+        run<bf16>(launch, layer, workspace);
+    else
+        run<f16>(launch, layer, workspace);
+}
+
+}  // namespace reap::cuda

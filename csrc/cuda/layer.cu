@@ -1,0 +1,47 @@
+// The engine's launches on a CUDA stream.
+#include <cuda_runtime.h>
+
+#include <stdexcept>
+#include <string>
+
+#include "engine.h"
+#include "launch.cuh"
+
+namespace reap::cuda {
+namespace {
+
+void check(cudaError_t error, const char* what) {
+    if (error == cudaSuccess) return;
+    throw std::runtime_error(std::string(cudaGetErrorName(error)) + ": " + cudaGetErrorString(error) + " in " + what);
+}
+
+struct StreamLauncher {
+    cudaStream_t stream;
+
+    template <class Args>
+    void operator()(const char* name, void (*kernel)(Args), int64_t blocks, int threads, int shared_bytes, Args args) {
+        if (blocks > std::numeric_limits<int>::max()) check(cudaErrorInvalidConfiguration, name);
+        if (shared_bytes > 48 << 10)  // more must be asked for
+            check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes), name);
+        kernel<<<static_cast<unsigned>(blocks), threads, shared_bytes, stream>>>(args);
+        check(cudaGetLastError(), name);
+    }
+};
+
+}  // namespace
+
+size_t workspace_bytes(const Layer& layer) { return workspace_size(layer); }
+
+void run_layer(const Layer& layer, void* workspace, void* stream) {
+    check(cudaSetDevice(layer.device), "cudaSetDevice");
+    StreamLauncher launch{static_cast<cudaStream_t>(stream)};
+    run_layer(launch, layer, static_cast<char*>(workspace));
+}
+
+int device_count() {
+    int count = 0;
+    check(cudaGetDeviceCount(&count), "cudaGetDeviceCount");
+    return count;
+}
+
+}  // namespace reap::cuda

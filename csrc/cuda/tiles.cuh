@@ -1,0 +1,284 @@
+// What the two grouped GEMMs share: which tile a block computes, how its operands come to shared
+// memory, and the loop that multiplies them.
+//
+//     global --cp.async--> ring of STAGES slices in shared memory --ldmatrix--> registers --mma--> fp32
+//
+// A slice is STEP elements along k of all rows of a tile. It lies in rows of 128 bytes, whose
+// 16-byte chunks are permuted by the row's number modulo 8: the 8 rows that ldmatrix reads at a time
+// are then in different banks, and so are the 8 chunks of a row that cp.async writes.
+//
+// Four warps, two by two, of (ROWS / 2) x 64 elements each: the wider a warp's tile, the more
+// multiplications per operand that it reads from shared memory, and 64 x 64 is what registers hold.
+#pragma once
+#include "numbers.cuh"
+#include "routing.cuh"
+
+namespace reap::cuda {
+
+constexpr int COLUMNS = 128;                       // of a tile
+constexpr int STEP = 64;                           // elements along k of a slice
+constexpr int THREADS = 128;
+constexpr int WARP_COLUMNS = COLUMNS / 2;
+constexpr int COLUMN_TILES = WARP_COLUMNS / 8;     // mma tiles side by side in a warp
+constexpr int ROW_BYTES = 128;
+constexpr int CHUNK_BYTES = 16;
+constexpr int CHUNK_ELEMENTS = 8;
+constexpr int ROW_CHUNKS = ROW_BYTES / CHUNK_BYTES;
+constexpr int COPY_ROWS = THREADS / ROW_CHUNKS;    // rows that the block copies at a time
+
+// 96 KB at most, so that every chip from sm_80 runs every tile.
+template <int ROWS> struct Ring {
+    static constexpr int STAGES = ROWS == 32 ? 4 : 3;
+    static constexpr int A_BYTES = ROWS * ROW_BYTES;
+    static constexpr int B_BYTES = COLUMNS * ROW_BYTES;
+    static constexpr int STAGE_BYTES = A_BYTES + B_BYTES;
+    static constexpr int BYTES = STAGES * STAGE_BYTES;
+    static_assert(BYTES <= 96 << 10);
+};
+
+// The accumulators of a warp: for each 16 rows a strip of fragments of 16 x 8. Lane l has of a
+// fragment the elements 0, 1 of row l / 4 and 2, 3 of the row 8 below, columns 2 (l % 4) + {0, 1}.
+template <int ROWS> using Accumulators = float[ROWS / 32][COLUMN_TILES][4];
+
+__device__ __forceinline__ int fragment_row() { return lane_id() / 4; }
+__device__ __forceinline__ int fragment_column() { return lane_id() % 4 * 2; }
+
+// Where this warp's part of the tile starts.
+template <int ROWS> __device__ __forceinline__ int warp_row() { return threadIdx.x / (2 * WARP) * (ROWS / 2); }
+__device__ __forceinline__ int warp_column() { return threadIdx.x / WARP % 2 * WARP_COLUMNS; }
+
+// Whether a sorted position is one of the tile's: the rows of its last tile that an expert does not
+// fill compute along, but must leave no trace.
+__device__ __forceinline__ bool is_real(int position, int end) { return position < end; }
+
+// A block's tile: sorted positions from `first` to at most `end` of one expert, and columns.
+struct Tile {
+    int expert, first, end;
+    int column;  // its number among the column tiles
+};
+
+// Tiles of an expert are neighbours. Among them row tiles run fastest, in groups whose rows stay in
+// the L2 cache while each column tile of the weights passes by once. False: there is no such tile.
+__device__ __forceinline__ bool locate(Tile& tile, const Routing& routing, int E, int column_tiles, int group, int rows) {
+    const int number = blockIdx.x;
+    const int row_tile = number / column_tiles;
+    if (row_tile >= load_global(routing.first_tile + E)) return false;
+    tile.expert = load_global(routing.tile_expert + row_tile);
+    const int first = load_global(routing.first_tile + tile.expert);
+    const int row_tiles = load_global(routing.first_tile + tile.expert + 1) - first;
+    int local = number - first * column_tiles;
+    const int group_first = local / (group * column_tiles) * group;
+    local -= group_first * column_tiles;
+    const int height = min(group, row_tiles - group_first);
+    tile.column = local / height;
+    tile.first = load_global(routing.offsets + tile.expert) + (group_first + local % height) * rows;
+    tile.end = load_global(routing.offsets + tile.expert + 1);
+    return true;
+}
+
+// How the rows of the weights become columns of the result. Where gate and up are concatenated, 8
+// columns of gate and 8 of up alternate, so that a warp has both halves of its activations.
+struct Columns {
+    int count;  // of gate (or all, if up is 0)
+    int up;     // weight rows from gate to up where they are concatenated; else 0
+
+    // The weight row of result column n. Past the last column the last `adjacent` rows repeat.
+    __device__ __forceinline__ int weight_row(int n, int adjacent) const {
+        if (up == 0) return min(n, count - adjacent);
+        return min(n / 16 * 8 + n % 8, count - adjacent) + (n & 8 ? up : 0);
+    }
+    __device__ __forceinline__ bool inside(int n) const { return (up == 0 ? n : n / 16 * 8 + n % 8) < count; }
+};
+
+// A projection's weights as the kernels take them; like Weights, but typed.
+template <class T> struct Projection {
+    Global<const T> data;  // [E, rows, k]
+    Global<const T> bias;  // [E, rows], or null
+    int64_t expert_stride, row_stride, k_stride;
+    int64_t bias_expert_stride, bias_row_stride;
+    Columns columns;
+};
+
+// Which elements of the weights are adjacent and aligned to 16 bytes: those along k, those of
+// neighbouring rows, or none that one could rely on.
+enum class Layout : int { along_k, along_rows, any };
+
+__device__ __forceinline__ int chunk_offset(int row, int chunk) {
+    return row * ROW_BYTES + ((chunk ^ (row % ROW_CHUNKS)) * CHUNK_BYTES);
+}
+
+// Each thread copies one chunk of row copy_row() and of every 16th row below.
+__device__ __forceinline__ int copy_row() { return threadIdx.x / ROW_CHUNKS; }
+__device__ __forceinline__ int copy_chunk() { return threadIdx.x % ROW_CHUNKS; }
+
+// Copies slices with cp.async, of rows with adjacent k. Offsets in chunks reach 64 GB.
+template <class T, int ROWS> struct SliceAlongK {
+    Global<const char> base;             // advances slice by slice
+    uint32_t offset[ROWS / COPY_ROWS];   // of this thread's chunks [16 bytes]
+    int left;                            // elements of k from this thread's chunk on, a multiple of 8
+
+    // row(i): the element where tile row i starts, counted from `data` and a multiple of 8.
+    template <class Row> __device__ __forceinline__ SliceAlongK(Global<const T> data, int depth, Row row)
+        : base(cast<const char>(data)), left(depth - copy_chunk() * CHUNK_ELEMENTS) {
+#pragma unroll
+        for (int i = 0; i < ROWS / COPY_ROWS; ++i)
+            offset[i] = static_cast<uint32_t>(row(copy_row() + i * COPY_ROWS) / CHUNK_ELEMENTS) + copy_chunk();
+    }
+
+    __device__ __forceinline__ void fill(Shared<char> slice) {
+        const Shared<char> to = slice + chunk_offset(copy_row(), copy_chunk());
+#pragma unroll
+        for (int i = 0; i < ROWS / COPY_ROWS; ++i)
+            cp_async16(to + i * COPY_ROWS * ROW_BYTES, base + int64_t(offset[i]) * CHUNK_BYTES, left > 0);
+        base = base + ROW_BYTES;
+        left -= STEP;
+    }
+};
+
+// The same of weights whose rows are adjacent: a slice is two panels of STEP values of k by 64 rows.
+template <class T> struct SliceAlongRows {
+    static constexpr int PANEL_ROWS = STEP / COPY_ROWS;
+    Global<const char> base;
+    int64_t advance;                        // bytes from slice to slice
+    uint32_t offset[2 * PANEL_ROWS];        // of this thread's chunks [16 bytes]
+    int left;                               // values of k from this thread's first on
+
+    __device__ __forceinline__ SliceAlongRows(const Projection<T>& weights, Global<const T> data, int depth, int column)
+        : base(cast<const char>(data)),
+          advance(STEP * weights.k_stride * int64_t(sizeof(T))),
+          left(depth - copy_row()) {
+#pragma unroll
+        for (int i = 0; i < 2 * PANEL_ROWS; ++i) {
+            const int n = column + i / PANEL_ROWS * 64 + copy_chunk() * CHUNK_ELEMENTS;
+            const int k = copy_row() + i % PANEL_ROWS * COPY_ROWS;
+            const int64_t element = weights.columns.weight_row(n, CHUNK_ELEMENTS) + k * weights.k_stride;
+            offset[i] = static_cast<uint32_t>(element / CHUNK_ELEMENTS);
+        }
+    }
+
+    __device__ __forceinline__ void fill(Shared<char> slice) {
+        const Shared<char> to = slice + chunk_offset(copy_row(), copy_chunk());
+#pragma unroll
+        for (int i = 0; i < 2 * PANEL_ROWS; ++i)
+            cp_async16(to + i * COPY_ROWS * ROW_BYTES, base + int64_t(offset[i]) * CHUNK_BYTES,
+                       left > i % PANEL_ROWS * COPY_ROWS);
+        base = base + advance;
+        left -= STEP;
+    }
+};
+
+// Slices of rows of any strides and alignment, element by element through the registers.
+template <class T, int ROWS> struct SliceOfElements {
+    Global<const T> row[ROWS / COPY_ROWS];  // where this thread's chunks start
+    int64_t stride;
+    int left;
+
+    template <class Row>
+    __device__ __forceinline__ SliceOfElements(Global<const T> data, int depth, int64_t k_stride, Row start)
+        : stride(k_stride), left(depth - copy_chunk() * CHUNK_ELEMENTS) {
+#pragma unroll
+        for (int i = 0; i < ROWS / COPY_ROWS; ++i)
+            row[i] = data + (start(copy_row() + i * COPY_ROWS) + copy_chunk() * CHUNK_ELEMENTS * stride);
+    }
+
+    __device__ __forceinline__ void fill(Shared<char> slice) {
+        const Shared<char> to = slice + chunk_offset(copy_row(), copy_chunk());
+#pragma unroll
+        for (int i = 0; i < ROWS / COPY_ROWS; ++i) {
+            T x[CHUNK_ELEMENTS];
+#pragma unroll
+            for (int k = 0; k < CHUNK_ELEMENTS; ++k)
+                x[k] = k < left ? load_global(row[i] + k * stride) : narrow<T>(0.0f);
+            store_shared(cast<uint4>(to + i * COPY_ROWS * ROW_BYTES),
+                         uint4{pack(x[0], x[1]), pack(x[2], x[3]), pack(x[4], x[5]), pack(x[6], x[7])});
+            row[i] = row[i] + STEP * stride;
+        }
+        left -= STEP;
+    }
+};
+
+// The weights of a tile that starts at result column `column`.
+template <class T, Layout LAYOUT>
+__device__ __forceinline__ auto weight_slices(const Projection<T>& weights, int expert, int column, int depth) {
+    const Global<const T> data = weights.data + expert * weights.expert_stride;
+    const auto row = [&](int i) { return weights.columns.weight_row(column + i, 1) * weights.row_stride; };
+    if constexpr (LAYOUT == Layout::along_k)
+        return SliceAlongK<T, COLUMNS>(data, depth, row);
+    else if constexpr (LAYOUT == Layout::along_rows)
+        return SliceAlongRows<T>(weights, data, depth, column);
+    else
+        return SliceOfElements<T, COLUMNS>(data, depth, weights.k_stride, row);
+}
+
+// The accumulators start from the bias, or from 0.
+template <class T, int ROWS>
+__device__ __forceinline__ void start(Accumulators<ROWS>& acc, const Projection<T>& weights, int expert, int column) {
+#pragma unroll
+    for (int j = 0; j < COLUMN_TILES; ++j)
+#pragma unroll
+        for (int c = 0; c < 2; ++c) {
+            float bias = 0.0f;
+            if (weights.bias) {
+                const int row = weights.columns.weight_row(column + warp_column() + j * 8 + fragment_column() + c, 1);
+                const int64_t element = expert * weights.bias_expert_stride + row * weights.bias_row_stride;
+                bias = widen(load_global(weights.bias + element));
+            }
+#pragma unroll
+            for (int i = 0; i < ROWS / 32; ++i) acc[i][j][c] = acc[i][j][c + 2] = bias;
+        }
+}
+
+// acc += the slice's A [ROWS, STEP] B [STEP, COLUMNS], this warp's part.
+template <class T, int ROWS, bool B_ALONG_ROWS>
+__device__ __forceinline__ void multiply_slice(Accumulators<ROWS>& acc, Shared<const char> a, Shared<const char> b) {
+    const int lane = lane_id();
+    const int a_row = warp_row<ROWS>() + lane % 16, a_chunk = lane / 16;
+    const int b_row = warp_column() + lane % 8 + lane / 16 * 8, b_chunk = lane / 8 % 2;
+    const Shared<const char> panel = b + warp_column() / 64 * (STEP * ROW_BYTES);
+#pragma unroll
+    for (int k = 0; k < STEP / 16; ++k) {
+        uint32_t left[ROWS / 32][4], right[COLUMN_TILES / 2][4];
+#pragma unroll
+        for (int i = 0; i < ROWS / 32; ++i) ldmatrix_x4(left[i], a + chunk_offset(a_row + i * 16, 2 * k + a_chunk));
+#pragma unroll
+        for (int j = 0; j < COLUMN_TILES / 2; ++j)
+            if constexpr (B_ALONG_ROWS)
+                ldmatrix_x4_trans(right[j], panel + chunk_offset(k * 16 + lane % 16, 2 * j + lane / 16));
+            else
+                ldmatrix_x4(right[j], b + chunk_offset(b_row + j * 16, 2 * k + b_chunk));
+#pragma unroll
+        for (int i = 0; i < ROWS / 32; ++i)
+#pragma unroll
+            for (int j = 0; j < COLUMN_TILES; ++j)
+                mma_m16n8k16<T>(acc[i][j], left[i], right[j / 2][j % 2 * 2], right[j / 2][j % 2 * 2 + 1]);
+    }
+}
+
+// acc += A B over `steps` slices. One barrier per slice serves twice: all copies of this slice have
+// arrived, and no warp still reads the slice before, whose place the next copies take.
+template <class T, int ROWS, bool B_ALONG_ROWS, class A, class B>
+__device__ __forceinline__ void multiply(Accumulators<ROWS>& acc, A& a, B& b, int steps) {
+    using Ring = cuda::Ring<ROWS>;
+    const auto stage = [](int number) { return shared_memory() + number * Ring::STAGE_BYTES; };
+    const auto fill = [&](int number, bool more) {
+        if (more) {
+            a.fill(stage(number));
+            b.fill(stage(number) + Ring::A_BYTES);
+        }
+        cp_async_commit();
+    };
+#pragma unroll
+    for (int step = 0; step < Ring::STAGES - 1; ++step) fill(step, step < steps);
+
+    int reading = 0, writing = Ring::STAGES - 1;
+    for (int step = 0; step < steps; ++step) {
+        cp_async_wait<Ring::STAGES - 2>();
+        __syncthreads();
+        fill(writing, step + Ring::STAGES - 1 < steps);
+        multiply_slice<T, ROWS, B_ALONG_ROWS>(acc, stage(reading), stage(reading) + Ring::A_BYTES);
+        writing = reading;
+        reading = reading + 1 == Ring::STAGES ? 0 : reading + 1;
+    }
+}
+
+}  // namespace reap::cuda

@@ -97,7 +97,7 @@ __device__ __forceinline__ void combine_strip(float (&strip)[N][4], const Combin
 template <class T, int ROWS, Layout LAYOUT>
 __global__ void __launch_bounds__(THREADS) down_kernel(DownArgs<T> args) {
     Tile tile;
-    if (!locate(tile, args.routing, args.E, args.column_tiles, args.group, ROWS)) return;
+    if (!locate(tile, args.routing, blockIdx.x, args.E, args.column_tiles, args.group, ROWS)) return;
     const int column = args.combine.first_column + tile.column * COLUMNS;
 
     const auto inner_row = [&](int i) {  // past the end the last row repeats

@@ -62,15 +62,15 @@ template <class T> __device__ __forceinline__ uint4 pack8(const float (&y)[8], i
     return {pack(z[0], z[1]), pack(z[2], z[3]), pack(z[4], z[5]), pack(z[6], z[7])};
 }
 
-// Activates the warp's staged tile of `rows` rows and stores it.
+// Activates a staged tile of `rows` rows from sorted position `first` on, whose first column is result
+// column `column`, and stores it.
 template <class T>
-__device__ __forceinline__ void store_inner(const GateUpArgs<T>& args, const Tile& tile, const Staging& staged, int rows) {
+__device__ __forceinline__ void store_inner(const GateUpArgs<T>& args, const Staging& staged, int rows, int first,
+                                            int end, int column) {
     const bool gated = args.pairing != Pairing::none;
     const int chunks = gated ? 4 : 8;  // of 8 elements of inner per row
-    const int first = tile.first + (threadIdx.x / (2 * WARP)) * rows;
-    const int column = (tile.column * COLUMNS + warp_column()) / (gated ? 2 : 1);
     for (int i = lane_id(); i < rows * chunks; i += WARP) {
-        const int row = i / chunks, chunk = i % chunks, n = column + chunk * 8;
+        const int row = i / chunks, chunk = i % chunks, n = (gated ? column / 2 : column) + chunk * 8;
         float y[8];
         if (gated) {
             float x[16];
@@ -84,21 +84,24 @@ __device__ __forceinline__ void store_inner(const GateUpArgs<T>& args, const Til
 #pragma unroll
             for (int k = 0; k < 8; ++k) y[k] = activate(y[k], args.gate);
         }
-        if (is_real(first + row, tile.end) && n < args.pitch)
+        if (is_real(first + row, end) && n < args.pitch)
             store_global(cast<uint4>(args.inner + (int64_t(first + row) * args.pitch + n)), pack8<T>(y, args.I - n));
     }
+}
+
+// The element of x where tile row i starts. Past the end the last row repeats.
+template <class T> __device__ __forceinline__ int64_t gathered_row(const GateUpArgs<T>& args, const Tile& tile, int i) {
+    const int slot = load_global(args.routing.order + min(tile.first + i, tile.end - 1));
+    return slot / args.K * args.hidden_stride;
 }
 
 template <class T, int ROWS, Layout LAYOUT>
 __global__ void __launch_bounds__(THREADS) gate_up_kernel(GateUpArgs<T> args) {
     Tile tile;
-    if (!locate(tile, args.routing, args.E, args.column_tiles, args.group, ROWS)) return;
+    if (!locate(tile, args.routing, blockIdx.x, args.E, args.column_tiles, args.group, ROWS)) return;
     const int column = tile.column * COLUMNS;
 
-    const auto x_row = [&](int i) {  // past the end the last row repeats
-        const int slot = load_global(args.routing.order + min(tile.first + i, tile.end - 1));
-        return slot / args.K * args.hidden_stride;
-    };
+    const auto x_row = [&](int i) { return gathered_row(args, tile, i); };
     auto a = [&] {
         if constexpr (LAYOUT == Layout::any)
             return SliceOfElements<T, ROWS>(args.hidden, args.H, 1, x_row);
@@ -117,7 +120,7 @@ __global__ void __launch_bounds__(THREADS) gate_up_kernel(GateUpArgs<T> args) {
 #pragma unroll
     for (int i = 0; i < ROWS / 32; ++i) staged.store(acc[i], i * 16);
     __syncwarp();
-    store_inner(args, tile, staged, ROWS / 2);
+    store_inner(args, staged, ROWS / 2, tile.first + warp_row<ROWS>(), tile.end, column + warp_column());
 }
 
 }  // namespace reap::cuda

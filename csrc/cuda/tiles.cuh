@@ -59,8 +59,8 @@ struct Tile {
 
 // Tiles of an expert are neighbours. Among them row tiles run fastest, in groups whose rows stay in
 // the L2 cache while each column tile of the weights passes by once. False: there is no such tile.
-__device__ __forceinline__ bool locate(Tile& tile, const Routing& routing, int E, int column_tiles, int group, int rows) {
-    const int number = blockIdx.x;
+__device__ __forceinline__ bool locate(Tile& tile, const Routing& routing, int number, int E, int column_tiles, int group,
+                                       int rows) {
     const int row_tile = number / column_tiles;
     if (row_tile >= load_global(routing.first_tile + E)) return false;
     tile.expert = load_global(routing.tile_expert + row_tile);

@@ -228,24 +228,28 @@ __device__ __forceinline__ void start(Accumulators<ROWS>& acc, const Projection<
         }
 }
 
-// acc += the slice's A [ROWS, STEP] B [STEP, COLUMNS], this warp's part.
-template <class T, int ROWS, bool B_ALONG_ROWS>
-__device__ __forceinline__ void multiply_slice(Accumulators<ROWS>& acc, Shared<const char> a, Shared<const char> b) {
+// acc += the slice's A [ROWS, STEP] B [STEP, COLUMNS], this warp's part. Calls meanwhile() while its
+// first operands are on their way to registers.
+template <class T, int ROWS, bool B_ALONG_ROWS, class Meanwhile>
+__device__ __forceinline__ void multiply_slice(Accumulators<ROWS>& acc, Shared<const char> a, Shared<const char> b,
+                                               Meanwhile meanwhile) {
     const int lane = lane_id();
     const int a_row = warp_row<ROWS>() + lane % 16, a_chunk = lane / 16;
     const int b_row = warp_column() + lane % 8 + lane / 16 * 8, b_chunk = lane / 8 % 2;
-    const Shared<const char> panel = b + warp_column() / 64 * (STEP * ROW_BYTES);
+    const Shared<const char> panel = b + warp_column() * (STEP * ROW_BYTES / 64);
+    constexpr int BELOW = 16 * ROW_BYTES;  // 16 rows further down chunks are permuted alike
 #pragma unroll
     for (int k = 0; k < STEP / 16; ++k) {
         uint32_t left[ROWS / 32][4], right[COLUMN_TILES / 2][4];
 #pragma unroll
-        for (int i = 0; i < ROWS / 32; ++i) ldmatrix_x4(left[i], a + chunk_offset(a_row + i * 16, 2 * k + a_chunk));
+        for (int i = 0; i < ROWS / 32; ++i) ldmatrix_x4(left[i], a + chunk_offset(a_row, 2 * k + a_chunk) + i * BELOW);
 #pragma unroll
         for (int j = 0; j < COLUMN_TILES / 2; ++j)
             if constexpr (B_ALONG_ROWS)
-                ldmatrix_x4_trans(right[j], panel + chunk_offset(k * 16 + lane % 16, 2 * j + lane / 16));
+                ldmatrix_x4_trans(right[j], panel + chunk_offset(lane % 16, 2 * j + lane / 16) + k * BELOW);
             else
-                ldmatrix_x4(right[j], b + chunk_offset(b_row + j * 16, 2 * k + b_chunk));
+                ldmatrix_x4(right[j], b + chunk_offset(b_row, 2 * k + b_chunk) + j * BELOW);
+        if (k == 0) meanwhile();
 #pragma unroll
         for (int i = 0; i < ROWS / 32; ++i)
 #pragma unroll
@@ -274,8 +278,8 @@ __device__ __forceinline__ void multiply(Accumulators<ROWS>& acc, A& a, B& b, in
     for (int step = 0; step < steps; ++step) {
         cp_async_wait<Ring::STAGES - 2>();
         __syncthreads();
-        fill(writing, step + Ring::STAGES - 1 < steps);
-        multiply_slice<T, ROWS, B_ALONG_ROWS>(acc, stage(reading), stage(reading) + Ring::A_BYTES);
+        multiply_slice<T, ROWS, B_ALONG_ROWS>(acc, stage(reading), stage(reading) + Ring::A_BYTES,
+                                              [&] { fill(writing, step + Ring::STAGES - 1 < steps); });
         writing = reading;
         reading = reading + 1 == Ring::STAGES ? 0 : reading + 1;
     }

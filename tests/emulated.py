@@ -1,0 +1,93 @@
+"""The kernels of csrc/cuda on the emulator of tests/simt: an extension module with the functions of
+`reap_kernels._cuda`, for CPU tensors.
+
+    result = run(inputs)                     # a dict of cases.make, as reap_kernels.cuda runs it
+    result = run(inputs, seed=3, eager=True) # another order of lanes, warps and blocks; see `run`
+    module().counters()                      # of the last run: bytes, bank conflicts, ...
+
+g++ compiles it once for each state of the sources and keeps it in build/simt.
+"""
+
+import functools
+import hashlib
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+from types import ModuleType
+
+from reap_kernels import Saliency, cuda
+from reap_kernels.contract import Call, make_call
+
+ROOT = Path(__file__).parent.parent
+FLAGS = [
+    "-std=c++17",
+    "-O2",
+    "-fPIC",
+    "-shared",
+    "-DREAP_SIMT",
+    "-Wall",
+    "-Wextra",
+    "-Wno-unknown-pragmas",
+]
+COMPILER = os.environ.get("CXX", "g++")
+# Of a small H100: few processors, so that a wave of blocks is short.
+CHIP = cuda.Chip(device=0, sm=90, processors=4, cache=1 << 20)
+
+
+def missing() -> str | None:
+    """Why the emulator cannot be built here, in one line."""
+    if shutil.which(COMPILER) is None:
+        return f"needs a C++17 compiler, and there is no {COMPILER}: set CXX"
+    if importlib.util.find_spec("pybind11") is None:
+        return "needs pybind11"
+    return None
+
+
+@functools.cache
+def module() -> ModuleType:
+    return build(ROOT / "csrc")
+
+
+def build(sources: Path, *flags: str) -> ModuleType:
+    """The module of the kernels in `sources`/cuda, compiled if it is not yet in build/simt."""
+    import pybind11
+
+    includes = (sources, ROOT / "tests", ROOT / "tests/simt", pybind11.get_include())
+    command = [COMPILER, *FLAGS, *flags, *(f"-I{folder}" for folder in includes)]
+    command += ["-isystem", sysconfig.get_path("include"), str(ROOT / "tests/simt/module.cpp")]
+    digest = hashlib.sha256(repr((command, sys.version)).encode())
+    for folder in (sources, ROOT / "tests/simt"):
+        for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+            digest.update(f"{path.relative_to(folder)}\n".encode() + path.read_bytes())
+    name = f"simt_{digest.hexdigest()[:20]}"
+    path = ROOT / "build/simt" / f"{name}.so"
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        new = path.with_suffix(f".{os.getpid()}")
+        done = subprocess.run([*command, f"-DMODULE={name}", "-o", new], stderr=subprocess.PIPE)
+        assert done.returncode == 0, done.stderr.decode()[-8000:]
+        new.rename(path)
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None and spec.loader is not None
+    loaded = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(loaded)
+    return loaded
+
+
+def call_of(inputs: dict, deterministic: bool = False) -> Call:
+    *tensors, activation, gated, interleaved, transposed = inputs.values()
+    return make_call(tuple(tensors), activation, (gated, interleaved, transposed, deterministic))
+
+
+def run(
+    inputs: dict, *, deterministic: bool = False, chip: cuda.Chip = CHIP, **options
+) -> Saliency:
+    """What `cuda.run` does, on the emulator. `options` of `configure` in module.cpp: seed, of the
+    order of lanes, warps and blocks; eager, cp.async at once and not at the wait for it; profile,
+    count bank conflicts; cache_bytes and together, model an L2 cache. RuntimeError is a fault."""
+    module().configure(**options)
+    return cuda.execute(module(), call_of(inputs, deterministic), chip, stream=0)

@@ -58,7 +58,7 @@ struct Tile {
 };
 
 // Tiles of an expert are neighbours. Among them row tiles run fastest, in groups whose rows stay in
-// the L2 cache while each column tile of the weights passes by once. False: there is no such tile.
+// the L2 cache while each column tile of the weights passes by once. False: there is no tile `number`.
 __device__ __forceinline__ bool locate(Tile& tile, const Routing& routing, int number, int E, int column_tiles, int group,
                                        int rows) {
     const int row_tile = number / column_tiles;

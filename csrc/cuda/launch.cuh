@@ -16,6 +16,7 @@
 namespace reap::cuda {
 
 constexpr int ANY_ROWS = 64;  // of tiles whose operands come through registers
+constexpr int WGMMA_ROWS = 128, WGMMA_COLUMNS = 256;  // of the tiles of sm90/
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 inline int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
@@ -40,6 +41,7 @@ struct Plan {
     int64_t slots, chunks;
     int64_t rows;             // of gate_up_proj
     int tile_rows;            // of both GEMMs, which share one table of row tiles
+    int tile_columns;
     int64_t row_tiles;        // a bound
     Layout gate_up, down;
     int64_t inner_pitch;      // elements
@@ -63,6 +65,8 @@ inline Plan make_plan(const Layer& layer) {
     // keep the copies coming. Copies through registers have one size, for theirs are scarce.
     plan.tile_rows = plan.slots <= 24 * layer.E ? 32 : plan.slots <= 96 * layer.E ? 64 : 128;
     if (plan.gate_up == Layout::any || plan.down == Layout::any) plan.tile_rows = ANY_ROWS;
+    plan.tile_columns = COLUMNS;
+    if (layer.wgmma) plan.tile_rows = WGMMA_ROWS, plan.tile_columns = WGMMA_COLUMNS;
     plan.row_tiles = std::min(plan.slots, (plan.slots + layer.E * (plan.tile_rows - 1)) / plan.tile_rows);
     plan.inner_pitch = round_up(layer.I, CHUNK_ELEMENTS);
 
@@ -71,8 +75,8 @@ inline Plan make_plan(const Layer& layer) {
     plan.combined_rows = layer.T;
     plan.parts = ceil_div(layer.H, PARTIAL_COLUMNS);
     if (layer.deterministic) {  // the bytes of inner once more, but at least one column tile
-        const int64_t tiles = std::max<int64_t>(plan.inner_pitch * 2 / 4 / COLUMNS, 1);
-        plan.slab = plan.pitch = std::min(tiles * COLUMNS, round_up(layer.H, COLUMNS));
+        const int64_t tiles = std::max<int64_t>(plan.inner_pitch * 2 / 4 / plan.tile_columns, 1);
+        plan.slab = plan.pitch = std::min(tiles * plan.tile_columns, round_up(layer.H, plan.tile_columns));
         plan.combined_rows = plan.slots;
     }
     return plan;
@@ -156,7 +160,7 @@ template <class T> struct Launches {
         launch("place", place_kernel, std::max(plan.chunks, layer.E), WARP, shared, args);
     }
 
-    template <class Launcher> void gate_up(Launcher& launch) const {
+    GateUpArgs<T> gate_up_args() const {
         const bool halves = layer.gated && !layer.interleaved;
         const Columns columns{static_cast<int>(halves ? layer.I : plan.rows), static_cast<int>(halves ? layer.I : 0)};
         GateUpArgs<T> args;
@@ -170,15 +174,20 @@ template <class T> struct Launches {
         args.K = layer.K, args.E = layer.E, args.H = layer.H, args.I = layer.I;
         args.pitch = plan.inner_pitch;
         // Of inner: of its padding too.
-        args.column_tiles = ceil_div(layer.gated ? 2 * plan.inner_pitch : plan.inner_pitch, COLUMNS);
+        args.column_tiles = ceil_div(layer.gated ? 2 * plan.inner_pitch : plan.inner_pitch, plan.tile_columns);
         args.group = group_of(layer, plan.tile_rows, layer.H);
+        return args;
+    }
+
+    template <class Launcher> void gate_up(Launcher& launch) const {
+        const GateUpArgs<T> args = gate_up_args();
         with_constants(plan.gate_up, plan.tile_rows, [&](auto layout, auto rows) {
             launch("gate_up", gate_up_kernel<T, rows(), layout()>, plan.row_tiles * args.column_tiles, THREADS,
                    Ring<rows()>::BYTES, args);
         });
     }
 
-    template <class Launcher> void down(Launcher& launch, int64_t first_column, int64_t last_column) const {
+    DownArgs<T> down_args(int64_t first_column, int64_t last_column) const {
         DownArgs<T> args;
         args.inner = work.inner;
         args.weights = projection<T>(layer.down, {static_cast<int>(layer.H), 0});
@@ -193,8 +202,13 @@ template <class T> struct Launches {
         args.combine.deterministic = layer.deterministic;
         args.E = layer.E, args.I = layer.I;
         args.inner_pitch = plan.inner_pitch;
-        args.column_tiles = ceil_div(last_column - first_column, COLUMNS);
+        args.column_tiles = ceil_div(last_column - first_column, plan.tile_columns);
         args.group = group_of(layer, plan.tile_rows, layer.I);
+        return args;
+    }
+
+    template <class Launcher> void down(Launcher& launch, int64_t first_column, int64_t last_column) const {
+        const DownArgs<T> args = down_args(first_column, last_column);
         with_constants(plan.down, plan.tile_rows, [&](auto layout, auto rows) {
             launch("down", down_kernel<T, rows(), layout()>, plan.row_tiles * args.column_tiles, THREADS,
                    Ring<rows()>::BYTES, args);
@@ -232,8 +246,8 @@ template <class T> struct Launches {
     }
 };
 
-template <class T, class Launcher> void run(Launcher& launch, const Layer& layer, Global<char> memory) {
-    const Launches<T> launches(layer, memory);
+template <class Launches, class Launcher> void run(Launcher& launch, const Layer& layer, Global<char> memory) {
+    const Launches launches(layer, memory);
     launches.route(launch);
     launches.gate_up(launch);
     if (!layer.deterministic) launches.zero(launch);
@@ -248,9 +262,9 @@ template <class T, class Launcher> void run(Launcher& launch, const Layer& layer
 // workspace of workspace_size(layer) bytes, 256-byte aligned.
 template <class Launcher> void run_layer(Launcher& launch, const Layer& layer, char* workspace) {
     if (layer.dtype == Dtype::bf16)
-        run<bf16>(launch, layer, workspace);
+        run<Launches<bf16>>(launch, layer, workspace);
     else
-        run<f16>(launch, layer, workspace);
+        run<Launches<f16>>(launch, layer, workspace);
 }
 
 }  // namespace reap::cuda

@@ -5,7 +5,7 @@
 #include <string>
 
 #include "engine.h"
-#include "launch.cuh"
+#include "sm90/launch.cuh"
 
 namespace reap::cuda {
 namespace {
@@ -35,7 +35,10 @@ size_t workspace_bytes(const Layer& layer) { return workspace_size(layer); }
 void run_layer(const Layer& layer, void* workspace, void* stream) {
     check(cudaSetDevice(layer.device), "cudaSetDevice");
     StreamLauncher launch{static_cast<cudaStream_t>(stream)};
-    run_layer(launch, layer, static_cast<char*>(workspace));
+    if (layer.wgmma)
+        sm90::run_layer(launch, layer, static_cast<char*>(workspace));
+    else
+        run_layer(launch, layer, static_cast<char*>(workspace));
 }
 
 int device_count() {

@@ -1,0 +1,67 @@
+// ../down.cuh for Hopper: the copy engine brings both operands, on behalf of one thread.
+#pragma once
+#include "../down.cuh"
+#include "pipeline.cuh"
+
+namespace reap::cuda::sm90 {
+
+template <class T> struct Down {
+    DownArgs<T> args;
+    TensorMap inner;    // [S, I], boxes of 128 rows
+    TensorMap weights;  // see weight_box()
+};
+
+template <class T, bool N_ADJACENT>
+__device__ __forceinline__ void load_down(const Down<T>& down, const Ring& ring) {
+    const DownArgs<T>& args = down.args;
+    Turn turn;
+    Tile tile;
+    for (int number = blockIdx.x; locate(tile, args.routing, number, args.E, args.column_tiles, args.group, TILE_ROWS);
+         number += gridDim.x) {
+        const int column = args.combine.first_column + tile.column * TILE_COLUMNS;
+        for (int k = 0; k < args.I; k += STEP) {
+            const Shared<uint64_t> full = ring.full + turn.stage;
+            wait_empty(ring, turn);
+            mbarrier_arrive_expect(full, STAGE_BYTES);
+            const int at[2] = {k, tile.first};  // rows past the expert's last are those of the next
+            tma_load(ring.a(turn.stage), down.inner, full, at);
+            load_weights<N_ADJACENT>(ring.b(turn.stage), down.weights, full, tile.expert, column, k, false);
+            turn.advance();
+        }
+    }
+    drain(ring, turn);
+}
+
+template <class T, bool N_ADJACENT>
+__device__ __forceinline__ void compute_down(const DownArgs<T>& args, const Ring& ring) {
+    Turn turn;
+    Tile tile;
+    for (int number = blockIdx.x; locate(tile, args.routing, number, args.E, args.column_tiles, args.group, TILE_ROWS);
+         number += gridDim.x) {
+        const int column = args.combine.first_column + tile.column * TILE_COLUMNS;
+        Accumulators acc;
+        multiply<T, N_ADJACENT, false>(acc, ring, turn, (args.I + STEP - 1) / STEP);
+        add_bias(acc, args.weights, tile.expert, column);
+#pragma unroll
+        for (int s = 0; s < 4; ++s)
+            combine_strip(acc[s], args.combine, tile.first + consumer_row(), tile.end, column + s * BOX);
+    }
+}
+
+template <class T, bool N_ADJACENT>
+__global__ void __launch_bounds__(BLOCK, 1) down_kernel(const __grid_constant__ Down<T> down) {
+#ifdef REAP_HOPPER
+    const Ring ring = make_ring(1);
+    if (threadIdx.x < WARPGROUP) {
+        release_registers<PRODUCER_REGISTERS>();
+        if (threadIdx.x == 0) load_down<T, N_ADJACENT>(down, ring);
+    } else {
+        acquire_registers<CONSUMER_REGISTERS>();
+        compute_down<T, N_ADJACENT>(down.args, ring);
+    }
+#else
+    trap_unless(false);
+#endif
+}
+
+}  // namespace reap::cuda::sm90

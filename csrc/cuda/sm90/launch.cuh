@@ -1,0 +1,60 @@
+// ../launch.cuh with Hopper's kernels for the two GEMMs. Compiled, never executed: nobody gets them
+// but who asks for the backend `cuda_sm90`.
+//
+// What Layer.wgmma needs, beside what run_layer() does: an sm_90, H a multiple of 8, hidden and both
+// weights at multiples of 16 bytes, elements adjacent along one dimension and all other strides
+// positive multiples of 8; I too, where halves of gate and up are adjacent. The launcher also makes
+// tensor maps, and its kernels are called with sm90's arguments.
+#pragma once
+#include "../launch.cuh"
+#include "down.cuh"
+#include "gate_up.cuh"
+
+namespace reap::cuda::sm90 {
+
+static_assert(WGMMA_ROWS == TILE_ROWS && WGMMA_COLUMNS == TILE_COLUMNS);
+
+inline bool n_adjacent(const Weights& w) { return w.k_stride != 1; }
+
+// A box of B: 64 columns by 64 k, of [E, halves, rows, k] in the order of their strides.
+inline TensorBox weight_box(const Weights& w, int64_t experts, int64_t halves, int64_t rows, int64_t k) {
+    const auto stride = [](int64_t size, int64_t stride) { return size > 1 ? stride : CHUNK_ELEMENTS; };
+    const int64_t half = stride(halves, rows * w.row_stride), expert = stride(experts, w.expert_stride);
+    if (n_adjacent(w)) return {w.data, 4, {rows, k, halves, experts}, {1, stride(k, w.k_stride), half, expert}, {BOX, STEP, 1, 1}};
+    return {w.data, 4, {k, rows, halves, experts}, {1, stride(rows, w.row_stride), half, expert}, {STEP, BOX, 1, 1}};
+}
+
+template <class T> struct Launches : cuda::Launches<T> {
+    using cuda::Launches<T>::layer, cuda::Launches<T>::plan, cuda::Launches<T>::work;
+    using cuda::Launches<T>::Launches;
+
+    // Blocks are persistent: one for each processor, and no more than there can be tiles.
+    int64_t blocks(int column_tiles) const {
+        return std::min<int64_t>(layer.processors, plan.row_tiles * column_tiles);
+    }
+
+    template <class Launcher> void gate_up(Launcher& launch) const {
+        GateUp<T> up{this->gate_up_args(), {}};
+        const int halves = up.args.pairing == Pairing::halves ? 2 : 1;
+        up.weights = make_tensor_map(weight_box(layer.gate_up, layer.E, halves, plan.rows / halves, layer.H));
+        const auto kernel = n_adjacent(layer.gate_up) ? gate_up_kernel<T, true> : gate_up_kernel<T, false>;
+        launch("gate_up", kernel, blocks(up.args.column_tiles), BLOCK, GATE_UP_BYTES, up);
+    }
+
+    template <class Launcher> void down(Launcher& launch, int64_t first_column, int64_t last_column) const {
+        Down<T> down{this->down_args(first_column, last_column), {}, {}};
+        down.inner = make_tensor_map({cast<const char>(work.inner), 2, {layer.I, plan.slots}, {1, plan.inner_pitch}, {STEP, TILE_ROWS}});
+        down.weights = make_tensor_map(weight_box(layer.down, layer.E, 1, layer.H, layer.I));
+        const auto kernel = n_adjacent(layer.down) ? down_kernel<T, true> : down_kernel<T, false>;
+        launch("down", kernel, blocks(down.args.column_tiles), BLOCK, RING_BYTES, down);
+    }
+};
+
+template <class Launcher> void run_layer(Launcher& launch, const Layer& layer, char* workspace) {
+    if (layer.dtype == Dtype::bf16)
+        run<Launches<bf16>>(launch, layer, workspace);
+    else
+        run<Launches<f16>>(launch, layer, workspace);
+}
+
+}  // namespace reap::cuda::sm90

@@ -1,0 +1,173 @@
+// The main loop that both grouped GEMMs share on Hopper: a ring of stages in shared memory between
+// one warpgroup that loads and two that multiply.
+//
+//     producer    wait until empty   load A and B of 64 steps along k        -> full
+//     consumers   wait until full    4 wgmmas, done when the next are queued -> empty
+//
+// Blocks are persistent: the producer is ahead in the next tile while the consumers are still in
+// the epilogue of the last. Rows in shared memory are 128 bytes, their 16-byte chunks swizzled by
+// row as the copy engine and wgmma know it ("128-byte swizzling mode"), and as chunk_offset() has it. A [128, 64] has k adjacent. B comes in boxes of 64 columns and 64 k,
+// either of which may be adjacent: rows are columns of the product, or k.
+#pragma once
+#include "../tiles.cuh"
+#include "ptx.cuh"
+
+namespace reap::cuda::sm90 {
+
+constexpr int TILE_ROWS = 128;
+constexpr int TILE_COLUMNS = 256;
+constexpr int BOX = 64;                                    // columns
+constexpr int BOX_BYTES = BOX * ROW_BYTES;
+constexpr int GROUP_BYTES = 8 * ROW_BYTES;                 // the swizzle's period
+constexpr int A_BYTES = TILE_ROWS * ROW_BYTES;
+constexpr int B_BYTES = TILE_COLUMNS * ROW_BYTES;
+constexpr int STAGE_BYTES = A_BYTES + B_BYTES;
+constexpr int STAGES = 4;
+constexpr int RING_BYTES = STAGES * (STAGE_BYTES + 2 * sizeof(uint64_t));
+
+constexpr int WARPGROUP = 4 * WARP;
+constexpr int CONSUMERS = 2;                               // warpgroups, of 64 rows each
+constexpr int BLOCK = WARPGROUP * (1 + CONSUMERS);         // threads, the producer's first
+// Together 504 of the 512 registers that an SM has for a lane of each warp in a row of four.
+constexpr int PRODUCER_REGISTERS = 40;
+constexpr int CONSUMER_REGISTERS = 232;
+
+// Of a warp's 16 rows: four strips of 64 columns in fragments.
+using Accumulators = float[TILE_COLUMNS / BOX][BOX / 8][4];
+
+// A stage of the ring, and the parity of the phase in which its barriers are.
+struct Turn {
+    int stage = 0;
+    uint32_t parity = 0;
+
+    __device__ __forceinline__ void advance() {
+        if (++stage == STAGES) {
+            stage = 0;
+            parity ^= 1;
+        }
+    }
+};
+
+struct Ring {
+    Shared<char> stages;                                   // A, B of each
+    Shared<uint64_t> full, empty;                          // [STAGES]
+
+    __device__ __forceinline__ Shared<char> a(int stage) const { return stages + stage * STAGE_BYTES; }
+    __device__ __forceinline__ Shared<char> b(int stage) const { return a(stage) + A_BYTES; }
+};
+
+// The block's ring, ready for all of its threads. A stage is full after `arrivals` of the producer
+// and empty after one of each consumer warp.
+__device__ __forceinline__ Ring make_ring(int arrivals) {
+    Ring ring;
+    ring.stages = shared_memory();
+    ring.full = cast<uint64_t>(ring.stages + STAGES * STAGE_BYTES);
+    ring.empty = ring.full + STAGES;
+    if (threadIdx.x == 0) {
+        for (int stage = 0; stage < STAGES; ++stage) {
+            mbarrier_init(ring.full + stage, arrivals);
+            mbarrier_init(ring.empty + stage, CONSUMERS * WARPGROUP / WARP);
+        }
+        fence_mbarrier_init();
+    }
+    __syncthreads();
+    return ring;
+}
+
+__device__ __forceinline__ void wait(Shared<uint64_t> barrier, uint32_t parity) {
+    while (!mbarrier_try_wait(barrier, parity)) {
+    }
+}
+
+// Until the consumers have left the stage; in the first round nobody was ever there.
+__device__ __forceinline__ void wait_empty(const Ring& ring, Turn turn) { wait(ring.empty + turn.stage, turn.parity ^ 1); }
+
+// For the producer's end: until all that it loaded has been used.
+__device__ __forceinline__ void drain(const Ring& ring, Turn turn) {
+    for (int i = 0; i < STAGES; ++i) {
+        wait_empty(ring, turn);
+        turn.advance();
+    }
+}
+
+// "Matrix descriptor format" of wgmma: start address, and two strides, in units of 16 bytes. The
+// stride dimension goes from 8 rows in shared memory to the next 8; the leading dimension, where
+// the columns are adjacent, from one box to the next, and is not used where k is.
+__device__ __forceinline__ uint64_t descriptor(Shared<char> tile) {
+    constexpr uint64_t SWIZZLE_128 = uint64_t(1) << 62;
+    constexpr uint64_t STRIDE = uint64_t(GROUP_BYTES / 16) << 32;
+    constexpr uint64_t LEADING = uint64_t(BOX_BYTES / 16) << 16;
+    return SWIZZLE_128 | STRIDE | LEADING | (shared_address(tile) & 0x3ffff) >> 4;
+}
+
+// acc = A B of this warpgroup's 64 rows, over `steps` > 0 stages. GATHERED: A came by cp.async,
+// which wgmma does not see without a fence; what the copy engine wrote it sees as it is.
+template <class T, bool N_ADJACENT, bool GATHERED>
+__device__ __forceinline__ void multiply(Accumulators& acc, const Ring& ring, Turn& turn, int steps) {
+    constexpr int A_NEXT = 16 * 2 / 16;                    // 16 k further along the rows, in 16 bytes
+    constexpr int B_NEXT = N_ADJACENT ? 16 * ROW_BYTES / 16 : A_NEXT;
+    const int group = threadIdx.x / WARPGROUP - 1;
+    const bool leader = lane_id() == 0;
+    int previous = 0;
+    for (int step = 0; step < steps; ++step) {
+        wait(ring.full + turn.stage, turn.parity);
+        if constexpr (GATHERED) fence_proxy_async();
+        const uint64_t a = descriptor(ring.a(turn.stage) + group * 64 * ROW_BYTES);
+        const uint64_t b = descriptor(ring.b(turn.stage));
+        wgmma_fence();
+#pragma unroll
+        for (int k = 0; k < STEP / 16; ++k) wgmma_m64n256k16<T, N_ADJACENT>(acc, a + k * A_NEXT, b + k * B_NEXT, step > 0 || k > 0);
+        wgmma_commit();
+        wgmma_wait<1>();
+        if (step > 0 && leader) mbarrier_arrive(ring.empty + previous);
+        previous = turn.stage;
+        turn.advance();
+    }
+    wgmma_wait<0>();
+    if (leader) mbarrier_arrive(ring.empty + previous);
+}
+
+// This warp's first row of the tile.
+__device__ __forceinline__ int consumer_row() { return (threadIdx.x - WARPGROUP) / WARP * 16; }
+
+// One stage of B, 64 k from `k` on, into four boxes. They are 256 columns of the result from `column`
+// on; where gate and up are concatenated, the first two are 128 columns of the gate and the others
+// those of the up projection, `column` counts both, and the map has a dimension of halves.
+template <bool N_ADJACENT>
+__device__ __forceinline__ void load_weights(Shared<char> b, const TensorMap& map, Shared<uint64_t> full, int expert,
+                                             int column, int k, bool halves) {
+    const int boxes = halves ? 2 : 4;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+        const int n = (halves ? column / 2 : column) + i % boxes * BOX;
+        const int at[4] = {N_ADJACENT ? n : k, N_ADJACENT ? k : n, i / boxes, expert};
+        tma_load(b + i * BOX_BYTES, map, full, at);
+    }
+}
+
+// Where the columns of 64 s + 8 j of the tile are among the result's: as they are, or in halves,
+// whose groups of 8 columns alternate in the result (see Columns).
+__device__ __forceinline__ int result_group(int s, int j, bool halves) {
+    const int group = s * 8 + j;
+    return halves ? group % 16 * 2 + group / 16 : group;
+}
+
+// Adds the bias, if there is one. (Accumulators that start from it, as on other chips, make ptxas run
+// the wgmmas one by one.)
+template <class T>
+__device__ __forceinline__ void add_bias(Accumulators& acc, const Projection<T>& weights, int expert, int column) {
+    if (!weights.bias) return;
+#pragma unroll
+    for (int s = 0; s < 4; ++s)
+#pragma unroll
+        for (int j = 0; j < 8; ++j)
+#pragma unroll
+            for (int c = 0; c < 2; ++c) {
+                const int n = column + result_group(s, j, weights.columns.up != 0) * 8 + fragment_column() + c;
+                const int64_t row = weights.columns.weight_row(n, 1) * weights.bias_row_stride;
+                const float bias = widen(load_global(weights.bias + (expert * weights.bias_expert_stride + row)));
+                acc[s][j][c] += bias, acc[s][j][c + 2] += bias;
+            }
+}
+
+}  // namespace reap::cuda::sm90

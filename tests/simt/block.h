@@ -161,6 +161,8 @@ private:
     void resume(Lane& lane);
     void exit_lane();
     void complete(Barrier& barrier);
+    void complete_gather(Site site, unsigned mask,
+                         void (*collective)(Warp&, unsigned, void* const*));
     std::string block_name() const;
     [[noreturn]] void stuck() const;
 

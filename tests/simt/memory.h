@@ -181,12 +181,6 @@ void check_global(Global<T> p, size_t bytes, Site site) {
 
 inline std::string shared_address(int64_t offset) { return "shared + " + std::to_string(offset); }
 
-// Why the chunk that a copy owns is not there yet.
-inline std::string describe_copy(const Block& block, size_t offset) {
-    const Stamp& writer = block.shared_shadow.writer(offset);
-    return "that an asynchronous copy still owns: " + block.describe(writer);
-}
-
 template <Use use>
 void check_shared(int64_t at, size_t bytes, const Lane& lane, Site site) {
     Block& block = *lane.block;
@@ -198,12 +192,13 @@ void check_shared(int64_t at, size_t bytes, const Lane& lane, Site site) {
         fail(Kind::misaligned, site, lane, use, bytes, shared_address(at),
              "at an address it does not divide");
     Shadow& shadow = block.shared_shadow;
-    if (shadow.in_flight(at))
-        fail(Kind::copy_in_flight, site, lane, use, bytes, shared_address(at),
-             describe_copy(block, at));
+    const Stamp writer = shadow.writer(at);
     if (const Stamp* other = touch<use>(shadow, at, bytes, lane, site))
         fail(Kind::race, site, lane, use, bytes, shared_address(at),
              "not ordered after " + block.describe(*other));
+    if (shadow.in_flight(at))
+        fail(Kind::copy_in_flight, site, lane, use, bytes, shared_address(at),
+             "that the cp.async of " + block.describe(writer) + " still owns");
     if (use != Use::store && !shadow.valid(at, bytes))
         fail(Kind::uninitialised, site, lane, use, bytes, shared_address(at), "that nobody wrote");
     if (use != Use::load) shadow.set_valid(at, bytes, true);

@@ -109,9 +109,9 @@ float widen(uint32_t bits) {
 
 template <typename T>
 void multiply_add(Warp&, unsigned, void* const* all) {
-    typedef float Row __attribute__((vector_size(32)));
-    float a[16][16], b[16][8];
-    Row d[16];
+    typedef float Four __attribute__((vector_size(16)));
+    float a[16][16];
+    alignas(16) float b[16][8], d[16][8];
     for (unsigned i = 0; i < 32; ++i) {
         const auto& lane = *static_cast<MultiplyAdd*>(all[i]);
         const unsigned g = i / 4, t = i % 4 * 2;
@@ -123,16 +123,19 @@ void multiply_add(Warp&, unsigned, void* const* all) {
             b[t + r * 8][g] = widen<T>(lane.b[r]);
             b[t + r * 8 + 1][g] = widen<T>(lane.b[r] >> 16);
         }
-        for (unsigned r = 0; r < 4; ++r) d[g + r / 2 * 8][t + r % 2] = lane.d[r];
     }
-    for (unsigned k = 0; k < 16; ++k) {
-        Row row;
-        std::memcpy(&row, b[k], sizeof(row));
-        for (unsigned m = 0; m < 16; ++m) d[m] += a[m][k] * row;
+    for (unsigned m = 0; m < 16; ++m) {
+        Four left = {}, right = {};
+        for (unsigned k = 0; k < 16; ++k) {
+            left += a[m][k] * reinterpret_cast<const Four&>(b[k][0]);
+            right += a[m][k] * reinterpret_cast<const Four&>(b[k][4]);
+        }
+        reinterpret_cast<Four&>(d[m][0]) = left;
+        reinterpret_cast<Four&>(d[m][4]) = right;
     }
     for (unsigned i = 0; i < 32; ++i) {
         float* const to = static_cast<MultiplyAdd*>(all[i])->d;
-        for (unsigned r = 0; r < 4; ++r) to[r] = d[i / 4 + r / 2 * 8][i % 4 * 2 + r % 2];
+        for (unsigned r = 0; r < 4; ++r) to[r] += d[i / 4 + r / 2 * 8][i % 4 * 2 + r % 2];
     }
     ++here().counters.mma;
 }

@@ -137,7 +137,16 @@ inline void Block::gather(const char* what, Site site, unsigned mask, void* argu
              std::string(what) + " with a lane in its mask that returned or never was");
     me.wait = {what, site, mask, arguments, nullptr};
     warp.gathered |= me.bit();
-    if ((warp.gathered & mask) != mask) return suspend();
+    if ((warp.gathered & mask) != mask) suspend();
+    else complete_gather(site, mask, collective);
+}
+
+// Run by the last lane to come, for all.
+inline void Block::complete_gather(Site site, unsigned mask,
+                                   void (*collective)(Warp&, unsigned, void* const*)) {
+    Lane& me = *running;
+    Warp& warp = *me.warp;
+    const char* const what = me.wait.what;
     void* all[32] = {};
     for (unsigned i = 0; i < 32; ++i) {
         if (!(mask & 1u << i)) continue;

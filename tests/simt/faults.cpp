@@ -1,0 +1,329 @@
+// Small kernels with one planted fault each, and the same kernel without it. A line that ends in
+// `// reported: <name>` is one that the report of fault <name> may give. Prints one line per run:
+// name, broken, seed, mode, sum of `out`, bytes of `in` read, of `out` written and added to, kind
+// ("clean" if none), line, address, lanes and message, by tabs.
+#include <cstdio>
+#include <vector>
+
+#include "emulator.h"
+
+using namespace reap::cuda;
+
+struct Args {
+    Global<const float> in;    // 256 floats
+    Global<float> out;         // 256 floats, zeros
+    Global<char> scratch;      // 1024 bytes that nobody wrote
+};
+
+template <bool broken> __global__ void missing_barrier(Args a) {
+    const auto shared = cast<float>(shared_memory());
+    const unsigned t = threadIdx.x;
+    float sum = 0;
+    for (unsigned step = 0; step < 2; ++step) {
+        store_shared(shared + t, load_global(a.in + step * 64 + t));    // reported: missing_barrier
+        if (!broken || step == 0) __syncthreads();
+        sum += load_shared(shared + (t + 32) % 64);                     // reported: missing_barrier
+        __syncthreads();
+    }
+    store_global(a.out + t, sum);
+}
+
+template <bool broken> __global__ void missing_syncwarp(Args a) {
+    const auto shared = cast<float>(shared_memory());
+    const unsigned t = threadIdx.x;
+    store_shared(shared + t, 0.0f);
+    __syncwarp();
+    store_shared(shared + t, load_global(a.in + t));                   // reported: missing_syncwarp
+    if (broken) __shfl_xor_sync(0xffffffff, t, 1);    // orders lanes, not their memory
+    else __syncwarp();
+    store_global(a.out + t, load_shared(shared + (t ^ 1)));            // reported: missing_syncwarp
+}
+
+template <bool broken> __global__ void racing_writes(Args a) {
+    const auto shared = cast<float>(shared_memory());
+    const unsigned t = threadIdx.x;
+    store_shared(shared + (broken ? t % 32 : t), load_global(a.in + t));  // reported: racing_writes
+    __syncthreads();
+    store_global(a.out + t, load_shared(shared + t % 32));
+}
+
+template <bool broken> __global__ void early_overwrite(Args a) {
+    const auto shared = shared_memory();
+    const unsigned t = threadIdx.x;
+    for (unsigned step = 0; step < 3; ++step) {
+        const auto from = cast<const char>(a.in + step * 64) + t % 16 * 16;
+        if (t < 16) cp_async16(shared + t * 16, from, true);            // reported: early_overwrite
+        cp_async_commit();
+        cp_async_wait<0>();
+        __syncthreads();
+        const float x = load_shared(cast<float>(shared) + (t ^ 32));    // reported: early_overwrite
+        store_global(a.out + t, x);
+        if (!broken) __syncthreads();
+    }
+}
+
+// One kernel, four ways to use a copy too soon.
+enum Mistake { none, no_wait, no_commit, short_wait, no_barrier };
+template <Mistake mistake> __global__ void copies(Args a) {
+    const auto shared = shared_memory();
+    const unsigned t = threadIdx.x;
+    store_shared(cast<float4>(shared) + t, float4{});
+    store_shared(cast<float4>(shared) + 64 + t, float4{});
+    __syncthreads();
+    for (unsigned stage = 0; stage < 2; ++stage) {
+        const auto from = cast<const char>(a.in) + (stage * 64 + t) % 64 * 16;
+        cp_async16(shared + (stage * 64 + t) * 16, from, true);     // reported: wait_without_barrier
+        if (mistake != no_commit || stage == 0) cp_async_commit();
+    }
+    if (mistake == short_wait) cp_async_wait<1>();
+    else if (mistake != no_wait) cp_async_wait<0>();
+    if (mistake != no_barrier) __syncthreads();
+    const unsigned other = 64 + (t + 32) % 64;
+    const auto got = load_shared(cast<float4>(shared) + other);  // reported: missing_wait missing_commit wait_one_group_short wait_without_barrier
+    store_global(a.out + t, got.x);
+    cp_async_commit();
+    cp_async_wait<0>();
+}
+template <bool broken> constexpr auto missing_wait = copies<broken ? no_wait : none>;
+template <bool broken> constexpr auto missing_commit = copies<broken ? no_commit : none>;
+template <bool broken> constexpr auto wait_one_group_short = copies<broken ? short_wait : none>;
+template <bool broken> constexpr auto wait_without_barrier = copies<broken ? no_barrier : none>;
+
+template <bool broken> __global__ void copy_outlives_thread(Args a) {
+    const unsigned t = threadIdx.x;
+    const auto from = cast<const char>(a.in) + t * 16;
+    cp_async16(shared_memory() + t * 16, from, true);              // reported: copy_outlives_thread
+    cp_async_commit();
+    if (!broken) cp_async_wait<0>();
+}
+
+template <bool broken> __global__ void global_out_of_bounds(Args a) {
+    const unsigned i = blockIdx.x * 64 + threadIdx.x + (broken ? 1 : 0);
+    const float x = load_global(a.in + i);                         // reported: global_out_of_bounds
+    store_global(a.out + i - (broken ? 1 : 0), x);
+}
+
+template <bool broken> __global__ void global_before_start(Args a) {
+    const int t = static_cast<int>(threadIdx.x);
+    const float x = load_global(a.in + t);
+    store_global(a.out + t - (broken ? 1 : 0), x);                  // reported: global_before_start
+}
+
+template <bool broken> __global__ void slice_out_of_bounds(Args a) {
+    const auto first = slice<float>(a.scratch, 0, 64, "first");
+    const auto second = slice<float>(a.scratch, 256, 64, "second");
+    const unsigned t = threadIdx.x;
+    store_global(second + t, load_global(a.in + t));
+    store_global(first + t + (broken ? 1 : 0), 1.0f);               // reported: slice_out_of_bounds
+}
+
+template <bool broken> __global__ void shared_out_of_bounds(Args a) {
+    const unsigned t = threadIdx.x;
+    const auto shared = cast<float>(shared_memory()) + (broken ? 1 : 0);
+    store_shared(shared + t * 8 + 7, load_global(a.in + t));       // reported: shared_out_of_bounds
+}
+
+template <bool broken> __global__ void misaligned_vector(Args a) {
+    const unsigned t = threadIdx.x;
+    const auto x = load_global(cast<const float4>(a.in + (broken ? 2 : 4)) + t % 8);  // reported: misaligned_vector
+    store_global(a.out + t, x.x);
+}
+
+template <bool broken> __global__ void misaligned_row(Args a) {
+    const auto shared = shared_memory();
+    const unsigned t = threadIdx.x;
+    store_shared(cast<float2>(shared) + t, float2{});
+    __syncthreads();
+    uint32_t r[4];
+    ldmatrix_x4(r, shared + t % 16 * 16 + (broken ? 8 : 0));             // reported: misaligned_row
+    store_global(a.out + t, static_cast<float>(r[0]));
+}
+
+template <bool broken> __global__ void divergent_collective(Args a) {
+    const unsigned t = threadIdx.x;
+    float x = load_global(a.in + t);
+    if (broken && t % 32 >= 16)
+        x += __shfl_xor_sync(0xffffffff, x, 1);                    // reported: divergent_collective
+    else
+        x += __shfl_xor_sync(0xffffffff, x, 1);                    // reported: divergent_collective
+    store_global(a.out + t, x);
+}
+
+template <bool broken> __global__ void divergent_mask(Args a) {
+    const unsigned t = threadIdx.x;
+    const unsigned mask = broken && t % 32 == 3 ? 0x0000ffff : 0xffffffff;
+    store_global(a.out + t, static_cast<float>(__ballot_sync(mask, t & 1)));  // reported: divergent_mask
+}
+
+template <bool broken> __global__ void divergent_barrier(Args a) {
+    const unsigned t = threadIdx.x;
+    if (broken && t % 2) __syncthreads();                             // reported: divergent_barrier
+    else __syncthreads();                                             // reported: divergent_barrier
+    store_global(a.out + t, 1.0f);
+}
+
+template <bool broken> __global__ void collective_and_barrier(Args a) {
+    const unsigned t = threadIdx.x;
+    if (broken && t == 5) __syncthreads();                       // reported: collective_and_barrier
+    __syncwarp();                                                // reported: collective_and_barrier
+    if (!broken || t != 5) __syncthreads();                      // reported: collective_and_barrier
+    store_global(a.out + t, 1.0f);
+}
+
+template <bool broken> __global__ void shuffle_from_outsider(Args a) {
+    const unsigned t = threadIdx.x;
+    if (t % 32 < 16) {
+        const float x = load_global(a.in + t);
+        store_global(a.out + t, __shfl_xor_sync(0xffff, x, broken ? 16 : 8));  // reported: shuffle_from_outsider
+    }
+}
+
+template <bool broken> __global__ void exited_lane(Args a) {
+    const unsigned t = threadIdx.x;
+    if (broken && t == 40) return;
+    store_global(a.out + t, __shfl_xor_sync(0xffffffff, 1.0f, 2));          // reported: exited_lane
+}
+
+template <bool broken> __global__ void barrier_after_exit(Args a) {
+    if (broken && threadIdx.x >= 32) return;
+    __syncthreads();                                                 // reported: barrier_after_exit
+    store_global(a.out + threadIdx.x, 1.0f);
+}
+
+template <bool broken> __global__ void deadlock(Args a) {
+    const bool first = threadIdx.x < 32;
+    named_barrier(broken && first ? 2 : 1, 64);                                // reported: deadlock
+    named_barrier(broken && first ? 1 : 2, 64);
+    store_global(a.out + threadIdx.x, 1.0f);
+}
+
+template <bool broken> __global__ void uninitialised_shared(Args a) {
+    const auto shared = cast<float>(shared_memory());
+    const unsigned t = threadIdx.x;
+    if (!broken || t != 7) store_shared(shared + t, 0.0f);
+    __syncthreads();
+    store_global(a.out + t, load_shared(shared + (t + 1) % 64));   // reported: uninitialised_shared
+}
+
+template <bool broken> __global__ void uninitialised_global(Args a) {
+    const auto sums = slice<float>(a.scratch, 512, 64, "sums");
+    const unsigned t = threadIdx.x;
+    if (!broken && t < 32) store_global(cast<float2>(sums) + t, float2{});
+    __syncthreads();
+    if (t < 32) red_add2(sums + t * 2, 1.0f, 2.0f);                // reported: uninitialised_global
+}
+
+template <bool broken> __global__ void blocks_write_the_same(Args a) {
+    const unsigned t = threadIdx.x, i = broken ? t : blockIdx.x * 64 + t;
+    store_global(a.out + i, load_global(a.in + i));               // reported: blocks_write_the_same
+}
+
+template <bool broken> __global__ void block_reads_another(Args a) {
+    const unsigned t = threadIdx.x, me = blockIdx.x, other = broken ? (me + 1) % 4 : me;
+    store_global(a.out + me * 64 + t, 1.0f);                        // reported: block_reads_another
+    load_global(a.out + other * 64 + t);                            // reported: block_reads_another
+}
+
+template <bool broken> __global__ void store_beside_atomics(Args a) {
+    const unsigned t = threadIdx.x;
+    if (broken && blockIdx.x == 2 && t == 3)
+        store_global(a.out + 6, 1.0f);                             // reported: store_beside_atomics
+    else
+        red_add2(a.out + t * 2, 1.0f, 1.0f);                       // reported: store_beside_atomics
+}
+
+template <bool broken> __global__ void store_to_input(Args a) {
+    const auto in = const_cast<float*>(a.in.unchecked());
+    store_global(broken ? Global<float>(in) : a.out, 1.0f);              // reported: store_to_input
+}
+
+template <bool broken> __global__ void trap(Args a) {
+    trap_unless(!broken || load_global(a.in + threadIdx.x) < 63);                  // reported: trap
+}
+
+template <bool broken> __global__ void runaway(Args a) {
+    for (unsigned i = 0; i < 10 || broken; i += 2) load_global(a.in + i % 256);  // reported: runaway
+}
+
+template <bool broken> __global__ void idle(Args) {}
+
+struct Case {
+    const char* name;
+    void (*kernels[2])(Args);   // healthy, broken
+    unsigned blocks, threads;
+    size_t shared_bytes, broken_shared_bytes;
+};
+
+#define CASE(kernel, blocks, threads, bytes) {#kernel, {kernel<false>, kernel<true>}, blocks, threads, bytes, bytes}
+const Case cases[] = {
+    CASE(missing_barrier, 1, 64, 256),
+    CASE(missing_syncwarp, 1, 64, 256),
+    CASE(racing_writes, 1, 64, 256),
+    CASE(early_overwrite, 1, 64, 256),
+    CASE(missing_wait, 1, 64, 2048),
+    CASE(missing_commit, 1, 64, 2048),
+    CASE(wait_one_group_short, 1, 64, 2048),
+    CASE(wait_without_barrier, 1, 64, 2048),
+    CASE(copy_outlives_thread, 1, 64, 1024),
+    CASE(global_out_of_bounds, 4, 64, 0),
+    CASE(global_before_start, 1, 64, 0),
+    CASE(slice_out_of_bounds, 1, 64, 0),
+    CASE(shared_out_of_bounds, 1, 64, 2048),
+    CASE(misaligned_vector, 1, 64, 0),
+    CASE(misaligned_row, 1, 64, 512),
+    CASE(divergent_collective, 1, 64, 0),
+    CASE(divergent_mask, 1, 64, 0),
+    CASE(divergent_barrier, 1, 64, 0),
+    CASE(collective_and_barrier, 1, 64, 0),
+    CASE(shuffle_from_outsider, 1, 64, 0),
+    CASE(exited_lane, 1, 64, 0),
+    CASE(barrier_after_exit, 1, 64, 0),
+    CASE(deadlock, 1, 64, 0),
+    CASE(uninitialised_shared, 1, 64, 256),
+    CASE(uninitialised_global, 1, 64, 0),
+    CASE(blocks_write_the_same, 4, 64, 0),
+    CASE(block_reads_another, 4, 64, 0),
+    CASE(store_beside_atomics, 4, 64, 0),
+    CASE(store_to_input, 1, 1, 0),
+    CASE(trap, 1, 64, 0),
+    CASE(runaway, 1, 1, 0),
+    {"too_much_shared", {idle<false>, idle<true>}, 1, 64, 99 * 1024, 99 * 1024 + 1},
+};
+
+void run(const Case& test, bool broken, uint64_t seed, bool eager) {
+    std::vector<float> in(256), out(256);
+    std::vector<char> scratch(1024);
+    for (size_t i = 0; i < in.size(); ++i) in[i] = static_cast<float>(i);
+    simt::Options options;
+    options.seed = seed, options.eager = eager;
+    options.shared_limit = 99 * 1024, options.access_limit = 100000;
+    simt::Emulator emulator(options);
+    emulator.add_buffer("in", in.data(), in.size() * sizeof(float), false);
+    emulator.add_buffer("out", out.data(), out.size() * sizeof(float), true);
+    emulator.add_buffer("scratch", scratch.data(), scratch.size(), true, false);
+    const size_t bytes = broken ? test.broken_shared_bytes : test.shared_bytes;
+    std::string kind = "clean", what;
+    try {
+        emulator.launch(test.kernels[broken], test.blocks, test.threads, bytes,
+                        Args{in.data(), out.data(), scratch.data()});
+    } catch (const simt::Fault& fault) {
+        kind = name(fault.kind);
+        what = std::to_string(fault.site.line()) + "\t" + fault.address + "\t" + fault.lanes + "\t" +
+               fault.what();
+    }
+    double sum = 0;
+    for (float x : out) sum += x;
+    const auto& to = emulator.counters.global["out"];
+    std::printf("%s\t%d\t%d\t%s\t%g\t%d\t%d\t%d\t%s\t%s\n", test.name, broken,
+                static_cast<int>(seed), eager ? "eager" : "lazy", sum,
+                static_cast<int>(emulator.counters.global["in"].read),
+                static_cast<int>(to.written), static_cast<int>(to.atomics), kind.c_str(),
+                what.empty() ? "0\t\t\t" : what.c_str());
+}
+
+int main() {
+    for (const Case& test : cases)
+        for (uint64_t seed = 0; seed < 8; ++seed)
+            for (bool eager : {false, true})
+                for (bool broken : {false, true}) run(test, broken, seed, eager);
+}

@@ -65,8 +65,8 @@ template <class T> __device__ __forceinline__ float4 sum_columns(const FinishArg
 // Block: a token's columns of the slab, and 128 sorted positions.
 template <class T> __global__ void __launch_bounds__(FINISH_THREADS) finish_kernel(FinishArgs<T> args) {
     const int block = blockIdx.x;
-    const int position = block * FINISH_THREADS + threadIdx.x;
-    if (args.parts > 0 && block <= (args.S - 1) / FINISH_THREADS && position < args.S) finish_slot(args, position);
+    const int64_t position = int64_t(block) * FINISH_THREADS + threadIdx.x;
+    if (args.parts > 0 && position < args.S) finish_slot(args, static_cast<int>(position));
     if (block >= args.tokens) return;
     const int width = args.last_column - args.first_column;
     for (int column = threadIdx.x * 4; column < width; column += FINISH_THREADS * 4) {
@@ -75,7 +75,7 @@ template <class T> __global__ void __launch_bounds__(FINISH_THREADS) finish_kern
         const Global<T> cell = args.out + (int64_t(block) * args.H + n);
         if (args.H % 4 == 0) {
             store_global(cast<uint2>(cell),
-                         uint2{pack(narrow<T>(y.x), narrow<T>(y.y)), pack(narrow<T>(y.z), narrow<T>(y.w))});
+                         uint2{narrow2<T>(y.x, y.y), narrow2<T>(y.z, y.w)});
         } else {
             const float each[4] = {y.x, y.y, y.z, y.w};
 #pragma unroll

@@ -44,23 +44,15 @@ struct Staging {
                 store_shared(cast<float2>(chunk(row + fragment_row() + half * 8, 2 * j + column / 4) + column % 4),
                              float2{strip[j][2 * half], strip[j][2 * half + 1]});
     }
-    // 4 * N adjacent columns.
-    template <int N> __device__ __forceinline__ void load(float (&x)[4 * N], int row, int column) const {
+    // N adjacent columns.
+    template <int N> __device__ __forceinline__ void load(float (&x)[N], int row, int column) const {
 #pragma unroll
-        for (int i = 0; i < N; ++i) {
-            const float4 four = load_shared(cast<const float4>(chunk(row, column / 4 + i)));
-            x[4 * i] = four.x, x[4 * i + 1] = four.y, x[4 * i + 2] = four.z, x[4 * i + 3] = four.w;
+        for (int i = 0; i < N; i += 4) {
+            const float4 four = load_shared(cast<const float4>(chunk(row, (column + i) / 4)));
+            x[i] = four.x, x[i + 1] = four.y, x[i + 2] = four.z, x[i + 3] = four.w;
         }
     }
 };
-
-// 8 elements of inner, of which 8 - count are past the last.
-template <class T> __device__ __forceinline__ uint4 pack8(const float (&y)[8], int count) {
-    T z[8];
-#pragma unroll
-    for (int i = 0; i < 8; ++i) z[i] = narrow<T>(i < count ? y[i] : 0.0f);
-    return {pack(z[0], z[1]), pack(z[2], z[3]), pack(z[4], z[5]), pack(z[6], z[7])};
-}
 
 // Activates a staged tile of `rows` rows from sorted position `first` on, whose first column is result
 // column `column`, and stores it.
@@ -69,23 +61,30 @@ __device__ __forceinline__ void store_inner(const GateUpArgs<T>& args, const Sta
                                             int end, int column) {
     const bool gated = args.pairing != Pairing::none;
     const int chunks = gated ? 4 : 8;  // of 8 elements of inner per row
+    if (gated) column /= 2;
     for (int i = lane_id(); i < rows * chunks; i += WARP) {
-        const int row = i / chunks, chunk = i % chunks, n = (gated ? column / 2 : column) + chunk * 8;
+        const int row = i / chunks, chunk = i % chunks, n = column + chunk * 8;
         float y[8];
         if (gated) {
-            float x[16];
-            staged.load<4>(x, row, chunk * 16);
+            float x[16], u[8];
+            staged.load(x, row, chunk * 16);
             const bool halves = args.pairing == Pairing::halves;
 #pragma unroll
-            for (int k = 0; k < 8; ++k)
-                y[k] = glu(halves ? x[k] : x[2 * k], halves ? x[8 + k] : x[2 * k + 1], args.gate);
+            for (int k = 0; k < 8; ++k) {
+                y[k] = halves ? x[k] : x[2 * k];
+                u[k] = halves ? x[8 + k] : x[2 * k + 1];
+            }
+            activate(y, u, args.gate);
         } else {
-            staged.load<2>(y, row, chunk * 8);
-#pragma unroll
-            for (int k = 0; k < 8; ++k) y[k] = activate(y[k], args.gate);
+            staged.load(y, row, chunk * 8);
+            activate(y, args.gate);
         }
+#pragma unroll
+        for (int k = 0; k < 8; ++k)  // columns past the last repeat it
+            if (n + k >= args.I) y[k] = 0.0f;
         if (is_real(first + row, end) && n < args.pitch)
-            store_global(cast<uint4>(args.inner + (int64_t(first + row) * args.pitch + n)), pack8<T>(y, args.I - n));
+            store_global(cast<uint4>(args.inner + (int64_t(first + row) * args.pitch + n)),
+                         uint4{narrow2<T>(y[0], y[1]), narrow2<T>(y[2], y[3]), narrow2<T>(y[4], y[5]), narrow2<T>(y[6], y[7])});
     }
 }
 

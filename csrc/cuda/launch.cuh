@@ -121,8 +121,9 @@ template <class T> Projection<T> projection(const Weights& w, Columns columns) {
 // Row tiles of an expert side by side: at least as many as make the blocks that run at a time cover
 // about as many columns as rows, and more if their rows leave a fifth of the cache to the weights
 // that pass by. An expert that is one group reads its weights once.
-inline int group_of(const Layer& layer, int tile_rows, int64_t depth) {
-    return static_cast<int>(std::max<int64_t>(16, layer.cache_bytes * 4 / 5 / (tile_rows * depth * 2)));
+inline int group_of(const Layer& layer, const Plan& plan, int64_t depth) {
+    const int64_t fitting = layer.cache_bytes * 4 / 5 / (plan.tile_rows * depth * 2);
+    return static_cast<int>(std::min(std::max<int64_t>(fitting, 16), plan.row_tiles));
 }
 
 // Calls visit with the layout and the rows of a tile as constants.
@@ -175,7 +176,7 @@ template <class T> struct Launches {
         args.pitch = plan.inner_pitch;
         // Of inner: of its padding too.
         args.column_tiles = ceil_div(layer.gated ? 2 * plan.inner_pitch : plan.inner_pitch, plan.tile_columns);
-        args.group = group_of(layer, plan.tile_rows, layer.H);
+        args.group = group_of(layer, plan, layer.H);
         return args;
     }
 
@@ -203,7 +204,7 @@ template <class T> struct Launches {
         args.E = layer.E, args.I = layer.I;
         args.inner_pitch = plan.inner_pitch;
         args.column_tiles = ceil_div(last_column - first_column, plan.tile_columns);
-        args.group = group_of(layer, plan.tile_rows, layer.I);
+        args.group = group_of(layer, plan, layer.I);
         return args;
     }
 

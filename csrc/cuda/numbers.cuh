@@ -16,14 +16,24 @@ template <> __device__ __forceinline__ bf16 narrow<bf16>(float x) { return __flo
 template <> __device__ __forceinline__ f16 narrow<f16>(float x) { return __float2half_rn(x); }
 
 // Two 16-bit numbers in a register, the first in the lower half.
+template <class Pair> __device__ __forceinline__ uint32_t bits(Pair pair) {
+    uint32_t word;
+    static_assert(sizeof pair == sizeof word);
+    memcpy(&word, &pair, sizeof word);
+    return word;
+}
 template <class T> __device__ __forceinline__ uint32_t pack(T low, T high) {
-    static_assert(sizeof(T) == 2);
-    struct Pair {
+    struct {
         T low, high;
-    } pair{low, high};
-    uint32_t bits;
-    memcpy(&bits, &pair, sizeof bits);
-    return bits;
+    } const pair{low, high};
+    return bits(pair);
+}
+template <class T> __device__ __forceinline__ uint32_t narrow2(float low, float high);
+template <> __device__ __forceinline__ uint32_t narrow2<bf16>(float low, float high) {
+    return bits(__floats2bfloat162_rn(low, high));
+}
+template <> __device__ __forceinline__ uint32_t narrow2<f16>(float low, float high) {
+    return bits(__floats2half2_rn(low, high));
 }
 
 __device__ __forceinline__ float sigmoid(float x) {
@@ -37,28 +47,33 @@ struct Gate {
     float alpha, limit, offset;  // of swiglu_clamped; 1, infinity and 0 for the others
 };
 
-__device__ __forceinline__ float activate(float x, const Gate& gate) {
+template <int N, class F> __device__ __forceinline__ void map(float (&x)[N], F f) {
+#pragma unroll
+    for (int i = 0; i < N; ++i) x[i] = f(x[i]);
+}
+
+template <int N> __device__ __forceinline__ void activate(float (&x)[N], const Gate& gate) {
     switch (gate.activation) {
         case Activation::silu:
         case Activation::swiglu_clamped:
-            return x * sigmoid(gate.alpha * x);
+            return map(x, [&](float v) { return v * sigmoid(gate.alpha * v); });
         case Activation::gelu:
-            return 0.5f * x * (1.0f + erff(0.70710678f * x));
+            return map(x, [](float v) { return 0.5f * v * (1.0f + erff(0.70710678f * v)); });
         case Activation::gelu_tanh:  // (1 + tanh z) / 2 = sigmoid(2 z)
-            return x * sigmoid(1.59576912f * x * (1.0f + 0.044715f * x * x));
+            return map(x, [](float v) { return v * sigmoid(1.59576912f * v * (1.0f + 0.044715f * v * v)); });
         case Activation::relu:
-            return max_nan(x, 0.0f);
+            return map(x, [](float v) { return max_nan(v, 0.0f); });
         case Activation::relu2:
-            x = max_nan(x, 0.0f);
-            return x * x;
+            return map(x, [](float v) { return max_nan(v, 0.0f) * max_nan(v, 0.0f); });
     }
-    return x;
 }
 
-__device__ __forceinline__ float glu(float g, float u, const Gate& gate) {
-    g = min_nan(g, gate.limit);
-    u = max_nan(min_nan(u, gate.limit), -gate.limit);
-    return activate(g, gate) * (u + gate.offset);
+// g = act(g) * u
+template <int N> __device__ __forceinline__ void activate(float (&g)[N], const float (&u)[N], const Gate& gate) {
+    map(g, [&](float v) { return min_nan(v, gate.limit); });
+    activate(g, gate);
+#pragma unroll
+    for (int i = 0; i < N; ++i) g[i] *= max_nan(min_nan(u[i], gate.limit), -gate.limit) + gate.offset;
 }
 
 }  // namespace reap::cuda

@@ -3,11 +3,11 @@
 import torch
 from torch import Tensor
 
-from reap_kernels import cpu, cuda, reference, triton
+from reap_kernels import cpu, cuda, cuda_sm90, reference, triton
 from reap_kernels.contract import Backend, Call, Saliency, check_ids, make_call
 
 # "auto" takes the first that is available and supports the call; a new backend is one entry here.
-LADDER: tuple[Backend, ...] = (cpu, triton, cuda, reference)
+LADDER: tuple[Backend, ...] = (cpu, triton, cuda, cuda_sm90, reference)
 
 
 def backends() -> dict[str, str | None]:

@@ -1,0 +1,74 @@
+"""The CUDA backend's kernels for Hopper alone: csrc/cuda/sm90, with TMA, mbarriers and wgmma.
+
+Compiled, never executed: `auto` passes it over, and it runs only where backend="cuda_sm90" asks for
+it. What its copy engine cannot read (memory that is not in multiples of 16 bytes) runs on `cuda`.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from reap_kernels import cuda, native
+from reap_kernels.contract import Call, Saliency
+
+NAME = "cuda_sm90"
+AUTO = False
+ASSERTS_IDS = True
+CAVEAT = "compiled, never executed: compare its results before you rely on them"
+UNIT = 8  # elements of 16 bits in the 16 bytes that the copy engine counts in
+
+
+def available() -> str | None:
+    if reason := cuda.available():
+        return reason
+    built = native.module("_cuda").architectures
+    return None if "sm_90a" in built.split() else f"the extension is built for {built}, not sm_90a"
+
+
+def unsupported(call: Call) -> str | None:
+    if reason := cuda.unsupported(call):
+        return reason
+    sm = cuda.chip(call.hidden_states.device.index).sm
+    if sm != 90:
+        return f"the GPU is an sm_{sm}, must be an sm_90"
+    return unsupported_layout(call)
+
+
+def run(call: Call) -> Saliency:
+    """RuntimeError with the CUDA error's name if a launch fails."""
+    return cuda.launch(call, wgmma=True)
+
+
+def unsupported_layout(call: Call) -> str | None:
+    """What the copy engine cannot read."""
+    if call.H % UNIT:
+        return f"hidden size {call.H}, must be a multiple of {UNIT}"
+    x, (rows, k) = call.hidden_states, (2, 1) if call.transposed else (1, 2)
+    if x.stride(1) == 1 and (reason := _unaligned("hidden_states", x, 1)):
+        return reason
+    halves = call.gated and not call.interleaved
+    if halves and _adjacent(call.gate_up_proj, k, rows) == rows and call.I % UNIT:
+        return (
+            f"inner size {call.I}, must be a multiple of {UNIT} where gate and up are side by side"
+        )
+    return _unaligned("gate_up_proj", call.gate_up_proj, k, rows) or _unaligned(
+        "down_proj", call.down_proj, k, rows
+    )
+
+
+def _adjacent(tensor: Tensor, *dims: int) -> int | None:
+    """The first of the dimensions whose elements are adjacent, as csrc/cuda/sm90 picks it."""
+    return next((d for d in dims if tensor.stride(d) == 1 or tensor.shape[d] == 1), None)
+
+
+def _unaligned(name: str, tensor: Tensor, *dims: int) -> str | None:
+    adjacent = _adjacent(tensor, *dims)
+    others = [d for d in range(tensor.dim()) if d != adjacent and tensor.shape[d] > 1]
+    if adjacent is None or any(tensor.stride(d) % UNIT or not tensor.stride(d) for d in others):
+        return (
+            f"{name} has strides {list(tensor.stride())}, must be adjacent along a row or column "
+            f"and have multiples of {UNIT} elsewhere"
+        )
+    if tensor.data_ptr() % 16:
+        return f"{name} starts at {tensor.data_ptr():#x}, must be a multiple of 16"
+    return None

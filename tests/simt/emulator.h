@@ -2,6 +2,11 @@
 // kernel<<<grid, block, shared_bytes>>>(arguments...) would, one block after the other in an order
 // that follows from the seed, and throws the first Fault. Nothing is shared between emulators, so
 // several may run at once, each in a thread of its own.
+//
+// Races are found from what orders two accesses, not from the turns that lanes happen to take, so
+// one run sees those of every schedule that touches the same addresses. What no run sees: the text
+// of the inline assembly, which the wrappers of ptx.h stand in for, and what the compiler makes of
+// the source; blocks that wait for each other, which never end here; time.
 #pragma once
 #include <deque>
 #include <tuple>
@@ -19,9 +24,9 @@ public:
 
     explicit Emulator(Options wanted = {})
         : options(wanted), block(options, counters), random(~wanted.seed) {
-        known_buffers = &buffers;
+        std::swap(known_buffers, outer);
     }
-    ~Emulator() { known_buffers = nullptr; }
+    ~Emulator() { known_buffers = outer; }
     Emulator(const Emulator&) = delete;
     Emulator& operator=(const Emulator&) = delete;
 
@@ -81,6 +86,7 @@ private:
     }
 
     Buffers buffers;
+    Buffers* outer = &buffers;   // of the emulator that was in use before this one
     std::deque<Shadow> shadows;
     Block block;
     Random random;

@@ -39,6 +39,52 @@ template <bool broken> __global__ void missing_syncwarp(Args a) {
     store_global(a.out + t, load_shared(shared + (t ^ 1)));            // reported: missing_syncwarp
 }
 
+template <bool broken> __global__ void half_a_warp(Args a) {
+    const auto shared = cast<float>(shared_memory());
+    const unsigned t = threadIdx.x, half = t % 32 < 16 ? 0x0000ffff : 0xffff0000;
+    store_shared(shared + t, 0.0f);
+    __syncwarp();
+    store_shared(shared + t, load_global(a.in + t));                        // reported: half_a_warp
+    __syncwarp(half);
+    const float x = load_shared(shared + (t ^ (broken ? 16 : 8)));          // reported: half_a_warp
+    store_global(a.out + t, x);
+}
+
+template <bool broken> __global__ void barrier_of_others(Args a) {
+    const auto shared = cast<float>(shared_memory());
+    const unsigned t = threadIdx.x;
+    store_shared(shared + t, 0.0f);
+    __syncthreads();
+    store_shared(shared + t, load_global(a.in + t));                  // reported: barrier_of_others
+    named_barrier(1 + t / 64, 64);
+    const float x = load_shared(shared + (t ^ (broken ? 64 : 32)));   // reported: barrier_of_others
+    store_global(a.out + t, x);
+}
+
+// Warp 0 tells warp 1, and warp 1 tells warp 2: what warp 0 wrote is over for warp 2.
+template <bool broken> __global__ void word_of_mouth(Args a) {
+    const auto shared = cast<float>(shared_memory());
+    const unsigned t = threadIdx.x, warp = t / 32;
+    store_shared(shared + t, 0.0f);
+    __syncthreads();
+    if (warp == 0) store_shared(shared + t, load_global(a.in + t));       // reported: word_of_mouth
+    if (warp == 1 && broken) named_barrier(2, 64);
+    if (warp < 2) named_barrier(1, 64);
+    if (warp == 2 || (warp == 1 && !broken)) named_barrier(2, 64);
+    if (warp == 2) store_global(a.out + t, load_shared(shared + t % 32));  // reported: word_of_mouth
+}
+
+// Seven warps read a word that one then changes, and a ninth has no part in it.
+template <bool broken> __global__ void late_reader(Args a) {
+    const auto shared = cast<float>(shared_memory());
+    const unsigned t = threadIdx.x, warp = t / 32;
+    if (t == 0) store_shared(shared, load_global(a.in + 5));
+    __syncthreads();
+    if (warp > 0 && warp < 8) store_global(a.out + t, load_shared(shared));  // reported: late_reader
+    if (warp < 8 && (!broken || warp != 4)) named_barrier(1, broken ? 224 : 256);
+    if (t == 0) store_shared(shared, 1.0f);                                  // reported: late_reader
+}
+
 template <bool broken> __global__ void racing_writes(Args a) {
     const auto shared = cast<float>(shared_memory());
     const unsigned t = threadIdx.x;
@@ -232,6 +278,31 @@ template <bool broken> __global__ void store_beside_atomics(Args a) {
         red_add2(a.out + t * 2, 1.0f, 1.0f);                       // reported: store_beside_atomics
 }
 
+// One of the blocks that add to the same sums reads them before the others are known to be done.
+template <bool broken> __global__ void read_beside_atomics(Args a) {
+    const unsigned t = threadIdx.x, i = broken ? t : blockIdx.x * 32 + t;
+    red_add2(a.out + i * 2, 1.0f, 1.0f);                            // reported: read_beside_atomics
+    __syncthreads();
+    if (blockIdx.x == 3) load_global(a.out + i * 2);                // reported: read_beside_atomics
+}
+
+template <bool broken> __global__ void global_without_barrier(Args a) {
+    const unsigned t = threadIdx.x;
+    store_global(a.out + t, load_global(a.in + t));              // reported: global_without_barrier
+    if (!broken) __syncthreads();
+    const float x = load_global(a.out + (t + 32) % 64);          // reported: global_without_barrier
+    store_global(a.out + 64 + t, x);
+}
+
+template <bool broken> __global__ void misaligned_copy(Args a) {
+    const unsigned t = threadIdx.x;
+    const auto from = cast<const char>(a.in) + t * 16 + (broken ? 4 : 0);
+    cp_async16(shared_memory() + t * 16, from, t < 63);                  // reported: misaligned_copy
+    cp_async_commit();
+    cp_async_wait<0>();
+    store_global(a.out + t, load_shared(cast<float>(shared_memory()) + t * 4));
+}
+
 template <bool broken> __global__ void store_to_input(Args a) {
     const auto in = const_cast<float*>(a.in.unchecked());
     store_global(broken ? Global<float>(in) : a.out, 1.0f);              // reported: store_to_input
@@ -258,6 +329,10 @@ struct Case {
 const Case cases[] = {
     CASE(missing_barrier, 1, 64, 256),
     CASE(missing_syncwarp, 1, 64, 256),
+    CASE(half_a_warp, 1, 64, 256),
+    CASE(barrier_of_others, 1, 128, 512),
+    CASE(word_of_mouth, 1, 96, 384),
+    CASE(late_reader, 1, 288, 16),
     CASE(racing_writes, 1, 64, 256),
     CASE(early_overwrite, 1, 64, 256),
     CASE(missing_wait, 1, 64, 2048),
@@ -284,6 +359,9 @@ const Case cases[] = {
     CASE(blocks_write_the_same, 4, 64, 0),
     CASE(block_reads_another, 4, 64, 0),
     CASE(store_beside_atomics, 4, 64, 0),
+    CASE(read_beside_atomics, 4, 32, 0),
+    CASE(global_without_barrier, 1, 64, 0),
+    CASE(misaligned_copy, 1, 64, 1024),
     CASE(store_to_input, 1, 1, 0),
     CASE(trap, 1, 64, 0),
     CASE(runaway, 1, 1, 0),

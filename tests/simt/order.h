@@ -6,6 +6,7 @@
 // thread, as vector clocks do. Launches are ordered, blocks of one launch are not.
 #pragma once
 #include <algorithm>
+#include <array>
 #include <cstdint>
 #include <vector>
 
@@ -16,8 +17,10 @@ namespace simt {
 // Who a stamp names: a thread of the block, or several.
 constexpr uint32_t MAX_THREADS = 1024;
 constexpr uint32_t SEVERAL_IN_WARP = 1024;   // + warp
-constexpr uint32_t SEVERAL_WARPS = 1056;
+constexpr uint32_t SEVERAL_WARPS = 1056;     // of atomics, which only a barrier of all can end
 constexpr uint32_t SEVERAL_BLOCKS = 1057;
+constexpr uint32_t ENGINES = 1058;           // + number: what works beside the threads, see View
+constexpr uint32_t MAX_ENGINES = 2048 - ENGINES;
 
 struct Stamp {
     uint64_t block : 26;    // counts all blocks that ran; 0 is "never"
@@ -27,7 +30,6 @@ struct Stamp {
     Site site;
 
     Stamp() : block(0), time(0), thread(0), atomic(0) {}
-    bool set() const { return block != 0; }
 };
 
 // What one thread knows to be over.
@@ -38,12 +40,20 @@ struct View {
     uint32_t everyone = 0;        // times up to here are over for the whole block
     uint32_t my_warp = 0;         // ... and up to here for this thread's warp
     std::vector<uint32_t> known;  // ... and for each thread of the block; empty until needed
+    // The same of engines that copy or multiply on behalf of threads. They count their own work, in
+    // four parts each; a piece of work is over when it is over in every part.
+    std::vector<std::array<uint32_t, 4>> engines;
 
     uint32_t warp() const { return thread / 32; }
 
     bool after(const Stamp& stamp) const {
         if (stamp.block != block) return stamp.block < first_block;
         if (stamp.thread == SEVERAL_BLOCKS) return false;
+        if (stamp.thread >= ENGINES) {
+            const size_t engine = stamp.thread - ENGINES;
+            return engine < engines.size() &&
+                   *std::min_element(engines[engine].begin(), engines[engine].end()) >= stamp.time;
+        }
         if (stamp.time <= everyone || stamp.thread == thread) return true;
         const bool lane = stamp.thread / 32 == warp() || stamp.thread == SEVERAL_IN_WARP + warp();
         return (lane && stamp.time <= my_warp) || (!known.empty() && knows(stamp));
@@ -58,6 +68,13 @@ struct View {
             if (!other.known.empty()) theirs = std::max(theirs, other.known[i]);
             known[i] = std::max(known[i], theirs);
         }
+        join_engines(other);
+    }
+    void join_engines(const View& other) {
+        if (engines.size() < other.engines.size()) engines.resize(other.engines.size());
+        for (size_t i = 0; i < other.engines.size(); ++i)
+            for (size_t part = 0; part < 4; ++part)
+                engines[i][part] = std::max(engines[i][part], other.engines[i][part]);
     }
 
 private:
@@ -74,59 +91,86 @@ private:
     }
 };
 
+// Readers that no cell has room for: the last of each warp.
+using Crowd = std::array<Stamp, 32>;
+
 // The accesses to one piece of memory that later ones must be ordered after: the last write and the
-// reads since. Readers beyond two are merged, which is exact where barriers order whole groups.
+// reads since. Lanes of one warp are merged, as they are where __syncwarp or a barrier follows.
 struct Cell {
     Stamp write, read[2];
+    int32_t crowd = -1;   // index of its Crowd
 
     // Each returns the access that races with this one, or null after taking note of this one.
-    const Stamp* note_read(const View& view, const Stamp& now) {
+    const Stamp* note_read(const View& view, const Stamp& now, std::vector<Crowd>& crowds) {
         if (!view.after(write)) return &write;
         for (Stamp& reader : read) {
-            if (!reader.set() || view.after(reader)) {
+            if (view.after(reader)) {
                 reader = now;
                 return nullptr;
             }
         }
         for (Stamp& reader : read) {
-            if (reader.block == now.block && warp_of(reader) == view.warp()) {
-                reader = now;
-                reader.thread = SEVERAL_IN_WARP + view.warp();
-                return nullptr;
-            }
+            if (merge(reader, view, now)) return nullptr;
+            if (reader.block == now.block && reader.thread != SEVERAL_BLOCKS) continue;
+            reader.thread = SEVERAL_BLOCKS;   // a write is a race whoever makes it
+            return nullptr;
         }
-        const bool same = read[1].block == now.block && read[1].thread != SEVERAL_BLOCKS;
-        read[1] = now;
-        read[1].thread = same ? SEVERAL_WARPS : SEVERAL_BLOCKS;
+        if (crowd < 0) {
+            crowd = static_cast<int32_t>(crowds.size());
+            crowds.emplace_back();
+        }
+        Stamp& reader = crowds[static_cast<size_t>(crowd)][view.warp()];
+        if (view.after(reader)) reader = now;
+        else merge(reader, view, now);
         return nullptr;
     }
 
-    const Stamp* note_write(const View& view, const Stamp& now) {
+    const Stamp* note_write(const View& view, const Stamp& now, std::vector<Crowd>& crowds) {
         if (!view.after(write)) return &write;
-        for (const Stamp& reader : read)
-            if (!view.after(reader)) return &reader;
+        if (const Stamp* reader = end_reads(view, crowds)) return reader;
         write = now;
-        read[0] = read[1] = Stamp();
         return nullptr;
     }
 
-    const Stamp* note_atomic(const View& view, const Stamp& now) {
+    const Stamp* note_atomic(const View& view, const Stamp& now, std::vector<Crowd>& crowds) {
         const bool ordered = view.after(write);
         if (!ordered && !write.atomic) return &write;
-        for (const Stamp& reader : read)
-            if (!view.after(reader)) return &reader;
+        if (const Stamp* reader = end_reads(view, crowds)) return reader;
         const bool same_block = write.block == now.block && write.thread != SEVERAL_BLOCKS;
         write = now;
         write.atomic = 1;
         if (!ordered) write.thread = same_block ? SEVERAL_WARPS : SEVERAL_BLOCKS;
-        read[0] = read[1] = Stamp();
         return nullptr;
     }
 
 private:
-    static uint32_t warp_of(const Stamp& stamp) {
-        if (stamp.thread < MAX_THREADS) return static_cast<uint32_t>(stamp.thread) / 32;
-        return static_cast<uint32_t>(stamp.thread) - SEVERAL_IN_WARP;
+    // Makes one stamp of two reads of one warp, or of one engine.
+    static bool merge(Stamp& reader, const View& view, const Stamp& now) {
+        if (now.thread >= ENGINES) {
+            if (reader.block != now.block || reader.thread != now.thread) return false;
+            reader = now;
+            return true;
+        }
+        const bool lane = reader.thread < MAX_THREADS && reader.thread / 32 == view.warp();
+        if (reader.block != now.block || !(lane || reader.thread == SEVERAL_IN_WARP + view.warp()))
+            return false;
+        reader = now;
+        reader.thread = SEVERAL_IN_WARP + view.warp();
+        return true;
+    }
+
+    // The reader that is not over yet, or null after forgetting all.
+    const Stamp* end_reads(const View& view, std::vector<Crowd>& crowds) {
+        for (const Stamp& reader : read)
+            if (!view.after(reader)) return &reader;
+        if (crowd >= 0) {
+            Crowd& more = crowds[static_cast<size_t>(crowd)];
+            for (const Stamp& reader : more)
+                if (!view.after(reader)) return &reader;
+            more.fill(Stamp());
+        }
+        read[0] = read[1] = Stamp();
+        return nullptr;
     }
 };
 

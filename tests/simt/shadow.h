@@ -32,16 +32,16 @@ public:
     void set_in_flight(size_t offset, bool flag) { chunks[offset / CHUNK].in_flight = flag; }
 
     // The racing access, or null; `note` is one of Cell's.
-    using Note = const Stamp* (Cell::*)(const View&, const Stamp&);
+    using Note = const Stamp* (Cell::*)(const View&, const Stamp&, std::vector<Crowd>&);
     template <Note note>
     const Stamp* touch(size_t offset, size_t bytes, const View& view, const Stamp& now) {
         Chunk& chunk = chunks[offset / CHUNK];
-        if (bytes == CHUNK && chunk.split < 0) return (chunk.whole.*note)(view, now);
+        if (bytes == CHUNK && chunk.split < 0) return (chunk.whole.*note)(view, now, crowds);
         if (chunk.split < 0) split(chunk);
         auto& cells = pieces[static_cast<size_t>(chunk.split)];
         const size_t first = offset % CHUNK / GRANULE;
         for (size_t i = first; i < first + bytes / GRANULE; ++i)
-            if (const Stamp* other = (cells[i].*note)(view, now)) return other;
+            if (const Stamp* other = (cells[i].*note)(view, now, crowds)) return other;
         return nullptr;
     }
 
@@ -57,6 +57,7 @@ public:
     void clear(size_t bytes) {
         std::fill_n(chunks.begin(), (bytes + CHUNK - 1) / CHUNK, Chunk{false});
         pieces.clear();
+        crowds.clear();
     }
 
 private:
@@ -74,11 +75,17 @@ private:
     void split(Chunk& chunk) {
         chunk.split = static_cast<int32_t>(pieces.size());
         pieces.emplace_back();
-        pieces.back().fill(chunk.whole);
+        for (Cell& cell : pieces.back()) {
+            cell = chunk.whole;
+            if (cell.crowd < 0) continue;
+            cell.crowd = static_cast<int32_t>(crowds.size());
+            crowds.push_back(Crowd(crowds[static_cast<size_t>(chunk.whole.crowd)]));
+        }
     }
 
     std::vector<Chunk> chunks;
     std::vector<std::array<Cell, CHUNK / GRANULE>> pieces;
+    std::vector<Crowd> crowds;
 };
 
 }  // namespace simt

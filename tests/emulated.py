@@ -91,3 +91,13 @@ def run(
     count bank conflicts; cache_bytes and together, model an L2 cache. RuntimeError is a fault."""
     module().configure(**options)
     return cuda.execute(module(), call_of(inputs, deterministic), chip, stream=0)
+
+
+def counters() -> dict:
+    """What the last run of this thread did: launches, bytes, bank conflicts; see `to_dict`."""
+    return module().counters()
+
+
+def fault() -> type[Exception]:
+    """What a run raises when a kernel breaks a rule: "kind at file:line: ..."."""
+    return module().Fault

@@ -139,6 +139,7 @@ public:
     void order_group(const std::vector<Lane*>& group);
     void order_warp(Warp& warp, unsigned mask);
     uint32_t tick() { return time++; }
+    bool chance(uint32_t n) { return random.below(n) == 0; }
     void count_access(Site site) {
         if (++accesses > options.access_limit)
             fail(Kind::runaway, site, *running, "", "more memory accesses than the limit");
@@ -153,6 +154,7 @@ public:
 
     // Work of engines other than lanes, done one by one when no lane can run.
     std::vector<std::function<void()>> background;
+    std::shared_ptr<void> extension;   // what a chip's own instructions remember about this block
 
 private:
     static void lane_main();
@@ -161,6 +163,7 @@ private:
     void resume(Lane& lane);
     void exit_lane();
     void complete(Barrier& barrier);
+    void order_engines();
     void complete_gather(Site site, unsigned mask,
                          void (*collective)(Warp&, unsigned, void* const*));
     std::string block_name() const;

@@ -46,12 +46,16 @@ enum class Kind {
     trap,              // the kernel's own check
     runaway,           // more memory accesses than any kernel under test needs
     launch,            // a configuration that the hardware refuses
+    mbarrier,          // one that was not made, is made twice, or gets more than it expects
+    proxy,             // a write that a fence should have shown to the engine that reads it
+    registers,         // accumulators used without a fence, or while wgmma works on them
 };
 
 inline const char* name(Kind kind) {
     static const char* const names[] = {
         "out_of_bounds", "misaligned", "read_only",   "uninitialised", "race",    "copy_in_flight",
-        "divergence",    "exited_lane", "deadlock",   "trap",          "runaway", "launch"};
+        "divergence",    "exited_lane", "deadlock",   "trap",          "runaway", "launch",
+        "mbarrier",   "proxy",       "registers"};
     return names[static_cast<int>(kind)];
 }
 

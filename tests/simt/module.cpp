@@ -15,7 +15,7 @@ namespace reap::cuda {
 inline thread_local int mutant = 0;
 }  // namespace reap::cuda
 
-#include "cuda/launch.cuh"
+#include "cuda/sm90/launch.cuh"
 
 using namespace reap;
 
@@ -63,6 +63,7 @@ struct Launcher {
     simt::Emulator& emulator;
     simt::Cache* cache;
     std::vector<std::string> names;
+    std::vector<uint64_t> fetched, written;   // bytes past the cache up to the end of each launch
 
     template <class Args>
     void operator()(const char* name, void (*kernel)(Args), int64_t blocks, int threads, int shared_bytes, Args args) {
@@ -74,7 +75,10 @@ struct Launcher {
                                                 access.use != simt::Use::load});
             };
         emulator.launch(kernel, blocks, threads, shared_bytes, args);
-        if (cache) simt::replay(*cache, seen, settings.together);
+        if (!cache) return;
+        simt::replay(*cache, seen, settings.together);
+        fetched.push_back(cache->fetched);
+        written.push_back(cache->written);
     }
 };
 
@@ -90,10 +94,8 @@ py::dict to_dict(const simt::Counters& counters, const Launcher& launcher) {
     all["mma"] = counters.mma;
     all["global"] = global;
     all["shared"] = shared;
-    if (launcher.cache) {
-        all["fetched"] = launcher.cache->fetched;
-        all["written"] = launcher.cache->written;
-    }
+    all["fetched"] = launcher.fetched;
+    all["written"] = launcher.written;
     return all;
 }
 
@@ -101,11 +103,15 @@ py::dict run(const Layer& layer, char* workspace) {
     simt::Emulator emulator(settings.options);
     add_buffers(emulator, layer, workspace);
     simt::Cache cache(settings.cache_bytes);
-    Launcher launcher{emulator, settings.cache_bytes ? &cache : nullptr, {}};
+    Launcher launcher{emulator, settings.cache_bytes ? &cache : nullptr, {}, {}, {}};
     {
         py::gil_scoped_release release;
-        cuda::run_layer(launcher, layer, workspace);
+        if (layer.wgmma)
+            cuda::sm90::run_layer(launcher, layer, workspace);
+        else
+            cuda::run_layer(launcher, layer, workspace);
         cache.write_back();
+        if (launcher.cache) launcher.written.back() = cache.written;
     }
     return to_dict(emulator.counters, launcher);
 }

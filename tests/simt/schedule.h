@@ -21,6 +21,7 @@ inline void Block::run(uint3 block_index, uint32_t number, const std::function<v
     time = 1, live = threads, accesses = 0, failure = nullptr;
     for (Barrier& barrier : barriers) barrier = Barrier();
     background.clear();
+    extension.reset();
     std::memset(shared, 0xff, shared_bytes);
     shared_shadow.clear(shared_bytes);
     for (uint32_t w = 0; w < warps.size(); ++w) {
@@ -77,7 +78,8 @@ inline void Block::exit_lane() {
         fail(Kind::copy_in_flight, me.copies.front().site, me, "",
              "the thread ends before this cp.async was waited for");
     warp.exited |= me.bit();
-    --live;
+    if (--live == 0 && !background.empty())
+        fail(Kind::copy_in_flight, Site(), me, "", "the block ends while engines work for it");
     for (unsigned i = 0; i < 32; ++i) {
         if (!(warp.gathered & 1u << i) || !(warp.lanes[i]->wait.mask & me.bit())) continue;
         const Wait& wait = warp.lanes[i]->wait;
@@ -194,6 +196,7 @@ inline void Block::barrier(uint32_t id, uint32_t count, const char* what, Site s
 inline void Block::complete(Barrier& barrier) {
     if (barrier.expected == threads) {
         for (Lane& lane : lanes) lane.view.everyone = time;
+        order_engines();
         ++time;
     } else {
         order_group(barrier.arrived);
@@ -216,6 +219,14 @@ inline void Block::order_group(const std::vector<Lane*>& group) {
     for (const Lane* lane : group) all.join(lane->view, time, threads);
     for (Lane* lane : group) lane->view.join(all, time, threads);
     ++time;
+}
+
+// What one thread knows about engines, all know after a barrier of the whole block.
+inline void Block::order_engines() {
+    View all;
+    for (const Lane& lane : lanes) all.join_engines(lane.view);
+    if (all.engines.empty()) return;
+    for (Lane& lane : lanes) lane.view.engines = all.engines;
 }
 
 inline void Block::order_warp(Warp& warp, unsigned mask) {
@@ -247,6 +258,7 @@ inline std::string Block::describe(const Stamp& stamp) const {
     if (stamp.thread < MAX_THREADS) who = "thread " + std::to_string(stamp.thread);
     else if (stamp.thread < SEVERAL_WARPS)
         who = "lanes of warp " + std::to_string(stamp.thread - SEVERAL_IN_WARP);
+    else if (stamp.thread >= ENGINES) who = "an engine, started";
     else who = "several warps";
     if (stamp.block != running->view.block) who += " of another block";
     return who + " at " + stamp.site.text();

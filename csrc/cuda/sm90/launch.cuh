@@ -43,7 +43,8 @@ template <class T> struct Launches : cuda::Launches<T> {
 
     template <class Launcher> void down(Launcher& launch, int64_t first_column, int64_t last_column) const {
         Down<T> down{this->down_args(first_column, last_column), {}, {}};
-        down.inner = make_tensor_map({cast<const char>(work.inner), 2, {layer.I, plan.slots}, {1, plan.inner_pitch}, {STEP, TILE_ROWS}});
+        const TensorBox rows{cast<const char>(work.inner), 2, {layer.I, plan.slots}, {1, plan.inner_pitch}, {STEP, TILE_ROWS}};
+        down.inner = make_tensor_map(rows);
         down.weights = make_tensor_map(weight_box(layer.down, layer.E, 1, layer.H, layer.I));
         const auto kernel = n_adjacent(layer.down) ? down_kernel<T, true> : down_kernel<T, false>;
         launch("down", kernel, blocks(down.args.column_tiles), BLOCK, RING_BYTES, down);

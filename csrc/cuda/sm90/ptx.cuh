@@ -158,11 +158,6 @@ __device__ __forceinline__ void tma_load(Shared<char> to, const TensorMap& map,
             : "memory");
 }
 
-// "prefetch{u}", form .tensormap: fetches the map itself ahead of its first use.
-__device__ __forceinline__ void prefetch_tensor_map(const TensorMap& map) {
-    asm volatile("prefetch.tensormap [%0];" ::"l"(reinterpret_cast<uint64_t>(&map)) : "memory");
-}
-
 // "setmaxnreg": gives back registers, or takes them, to have COUNT per thread of the warpgroup.
 template <int COUNT>
 __device__ __forceinline__ void release_registers() {

@@ -1,0 +1,41 @@
+// Hopper's instructions: the emulator's side of csrc/cuda/sm90/ptx.cuh.
+#pragma once
+#include "mbarrier.h"
+#include "tma.h"
+#include "wgmma.h"
+
+#define __grid_constant__
+
+namespace simt {
+
+// "setmaxnreg": registers are plenty here.
+template <int COUNT>
+void release_registers() {
+    static_assert(COUNT % 8 == 0 && COUNT >= 24 && COUNT <= 256, "what setmaxnreg takes");
+}
+template <int COUNT>
+void acquire_registers() {
+    release_registers<COUNT>();
+}
+
+}  // namespace simt
+
+namespace reap::cuda {
+using simt::acquire_registers;
+using simt::cp_async_mbarrier_arrive;
+using simt::fence_mbarrier_init;
+using simt::fence_proxy_async;
+using simt::make_tensor_map;
+using simt::mbarrier_arrive;
+using simt::mbarrier_arrive_expect;
+using simt::mbarrier_init;
+using simt::mbarrier_try_wait;
+using simt::release_registers;
+using simt::shared_address;
+using simt::TensorMap;
+using simt::tma_load;
+using simt::wgmma_commit;
+using simt::wgmma_fence;
+using simt::wgmma_m64n256k16;
+using simt::wgmma_wait;
+}  // namespace reap::cuda

@@ -9,12 +9,11 @@ A process of its own: the kernels must be decorated without TRITON_INTERPRET.
 import argparse
 import json
 import re
-import subprocess
 import tempfile
 from collections.abc import Iterator
-from pathlib import Path
 from typing import NamedTuple
 
+import sass
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
@@ -23,7 +22,6 @@ from triton.compiler import ASTSource
 from reap_kernels.contract import Call, Saliency, make_call
 from reap_kernels.triton import configs, down, finish, gate_up, launch, routing, statistics
 
-TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 TYPES = {
     torch.bfloat16: "*bf16",
     torch.float16: "*fp16",
@@ -125,8 +123,8 @@ def resources(binary) -> dict:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(binary.asm["cubin"])
         file.flush()
-        usage = _tool("cuobjdump", "--dump-resource-usage", file.name)
-        code = _tool("nvdisasm", "-c", file.name)
+        usage = sass.tool("cuobjdump", "--dump-resource-usage", file.name)
+        code = sass.tool("nvdisasm", "-c", file.name)
     used = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
     return {
         "registers": used["REG"],
@@ -134,12 +132,8 @@ def resources(binary) -> dict:
         "spills": len(re.findall(r"\b(?:LDL|STL)\b", code)),
         "shared": binary.metadata.shared,
         "tensor": sorted(set(re.findall(r"\b(?:HMMA|HGMMA|UTC\w*MMA)[\w.]*", code))),
+        "loop": sass.share(sass.main_loop(code)),
     }
-
-
-def _tool(name: str, *arguments: str) -> str:
-    command = [str(TOOLS / name), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
 def call(variant: Variant, T: int = 4096, K: int = 8, E: int = 128) -> Call:

@@ -31,6 +31,7 @@ SHARED, THREAD = r"shared \+ \d+", r"block \(\d, 0, 0\) thread \d+ \(warp \d lan
 FAULTS = {
     "missing_barrier": ("race", SHARED, THREAD, 8128),
     "missing_syncwarp": ("race", SHARED, THREAD, 2016),
+    "syncwarp_for_a_barrier": ("race", SHARED, THREAD, 992),
     "half_a_warp": ("race", SHARED, THREAD, 2016),
     "barrier_of_others": ("race", SHARED, THREAD, 8128),
     "word_of_mouth": ("race", SHARED, THREAD, 496),
@@ -39,8 +40,8 @@ FAULTS = {
     "early_overwrite": ("race", SHARED, THREAD, 10208),
     "missing_wait": ("copy_in_flight", SHARED, THREAD, 8064),
     "missing_commit": ("copy_in_flight", SHARED, THREAD, 8064),
-    "wait_one_group_short": ("copy_in_flight", SHARED, THREAD, 8064),
-    "wait_without_barrier": ("race", SHARED, THREAD, 8064),
+    "short_wait": ("copy_in_flight", SHARED, THREAD, 8064),
+    "copy_no_barrier": ("race", SHARED, THREAD, 8064),
     "copy_outlives_thread": ("copy_in_flight", "", THREAD, 0),
     "global_out_of_bounds": ("out_of_bounds", r"in \+ 1024", r".*\(3,.* thread 63 .*", 32640),
     "global_before_start": ("out_of_bounds", "out - 4", ".* thread 0 .*", 2016),
@@ -90,9 +91,7 @@ def probe():
 
 def marked_lines(name):
     lines = SOURCE.read_text().splitlines()
-    return {
-        i for i, line in enumerate(lines, 1) if name in line.partition("// reported:")[2].split()
-    }
+    return {i for i, line in enumerate(lines, 1) if name in line.partition("//!")[2].split()}
 
 
 def test_every_kernel_has_an_expectation(runs):
@@ -136,6 +135,24 @@ def test_bytes_are_counted(runs):
         assert (run.read, run.written, run.added) == (1024, 1024, 0)
     for run in runs["store_beside_atomics", False].values():
         assert (run.read, run.written, run.added) == (0, 0, 4 * 64 * 8)
+
+
+def test_shuffles_and_votes(probe):
+    x = np.random.default_rng(0).integers(0, 2**32, 32, dtype=np.uint32)
+    lanes = list(range(32))
+    got = np.frombuffer(programs.output(probe, "warp", input=x.tobytes()), np.uint32)
+    got = got.reshape(32, 7).T
+    bits = [1 << lane for lane in lanes]
+    expected = [
+        x[x % 32],
+        np.repeat(x[3::8], 8),
+        x[[lane ^ 5 for lane in lanes]],
+        np.concatenate([x[:3], x[:29]]),
+        np.concatenate([half[[*range(4, 16), *range(12, 16)]] for half in (x[:16], x[16:])]),
+        [sum(bit for bit, value in zip(bits, x, strict=True) if value % 2)] * 32,
+        [sum(bit for bit, v in zip(bits, x, strict=True) if v % 4 == value % 4) for value in x],
+    ]
+    np.testing.assert_array_equal(got, expected)
 
 
 LANES = np.arange(32, dtype=np.int32)

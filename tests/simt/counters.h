@@ -33,7 +33,7 @@ struct Counters {
 constexpr uint32_t ABSENT = ~0u;
 using Offsets = std::array<uint32_t, 32>;   // of a warp's lanes; ABSENT where a lane has no part
 
-// A request of 8 bytes a lane is served by half warps, of 16 bytes by quarters; 32 banks of 4 bytes.
+// A request of 8 bytes a lane is served by half warps, of 16 by quarters; 32 banks of 4 bytes.
 inline void count_request(SharedUse& use, const Offsets& offsets, uint32_t bytes) {
     const size_t lanes = bytes <= 4 ? 32 : bytes == 8 ? 16 : 8;
     ++use.requests;

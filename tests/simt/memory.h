@@ -161,13 +161,14 @@ void check_global(Global<T> p, size_t bytes, Site site) {
         fail(Kind::out_of_bounds, site, lane, use, bytes, address(),
              "outside a buffer of " + std::to_string(buffer->end - buffer->begin) + " bytes");
     if (at % bytes != 0)
-        fail(Kind::misaligned, site, lane, use, bytes, address(), "at an address it does not divide");
+        fail(Kind::misaligned, site, lane, use, bytes, address(), "that do not divide the address");
     if (use != Use::load && !buffer->writable)
         fail(Kind::read_only, site, lane, use, bytes, address(), "to a buffer that is only read");
     (use == Use::load    ? buffer->traffic->read
      : use == Use::store ? buffer->traffic->written
                          : buffer->traffic->atomics) += bytes;
-    if (block.options.watch) block.options.watch({block.index, use, at, static_cast<uint32_t>(bytes)});
+    if (block.options.watch)
+        block.options.watch({block.index, use, at, static_cast<uint32_t>(bytes)});
     if (!buffer->shadow) return;
     Shadow& shadow = *buffer->shadow;
     const size_t offset = at - buffer->shadow_begin;
@@ -190,7 +191,7 @@ void check_shared(int64_t at, size_t bytes, const Lane& lane, Site site) {
              "outside " + std::to_string(block.shared_bytes) + " bytes of shared memory");
     if (at % bytes != 0)
         fail(Kind::misaligned, site, lane, use, bytes, shared_address(at),
-             "at an address it does not divide");
+             "that do not divide the address");
     Shadow& shadow = block.shared_shadow;
     const Stamp writer = shadow.writer(at);
     if (const Stamp* other = touch<use>(shadow, at, bytes, lane, site))
@@ -206,7 +207,8 @@ void check_shared(int64_t at, size_t bytes, const Lane& lane, Site site) {
 
 template <typename T>
 constexpr bool one_access =
-    std::is_trivially_copyable_v<T> && (sizeof(T) == 2 || sizeof(T) == 4 || sizeof(T) == 8 || sizeof(T) == 16);
+    std::is_trivially_copyable_v<T> &&
+    (sizeof(T) == 2 || sizeof(T) == 4 || sizeof(T) == 8 || sizeof(T) == 16);
 
 }  // namespace detail
 

@@ -17,8 +17,8 @@ namespace simt {
 // Who a stamp names: a thread of the block, or several.
 constexpr uint32_t MAX_THREADS = 1024;
 constexpr uint32_t SEVERAL_IN_WARP = 1024;   // + warp
-constexpr uint32_t SEVERAL_WARPS = 1056;     // of atomics, which only a barrier of all can end
-constexpr uint32_t SEVERAL_BLOCKS = 1057;
+constexpr uint32_t SEVERAL_WARPS = 1056;     // atomic additions that a barrier of all ends,
+constexpr uint32_t SEVERAL_BLOCKS = 1057;    // and those that the launch's end does
 constexpr uint32_t ENGINES = 1058;           // + number: what works beside the threads, see View
 constexpr uint32_t MAX_ENGINES = 2048 - ENGINES;
 
@@ -111,9 +111,8 @@ struct Cell {
         }
         for (Stamp& reader : read) {
             if (merge(reader, view, now)) return nullptr;
-            if (reader.block == now.block && reader.thread != SEVERAL_BLOCKS) continue;
-            reader.thread = SEVERAL_BLOCKS;   // a write is a race whoever makes it
-            return nullptr;
+            // A read by a block that is over makes any write of this launch a race.
+            if (reader.block != now.block) return nullptr;
         }
         if (crowd < 0) {
             crowd = static_cast<int32_t>(crowds.size());

@@ -2,6 +2,7 @@
 //   mma bf16|f16     a [32, 4] u32, b [32, 2] u32, d [32, 4] f32 by lane and register -> d
 //   ldmatrix [trans] shared memory [2048] bytes, row of each lane [32] i32 -> registers [32, 4] u32
 //   product NK|KN    A [16, 16], B [16, 16] as stored, bf16 bits -> A B [16, 16] f32
+//   warp             a value of each lane [32] u32 -> results of shuffles, votes [32, 7] u32
 //   wavefronts N     offset of each lane [32] i32, N bytes each -> wavefronts, conflicts as text
 #include <cstdio>
 #include <string>
@@ -69,6 +70,23 @@ template <bool k_rows> __global__ void product(Product args) {
     }
 }
 
+struct Exchange { Global<const uint32_t> values; Global<uint32_t> results; };
+
+__global__ void exchange(Exchange args) {
+    const unsigned lane = threadIdx.x, all = 0xffffffff;
+    const uint32_t x = load_global(args.values + lane);
+    const uint32_t results[7] = {
+        __shfl_sync(all, x, static_cast<int>(x % 64)),
+        __shfl_sync(all, x, 3, 8),
+        __shfl_xor_sync(all, x, 5),
+        __shfl_up_sync(all, x, 3),
+        __shfl_down_sync(all, x, 4, 16),
+        __ballot_sync(all, x % 2 == 1),
+        __match_any_sync(all, x % 4),
+    };
+    for (unsigned i = 0; i < 7; ++i) store_global(args.results + lane * 7 + i, results[i]);
+}
+
 template <typename T> __global__ void loads(Global<const int> offsets) {
     for (unsigned i = threadIdx.x; i < 1024; i += 32)
         store_shared(cast<uint4>(shared_memory()) + i, uint4{});
@@ -87,7 +105,8 @@ void run_wavefronts(const std::string& bytes) {
     emulator.launch(kernel, 1, 32, 16384, offsets);
     for (const auto& [site, use] : emulator.counters.shared)
         if (use.what == "load")
-            std::printf("%d %d\n", static_cast<int>(use.wavefronts), static_cast<int>(use.conflicts));
+            std::printf("%u %u\n", static_cast<unsigned>(use.wavefronts),
+                        static_cast<unsigned>(use.conflicts));
 }
 
 int main(int count, char** arguments) {
@@ -112,6 +131,11 @@ int main(int count, char** arguments) {
         emulator.launch(variant == "trans" ? load<true> : load<false>, 1, 32, 2048,
                         Load{image, rows, registers});
         write(registers);
+    } else if (mode == "warp") {
+        uint32_t values[32], results[224];
+        buffer("values", values), buffer("results", results, true);
+        emulator.launch(exchange, 1, 32, 0, Exchange{values, results});
+        write(results);
     } else {
         uint4 a[32], b[32];
         float d[256];

@@ -20,11 +20,12 @@ struct Shuffle {
     int source;
 };
 
-// `source` is a lane, or -1 for this lane's own value.
+inline int my_lane() { return static_cast<int>(running->lane); }
+
 template <typename T>
 T shuffle(const char* what, Site site, unsigned mask, T value, int source) {
     static_assert(sizeof(T) == 4 || sizeof(T) == 8, "shuffles move 4 or 8 bytes");
-    Shuffle<T> mine{value, value, source < 0 ? static_cast<int>(running->lane) : source};
+    Shuffle<T> mine{value, value, source};
     gather(what, site, mask, mine, [](Warp& warp, unsigned mask, void* const* all) {
         for (unsigned i = 0; i < 32; ++i) {
             if (!(mask & 1u << i)) continue;
@@ -81,33 +82,35 @@ inline void __syncwarp(unsigned mask = simt::FULL, simt::Site site = simt::Site:
     // CUDA's default names all lanes; those that a last, partial warp lacks are not meant.
     mask &= simt::running->warp->exist;
     simt::Vote nothing{};
-    simt::gather("__syncwarp", site, mask, nothing, [](simt::Warp& warp, unsigned all, void* const*) {
-        simt::here().order_warp(warp, all);
-    });
+    const auto order = [](simt::Warp& warp, unsigned mask, void* const*) {
+        simt::here().order_warp(warp, mask);
+    };
+    simt::gather("__syncwarp", site, mask, nothing, +order);
 }
 
+// Of the lanes in groups of `width`; a source outside the group is the lane itself.
 template <typename T>
 T __shfl_sync(unsigned mask, T v, int lane, int width = 32, simt::Site site = simt::Site::here()) {
-    const int me = static_cast<int>(simt::running->lane);
-    return simt::shuffle("__shfl_sync", site, mask, v, (me & -width) | (lane & (width - 1)));
+    const int me = simt::my_lane(), first = me & -width;
+    return simt::shuffle("__shfl_sync", site, mask, v, first | (lane & (width - 1)));
 }
 template <typename T>
 T __shfl_xor_sync(unsigned mask, T v, int bits, int width = 32,
                   simt::Site site = simt::Site::here()) {
-    const int me = static_cast<int>(simt::running->lane), from = me ^ bits;
-    return simt::shuffle("__shfl_xor_sync", site, mask, v, from >= (me & -width) + width ? -1 : from);
+    const int me = simt::my_lane(), first = me & -width, from = me ^ bits;
+    return simt::shuffle("__shfl_xor_sync", site, mask, v, from < first + width ? from : me);
 }
 template <typename T>
 T __shfl_up_sync(unsigned mask, T v, unsigned delta, int width = 32,
                  simt::Site site = simt::Site::here()) {
-    const int me = static_cast<int>(simt::running->lane), from = me - static_cast<int>(delta);
-    return simt::shuffle("__shfl_up_sync", site, mask, v, from < (me & -width) ? -1 : from);
+    const int me = simt::my_lane(), first = me & -width, from = me - static_cast<int>(delta);
+    return simt::shuffle("__shfl_up_sync", site, mask, v, from >= first ? from : me);
 }
 template <typename T>
 T __shfl_down_sync(unsigned mask, T v, unsigned delta, int width = 32,
                    simt::Site site = simt::Site::here()) {
-    const int me = static_cast<int>(simt::running->lane), from = me + static_cast<int>(delta);
-    return simt::shuffle("__shfl_down_sync", site, mask, v, from >= (me & -width) + width ? -1 : from);
+    const int me = simt::my_lane(), first = me & -width, from = me + static_cast<int>(delta);
+    return simt::shuffle("__shfl_down_sync", site, mask, v, from < first + width ? from : me);
 }
 
 inline unsigned __ballot_sync(unsigned mask, int predicate,

@@ -11,7 +11,7 @@ from torch import Tensor
 from reap_kernels.contract import Call, Saliency
 
 DTYPES = {torch.bfloat16: "bf16", torch.float16: "f16", torch.float32: "f32"}
-_AGAIN = "then run `pip install --no-build-isolation -e .` again and read what it says"
+_AGAIN = "then run `pip install -v --no-build-isolation -e .` again and read what it says"
 
 
 def _load(name: str) -> ModuleType | ImportError:

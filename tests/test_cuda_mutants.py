@@ -1,0 +1,138 @@
+"""Every barrier, wait and condition of the CUDA kernels is there for a reason: without it some case
+fails on the emulator, by a fault or by a wrong result."""
+
+import functools
+import re
+from pathlib import Path
+
+import cases
+import emulated
+import mutants
+import pytest
+import torch
+from cases import Case
+from test_cuda import ROWS, same_bits
+
+from reap_kernels import cuda
+
+pytestmark = pytest.mark.skipif(emulated.missing() is not None, reason=str(emulated.missing()))
+TRUTH, PLAIN = cases.truth, cases.plain
+SOURCES = Path(__file__).parent.parent / "csrc"
+# The layouts of the weights by their reasons in cases.LAYOUTS.
+LAYOUTS = {case.why: case for case in cases.LAYOUTS}
+
+
+def case(rows: int, layout: str, **changes) -> Case:
+    found = LAYOUTS[layout]
+    return cases.replace(found, **(ROWS[rows] | {"routing": "half_the_experts"} | changes))
+
+
+# The cheapest first: most mutants end there. Small sizes of a few tiles each, all of them also in
+# test_cuda.py in one form or other; (case, deterministic).
+RUNS = [
+    (Case("odd", T=9, K=2, E=3, H=97, I=47, routing="some_sentinels"), False),
+    (Case("odd biased", T=9, K=2, E=3, H=97, I=47, bias=True, interleaved=True), True),
+    (Case("long k", T=9, K=1, E=2, H=328, I=328), False),
+    (Case("its last tile ends with the arrays", T=45, K=1, E=1, H=64, I=64), False),
+    (
+        Case("more slots of a token than threads", T=1, K=130, E=2, H=8, I=8, routing="repeats"),
+        True,
+    ),
+    (Case("chunks of slots", T=700, K=2, E=5, H=8, I=8, routing="some_sentinels"), True),
+    (case(32, "concatenated"), False),
+    (case(32, "concatenated transposed biased", routing="some_sentinels"), True),
+    (case(32, "ungated transposed"), False),
+    (case(64, "interleaved biased"), True),
+    (case(128, "concatenated"), False),
+]
+# What makes no difference to any result, and why; (file, what is taken out).
+EQUIVALENT = {
+    ("routing.cuh", "!has_chunk"): "a block b past the last chunk has no slot: for_slots starts at "
+    "b * CHUNK >= chunks * CHUNK >= S, where its loop ends",
+    (
+        "finish.cuh",
+        "args.parts > 0",
+    ): "with 0 parts finish_slot writes zeros to norms and peaks that "
+    "the launch of the last slab, which comes after and has all parts, overwrites",
+}
+
+
+@functools.cache
+def module(folder: Path):
+    mutants.write(SOURCES, folder / "csrc")
+    return emulated.build(folder / "csrc")
+
+
+@pytest.fixture(scope="session")
+def mutated(tmp_path_factory):
+    return module(tmp_path_factory.mktemp("mutants"))
+
+
+@functools.cache
+def known(number: int) -> tuple[dict, cases.Saliency, cases.Saliency]:
+    """The inputs of a run, the truth about it and what `plain` makes of it."""
+    inputs = cases.make(RUNS[number][0], torch.bfloat16)
+    return inputs, TRUTH(inputs), PLAIN(inputs)
+
+
+def run(extension, number: int, mutant: int, **options):
+    inputs, deterministic = known(number)[0], RUNS[number][1]
+    extension.configure(mutant=mutant, **options)
+    call = emulated.call_of(inputs, deterministic)
+    return cuda.execute(extension, call, emulated.CHIP, stream=0)
+
+
+def complaint(extension, number: int, mutant: int, monkeypatch) -> str | None:
+    """What is wrong with a mutant in that run; None if nothing is."""
+    inputs, truth, plain = known(number)
+    monkeypatch.setattr(cases, "truth", lambda _: truth)
+    monkeypatch.setattr(cases, "plain", lambda _: plain)
+    try:
+        results = [
+            run(extension, number, mutant, seed=seed, eager=eager)
+            for seed, eager in ((1, False), (2, True))
+        ]
+        for result in results:
+            cases.assert_accurate(result, inputs)
+    except (extension.Fault, AssertionError) as error:
+        return str(error).splitlines()[0]
+    stable = slice(None) if RUNS[number][1] else slice(1, None)
+    return None if same_bits(results[0][stable], results[1][stable]) else "depends on the order"
+
+
+def test_without_a_mutant_nothing_is_wrong(mutated, monkeypatch):
+    for number in range(len(RUNS)):
+        assert complaint(mutated, number, 0, monkeypatch) is None
+
+
+def test_every_barrier_and_wait_of_the_kernels_is_a_mutant():
+    """The tool against a plain search, in all files that have kernels."""
+    found = [mutant.text for mutant in mutants.find(SOURCES)]
+    text = "".join((SOURCES / "cuda" / file).read_text() for file in mutants.FILES)
+    for name in (
+        "__syncthreads()",
+        "__syncwarp()",
+        "cp_async_commit()",
+        "is_real(first",
+        "is_real(pos",
+    ):
+        assert sum(name in part for part in found) >= text.count(name) > 0
+    waits = re.findall(r"cp_async_wait<[^;]*;", text)
+    assert waits and all(found.count(wait) == 2 * waits.count(wait) for wait in waits)
+    others = {path.name for path in (SOURCES / "cuda").glob("*.cuh")} - set(mutants.FILES)
+    assert others == {"ptx.cuh", "numbers.cuh", "launch.cuh"}  # no kernels
+
+
+@pytest.mark.parametrize(
+    "mutant", mutants.find(SOURCES), ids=lambda mutant: f"{mutant.file}:{mutant.line}-{mutant.text}"
+)
+def test_is_caught(mutant, mutated, monkeypatch):
+    numbers = range(len(RUNS))
+    caught = any(complaint(mutated, number, mutant.number, monkeypatch) for number in numbers)
+    proof = EQUIVALENT.get((mutant.file, mutant.text))
+    assert caught or proof, f"survives: {mutant}"
+    assert not (caught and proof), f"caught, although {proof}"
+
+
+def test_every_proof_is_about_a_mutant():
+    assert set(EQUIVALENT) <= {(mutant.file, mutant.text) for mutant in mutants.find(SOURCES)}

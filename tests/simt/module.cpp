@@ -123,18 +123,21 @@ PYBIND11_MODULE(MODULE, m) {
     py::register_exception<simt::Fault>(m, "Fault", PyExc_RuntimeError);
     m.def(
         "configure",
-        [](uint64_t seed, bool eager, bool profile, size_t shared_limit, size_t cache_bytes, size_t together, int mutant) {
+        [](uint64_t seed, bool eager, bool profile, size_t shared_limit, uint64_t access_limit, size_t cache_bytes,
+           size_t together, int mutant) {
             settings = Settings();
             settings.options.seed = seed;
             settings.options.eager = eager;
             settings.options.profile = profile;
             settings.options.shared_limit = shared_limit;
+            settings.options.access_limit = access_limit;
             settings.cache_bytes = cache_bytes;
             settings.together = together;
             cuda::mutant = mutant;
         },
         py::kw_only(), py::arg("seed") = 0, py::arg("eager") = false, py::arg("profile") = false,
-        py::arg("shared_limit") = 99 << 10, py::arg("cache_bytes") = 0, py::arg("together") = 1, py::arg("mutant") = 0);
+        py::arg("shared_limit") = 99 << 10, py::arg("access_limit") = 1 << 24,
+        py::arg("cache_bytes") = 0, py::arg("together") = 1, py::arg("mutant") = 0);
     m.def("workspace_bytes", &cuda::workspace_size, py::arg("layer"));
     m.def(
         "run_layer",

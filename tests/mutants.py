@@ -35,21 +35,26 @@ class Mutant:
     text: str  # what is taken out; twice for a wait, whose second mutant waits for one group less
 
 
-def find(folder: Path) -> list[Mutant]:
-    """All mutants of the kernels in `folder`/cuda."""
-    return [mutant for file in FILES for mutant in _rewrite(folder, file)[1]]
+def find(folder: Path, files: tuple[str, ...] = FILES) -> list[Mutant]:
+    """All mutants of the kernels in `files` of `folder`/cuda."""
+    mutants: list[Mutant] = []
+    for file in files:
+        mutants += _rewrite(folder, file, len(mutants) + 1)[1]
+    return mutants
 
 
-def write(folder: Path, target: Path) -> None:
+def write(folder: Path, target: Path, files: tuple[str, ...] = FILES) -> None:
     """A copy of the sources at `target`, with a switch for each mutant."""
     shutil.copytree(folder, target)
-    for file in FILES:
-        (target / "cuda" / file).write_text(_rewrite(folder, file)[0])
+    number = 1
+    for file in files:
+        text, mutants = _rewrite(folder, file, number)
+        (target / "cuda" / file).write_text(text)
+        number += len(mutants)
 
 
-def _rewrite(folder: Path, file: str) -> tuple[str, list[Mutant]]:
-    before = FILES[: FILES.index(file)]
-    number = 1 + sum(len(_rewrite(folder, other)[1]) for other in before)
+def _rewrite(folder: Path, file: str, number: int) -> tuple[str, list[Mutant]]:
+    """The file with its switches, the first of which has that number."""
     source = re.sub(r"//.*", "", (folder / "cuda" / file).read_text())
     mutants, edits = [], []
     for start, end, opening, closing in _sites(source):

@@ -233,7 +233,7 @@ def test_nvcc_compiles_every_source_for_the_architectures_asked_for(monkeypatch,
 def test_an_nvcc_that_fails_costs_the_cuda_backend_only(monkeypatch, tmp_path, caplog):
     build_cuda(monkeypatch, tmp_path, "exit 3")
     (said,) = [r.getMessage() for r in caplog.records if "building extension" in r.getMessage()]
-    assert "reap_kernels._cuda" in said and "exit code 3" in said and "\n" not in said
+    assert "reap_kernels._cuda" in said and "exit code 3" in said and "\n" not in said.strip()
 
 
 def test_no_architecture_leaves_it_out(monkeypatch, tmp_path, capsys):

@@ -33,7 +33,7 @@ FAULTS = {
     "missing_syncwarp": ("race", SHARED, THREAD, 2016),
     "syncwarp_for_a_barrier": ("race", SHARED, THREAD, 992),
     "half_a_warp": ("race", SHARED, THREAD, 2016),
-    "reader_outside_mask": ("race", r"shared \+ 0", THREAD, 160),
+    "reader_outside_mask": ("race", r"shared \+ 0", THREAD, 85),
     "parts_of_a_vector": ("race", SHARED, THREAD, 4 * 2016 + 64),
     "barrier_of_others": ("race", SHARED, THREAD, 8128),
     "word_of_mouth": ("race", SHARED, THREAD, 496),

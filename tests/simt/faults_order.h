@@ -58,12 +58,13 @@ template <bool broken> __global__ void half_a_warp(Args a) {
     store_global(a.out + t, x);
 }
 
+// Of the readers of a word, one has no part in the synchronisation before it is changed.
 template <bool broken> __global__ void reader_outside_mask(Args a) {
     const auto shared = cast<float>(shared_memory());
     const unsigned t = threadIdx.x;
     if (t == 0) store_shared(shared, load_global(a.in + 5));
     __syncwarp();
-    store_global(a.out + t, load_shared(shared));                         //! reader_outside_mask
+    if (t >= 15) store_global(a.out + t, load_shared(shared));            //! reader_outside_mask
     if (!broken || t >= 16) __syncwarp(broken ? 0xffff0000 : 0xffffffff);
     if (t == 16) store_shared(shared, 1.0f);                              //! reader_outside_mask
 }

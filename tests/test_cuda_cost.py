@@ -1,0 +1,78 @@
+"""What the CUDA kernels cost, counted on the emulator: bank conflicts, launches, and the bytes that
+pass a modelled L2 cache at scaled-down real layers."""
+
+import cases
+import emulated
+import pytest
+import torch
+from cases import Case
+from test_cuda import ALIGNED
+
+from bench.shapes import REAL
+
+pytestmark = pytest.mark.skipif(emulated.missing() is not None, reason=str(emulated.missing()))
+
+
+@pytest.mark.parametrize("case", [*ALIGNED[1::3], cases.LAYOUTS[1]], ids=str)
+def test_no_bank_conflict_anywhere(case):
+    inputs = cases.make(case, torch.bfloat16)
+    emulated.run(inputs, profile=True)
+    shared = emulated.counters()["shared"]
+    assert {line: use for line, use in shared.items() if use["conflicts"]} == {}
+    kinds = {use["what"] for use in shared.values() if use["requests"]}
+    assert kinds >= {"cp.async", "ldmatrix", "load", "store"}
+
+
+def test_at_most_eight_launches():
+    inputs = cases.make(cases.SHAPES[0], torch.bfloat16)
+    emulated.run(inputs)
+    assert emulated.counters()["launches"] == [
+        "count", "scan", "place", "gate_up", "zero", "down", "finish",
+    ]  # fmt: skip
+    emulated.run(inputs, deterministic=True)
+    assert "zero" not in emulated.counters()["launches"]
+
+
+H100 = {"cache": 50 << 20, "blocks": 264}  # bytes; two blocks on each of 132 processors
+
+
+def minimum(case: Case, experts: int, touches: int) -> int:
+    """Bytes that two kernels of their kind move at least. Once: the weights of the `experts` that
+    were chosen and the output. Written and read: inner and the partial norms. Some for each slot. x
+    is read and the fp32 sums of the output are written and read for as many rows as `touches`."""
+    T, S, H, I = case.T, case.T * case.K, case.H, case.I  # noqa: E741
+    weights, inner, out = experts * 3 * H * I * 2, 2 * S * I * 2, T * H * 2
+    partials, slots = 2 * 8 * S * -(-H // 64), S * (8 + 4 + 4 + 4)
+    return weights + inner + out + partials + slots + touches * H * (2 + 2 * 4)
+
+
+# A layer and a chip at an eighth of their size: of H, I, tokens, experts and the blocks that run at
+# a time, and 1/64 of the cache's bytes. Mixtral has too few experts to divide.
+@pytest.mark.parametrize(
+    ("name", "T", "fewer"),
+    [
+        ("qwen3-30b-a3b", 2048, 8),
+        ("deepseek-v3", 1024, 8),
+        ("mixtral-8x7b", 2048, 1),
+        ("qwen3-30b-a3b", 8192, 8),
+    ],
+)
+def test_bytes_past_the_cache_are_near_the_minimum(name, T, fewer):
+    """At most 1.15 of the minimum, where the sums fit in the cache. In the last batch they do not:
+    then rows of x and of the sums are touched anew for some of the slots, for those come in the
+    order of the experts, which is no order of theirs."""
+    real, cache = REAL[name], H100["cache"] // 64
+    case = Case(name, T // 8, real.K, real.E // fewer, real.H // 8, real.I // 8)
+    inputs = cases.make(case, torch.bfloat16)
+    emulated.run(
+        inputs,
+        chip=emulated.CHIP._replace(cache=cache),
+        cache_bytes=cache,
+        together=H100["blocks"] // 8,
+    )
+    moved = emulated.counters()["fetched"][-1] + emulated.counters()["written"][-1]
+    fit = case.T * case.H * 4 <= cache
+    experts = len(inputs["top_k_index"].unique())
+    least = minimum(case, experts, case.T if fit else case.T * case.K)
+    print(f"{name} T={T}: {moved / 1e6:.1f} MB, {moved / least:.3f} of the minimum")
+    assert fit == (T < 8192) and moved <= 1.15 * least

@@ -1,7 +1,8 @@
 """The CUDA backend's kernels for Hopper alone: csrc/cuda/sm90, with TMA, mbarriers and wgmma.
 
-Compiled, never executed: `auto` passes it over, and it runs only where backend="cuda_sm90" asks for
-it. What its copy engine cannot read (memory that is not in multiples of 16 bytes) runs on `cuda`.
+They have been executed on the emulator of the test suite, and never on a GPU: `auto` passes them
+over, they run only where backend="cuda_sm90" asks for them. What the copy engine cannot read (memory
+that is not in multiples of 16 bytes) runs on `cuda`.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from reap_kernels.contract import Call, Saliency
 NAME = "cuda_sm90"
 AUTO = False
 ASSERTS_IDS = True
-CAVEAT = "compiled, never executed: compare its results before you rely on them"
+CAVEAT = "executed on an emulator only, never on a GPU, so only where it is named"
 UNIT = 8  # elements of 16 bits in the 16 bytes that the copy engine counts in
 
 

@@ -59,7 +59,7 @@ def build(sources: Path, *flags: str) -> ModuleType:
     includes = (sources, ROOT / "tests", ROOT / "tests/simt", pybind11.get_include())
     command = [COMPILER, *FLAGS, *flags, *(f"-I{folder}" for folder in includes)]
     command += ["-isystem", sysconfig.get_path("include"), str(ROOT / "tests/simt/module.cpp")]
-    digest = hashlib.sha256(repr((command, sys.version)).encode())
+    digest = hashlib.sha256(repr((COMPILER, FLAGS, flags, sys.version)).encode())
     for folder in (sources, ROOT / "tests/simt"):
         for path in sorted(path for path in folder.rglob("*") if path.is_file()):
             digest.update(f"{path.relative_to(folder)}\n".encode() + path.read_bytes())

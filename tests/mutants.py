@@ -20,8 +20,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 FILES = ("routing.cuh", "tiles.cuh", "gate_up.cuh", "down.cuh", "finish.cuh")
+SM90_FILES = ("sm90/pipeline.cuh", "sm90/gate_up.cuh", "sm90/down.cuh")
 STATEMENT = re.compile(
     r"__syncthreads\(\);|__syncwarp\(\);|cp_async_wait<(?P<groups>[^;]*)>\(\);|cp_async_commit\(\);"
+    r"|\b(?:wait|wait_empty|drain|fence_\w+|wgmma_(?:fence|commit|wait<\d>)|mbarrier_arrive\w*"
+    r"|cp_async_mbarrier_arrive)\([^;{}]*\);"
 )
 LEAVES = re.compile(r"\)\s*(return|break|continue)\b")
 CHOICE = re.compile(r"[\w.]+ (<|<=|>=) [\w.]+(?= \?)")
@@ -43,7 +46,7 @@ def find(folder: Path, files: tuple[str, ...] = FILES) -> list[Mutant]:
     return mutants
 
 
-def write(folder: Path, target: Path, files: tuple[str, ...] = FILES) -> None:
+def write(folder: Path, target: Path, files: tuple[str, ...] = FILES + SM90_FILES) -> None:
     """A copy of the sources at `target`, with a switch for each mutant."""
     shutil.copytree(folder, target)
     number = 1

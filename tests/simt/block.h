@@ -82,6 +82,8 @@ struct Lane {
     Wait wait;
     std::vector<Copy> copies;     // oldest first
     uint32_t group = 0;           // of cp.async: the one that is open
+    uint64_t started = 0;         // of all its cp.async; the last of them are `copies`
+    uint64_t signalled = 0;       // up to here an mbarrier was told of them
 
     unsigned bit() const { return 1u << lane; }
 };

@@ -164,22 +164,25 @@ inline void mbarrier_arrive_expect(Shared<uint64_t> barrier, int bytes, Site sit
 }
 
 // "cp.async.mbarrier.arrive.noinc": one of the expected arrivals, when all copies that this thread
-// has started have landed. They are no longer its own to wait for.
+// has started have landed. Who waits for the phase knows of those since the last such instruction.
 inline void cp_async_mbarrier_arrive(Shared<uint64_t> barrier, Site site = Site::here()) {
     Lane& me = *running;
     Block& block = *me.block;
     Mbarrier& mbarrier = detail::mbarrier(barrier, site);
     const Stamp now = detail::engine_stamp(mbarrier.engine + 1, mbarrier.phase + 1, site);
-    for (const Copy& copy : me.copies)
-        block.shared_shadow.touch<&Cell::note_write>(copy.offset, 16, me.view, now);
-    block.background.push_back([&block, &me, &mbarrier, site, copies = std::move(me.copies)] {
-        for (const Copy& copy : copies) {
+    const auto first = [&me] { return me.started - me.copies.size(); };   // before the oldest
+    for (uint64_t i = std::max(first(), me.signalled); i < me.started; ++i)
+        block.shared_shadow.touch<&Cell::note_write>(me.copies[i - first()].offset, 16, me.view, now);
+    me.signalled = me.started;
+    block.background.push_back([&block, &me, &mbarrier, site, first, last = me.started] {
+        while (first() < last) {
+            const Copy copy = me.copies.front();
+            me.copies.erase(me.copies.begin());
             if (!block.options.eager) finish_copy(block, copy);
             block.shared_shadow.set_in_flight(copy.offset, false);
         }
         detail::arrive(mbarrier, block, me, site);
     });
-    me.copies.clear();
 }
 
 // "mbarrier.try_wait", form with .parity: false at times though it is only early, as the ISA allows.

@@ -27,6 +27,7 @@ inline void cp_async16(Shared<char> to, Global<const char> from, bool real,
         me.warp->requests.add(me.lane, site, "cp.async", static_cast<uint32_t>(to.offset()), 16);
     const auto offset = static_cast<size_t>(to.offset());
     me.copies.push_back({offset, real ? from.unchecked() : nullptr, me.group, site});
+    ++me.started;
     block.shared_shadow.set_in_flight(offset, true);
     if (block.options.eager) finish_copy(block, me.copies.back());
     else std::memset(block.shared + offset, 0xff, 16);

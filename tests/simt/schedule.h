@@ -46,6 +46,7 @@ inline void Block::run(uint3 block_index, uint32_t number, const std::function<v
         lane.wait = Wait();
         lane.copies.clear();
         lane.group = 0;
+        lane.started = lane.signalled = 0;
         lane.fiber.start(stacks->stack(t), stacks->bytes(t), lane_main);
     }
     running = warps[random.below(static_cast<uint32_t>(warps.size()))].lanes[0];

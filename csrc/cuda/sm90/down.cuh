@@ -29,7 +29,6 @@ __device__ __forceinline__ void load_down(const Down<T>& down, const Ring& ring)
             turn.advance();
         }
     }
-    drain(ring, turn);
 }
 
 template <class T, bool N_ADJACENT>

@@ -82,7 +82,8 @@ __device__ __forceinline__ void wait(Shared<uint64_t> barrier, uint32_t parity) 
 // Until the consumers have left the stage; in the first round nobody was ever there.
 __device__ __forceinline__ void wait_empty(const Ring& ring, Turn turn) { wait(ring.empty + turn.stage, turn.parity ^ 1); }
 
-// For the producer's end: until all that it loaded has been used.
+// For a producer that copies by cp.async: until what it copied has been used, so that no thread ends
+// before its copies have.
 __device__ __forceinline__ void drain(const Ring& ring, Turn turn) {
     for (int i = 0; i < STAGES; ++i) {
         wait_empty(ring, turn);

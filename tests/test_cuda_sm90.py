@@ -1,0 +1,220 @@
+"""The kernels for Hopper in csrc/cuda/sm90: what nvcc makes of them, their source on the emulator,
+and mutants of it. They have never run on a GPU.
+"""
+
+import re
+from collections import Counter
+from itertools import product
+from pathlib import Path
+
+import cases
+import emulated
+import mutants
+import nvcc
+import pytest
+import sass
+import torch
+from cases import Case
+
+from reap_kernels import cuda, cuda_sm90, moe_saliency, ops
+
+needs_nvcc = pytest.mark.skipif(nvcc.missing() is not None, reason=str(nvcc.missing()))
+needs_emulator = pytest.mark.skipif(emulated.missing() is not None, reason=str(emulated.missing()))
+SOURCES = Path(__file__).parent.parent / "csrc"
+SHARED = 227 << 10  # of a block on an sm_90 [bytes]
+DTYPES = (torch.bfloat16, torch.float16)
+
+# Two tiles of columns, the second nearly empty; slices of k that end early.
+SIZES = {"T": 33, "K": 3, "E": 4, "H": 136, "I": 136}
+CASES = [
+    Case(
+        layout.why,
+        gated=layout.gated,
+        interleaved=layout.interleaved,
+        transposed=layout.transposed,
+        bias=layout.bias,
+        routing="some_sentinels" if layout.bias else "half_the_experts",
+        **SIZES,
+    )
+    for layout in cases.LAYOUTS
+] + [
+    Case("full tiles and one row more", T=129, K=1, E=1, H=256, I=128),
+    Case("more stages than the ring has, several tiles per block", T=24, E=5, H=456, I=328),
+    Case("one of everything", T=1, K=1, E=1, H=8, I=8, gated=False),
+    Case(
+        "an inner size that is padded",
+        T=9,
+        E=4,
+        H=72,
+        I=36,
+        interleaved=True,
+        transposed=True,
+        gates=None,
+    ),
+    Case("nobody has an expert", routing="all_sentinels", **SIZES),
+    Case("gates in the model dtype", gates=None, ids=torch.int32, **SIZES),
+]
+
+
+def run(inputs, module=None, *, deterministic=False, **options):
+    module = module or emulated.module()
+    module.configure(shared_limit=SHARED, **options)
+    call = emulated.call_of(inputs, deterministic)
+    return cuda.execute(module, call, emulated.CHIP._replace(processors=3), stream=0, wgmma=True)
+
+
+@needs_emulator
+@pytest.mark.parametrize(
+    ("case", "dtype"), [(case, DTYPES[i % 2]) for i, case in enumerate(CASES)], ids=str
+)
+def test_emulated(case, dtype):
+    inputs = cases.make(case, dtype)
+    atomic = run(inputs, seed=1)
+    assert "gate_up" in emulated.counters()["launches"]
+    slabs = run(inputs, seed=2, eager=True, deterministic=True)
+    again = run(inputs, seed=3, deterministic=True)
+    cases.assert_accurate(atomic, inputs)
+    cases.assert_accurate(slabs, inputs)
+    assert all(torch.equal(a, b) for a, b in zip(slabs, again, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(atomic[1:], slabs[1:], strict=True))
+
+
+@needs_emulator
+def test_a_nan_stays_in_its_token():
+    inputs = cases.make(Case("one NaN", **SIZES), torch.bfloat16)
+    plain = run(inputs)
+    inputs["hidden_states"][5, 7] = torch.nan
+    out, norms, peaks = run(inputs)
+    for found, clean in zip((out, norms, peaks), plain, strict=True):
+        assert found[5].isnan().all()
+        found[5] = clean[5]
+        assert not found.isnan().any()
+
+
+MUTANTS = [
+    mutant
+    for mutant in mutants.find(SOURCES, mutants.FILES + mutants.SM90_FILES)
+    if mutant.file in mutants.SM90_FILES
+]
+# The ring goes round within a tile, blocks have several tiles, and the last rows are not real.
+DEEP = {"T": 20, "K": 2, "E": 3, "H": 392, "I": 328}
+RUNS = [
+    Case("mutant", **DEEP),
+    Case("mutant", interleaved=True, transposed=True, bias=True, **SIZES),
+]
+
+
+@pytest.fixture(scope="module")
+def mutated(tmp_path_factory):
+    """The module with all mutants in it; `mutant` says which is out of order."""
+    folder = tmp_path_factory.mktemp("mutants") / "csrc"
+    mutants.write(SOURCES, folder)
+    return emulated.build(folder)
+
+
+def complaint(extension, mutant: int) -> str | None:
+    for case, seed in product(RUNS, range(4)):
+        inputs = cases.make(case, torch.bfloat16)
+        options = {"seed": seed, "eager": seed % 2 == 1, "mutant": mutant}
+        try:
+            cases.assert_accurate(run(inputs, extension, **options), inputs)
+        except (extension.Fault, AssertionError) as error:
+            return str(error)
+    return None
+
+
+@needs_emulator
+def test_without_a_mutant_nothing_is_wrong(mutated):
+    assert complaint(mutated, 0) is None
+
+
+@needs_emulator
+def test_every_statement_that_waits_signals_or_fences_is_a_mutant():
+    found = Counter(re.sub(r"\(.*", "", mutant.text) for mutant in MUTANTS)
+    assert found.items() >= {
+        "wait": 2, "wait_empty": 3, "drain": 1, "fence_mbarrier_init": 1, "fence_proxy_async": 1,
+        "wgmma_fence": 1, "wgmma_commit": 1, "wgmma_wait<1>": 1, "wgmma_wait<0>": 1,
+        "mbarrier_arrive": 2, "mbarrier_arrive_expect": 2, "cp_async_mbarrier_arrive": 1,
+        "__syncthreads": 1, "__syncwarp": 2,
+    }.items()  # fmt: skip
+
+
+@needs_emulator
+@pytest.mark.parametrize("mutant", MUTANTS, ids=lambda m: f"{m.file}:{m.line}-{m.text}")
+def test_mutant_is_caught(mutated, mutant):
+    assert complaint(mutated, mutant.number), f"survives: {mutant}"
+
+
+@needs_nvcc
+@pytest.mark.parametrize("name", ("gate_up_kernel", "down_kernel"))
+@pytest.mark.parametrize("layout", ("false", "true"))
+@pytest.mark.parametrize("dtype", ("bf16", "fp16"))
+def test_machine_code(name, layout, dtype):
+    """No spills, and Hopper's instructions: multiplications that follow each other without a wait,
+    the copy engine, mbarriers; rows of x by cp.async alone."""
+    (kernel,) = (
+        kernel
+        for kernel in nvcc.compiled("sm_90a")
+        if kernel.name == f"sm90::{name}<{dtype}, {layout}>"
+    )
+    assert kernel.stack == kernel.local == 0
+    # 65,536 registers for 384 threads; setmaxnreg gives them out anew.
+    assert kernel.registers == 168
+    code = sass.instructions(kernel.code)
+    text = "\n".join(code)
+    suffix = ".BF16" if dtype == "bf16" else ""
+    assert len(re.findall(rf"HGMMA\.64x256x16\.F32{suffix} ", text)) == 4
+    assert not re.search(r"\bHMMA", text)
+    assert ("tnspB" in text) == (layout == "true")
+    assert len(re.findall(r"UTMALDG\.4D", text)) == 4
+    assert len(re.findall(r"UTMALDG\.2D", text)) == (name == "down_kernel")
+    assert len(re.findall(r"LDGSTS\.E\.BYPASS\.\S*128", text)) == (
+        8 if name == "gate_up_kernel" else 0
+    )
+    assert len(re.findall(r"ARRIVES\.LDGSTSBAR", text)) == (name == "gate_up_kernel")
+    for instruction in ("SYNCS.EXCH", "SYNCS.PHASECHK.TRANS64.TRYWAIT", "SYNCS.ARRIVE.TRANS64",
+                        "USETMAXREG.DEALLOC", "USETMAXREG.TRY_ALLOC"):  # fmt: skip
+        assert instruction in text, instruction
+
+    loop = kernel.loop
+    hgmma = [i for i, each in enumerate(loop) if "HGMMA" in each]
+    assert len(hgmma) == 4
+    between = "\n".join(loop[hgmma[0] : hgmma[-1]])
+    assert "WARPGROUP" not in between, "ptxas runs the wgmmas one by one"
+    assert ("FENCE.VIEW.ASYNC" in "\n".join(loop)) == (name == "gate_up_kernel")
+
+
+def test_nobody_gets_it_unasked(monkeypatch):
+    assert cuda_sm90 in ops.LADDER and cuda_sm90 not in ops.named("auto")
+    assert ops.named("cuda_sm90") == (cuda_sm90,)
+    inputs = cases.make(Case("aligned", **SIZES), torch.bfloat16)
+    monkeypatch.setattr(cuda, "available", lambda: "no GPU today")
+    with pytest.raises(ValueError, match="cuda_sm90: no GPU today"):
+        moe_saliency(**inputs, backend="cuda_sm90")
+
+
+def unsupported(case, **changed):
+    inputs = cases.make(case, torch.bfloat16) | changed
+    return cuda_sm90.unsupported_layout(emulated.call_of(inputs))
+
+
+def test_reasons():
+    fits = Case("fits", **SIZES)
+    for case in CASES:
+        assert unsupported(case) is None
+    assert "hidden size 97, must be a multiple of 8" in unsupported(Case("odd"))
+    odd = {"H": 24, "I": 35, "E": 4}
+    assert "down_proj has strides [840, 35, 1], must be" in unsupported(Case("odd inner", **odd))
+    side = unsupported(Case("transposed", transposed=True, **odd))
+    assert "inner size 35, must be a multiple of 8 where gate and up are side by side" in side
+    x, w = torch.zeros(33, 280, dtype=torch.bfloat16), torch.zeros(5, 136, 136).bfloat16()
+    assert unsupported(fits, hidden_states=x[:, 3:139]).startswith("hidden_states starts at ")
+    assert "[280, 2]" not in str(unsupported(fits, hidden_states=x[:, :272:2]))  # copied first
+    assert unsupported(fits, hidden_states=x.view(-1)[: 33 * 137].view(33, 137)[:, :136]) == (
+        "hidden_states has strides [137, 1], must be adjacent along a row or column and have "
+        "multiples of 8 elsewhere"
+    )
+    assert "down_proj has strides [0, 136, 1]" in unsupported(
+        fits, down_proj=w[:1].expand(4, -1, -1)
+    )
+    assert unsupported(fits, down_proj=w[:4].mT) is None

@@ -8,7 +8,7 @@ from reap_kernels.contract import Call, Saliency
 NAME = "cpu"
 
 # As in csrc/cpu/layer.h and moe.cpp.
-_SLAB, _GROUP, _KSTEPS, _BLOCK_TOKENS, _LINE = 96, 48, 256, 128, 64
+_SLAB, _GROUP, _KSTEPS, _BLOCK_TOKENS, _LINE, _AHEAD = 96, 48, 256, 128, 64, 8
 
 
 def available() -> str | None:
@@ -51,32 +51,37 @@ def execute(
 def extra_bytes(call: Call, isa: str | None = None, threads: int | None = None) -> int:
     """The bytes that `execute` allocates besides its results, one allocation of
 
-      S * I * size          the activated inner tensor, I rounded up to even, in the model dtype
+      R * I * size          the activated inner tensor, I rounded up to even, in the model dtype
+      R * ceil(H/96) * 8    norms and peaks in parts
       T * H * 4             sums of the layer output, if the model dtype is not fp32
-      S * ceil(H/96) * 8    norms and peaks in parts
       S * 4 + E * 8 + ...   routing
       threads * scratch     packed tokens of a block (128 by H of four bytes, two bytes in bf16 on
                             avx512_bf16), a tile of weights (48 by 256) and two of sums (48 by 128)
 
-    each rounded up to a cache line: nothing of size S*H, E*T or of the weights. Ids that are not
-    int64, gates that are not fp32, either or hidden states whose rows are not adjacent are copied.
+    each rounded up to a cache line, where R = min(S, 2048 * threads) slots are in the making at a
+    time: nothing of size S*H, S*I, E*T or of the weights. Ids that are not int64, gates that are
+    not fp32, either or hidden states whose rows are not adjacent are copied.
     """
     T, K, E, H, I = call.T, call.K, call.E, call.H, call.I  # noqa: E741
     S, dtype = T * K, call.hidden_states.dtype
+    threads = torch.get_num_threads() if threads is None else threads
     fp32 = dtype == torch.float32
     pairs = dtype == torch.bfloat16 and (isa or isas()[0]) == "avx512_bf16"
     slabs = -(-H // _SLAB)
     steps = -(-H // 2) if pairs else H if fp32 else max(H, I)
     scratch = 4 * (steps * _BLOCK_TOKENS + _GROUP * _KSTEPS + 2 * _GROUP * _BLOCK_TOKENS)
+    blocks, places = S // _BLOCK_TOKENS + min(S, E), 2 * _AHEAD * threads
+    rows, gaps = (S, blocks) if S <= places * _BLOCK_TOKENS else (places * _BLOCK_TOKENS, places)
     pieces = (
         4 * S,  # order
-        16 * (S // _BLOCK_TOKENS + min(S, E)),  # blocks
+        32 * blocks,
+        8 * blocks,  # progress
         8 * (E + 1),  # offsets
         8 * slabs,  # turns
-        8 * S * slabs,  # partials
+        8 * rows * slabs,  # partials
         0 if fp32 else 4 * T * H,  # sums
-        scratch * (torch.get_num_threads() if threads is None else threads),
-        S * (I + I % 2) * dtype.itemsize,  # inner
+        scratch * threads,
+        rows * (I + I % 2) * dtype.itemsize + gaps * _LINE,  # inner
     )
     return sum(-(-piece // _LINE) * _LINE for piece in pieces) + 2 * _LINE
 

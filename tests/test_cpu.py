@@ -21,6 +21,9 @@ LARGE = cases.Case("larger than every tile", T=300, K=2, E=3, H=1103, I=557, bia
 # All three paths of a block: few tokens, part of a block, several blocks.
 SKEWED = cases.Case("few and many tokens", T=260, K=2, E=40, H=130, I=70)
 
+# More slots than inner has rows for at up to 3 threads: blocks take the places of earlier ones.
+LONG = cases.Case("more slots than are in the making", T=1600, K=4, E=70, H=34, I=18)
+
 
 def call_of(inputs):
     tensors = tuple(inputs.values())[:7]
@@ -59,9 +62,10 @@ def test_accurate(case, dtype, isa):
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("dtype", cases.DTYPES, ids=str)
 @pytest.mark.parametrize("transposed", (False, True))
-def test_accurate_beyond_every_tile(dtype, isa, transposed):
+@pytest.mark.parametrize("T", (9, 300))  # few tokens per expert, and many
+def test_accurate_beyond_every_tile(dtype, isa, transposed, T):
     """The accuracy rule, with the truth from `reference` in fp64: slot by slot takes too long."""
-    inputs = cases.make(cases.replace(LARGE, transposed=transposed), dtype)
+    inputs = cases.make(cases.replace(LARGE, transposed=transposed, T=T), dtype)
     result, _ = cpu.execute(call_of(inputs), isa=isa)
     exact = moe_saliency(**widened(inputs), backend="reference")
     for ours, truth, plain in zip(result, exact, cases.plain(inputs), strict=True):
@@ -73,17 +77,19 @@ def test_accurate_beyond_every_tile(dtype, isa, transposed):
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("dtype", cases.DTYPES, ids=str)
 def test_same_bits_at_any_number_of_threads(dtype, isa):
-    call = call_of(skewed(dtype))
-    first, _ = cpu.execute(call, isa=isa, threads=1)
-    for threads in (1, 2, 3, 7):
-        assert same_bits(first, cpu.execute(call, isa=isa, threads=threads)[0]), threads
+    for inputs in (skewed(dtype), cases.make(LONG, dtype)):
+        call = call_of(inputs)
+        first, _ = cpu.execute(call, isa=isa, threads=1)
+        for threads in (1, 2, 3, 7):
+            assert same_bits(first, cpu.execute(call, isa=isa, threads=threads)[0]), threads
 
 
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("dtype", cases.DTYPES, ids=str)
 @pytest.mark.parametrize("threads", (1, 3))
 def test_allocates_what_the_formula_says(dtype, isa, threads):
-    for inputs in (skewed(dtype), cases.make(cases.SHAPES[0], dtype)):
+    for case in (SKEWED, LONG, cases.SHAPES[0]):
+        inputs = cases.make(case, dtype)
         call = call_of(inputs)
         _, allocated = cpu.execute(call, isa=isa, threads=threads)
         assert allocated == cpu.extra_bytes(call, isa, threads)
@@ -92,7 +98,18 @@ def test_allocates_what_the_formula_says(dtype, isa, threads):
 def test_extra_memory_is_flat_in_the_experts():
     case = cases.Case("", T=64, K=2)
     few, many = (call_of(cases.make(cases.replace(case, E=E), torch.float32)) for E in (2, 64))
-    assert cpu.extra_bytes(many) - cpu.extra_bytes(few) < 62 * 32
+    assert cpu.extra_bytes(many) - cpu.extra_bytes(few) < 62 * 128
+
+
+def test_extra_memory_has_a_bound_beside_the_output():
+    """Twice the tokens cost their sums in fp32 and their routing, not what lies in between."""
+    case = cases.replace(LONG, H=256, I=512)
+    once, twice = (
+        call_of(cases.make(cases.replace(case, T=T), torch.bfloat16)) for T in (2048, 4096)
+    )
+    tokens, slots = 2048, 2048 * case.K
+    more = cpu.extra_bytes(twice, threads=2) - cpu.extra_bytes(once, threads=2)
+    assert 0 < more < tokens * case.H * 4 + slots * 8
 
 
 def test_norms_can_be_left_out():

@@ -76,19 +76,14 @@ static void add_output(const Layer& layer, const Block& block, int64_t column, i
     }
 }
 
-static inline void wait_for_turn(const int64_t* turn, int64_t block) {
-    for (int spins = 0; __atomic_load_n(turn, __ATOMIC_ACQUIRE) != block; ++spins)
-        if (spins > 64) yield_processor();
-}
-
-template <Dtype D> static void down(const Job& job, int64_t task, char* memory) {
+template <Dtype D> static void down(const Job& job, int64_t b, int64_t slab, char* memory) {
     const Layer& layer = job.layer;
-    const int64_t b = task / job.slabs, slab = task % job.slabs, column = slab * SLAB;
+    const int64_t column = slab * SLAB;
     const Block& block = job.blocks[b];
     const Tiling tiling(block.tokens);
     const Scratch scratch = carve(memory);
     const bool few = few_tokens(layer, block);
-    Tokens tokens = {inner_of<D>(job, block), true};
+    Tokens tokens = {job.inner + block.inner, true};
     const char* rows[FEW_TOKENS];
     if (few) {
         for (int i = 0; i < block.tokens; ++i) rows[i] = tokens.data + i * job.inner_width * Number<D>::size;
@@ -104,15 +99,15 @@ template <Dtype D> static void down(const Job& job, int64_t task, char* memory) 
         const int count = width - offset < GROUP ? width - offset : GROUP;
         const Group group = plain_group(column + offset, count);
         const float* c = few ? multiply_few<D>(layer.down, matrix, group, layer.I, rows, tiling, scratch)
-                             : multiply_group<D>(layer.down, matrix, group, layer.I, tokens, tiling, scratch);
-        if (offset == 0) wait_for_turn(job.turns + slab, b);
+                             : multiply_packed<D>(layer.down, matrix, group, layer.I, tokens, tiling, scratch);
+        if (offset == 0) wait_until(job.turns + slab, b);
         if (job.partials) add_output<D, true>(layer, block, column, offset, count, c, lanes);
         else add_output<D, false>(layer, block, column, offset, count, c, lanes);
     }
     __atomic_store_n(job.turns + slab, b + 1, __ATOMIC_RELEASE);
     if (!job.partials) return;
     for (int lane = 0; lane < block.tokens; ++lane) {
-        float* cell = job.partials + ((block.first + lane) * job.slabs + slab) * 2;
+        float* cell = job.partials + ((block.row + lane) * job.slabs + slab) * 2;
         cell[0] = lanes.square[lane];
         cell[1] = lanes.peak[lane];
     }

@@ -1,17 +1,13 @@
 // hidden_states -> inner: gather, gate and up projection, bias, activation.
 //
-// inner is [S, I] in the model dtype. A block with few tokens lies as [tokens, I]; others tile by tile as
+// inner is in the model dtype. A block with few tokens lies as [tokens, I]; others tile by tile as
 // [steps, tokens of the tile], the packed operand of `down` where the processor multiplies the model dtype.
 #pragma once
 #include "activation.h"
-#include "few.h"
+#include "few_across.h"
 
 namespace reap {
 namespace REAP_ISA {
-
-template <Dtype D> static inline char* inner_of(const Job& job, const Block& block) {
-    return job.inner + block.first * job.inner_width * Number<D>::size;
-}
 
 template <Dtype D> static inline vf bias_of(const Weights& w, int64_t expert, int64_t row) {
     if (!w.bias) return set1(0.0f);
@@ -74,7 +70,7 @@ template <Dtype D, Activation Act>
 static void write_inner(const Job& job, const Block& block, int64_t first, int count, const float* c) {
     const Tiling tiling(block.tokens);
     const Activated<D, Act> rows = {job.layer, block.expert, first, c, tiling.lanes()};
-    char* const inner = inner_of<D>(job, block);
+    char* const inner = job.inner + block.inner;
     if (few_tokens(job.layer, block)) write_along<D>(rows, job.inner_width, block.tokens, count, inner);
     else write_across<D>(rows, tiling, count, inner);
 }
@@ -90,10 +86,9 @@ template <Dtype D> static void write_inner(const Job& job, const Block& block, i
     }
 }
 
-template <Dtype D> static void gate_up(const Job& job, int64_t task, char* memory) {
+template <Dtype D> static void gate_up(const Job& job, int64_t b, int64_t part, char* memory) {
     const Layer& layer = job.layer;
-    const Block& block = job.blocks[task / job.inner_splits];
-    const int64_t part = task % job.inner_splits;
+    const Block& block = job.blocks[b];
     const Tiling tiling(block.tokens);
     const Scratch scratch = carve(memory);
     const bool few = few_tokens(layer, block);
@@ -110,7 +105,7 @@ template <Dtype D> static void gate_up(const Job& job, int64_t task, char* memor
         const Group group = layer.gated ? gated_group(layer, i, count) : plain_group(i, count);
         const Tokens tokens = {scratch.tokens, false};
         const float* c = few ? multiply_few<D>(layer.gate_up, matrix, group, layer.H, rows, tiling, scratch)
-                             : multiply_group<D>(layer.gate_up, matrix, group, layer.H, tokens, tiling, scratch);
+                             : multiply_packed<D>(layer.gate_up, matrix, group, layer.H, tokens, tiling, scratch);
         write_inner<D>(job, block, i, count, c);
     }
 }

@@ -17,6 +17,8 @@ constexpr int PAD = 16;              // most lanes of any instruction set
 
 struct Block {
     int64_t first;                   // sorted position of its first slot
+    int64_t row;                     // of partials, for its first slot
+    int64_t inner;                   // byte of Job::inner where its part begins
     int32_t expert, tokens;
 };
 
@@ -25,13 +27,16 @@ struct Job {
     Layer layer;
     const int32_t* order;            // sorted position -> slot [S]
     const Block* blocks;             // ascending by expert [num_blocks]
+    int64_t* progress;               // block -> its tasks that are done, and one more when its norms are [num_blocks]
     int64_t num_blocks;
+    int64_t ahead;                   // blocks that gate_up runs ahead of down
+    int64_t rows;                    // slots that inner and partials have room for
     int64_t inner_splits;            // gate_up tasks per block
     int64_t slabs;                   // ceil(H / SLAB)
-    char* inner;                     // activated inner tensor, block by block [S, inner_width] model dtype
+    char* inner;                     // activated inner tensor of some blocks [rows, inner_width] model dtype
     int64_t inner_width;             // I, rounded up to even
     float* sums;                     // layer output before rounding [T, H] fp32
-    float* partials;                 // (sum of squares, max) per slot and slab [S, slabs, 2] fp32, or null
+    float* partials;                 // (sum of squares, max) per slot and slab [rows, slabs, 2] fp32, or null
     int64_t* turns;                  // slab -> next block that may add to it [slabs]
 };
 
@@ -40,12 +45,18 @@ static inline int64_t element_size(Dtype dtype) { return dtype == Dtype::f32 ? 4
 
 void yield_processor();
 
+// Until `cell`, which only grows, has reached `value`.
+static inline void wait_until(const int64_t* cell, int64_t value) {
+    for (int spins = 0; __atomic_load_n(cell, __ATOMIC_ACQUIRE) < value; ++spins)
+        if (spins > 64) yield_processor();
+}
+
 // The kernels of one instruction set and model dtype. `scratch` is this thread's, of scratch_bytes(layer).
 struct Kernels {
     size_t (*scratch_bytes)(const Layer&);
-    void (*gate_up)(const Job&, int64_t task, char* scratch);   // block, part of I -> inner
-    void (*down)(const Job&, int64_t task, char* scratch);      // block, slab of H -> sums, partials
-    void (*finish)(const Job&, int64_t first, int64_t last);    // tokens: sums -> out
+    void (*gate_up)(const Job&, int64_t block, int64_t part, char* scratch);  // part of I -> inner
+    void (*down)(const Job&, int64_t block, int64_t slab, char* scratch);     // slab of H -> sums, partials
+    void (*finish)(const Job&, int64_t first, int64_t last);                  // tokens: sums -> out
 };
 
 }  // namespace reap

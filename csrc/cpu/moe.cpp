@@ -6,7 +6,6 @@
 #include <cmath>
 #include <cstdlib>
 #include <cstring>
-#include <initializer_list>
 #include <memory>
 #include <new>
 
@@ -17,6 +16,7 @@ namespace reap {
 namespace {
 
 constexpr size_t LINE = 64;
+constexpr int64_t AHEAD = 8;         // blocks per thread that gate_up runs ahead of down
 constexpr size_t PAGE = 4096, LARGE = 8 << 20;
 
 // Fresh memory costs a fault per page, and the sums are visited in all of theirs for every expert. Only advice, so
@@ -66,6 +66,8 @@ struct Run {
     Arena arena;
     int32_t* order;
     Block* blocks;
+    bool all_fit;            // inner has a row for every slot
+    int64_t row_bytes;       // of inner
     int64_t* offsets;        // expert -> first sorted position; while sorting: -> next free one [E+1]
     char* scratch;           // one piece per thread
     size_t scratch_bytes;
@@ -78,15 +80,31 @@ void lay_out(Run& run) {
     Job& job = run.job;
     job.slabs = ceil_div(layer.H, SLAB);
     job.inner_width = ceil_div(layer.I, 2) * 2;
+    job.ahead = AHEAD * layer.threads;
+    const size_t places = 2 * static_cast<size_t>(job.ahead), blocks = S / BLOCK_TOKENS + (S < E ? S : E);
+    run.all_fit = S <= places * BLOCK_TOKENS;
+    job.rows = run.all_fit ? S : places * BLOCK_TOKENS;
     job.order = run.order = run.arena.take<int32_t>(S);
-    job.blocks = run.blocks = run.arena.take<Block>(S / BLOCK_TOKENS + (S < E ? S : E));
+    job.blocks = run.blocks = run.arena.take<Block>(blocks);
+    job.progress = run.arena.take<int64_t>(blocks);
     run.offsets = run.arena.take<int64_t>(E + 1);
     job.turns = run.arena.take<int64_t>(static_cast<size_t>(job.slabs));
-    job.partials = layer.norms ? run.arena.take<float>(S * static_cast<size_t>(job.slabs) * 2) : nullptr;
+    job.partials = layer.norms ? run.arena.take<float>(static_cast<size_t>(job.rows * job.slabs) * 2) : nullptr;
     job.sums = layer.dtype == Dtype::f32 ? reinterpret_cast<float*>(layer.out) : run.arena.take<float>(T * H);
     run.scratch_bytes = run.kernels->scratch_bytes(layer);
     run.scratch = run.arena.take<char>(run.scratch_bytes * static_cast<size_t>(layer.threads));
-    job.inner = run.arena.take<char>(S * static_cast<size_t>(job.inner_width * element_size(layer.dtype)));
+    run.row_bytes = job.inner_width * element_size(layer.dtype);
+    job.inner = run.arena.take<char>(static_cast<size_t>(job.rows * run.row_bytes) + (run.all_fit ? blocks : places) * LINE);
+}
+
+// The block with this number. Its inner and partials have a place of their own, or, where all together are too
+// many, the place of the block 2 * ahead before it. A line between places is for vectors that are read past the
+// end of one: the next is being written meanwhile.
+Block place_block(const Run& run, int64_t number, int64_t expert, int64_t first, int64_t last) {
+    const int64_t place = run.all_fit ? number : number % (2 * run.job.ahead);
+    const int64_t row = run.all_fit ? first : place * BLOCK_TOKENS;
+    const int64_t inner = row * run.row_bytes + place * static_cast<int64_t>(LINE);
+    return {first, row, inner, static_cast<int32_t>(expert), static_cast<int32_t>(last - first)};
 }
 
 // Slots sorted by expert, and each expert's cut into blocks of nearly equal numbers of whole vectors.
@@ -106,7 +124,8 @@ void route(Run& run) {
         for (int64_t part = 0; part < parts; ++part) {
             const int64_t first = begin + vectors * part / parts * PAD;
             const int64_t last = part + 1 == parts ? end : begin + vectors * (part + 1) / parts * PAD;
-            run.blocks[blocks++] = {first, static_cast<int32_t>(e), static_cast<int32_t>(last - first)};
+            run.blocks[blocks] = place_block(run, blocks, e, first, last);
+            ++blocks;
         }
     }
     run.job.num_blocks = blocks;
@@ -119,46 +138,69 @@ void route(Run& run) {
     run.job.inner_splits = layer.threads == 1 ? 1 : splits < groups ? splits : groups;
 }
 
-// Every phase hands out its tasks in ascending order: `down` waits only for tasks handed out before.
-void gate_up_phase(void* context, int member) {
-    Run& run = *static_cast<Run*>(context);
-    const Layer& layer = run.job.layer;
-    if (layer.dtype == Dtype::f32 && layer.T) {  // the output is the sum, and fresh; the arena is zero
-        const int64_t cells = layer.T * layer.H, first = cells * member / layer.threads;
-        std::memset(run.job.sums + first, 0, static_cast<size_t>(cells * (member + 1) / layer.threads - first) * sizeof(float));
-    }
-    char* scratch = run.scratch + run.scratch_bytes * static_cast<size_t>(member);
-    const int64_t tasks = run.job.num_blocks * run.job.inner_splits;
-    for (int64_t task; (task = run.next.fetch_add(1, std::memory_order_relaxed)) < tasks;) run.kernels->gate_up(run.job, task, scratch);
-}
-
-void down_phase(void* context, int member) {
-    Run& run = *static_cast<Run*>(context);
-    char* scratch = run.scratch + run.scratch_bytes * static_cast<size_t>(member);
-    const int64_t tasks = run.job.num_blocks * run.job.slabs;
-    for (int64_t task; (task = run.next.fetch_add(1, std::memory_order_relaxed)) < tasks;) run.kernels->down(run.job, task, scratch);
-}
-
-void finish_phase(void* context, int member) {
-    Run& run = *static_cast<Run*>(context);
-    const Job& job = run.job;
-    const Layer& layer = job.layer;
-    run.kernels->finish(job, layer.T * member / layer.threads, layer.T * (member + 1) / layer.threads);
-    if (!layer.norms || !job.num_blocks) return;
-    const Block& last = job.blocks[job.num_blocks - 1];
-    const int64_t positions = last.first + last.tokens;
-    for (int64_t p = positions * member / layer.threads; p < positions * (member + 1) / layer.threads; ++p) {
+// All slabs' parts of the norms of a block's slots, in the order of the columns.
+void reduce_norms(const Job& job, const Block& block) {
+    for (int lane = 0; lane < block.tokens; ++lane) {
+        const float* cells = job.partials + (block.row + lane) * job.slabs * 2;
         double square = 0;
         float peak = 0;
-        for (int64_t slab = 0; slab < job.slabs; ++slab) {
-            const float* cell = job.partials + (p * job.slabs + slab) * 2;
-            square += cell[0];
-            peak = cell[1] > peak ? cell[1] : peak;
+        for (int64_t slab = 0; slab < job.slabs; ++slab, cells += 2) {
+            square += cells[0];
+            peak = cells[1] > peak ? cells[1] : peak;
         }
+        const int32_t slot = job.order[block.first + lane];
         const float norm = static_cast<float>(std::sqrt(square));
-        layer.norms[job.order[p]] = norm;
-        layer.peaks[job.order[p]] = std::isnan(norm) ? norm : peak;  // vector maxima drop NaN, sums keep it
+        job.layer.norms[slot] = norm;
+        job.layer.peaks[slot] = std::isnan(norm) ? norm : peak;  // vector maxima drop NaN, sums keep it
     }
+}
+
+void run_gate_up(const Run& run, int64_t block, int64_t part, char* scratch) {
+    const Job& job = run.job;
+    const int64_t before = block - 2 * job.ahead;  // the block that had this one's place
+    if (before >= 0) wait_until(job.progress + before, job.inner_splits + job.slabs + 1);
+    run.kernels->gate_up(job, block, part, scratch);
+    __atomic_fetch_add(job.progress + block, 1, __ATOMIC_RELEASE);
+}
+
+void run_down(const Run& run, int64_t block, int64_t slab, char* scratch) {
+    const Job& job = run.job;
+    wait_until(job.progress + block, job.inner_splits);
+    run.kernels->down(job, block, slab, scratch);
+    if (__atomic_add_fetch(job.progress + block, 1, __ATOMIC_ACQ_REL) < job.inner_splits + job.slabs) return;
+    if (job.partials) reduce_norms(job, job.blocks[block]);
+    __atomic_fetch_add(job.progress + block, 1, __ATOMIC_RELEASE);
+}
+
+// In step s, gate_up of block s and down of the block `ahead` before it. Tasks are handed out in this order and
+// wait only for tasks handed out before, so nobody waits forever; and as those are several blocks back, hardly ever.
+void work(void* context, int member) {
+    Run& run = *static_cast<Run*>(context);
+    const Job& job = run.job;
+    char* scratch = run.scratch + run.scratch_bytes * static_cast<size_t>(member);
+    const int64_t each = job.inner_splits + job.slabs, tasks = job.num_blocks ? (job.num_blocks + job.ahead) * each : 0;
+    for (int64_t task; (task = run.next.fetch_add(1, std::memory_order_relaxed)) < tasks;) {
+        const int64_t step = task / each, part = task % each;
+        if (part < job.inner_splits) {
+            if (step < job.num_blocks) run_gate_up(run, step, part, scratch);
+        } else if (step >= job.ahead) {
+            run_down(run, step - job.ahead, part - job.inner_splits, scratch);
+        }
+    }
+}
+
+// The output is the sum in fp32, and fresh memory; the arena is zero.
+void clear(void* context, int member) {
+    const Run& run = *static_cast<Run*>(context);
+    const Layer& layer = run.job.layer;
+    const int64_t cells = layer.T * layer.H, first = cells * member / layer.threads;
+    std::memset(run.job.sums + first, 0, static_cast<size_t>(cells * (member + 1) / layer.threads - first) * sizeof(float));
+}
+
+void finish(void* context, int member) {
+    const Run& run = *static_cast<Run*>(context);
+    const Layer& layer = run.job.layer;
+    run.kernels->finish(run.job, layer.T * member / layer.threads, layer.T * (member + 1) / layer.threads);
 }
 
 }  // namespace
@@ -175,10 +217,9 @@ size_t run_layer(const Layer& layer, const char* isa) {
         std::memset(layer.peaks, 0, static_cast<size_t>(layer.T * layer.K) * sizeof(float));
     }
     route(run);
-    for (auto phase : {gate_up_phase, down_phase, finish_phase}) {
-        run.next = 0;
-        run_team(layer.threads, phase, &run);
-    }
+    if (layer.dtype == Dtype::f32 && layer.T) run_team(layer.threads, clear, &run);
+    run_team(layer.threads, work, &run);
+    if (layer.dtype != Dtype::f32) run_team(layer.threads, finish, &run);
     return run.arena.bytes();
 }
 

@@ -47,21 +47,33 @@ template <Dtype D> static void pack_tokens(const Layer& layer, const int32_t* sl
     }
 }
 
+constexpr int STEPS_AHEAD = 16;
+
+// Of weights with `bytes` of rows adjacent, what comes STEPS_AHEAD steps later. Every k lies in another page, where
+// hardware prefetchers do not follow.
+template <Dtype D> static inline void prefetch_across(const char* w, int64_t k_bytes, int bytes) {
+#pragma GCC unroll 2
+    for (int i = 0; i < per_step<D>; ++i) {
+        const char* ahead = w + (STEPS_AHEAD * per_step<D> + i) * k_bytes;
+        for (int at = 0; at < bytes; at += 64) prefetch(ahead + at);
+        prefetch(ahead + bytes - 1);
+    }
+}
+
+// One step of `n` adjacent rows; with `k_rest` of 1, the second bf16 is not there.
+template <Dtype D> static inline vf load_across(const char* w, int64_t k_bytes, int64_t k_rest, int n) {
+    if constexpr (!Number<D>::dot) return Number<D>::load(w, n);
+    else return pair(Number<D>::load_narrow(w, n), k_rest > 1 ? Number<D>::load_narrow(w + k_bytes, n) : Number<D>::load_narrow(w, 0));
+}
+
 // `count` adjacent output rows by `num_steps` steps of weights that lie with rows adjacent -> [steps, GROUP].
 template <Dtype D>
 static void pack_across(const char* w, int64_t k_bytes, int count, int64_t k_rest, int64_t num_steps, float* packed) {
     for (int64_t step = 0; step < num_steps; ++step) {
+        prefetch_across<D>(w, k_bytes, count * Number<D>::size);
         for (int row = 0; row < count; row += W) {
             const int n = count - row < W ? count - row : W;
-            const char* p = w + row * Number<D>::size;
-            vf x;
-            if constexpr (Number<D>::dot) {
-                const bool whole = 2 * step + 1 < k_rest;
-                x = pair(Number<D>::load_narrow(p, n), Number<D>::load_narrow(whole ? p + k_bytes : p, whole ? n : 0));
-            } else {
-                x = Number<D>::load(p, n);
-            }
-            store_first(packed + row, x, n);
+            store_first(packed + row, load_across<D>(w + row * Number<D>::size, k_bytes, k_rest - 2 * step, n), n);
         }
         w += per_step<D> * k_bytes;
         packed += GROUP;

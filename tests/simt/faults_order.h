@@ -69,17 +69,29 @@ template <bool broken> __global__ void reader_outside_mask(Args a) {
     if (t == 16) store_shared(shared, 1.0f);                              //! reader_outside_mask
 }
 
+template <bool broken> __global__ void lane_left_out(Args a) {
+    const auto shared = cast<float>(shared_memory());
+    const unsigned t = threadIdx.x;
+    store_shared(shared + t, 0.0f);
+    __syncwarp();
+    store_shared(shared + t, load_global(a.in + t));                      //! lane_left_out
+    if (broken && t == 0) return;
+    __syncwarp(broken ? 0xfffffffe : 0xffffffff);
+    const float x = load_shared(shared + (t + 31) % 32);                  //! lane_left_out
+    store_global(a.out + t, x);
+}
+
+// Written 16 bytes at a time, read 4 at a time.
 template <bool broken> __global__ void parts_of_a_vector(Args a) {
     const auto shared = cast<float>(shared_memory());
     const unsigned t = threadIdx.x;
-    for (unsigned step = 0; step < 2; ++step) {
-        const auto four = load_global(cast<const float4>(a.in) + t);
-        store_shared(cast<float4>(shared) + t, four);                     //! parts_of_a_vector
-        if (!broken || step == 0) __syncthreads();
-        const float x = load_shared(shared + (t + 32) % 64 * 4 + step);   //! parts_of_a_vector
-        store_global(a.out + t, x);
-        __syncthreads();
-    }
+    store_shared(cast<float4>(shared) + t, float4{});
+    __syncthreads();
+    const auto four = load_global(cast<const float4>(a.in) + t);
+    store_shared(cast<float4>(shared) + t, four);                         //! parts_of_a_vector
+    if (!broken) __syncthreads();
+    const float x = load_shared(shared + (t + 32) % 64 * 4);              //! parts_of_a_vector
+    store_global(a.out + t, x);
 }
 
 template <bool broken> __global__ void barrier_of_others(Args a) {
@@ -167,6 +179,19 @@ template <bool broken> constexpr auto missing_wait = copies<broken ? no_wait : n
 template <bool broken> constexpr auto missing_commit = copies<broken ? no_commit : none>;
 template <bool broken> constexpr auto short_wait = copies<broken ? one_short : none>;
 template <bool broken> constexpr auto copy_no_barrier = copies<broken ? no_barrier : none>;
+
+// All have waited when all read, but only the barrier after the wait shows a copy to others.
+template <bool broken> __global__ void barrier_before_wait(Args a) {
+    const unsigned t = threadIdx.x;
+    cp_async16(shared_memory() + t * 16, cast<const char>(a.in) + t * 16, true);
+    cp_async_commit();
+    if (broken) __syncthreads();
+    cp_async_wait<0>();
+    __shfl_xor_sync(0xffffffff, t, 1);
+    if (!broken) __syncthreads();
+    const auto got = load_shared(cast<float4>(shared_memory()) + (t ^ 1));  //! barrier_before_wait
+    store_global(a.out + t, got.x);
+}
 
 template <bool broken> __global__ void copy_outlives_thread(Args a) {
     const unsigned t = threadIdx.x;

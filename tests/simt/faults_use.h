@@ -92,10 +92,36 @@ template <bool broken> __global__ void shuffle_from_outsider(Args a) {
     }
 }
 
+template <bool broken> __global__ void outside_its_mask(Args a) {
+    const unsigned t = threadIdx.x, mask = broken ? 0x0fffffff : 0xffffffff;
+    const unsigned votes = __ballot_sync(mask, t % 2);                    //! outside_its_mask
+    store_global(a.out + t, static_cast<float>(votes));
+}
+
+template <bool broken> __global__ void two_on_a_line(Args a) {
+    const unsigned t = threadIdx.x;
+    const bool down = broken && t % 2;
+    const bool any = down ? __any_sync(~0u, 1) : __all_sync(~0u, 1);      //! two_on_a_line
+    store_global(a.out + t, any);
+}
+
 template <bool broken> __global__ void exited_lane(Args a) {
     const unsigned t = threadIdx.x;
     if (broken && t == 40) return;
-    store_global(a.out + t, __shfl_xor_sync(0xffffffff, 1.0f, 2));        //! exited_lane
+    __syncwarp();                                                         //! exited_lane
+    __syncthreads();
+    store_global(a.out + t, 1.0f);
+}
+
+// 40 threads: the second warp has 8 lanes.
+template <bool broken> __global__ void partial_warp(Args a) {
+    const unsigned t = threadIdx.x, mask = broken || t < 32 ? 0xffffffff : 0xff;
+    store_global(a.out + t, __shfl_xor_sync(mask, 1.0f, 2));              //! partial_warp
+}
+
+template <bool broken> __global__ void barrier_counts(Args a) {
+    named_barrier(1, broken && threadIdx.x < 32 ? 96 : 64);               //! barrier_counts
+    store_global(a.out + threadIdx.x, 1.0f);
 }
 
 template <bool broken> __global__ void barrier_after_exit(Args a) {

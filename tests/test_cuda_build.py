@@ -15,7 +15,7 @@ pytestmark = pytest.mark.skipif(nvcc.missing() is not None, reason=str(nvcc.miss
 
 ARCHS = ("sm_80", "sm_90a", "newest")
 WHOLE = [(rows, layout) for rows, layout in product((32, 64, 128), ("along_k", "along_rows"))]
-TILES = [*WHOLE, (64, "any")]
+TILES = [*WHOLE, (32, "any")]
 GEMMS = ("gate_up_kernel", "down_kernel")
 HMMA = {"bf16": "HMMA.16816.F32.BF16", "fp16": "HMMA.16816.F32"}
 
@@ -106,14 +106,12 @@ def test_down_adds_without_reading_back(kernels, arch, rows, layout, dtype):
 
 
 @pytest.mark.parametrize("dtype", HMMA)
-@pytest.mark.parametrize("layout", ("along_k", "along_rows"))
+@pytest.mark.parametrize(("layout", "least"), (("along_k", 1.0), ("along_rows", 0.9)))
 @pytest.mark.parametrize("gemm", GEMMS)
-def test_largest_tiles_issue_more_tensor_instructions_than_others(
-    kernels, arch, gemm, layout, dtype
-):
+def test_largest_tiles_issue_mostly_tensor_instructions(kernels, gemm, layout, least, dtype):
     """On chips without the NOPs that sm_120 and sm_121 want between tensor-core instructions."""
     loop = kernels[f"{gemm}<{dtype}, 128, {layout}>"].loop
-    assert sass.share([each for each in loop if each != "NOP"])["ratio"] > 1
+    assert sass.share([each for each in loop if each != "NOP"])["ratio"] > least
 
 
 def test_main_loop_beats_tritons_for_the_same_tile():

@@ -4,6 +4,7 @@
 //     launch("name of the kernel", kernel, blocks, threads, bytes of shared memory, arguments)
 #pragma once
 #include <algorithm>
+#include <cmath>
 #include <cstddef>
 #include <cstdint>
 #include <limits>
@@ -15,7 +16,7 @@
 
 namespace reap::cuda {
 
-constexpr int ANY_ROWS = 64;  // of tiles whose operands come through registers
+constexpr int ANY_ROWS = 32;  // of tiles whose operands come through registers
 constexpr int WGMMA_ROWS = 128, WGMMA_COLUMNS = 256;  // of the tiles of sm90/
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -118,12 +119,13 @@ template <class T> Projection<T> projection(const Weights& w, Columns columns) {
             w.k_stride, w.bias_expert_stride, w.bias_row_stride, columns};
 }
 
-// Row tiles of an expert side by side: at least as many as make the blocks that run at a time cover
-// about as many columns as rows, and more if their rows leave a fifth of the cache to the weights
-// that pass by. An expert that is one group reads its weights once.
+// Row tiles of an expert side by side: at least as many as make the blocks that run at a time, two
+// per processor, cover about as many columns as rows; and more if their rows leave a fifth of the
+// cache to the weights that pass by. An expert that is one group reads its weights once.
 inline int group_of(const Layer& layer, const Plan& plan, int64_t depth) {
     const int64_t fitting = layer.cache_bytes * 4 / 5 / (plan.tile_rows * depth * 2);
-    return static_cast<int>(std::min(std::max<int64_t>(fitting, 16), plan.row_tiles));
+    const auto square = static_cast<int64_t>(std::sqrt(2.0 * layer.processors));
+    return static_cast<int>(std::min(std::max({fitting, square, int64_t(1)}), plan.row_tiles));
 }
 
 // Calls visit with the layout and the rows of a tile as constants.

@@ -121,7 +121,6 @@ __global__ void __launch_bounds__(WARP) place_kernel(RoutingArgs args) {
         start += last_lane(starts);
         tile += last_lane(ends);
     }
-    if (!has_chunk) return;
     __syncwarp();
     for_slots(args, [&](int slot, int expert, unsigned twins) {
         const int rank = __popc(twins & ((1u << lane_id()) - 1));

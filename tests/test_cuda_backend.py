@@ -195,8 +195,12 @@ def test_the_extension_imports_without_torch_and_without_a_driver():
 @built
 @no_gpu
 def test_errors_have_the_name_of_the_cuda_error():
-    with pytest.raises(RuntimeError, match="cudaError(InsufficientDriver|NoDevice)"):
-        native.module("_cuda").device_count()
+    extension, nobody = native.module("_cuda"), "cudaError(InsufficientDriver|NoDevice): .* in "
+    with pytest.raises(RuntimeError, match=nobody + "cudaGetDeviceCount"):
+        extension.device_count()
+    chip = cuda.Chip(device=0, sm=90, processors=132, cache=50 << 20)
+    with pytest.raises(RuntimeError, match=nobody + "cudaSetDevice"):
+        cuda.execute(extension, call_of(), chip, 0)
 
 
 def build_cuda(monkeypatch, tmp_path, nvcc: str) -> str | None:

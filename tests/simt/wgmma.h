@@ -257,9 +257,21 @@ inline void wgmma_commit(Site site = Site::here()) {
            [](Warp&, unsigned, void* const*) { ++detail::warp_multiplier().group; });
 }
 
-// "wgmma.wait_group": all but the newest groups.
+// "wgmma.wait_group": all but the newest groups. Nothing is done before all four warps have come.
 template <int PENDING>
 void wgmma_wait(Site site = Site::here()) {
+    uint32_t last = 0;
+    for (const Operation& op : detail::warp_multiplier().operations)
+        if (op.group + PENDING < detail::warp_multiplier().group) last = op.number;
+    const uint32_t first_warp = running->view.warp() / 4 * 4;
+    const std::function<bool()> come = [=, &warps = hopper().warps] {
+        for (uint32_t warp = first_warp; warp < first_warp + 4; ++warp) {
+            const auto found = warps.find(warp);
+            if (last > 0 && (found == warps.end() || found->second->issued < last)) return false;
+        }
+        return true;
+    };
+    here().wait_until("wgmma.wait_group", site, come);
     int nothing = 0;
     gather("wgmma.wait_group", site, FULL, nothing, detail::finish_wgmmas<PENDING>);
 }

@@ -35,7 +35,7 @@ FAULTS = {
     "half_a_warp": ("race", SHARED, THREAD, 2016),
     "reader_outside_mask": ("race", r"shared \+ 0", THREAD, 85),
     "lane_left_out": ("race", SHARED, THREAD, 496),
-    "parts_of_a_vector": ("race", SHARED, THREAD, 8064),
+    "parts_of_a_vector": ("race", SHARED, THREAD, 1984),
     "barrier_of_others": ("race", SHARED, THREAD, 8128),
     "word_of_mouth": ("race", SHARED, THREAD, 496),
     "late_reader": ("race", r"shared \+ 0", THREAD, 5 * 224),
@@ -77,7 +77,10 @@ FAULTS = {
     "store_to_input": ("read_only", r"in \+ 0", ".* thread 0 .*", 1),
     "trap": ("trap", "", ".* thread 63 .*", 0),
     "runaway": ("runaway", "", ".* thread 0 .*", 0),
+    "runaway_votes": ("runaway", "", THREAD, 0),
     "too_much_shared": ("launch", "", "", 0),
+    "too_many_threads": ("launch", "", "", 0),
+    "no_block": ("launch", "", "", 0),
 }
 
 

@@ -31,7 +31,7 @@ struct Options {
     bool eager = false;                 // cp.async copies when issued; else when waited for
     bool profile = false;               // count wavefronts of shared memory (slow)
     size_t shared_limit = 232448;       // bytes of dynamic shared memory that a block may have
-    uint64_t access_limit = 1u << 31;   // memory accesses of one block
+    uint64_t access_limit = 1u << 31;   // accesses and collectives of one block's lanes
     std::function<void(const GlobalAccess&)> watch = nullptr;   // is told of each, in order
 };
 
@@ -142,9 +142,9 @@ public:
     void order_warp(Warp& warp, unsigned mask);
     uint32_t tick() { return time++; }
     bool chance(uint32_t n) { return random.below(n) == 0; }
-    void count_access(Site site) {
-        if (++accesses > options.access_limit)
-            fail(Kind::runaway, site, *running, "", "more memory accesses than the limit");
+    void count_step(Site site) {
+        if (++steps > options.access_limit)
+            fail(Kind::runaway, site, *running, "", "more accesses and collectives than the limit");
     }
 
     std::string describe(const Lane& lane) const;
@@ -180,7 +180,7 @@ private:
     const std::function<void()>* body = nullptr;
     std::exception_ptr failure;
     uint32_t time = 1, live = 0, first_block = 1;
-    uint64_t accesses = 0;
+    uint64_t steps = 0;
 };
 
 inline Block& here() { return *running->block; }

@@ -44,7 +44,7 @@ enum class Kind {
     exited_lane,       // a collective that waits for a lane that is gone
     deadlock,          // nobody can go on
     trap,              // the kernel's own check
-    runaway,           // more memory accesses than any kernel under test needs
+    runaway,           // a loop without end: more work than Options::access_limit
     launch,            // a configuration that the hardware refuses
     mbarrier,          // one that was not made, is made twice, or gets more than it expects
     proxy,             // a write that a fence should have shown to the engine that reads it

@@ -7,17 +7,17 @@
 #include "faults_order.h"
 #include "faults_use.h"
 
-template <bool broken> __global__ void idle(Args) {}
+__global__ void idle(Args) {}
+
+struct Launch { unsigned blocks, threads; size_t shared_bytes; };
 
 struct Case {
     const char* name;
     void (*kernels[2])(Args);   // healthy, broken
-    unsigned blocks, threads;
-    size_t shared_bytes, broken_shared_bytes;
+    Launch launches[2];
 };
 
-#define CASE(kernel, blocks, threads, bytes) \
-    {#kernel, {kernel<false>, kernel<true>}, blocks, threads, bytes, bytes}
+#define CASE(kernel, ...) {#kernel, {kernel<false>, kernel<true>}, {{__VA_ARGS__}, {__VA_ARGS__}}}
 const Case cases[] = {
     CASE(missing_barrier, 1, 64, 256),
     CASE(missing_syncwarp, 1, 64, 256),
@@ -67,7 +67,10 @@ const Case cases[] = {
     CASE(store_to_input, 1, 1, 0),
     CASE(trap, 1, 64, 0),
     CASE(runaway, 1, 1, 0),
-    {"too_much_shared", {idle<false>, idle<true>}, 1, 64, 99 * 1024, 99 * 1024 + 1},
+    CASE(runaway_votes, 1, 32, 0),
+    {"too_much_shared", {idle, idle}, {{1, 64, 99 * 1024}, {1, 64, 99 * 1024 + 1}}},
+    {"too_many_threads", {idle, idle}, {{1, 1024, 0}, {1, 1025, 0}}},
+    {"no_block", {idle, idle}, {{1, 1, 0}, {0, 1, 0}}},
 };
 
 void run(const Case& test, bool broken, uint64_t seed, bool eager) {
@@ -81,10 +84,10 @@ void run(const Case& test, bool broken, uint64_t seed, bool eager) {
     emulator.add_buffer("in", in.data(), in.size() * sizeof(float), false);
     emulator.add_buffer("out", out.data(), out.size() * sizeof(float), true);
     emulator.add_buffer("scratch", scratch.data(), scratch.size(), true, false);
-    const size_t bytes = broken ? test.broken_shared_bytes : test.shared_bytes;
     std::string kind = "clean", what;
     try {
-        emulator.launch(test.kernels[broken], test.blocks, test.threads, bytes,
+        const auto [blocks, threads, bytes] = test.launches[broken];
+        emulator.launch(test.kernels[broken], blocks, threads, bytes,
                         Args{in.data(), out.data(), scratch.data()});
     } catch (const simt::Fault& fault) {
         kind = name(fault.kind);

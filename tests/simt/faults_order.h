@@ -90,7 +90,8 @@ template <bool broken> __global__ void parts_of_a_vector(Args a) {
     const auto four = load_global(cast<const float4>(a.in) + t);
     store_shared(cast<float4>(shared) + t, four);                         //! parts_of_a_vector
     if (!broken) __syncthreads();
-    const float x = load_shared(shared + (t + 32) % 64 * 4);              //! parts_of_a_vector
+    if (t < 32) return;
+    const float x = load_shared(shared + (t - 32) * 4);                   //! parts_of_a_vector
     store_global(a.out + t, x);
 }
 

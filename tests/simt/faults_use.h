@@ -108,7 +108,7 @@ template <bool broken> __global__ void two_on_a_line(Args a) {
 template <bool broken> __global__ void exited_lane(Args a) {
     const unsigned t = threadIdx.x;
     if (broken && t == 40) return;
-    __syncwarp();                                                         //! exited_lane
+    if (t == 40 || t == 41) __syncwarp(0x300);                            //! exited_lane
     __syncthreads();
     store_global(a.out + t, 1.0f);
 }
@@ -175,4 +175,9 @@ template <bool broken> __global__ void trap(Args a) {
 
 template <bool broken> __global__ void runaway(Args a) {
     for (unsigned i = 0; i < 10 || broken; i += 2) load_global(a.in + i % 256);  //! runaway
+}
+
+template <bool broken> __global__ void runaway_votes(Args a) {
+    const float x = load_global(a.in + threadIdx.x);
+    while (__any_sync(0xffffffff, broken || x < 0)) continue;             //! runaway_votes
 }

@@ -63,8 +63,8 @@ private:
 
 #endif
 
-// Stacks for `count` fibers, each above a page that may not be touched. The odd stride and the
-// stagger keep the tops of the stacks, where fibers live, from sharing sets of the caches.
+// Stacks for `count` fibers, each above a page that may not be touched. An odd number of pages each
+// and the stagger keep the tops of the stacks, where fibers live, from sharing sets of the caches.
 class Stacks {
 public:
     explicit Stacks(size_t count) : count(count) {

@@ -149,7 +149,7 @@ void check_global(Global<T> p, size_t bytes, Site site) {
     const auto at = reinterpret_cast<uintptr_t>(p.unchecked());
     const Lane& lane = *running;
     Block& block = *lane.block;
-    block.count_access(site);
+    block.count_step(site);
     const auto address = [&] {
         if (!buffer) return "address " + std::to_string(at);
         return buffer->name + (at < buffer->begin ? " - " : " + ") +
@@ -177,7 +177,7 @@ void check_global(Global<T> p, size_t bytes, Site site) {
              "not ordered after " + block.describe(*other));
     if (use != Use::store && !shadow.valid(offset, bytes))
         fail(Kind::uninitialised, site, lane, use, bytes, address(), "that nobody wrote");
-    shadow.set_valid(offset, bytes, true);
+    if (use == Use::store) shadow.set_valid(offset, bytes, true);
 }
 
 inline std::string shared_address(int64_t offset) { return "shared + " + std::to_string(offset); }
@@ -185,7 +185,7 @@ inline std::string shared_address(int64_t offset) { return "shared + " + std::to
 template <Use use>
 void check_shared(int64_t at, size_t bytes, const Lane& lane, Site site) {
     Block& block = *lane.block;
-    block.count_access(site);
+    block.count_step(site);
     if (at < 0 || at + bytes > block.shared_bytes)
         fail(Kind::out_of_bounds, site, lane, use, bytes, shared_address(at),
              "outside " + std::to_string(block.shared_bytes) + " bytes of shared memory");
@@ -202,7 +202,7 @@ void check_shared(int64_t at, size_t bytes, const Lane& lane, Site site) {
              "that the cp.async of " + block.describe(writer) + " still owns");
     if (use != Use::store && !shadow.valid(at, bytes))
         fail(Kind::uninitialised, site, lane, use, bytes, shared_address(at), "that nobody wrote");
-    if (use != Use::load) shadow.set_valid(at, bytes, true);
+    if (use == Use::store) shadow.set_valid(at, bytes, true);
 }
 
 template <typename T>

@@ -18,7 +18,7 @@ inline void Block::configure(dim3 grid_size, dim3 block_size, size_t bytes, uint
 
 inline void Block::run(uint3 block_index, uint32_t number, const std::function<void()>& kernel) {
     index = block_index, body = &kernel;
-    time = 1, live = threads, accesses = 0, failure = nullptr;
+    time = 1, live = threads, steps = 0, failure = nullptr;
     for (Barrier& barrier : barriers) barrier = Barrier();
     background.clear();
     extension.reset();
@@ -133,6 +133,7 @@ inline void Block::gather(const char* what, Site site, unsigned mask, void* argu
                           void (*collective)(Warp&, unsigned, void* const*)) {
     Lane& me = *running;
     Warp& warp = *me.warp;
+    count_step(site);
     if (!(mask & me.bit()))
         fail(Kind::divergence, site, me, "", std::string(what) + " by a lane outside its mask");
     if (mask & (warp.exited | ~warp.exist))
@@ -179,6 +180,7 @@ inline void Block::complete_gather(Site site, unsigned mask,
 inline void Block::barrier(uint32_t id, uint32_t count, const char* what, Site site) {
     Lane& me = *running;
     Barrier& barrier = barriers[id];
+    count_step(site);
     if (!barrier.arrived.empty()) {
         const Lane& first = *barrier.arrived.front();
         const bool same_warp = first.warp == me.warp;
@@ -209,6 +211,7 @@ inline void Block::complete(Barrier& barrier) {
 }
 
 inline void Block::wait_until(const char* what, Site site, const std::function<bool()>& condition) {
+    count_step(site);
     if (condition()) return;
     running->wait = {what, site, 0, nullptr, &condition};
     suspend();

@@ -14,20 +14,23 @@ import torch
 import typer
 from rich.console import Console
 
-from bench import layer, report
+from bench import calibrate, layer, report
 from bench.gate import WrongResult
 from bench.measure import PRESETS, TORCH, Settings
 from bench.row import Log, Row
 from bench.shapes import REAL, TINY
+from reap_kernels import cpu
 
 SUITES = {
     "roof": "bench.roofs",
     "layer": "bench.layer",
+    "norms": "bench.norms",
     "calibrate": "bench.calibrate",
     "prune": "bench.prune",
     "stats": "bench.stats",
 }
 Suite = Enum("Suite", {name: name for name in SUITES}, type=str)
+Device = Enum("Device", {"cpu": "cpu", "cuda": "cuda"}, type=str)
 SHAPES = {**REAL, TINY.name: TINY}
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
@@ -39,10 +42,12 @@ def main(
     quick: Annotated[bool, typer.Option("--quick", help="one shape: minutes")] = False,
     smoke: Annotated[bool, typer.Option("--smoke", help="tiny shapes, no figures")] = False,
     out: Annotated[Path, typer.Option(help="folder that rows are appended to")] = Path("out/bench"),
-    dtype: Annotated[str | None, typer.Option(help="bf16, fp32 or both: bf16,fp32")] = None,
+    dtype: Annotated[str | None, typer.Option(help="of bf16, fp32, fp16; by comma")] = None,
     shapes: Annotated[str | None, typer.Option(help="names, by comma; see bench/shapes.py")] = None,
     tokens: Annotated[str | None, typer.Option(help="T of the layer suite, by comma")] = None,
-    impls: Annotated[str | None, typer.Option(help="of the layer suite, by comma")] = None,
+    impls: Annotated[str | None, typer.Option(help="of `layer` and `calibrate`, by comma")] = None,
+    isas: Annotated[str | None, typer.Option(help="of `layer`, besides the best; by comma")] = None,
+    device: Annotated[Device, typer.Option(help="of `layer`")] = Device.cpu,
     threads: Annotated[int | None, typer.Option(min=1, help="torch's own by default")] = None,
     rounds: Annotated[int | None, typer.Option(min=1, help="samples of each")] = None,
     seconds: Annotated[float | None, typer.Option(help="for each impl and size")] = None,
@@ -61,7 +66,9 @@ def main(
         "dtypes": _names("--dtype", dtype, TORCH),
         "shapes": _chosen_shapes(shapes),
         "tokens": _tokens(tokens),
-        "impls": _names("--impls", impls, layer.IMPLS),
+        "impls": _names("--impls", impls, dict.fromkeys(layer.IMPLS + calibrate.FORWARDS)),
+        "isas": _names("--isas", isas, () if cpu.available() else cpu.isas()),
+        "device": device.value,
         "rounds": rounds,
         "seconds": seconds,
         "gigabytes": gigabytes,
@@ -72,7 +79,10 @@ def main(
     settings = replace(PRESETS[mode], **{k: v for k, v in given.items() if v is not None})
     if threads is not None:
         torch.set_num_threads(threads)
-    _, refused = run([suite.value for suite in suites or Suite], settings, out, console)
+    names = [suite.value for suite in suites or Suite]
+    if device is Device.cuda:
+        names = _on_gpu(names if suites else ["layer"], isas)
+    _, refused = run(names, settings, out, console)
     if refused:
         raise typer.Exit(1)
 
@@ -97,6 +107,16 @@ def run(
         for path in [log.jsonl, log.csv, *report.plots(log.rows, out)]:
             settings.say(f"wrote {path}")
     return log.rows, refused
+
+
+def _on_gpu(suites: list[str], isas: str | None) -> list[str]:
+    if suites != ["layer"]:
+        raise typer.BadParameter(f"--device cuda: only `layer` runs there, not {', '.join(suites)}")
+    if isas is not None:
+        raise typer.BadParameter("--isas are those of --device cpu")
+    if not torch.cuda.is_available():
+        raise typer.BadParameter("--device cuda: torch finds no GPU")
+    return suites
 
 
 def _names(option: str, text: str | None, known: Collection[str]) -> tuple[str, ...] | None:

@@ -23,6 +23,8 @@ from bench.shapes import REAL, TINY, Shape
 from reap.data import Batch
 
 REAL_LAYERS, REAL_VOCABULARY = 48, 151_936
+NO_HEAD = "eager, no head"
+FORWARDS = (NO_HEAD,)  # beside those of the layer suite
 # Observers sum in different orders, so that means of fp32 norms differ by a few fp32 epsilons.
 LUCK = 8 * torch.finfo(torch.float32).eps
 
@@ -97,13 +99,14 @@ def _model(
     batches = [Batch(row[None], torch.ones_like(row[None]), "bench") for row in ids]
     calls: dict[str, Callable[[], Any]] = {
         f"reap:{name}": partial(reap.calibrate, model, batches, backend=name)
-        for name in backends_here(settings)
+        for name in backends_here(settings, dtype)
     }
     for implementation in ("eager", "grouped_mm"):
         calls[implementation] = partial(_forward, model, batches, implementation)
-    calls["eager, no head"] = partial(_forward, model.model, batches, "eager")
+    calls[NO_HEAD] = partial(_forward, model.model, batches, "eager")
     for name, kind in (("hooks", peers.Hooks), ("observer", peers.Observer)):
         calls[name] = partial(_replaced, model, batches, _peers(model, kind))
+    calls = {name: call for name, call in calls.items() if settings.wants(name)}
 
     model(input_ids=ids[:1, :8])  # what libraries set up once is nobody's memory
     extra, found = {}, {}

@@ -11,15 +11,14 @@ import reap_kernels
 from bench import gate, inputs, memory, peers
 from bench.measure import TORCH, Settings, interleave, rows
 from bench.row import Row
-from bench.shapes import BYTES, Shape
+from bench.shapes import BYTES, TINY, Shape
 from reap_kernels import cpu, ops
 from reap_kernels.contract import Call, make_call
 
 # An observer that runs every expert on every token is worth waiting for up to here [FLOP].
 OBSERVER_FLOPS = 5e12
-NORMS_OFF = "cpu, norms off"
 PEERS = ("eager", "grouped_mm", "hooks", "observer")
-IMPLS = (*(f"reap:{backend.NAME}" for backend in ops.LADDER), NORMS_OFF, *PEERS)
+IMPLS = (*(f"reap:{backend.NAME}" for backend in ops.LADDER), *PEERS)
 FLAGS = (True, False, False, False)  # gated, interleaved, transposed, deterministic
 
 
@@ -34,7 +33,7 @@ def run(settings: Settings) -> Iterator[Row]:
 def fit(shape: Shape, dtype: str, settings: Settings) -> Shape | None:
     """The layer as large as memory allows beside the slot tensors ([S,H]) that peers make."""
     slots = max(settings.tokens) * shape.K
-    budget = int(0.85 * memory.available()) - 6 * slots * shape.H * BYTES[dtype]
+    budget = int(0.85 * memory.available(settings.device)) - 6 * slots * shape.H * BYTES[dtype]
     fitted = shape.fit(dtype, budget)
     if fitted is None:
         settings.say(f"layer: skips {shape} in {dtype}, {budget / 1e9:.1f} GB hold no K experts")
@@ -46,31 +45,31 @@ def fit(shape: Shape, dtype: str, settings: Settings) -> Shape | None:
 
 @torch.inference_mode()
 def _layer(shape: Shape, dtype: str, settings: Settings) -> Iterator[Row]:
-    weights = inputs.weights(shape, TORCH[dtype])
+    weights = inputs.weights(shape, TORCH[dtype], settings.device)
     modules = {
         "eager": peers.transformers_experts(*weights.values(), "eager"),
         "grouped_mm": peers.transformers_experts(*weights.values(), "grouped_mm"),
         "hooks": peers.Hooks(*weights.values()),
         "observer": peers.Observer(*weights.values()),
     }
-    backends = backends_here(settings)
+    backends = backends_here(settings, dtype)
     for T in settings.tokens:
-        given = inputs.routed(shape, T, TORCH[dtype]) | weights
+        given = inputs.routed(shape, T, TORCH[dtype], settings.device) | weights
         calls = {f"reap:{name}": ours(name, given) for name in backends}
-        if "cpu" in backends:
-            calls[NORMS_OFF] = _without_norms(given)
         calls |= {
             name: peer(module, given)
             for name, module in modules.items()
-            if name != "observer" or _observable(shape, T)
+            if name != "observer" or _observable(shape, T, settings.device)
         }
         calls = {name: call for name, call in calls.items() if settings.wants(name)}
+        for isa in settings.isas:
+            calls[f"reap:cpu[{isa}]"] = executed(given, isa=isa)
         if T == min(settings.tokens):
             for call in calls.values():
                 call()  # what libraries set up once is no layer's memory
         extra = {}
         for name, call in calls.items():
-            result, extra[name] = memory.peak_extra(call)
+            result, extra[name] = memory.peak_extra(call, settings.device)
             gate.check(name, result, given)
             del result
         samples = interleave(calls, dtype, settings)
@@ -78,14 +77,18 @@ def _layer(shape: Shape, dtype: str, settings: Settings) -> Iterator[Row]:
         yield from rows("layer", size, samples, flops=shape.flops(T), extra=extra)
 
 
-def backends_here(settings: Settings) -> list[str]:
-    """Those that run here; the reference, which is not made for speed, if nothing else does."""
+def backends_here(settings: Settings, dtype: str) -> list[str]:
+    """Those that run such layers here; the reference, which is not made for speed, if nothing else
+    does."""
+    where = (TORCH[dtype], settings.device)
+    probe = _call(inputs.weights(TINY, *where) | inputs.routed(TINY, 1, *where))
     found: list[str] = []
-    for name, reason in reap_kernels.backends().items():
+    for backend in ops.LADDER:
+        reason = backend.available() or backend.unsupported(probe)
         if reason is not None:
-            settings.say(f"skips reap:{name}, {reason}")
-        elif name != "reference" or settings.smoke or not found:
-            found.append(name)
+            settings.say(f"skips reap:{backend.NAME}, {reason}")
+        elif backend.NAME != "reference" or settings.smoke or not found:
+            found.append(backend.NAME)
     return found
 
 
@@ -93,10 +96,15 @@ def ours(backend: str, given: dict[str, Any]) -> Callable[[], Any]:
     return lambda: reap_kernels.moe_saliency(**given, backend=backend)
 
 
-def _without_norms(given: dict[str, Any]) -> Callable[[], Any]:
-    """The same kernels with the saliency left out: what it costs is the ratio."""
-    call = make_call(tuple(given[name] for name in Call._fields[:7]), given["activation"], FLAGS)
-    return lambda: cpu.execute(call, norms=False)[0].out
+def executed(given: dict[str, Any], **options: Any) -> Callable[[], Any]:
+    """The CPU kernels with one of `execute`'s options."""
+    call = _call(given)
+    return lambda: cpu.execute(call, **options)[0]
+
+
+def _call(given: dict[str, Any]) -> Call:
+    tensors = tuple(given[name] for name in Call._fields[:7])
+    return make_call(tensors, given["activation"], FLAGS)
 
 
 def peer(module: torch.nn.Module, given: dict[str, Any]) -> Callable[[], Any]:
@@ -104,7 +112,7 @@ def peer(module: torch.nn.Module, given: dict[str, Any]) -> Callable[[], Any]:
     return lambda: module(*(given[name] for name in names))
 
 
-def _observable(shape: Shape, T: int) -> bool:
+def _observable(shape: Shape, T: int, device: str) -> bool:
     flops = shape.flops(T) * shape.E / shape.K
-    fits = 2 * peers.Observer.bytes_needed(shape.E, T, shape.H) < memory.available()
+    fits = 2 * peers.Observer.bytes_needed(shape.E, T, shape.H) < memory.available(device)
     return flops <= OBSERVER_FLOPS and fits

@@ -50,7 +50,7 @@ def timed(call: Callable, *arguments: object) -> float:
 
 
 def build(job: dict) -> torch.nn.Module:
-    dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[job["dtype"]]
+    dtype = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}[job["dtype"]]
     return AutoModelForCausalLM.from_config(Qwen3MoeConfig(**job["config"]), dtype=dtype).eval()
 
 

@@ -15,7 +15,7 @@ from bench import roof
 from bench.row import Row, machine, versions
 from bench.shapes import REAL, TINY, Shape
 
-TORCH = {"bf16": torch.bfloat16, "fp32": torch.float32}
+TORCH = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}
 # A sample is at least this long, so that the clock and the call into Python do not count.
 SAMPLE_SECONDS = 0.02
 ROOF_SECONDS = 0.05
@@ -33,7 +33,9 @@ class Settings:
     rounds: int = 9
     seconds: float = 10.0
     gigabytes: float = 4.0
-    impls: tuple[str, ...] = ()  # of the layer suite; none named: all
+    impls: tuple[str, ...] = ()  # of `layer` and `calibrate`; none named: all
+    isas: tuple[str, ...] = ()  # of `layer`, besides the best
+    device: str = "cpu"  # of `layer`: cpu or cuda
     scratch: Path = Path("out/bench/scratch")
     llmcompressor: Path | None = None
     say: Callable[[str], None] = field(default=print)
@@ -73,6 +75,7 @@ class Samples:
 
     ms: dict[str, list[float]]
     peaks: list[float]
+    device: str = "cpu"
 
     @property
     def peak(self) -> float | None:
@@ -87,30 +90,40 @@ def interleave(
     Each has run once before. One that has used up its seconds after three rounds leaves the turn.
     """
     repeats = dict.fromkeys(impls, 1)
-    samples = Samples({name: [] for name in impls}, [])
+    samples = Samples({name: [] for name in impls}, [], settings.device)
     used = dict.fromkeys(impls, 0.0)
     names = list(impls)
     for done in range(settings.rounds):
         names.append(names.pop(0))  # nobody always follows the same neighbour
         if dtype in TORCH:
-            peak = roof.fma_peak(dtype, torch.get_num_threads(), ROOF_SECONDS)
+            peak = _peak(dtype, settings.device)
             samples.peaks += [] if peak is None else [peak]
         for name in names:
             if done >= 3 and used[name] > settings.seconds:
                 continue
-            elapsed = _seconds(impls[name], repeats[name])
+            elapsed = seconds(impls[name], repeats[name], settings.device)
             if done == 0 and elapsed < SAMPLE_SECONDS:
                 repeats[name] = math.ceil(SAMPLE_SECONDS / elapsed)
-                elapsed = _seconds(impls[name], repeats[name])
+                elapsed = seconds(impls[name], repeats[name], settings.device)
             used[name] += elapsed
             samples.ms[name].append(1e3 * elapsed / repeats[name])
     return samples
 
 
-def _seconds(call: Callable[[], object], repeats: int) -> float:
+def _peak(dtype: str, device: str) -> float | None:
+    if device == "cuda":
+        return roof.gpu_peak(dtype, torch.cuda.get_device_name())
+    return roof.fma_peak(dtype, torch.get_num_threads(), ROOF_SECONDS)
+
+
+def seconds(call: Callable[[], object], repeats: int, device: str = "cpu") -> float:
+    """Of `repeats` calls, from an idle device until it is idle again."""
+    wait = torch.cuda.synchronize if device == "cuda" else lambda: None
+    wait()
     start = time.perf_counter()
     for _ in range(repeats):
         call()
+    wait()
     return time.perf_counter() - start
 
 
@@ -147,7 +160,7 @@ def rows(
                 speedup_vs={}
                 if name in peers
                 else {peer: other / medians[name] for peer, other in peers.items()},
-                machine=machine(),
+                machine=machine(samples.device),
                 versions=versions(),
             )
         )

@@ -88,7 +88,7 @@ class Observer(nn.Module):
         super().__init__()
         self.layer = transformers_experts(gate_up_proj, down_proj, "eager")
         self.count = torch.zeros(len(down_proj), dtype=torch.int64)
-        self.weighted_sum = torch.zeros(len(down_proj), dtype=torch.float64)
+        self.weighted_sum = torch.zeros_like(down_proj[:, 0, 0], dtype=torch.float64)
 
     def forward(self, x: Tensor, ids: Tensor, gates: Tensor) -> Tensor:
         up, down = self.layer.gate_up_proj, self.layer.down_proj

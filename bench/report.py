@@ -6,6 +6,7 @@ from collections import defaultdict
 from pathlib import Path
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from bench.row import Row
@@ -35,7 +36,7 @@ def tables(rows: list[Row], console: Console) -> None:
             left = column in ("impl", "times as fast as")
             table.add_column(column, justify="left" if left else "right", no_wrap=not left)
         for texts in zip(*(cells for _, cells in used), strict=True):
-            table.add_row(*texts)
+            table.add_row(*map(escape, texts))
         console.print(table)
     for machine in dict.fromkeys(row.machine for row in rows):
         console.print(machine, highlight=False)

@@ -1,4 +1,5 @@
-"""The measured roofs of this machine, from `peak.cpp`, compiled for it at run time."""
+"""Roofs: of this machine, measured by `peak.cpp`, which is compiled at run time; of a GPU, its
+maker's."""
 
 from __future__ import annotations
 
@@ -43,11 +44,19 @@ def missing() -> str | None:
 
 
 def fma_peak(dtype: str, threads: int, seconds: float) -> float | None:
-    """Multiply-adds from registers in independent sums, two FLOPs each [FLOP/s]."""
+    """Multiply-adds from registers in independent sums, two FLOPs each [FLOP/s]: of bf16 where the
+    processor multiplies that, else of fp32, which every other dtype is widened to."""
     library = _library()
     if isinstance(library, str):
         return None
     return library.fma_peak(dtype == "bf16", threads, seconds)
+
+
+def gpu_peak(dtype: str, name: str) -> float | None:
+    """Dense 16-bit rate of the GPU that torch calls `name` [FLOP/s]; None for others and fp32."""
+    from bench.gpu_roofline import GPUS
+
+    return next((gpu.flops for gpu in GPUS if gpu.name in name and dtype != "fp32"), None)
 
 
 def read_bandwidth(data: torch.Tensor, threads: int) -> float | None:

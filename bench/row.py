@@ -22,14 +22,14 @@ class Row:
 
     bench: str  # suite
     impl: str  # what ran: `reap:BACKEND` is ours, everything else a peer or a roof
-    dtype: str  # bf16 or fp32; "-" where no arithmetic is done
+    dtype: str  # bf16, fp32 or fp16; "-" where no arithmetic is done
     shape: str  # `Shape` as text for layers and models, words elsewhere
     T: int  # tokens per call; 0 where there are none
     ms_median: float  # per call, over the rounds of one run [ms]
     ms_p20: float
     ms_p80: float
     gflops: float | None  # needed FLOPs (README) / ms_median [GFLOP/s]
-    fraction_of_peak: float | None  # gflops / FMA peak measured in the same rounds
+    fraction_of_peak: float | None  # gflops / FMA peak measured in the same rounds (README)
     extra_bytes: int | None  # peak resident memory of one call above what was there before it
     speedup_vs: dict[str, float]  # {peer: its ms_median / ours}, from the same rounds
     machine: str  # processor, threads, memory
@@ -95,10 +95,13 @@ def _hardware() -> str:
     return f"{model} ({', '.join(isa) or platform.machine()}), {memory:.0f} GiB"
 
 
-def machine() -> str:
-    """Processor, instruction sets that matter here, memory, and the threads that torch uses now."""
+def machine(device: str = "cpu") -> str:
+    """Processor, instruction sets that matter here, memory, and the threads that torch uses now; or
+    the GPU."""
     import torch
 
+    if device == "cuda":
+        return f"{torch.cuda.get_device_name()}, CUDA {torch.version.cuda}"
     return f"{_hardware()}, {torch.get_num_threads()} threads"
 
 

@@ -32,7 +32,7 @@ def run(settings: Settings) -> Iterator[Row]:
 def _shape(shape: Shape, dtype: str, settings: Settings) -> Iterator[Row]:
     weights = inputs.weights(shape, TORCH[dtype])
     eager = peers.transformers_experts(*weights.values(), "eager")
-    backends = layer.backends_here(settings)
+    backends = layer.backends_here(settings, dtype)
     for T in settings.tokens:
         given = inputs.routed(shape, T, TORCH[dtype]) | weights
         calls = {f"layer {name}": layer.ours(name, given) for name in backends}

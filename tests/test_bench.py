@@ -2,9 +2,11 @@
 
 import csv
 import io
+import itertools
 import json
 import time
 from dataclasses import asdict, replace
+from functools import partial
 
 import pytest
 import torch
@@ -17,6 +19,7 @@ from bench.__main__ import SUITES, app, run
 from bench.measure import PRESETS, Samples, Settings, interleave, rows
 from bench.row import COLUMNS, Log, Row
 from bench.shapes import REAL, TINY, Shape
+from reap_kernels import cpu
 
 ROOFED = pytest.mark.skipif(roof.missing() is not None, reason=f"{roof.missing()}")
 
@@ -44,9 +47,12 @@ def test_every_suite_has_rows_of_us_and_of_peers(smoke):
     if roof.missing() is None:
         assert impls["roof"] == {"fma_peak", "read"}
     peers = {"eager", "grouped_mm", "hooks", "observer"}
-    backends = {f"reap:{name}" for name, why in reap_kernels.backends().items() if why is None}
-    assert peers | backends <= impls["layer"]
-    assert peers | backends | {"eager, no head"} <= impls["calibrate"]
+    backends = {name for name, why in reap_kernels.backends().items() if why is None}
+    ours = {f"reap:{name}" for name in backends & {"cpu", "reference"}}
+    assert peers | ours <= impls["layer"]
+    assert peers | ours | {"eager, no head"} <= impls["calibrate"]
+    if "cpu" in backends:
+        assert impls["norms"] == {"reap:cpu", "cpu, norms off"}
     assert impls["prune"] == {"reap", "cp -r", "cp -r; sync"}
     assert {"reap:update", "reap:update+pairs", "layer eager"} <= impls["stats"]
 
@@ -62,7 +68,9 @@ def test_rows_are_sane(smoke):
         group = [r for r in made if (r.bench, r.dtype, r.shape, r.T) == _size(row)]
         for peer, times in row.speedup_vs.items():
             (other,) = [r for r in group if r.impl == peer]
-            assert times == pytest.approx(other.ms_median / row.ms_median)
+            if row.bench != "norms":  # a median of ratios there, not a ratio of medians
+                assert times == pytest.approx(other.ms_median / row.ms_median)
+            assert times > 0
     for row in made:
         if row.bench == "layer":
             assert row.gflops == pytest.approx(TINY.flops(row.T) / row.ms_median / 1e6)
@@ -134,7 +142,11 @@ def test_a_suite_with_a_wrong_kernel_ends_without_its_rows(monkeypatch, tmp_path
     "arguments, message",
     [
         (["--smoke", "--quick"], "not both"),
-        (["--dtype", "int8"], "'int8': it must be one of bf16, fp32"),
+        (["--dtype", "int8"], "'int8': it must be one of bf16, fp32, fp16"),
+        (["--isas", "mmx"], "'mmx': it must be one of"),
+        (["--device", "tpu"], "'tpu' is not one of"),
+        (["prune", "--device", "cuda"], "only `layer` runs there, not prune"),
+        (["--device", "cuda", "--isas", "portable"], "--isas are those of --device cpu"),
         (["--shapes", "gpt-2"], "'gpt-2': it must be one of qwen3-30b-a3b"),
         (["--tokens", "8,-1"], "'8,-1': it must be positive numbers"),
         (["speed"], "speed"),
@@ -145,6 +157,69 @@ def test_mistakes_are_told_before_anything_runs(arguments, message, monkeypatch,
     result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 2 and not any(tmp_path.iterdir())
     assert message in " ".join(result.output.split())
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_missing_gpu_is_told():
+    result = CliRunner().invoke(app, ["--device", "cuda"])
+    assert result.exit_code == 2 and "torch finds no GPU" in result.output
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_layer_on_a_gpu(tmp_path):
+    settings = replace(PRESETS["smoke"], device="cuda", dtypes=("bf16",))
+    made, refused = run(["layer"], settings, tmp_path, Console(width=160))
+    assert not refused and {"eager", "observer"} < {row.impl for row in made}
+    assert all("CUDA" in row.machine and row.extra_bytes >= 0 for row in made)
+
+
+@pytest.mark.skipif(bool(cpu.available()), reason=f"{cpu.available()}")
+def test_other_instruction_sets_and_fp16(tmp_path):
+    table = io.StringIO()
+    isas = tuple(cpu.isas())
+    settings = replace(PRESETS["smoke"], dtypes=("fp16",), isas=isas, impls=("eager",))
+    made, refused = run(["layer"], settings, tmp_path, Console(file=table, width=160))
+    assert not refused
+    assert {row.impl for row in made} == {"eager", *(f"reap:cpu[{isa}]" for isa in isas)}
+    assert {row.dtype for row in made} == {"fp16"}
+    assert all(f"reap:cpu[{isa}]" in table.getvalue() for isa in isas)
+
+
+def test_price_of_norms_is_of_pairs(monkeypatch, tmp_path):
+    """Calls that become slower and slower: each pair has the same ratio, medians have not."""
+    made_up = itertools.count(-1)  # one call before the pairs says how long one takes
+
+    def seconds(call, repeats, device="cpu"):
+        slow = 1.25 if call.args[1] == {} else 1.0
+        return slow * 2.0 ** (next(made_up) // 2) * repeats
+
+    monkeypatch.setattr("bench.norms.seconds", seconds)
+    monkeypatch.setattr("bench.layer.executed", lambda given, **o: partial(_reference, given, o))
+    monkeypatch.setattr("bench.norms.cpu.available", lambda: None)
+    said = []
+    settings = replace(PRESETS["smoke"], dtypes=("fp32",), tokens=(3,), say=said.append)
+    (ours, _), _ = run(["norms"], settings, tmp_path, Console(width=160))
+    assert ours.speedup_vs["cpu, norms off"] == pytest.approx(0.8)
+    assert any("cost +25.00%" in line for line in said)
+
+
+def _reference(given, _options):
+    return reap_kernels.moe_saliency(**given, backend="reference")
+
+
+def test_gate_fetches_only_chosen_experts():
+    """A token's truth does not depend on experts that it did not choose."""
+    given = inputs.weights(TINY, torch.float32) | inputs.routed(TINY, 3, torch.float32)
+    few = gate.chosen_experts(given)
+    assert len(few["gate_up_proj"]) == len(given["top_k_index"].unique()) < TINY.E
+    for mine, whole in zip(gate.cases().truth(few), gate.cases().truth(given), strict=True):
+        assert torch.equal(mine, whole)
+
+
+def test_roof_of_a_gpu_is_its_makers():
+    assert roof.gpu_peak("bf16", "NVIDIA H100 80GB HBM3") == 989e12
+    assert roof.gpu_peak("fp32", "NVIDIA H100 80GB HBM3") is None
+    assert roof.gpu_peak("bf16", "NVIDIA GeForce GTX 1080") is None
 
 
 def test_interleave_takes_turns(monkeypatch):

@@ -22,6 +22,8 @@ FAULTS = {
     "bytes_that_never_come": ("deadlock", 0),
     "wrong_phase": ("race", 64),
     "no_wait_for_others": ("race", 32),
+    "elected_arrival": ("race", 32),
+    "elected_wait": ("race", 32),
     "barrier_not_shown": ("proxy", 0),
     "box_misaligned": ("misaligned", 0),
     "box_past_shared": ("out_of_bounds", 0),

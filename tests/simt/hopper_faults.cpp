@@ -93,6 +93,38 @@ template <bool broken> __global__ void no_wait_for_others(Args a) {
     put(a, load_shared(cast<float>(shared_memory()) + (threadIdx.x + 1) % 32));  //! no_wait_for_others
 }
 
+// One lane arrives for its warp, and what the others wrote is over if the warp met before.
+template <bool broken> __global__ void elected_arrival(Args a) {
+    const auto shared = cast<float>(shared_memory());
+    const unsigned t = threadIdx.x;
+    store_shared(shared + t, 0.0f);
+    make(1, 1);
+    if (t < 32) {
+        store_shared(shared + t, 1.0f);                            //! elected_arrival
+        if (!broken) __syncwarp();
+        if (t == 0) mbarrier_arrive(barrier(0));
+    } else {
+        wait(barrier(0), 0);
+        put(a, load_shared(shared + (t - 32)));                    //! elected_arrival
+    }
+}
+
+// One lane waits for its warp, and the others know when they have met it.
+template <bool broken> __global__ void elected_wait(Args a) {
+    const auto shared = cast<float>(shared_memory());
+    const unsigned t = threadIdx.x;
+    store_shared(shared + t, 0.0f);
+    make(1, 32);
+    if (t < 32) {
+        store_shared(shared + t, 1.0f);                            //! elected_wait
+        mbarrier_arrive(barrier(0));
+    } else {
+        if (t == 32) wait(barrier(0), 0);
+        if (!broken) __syncwarp();
+        put(a, load_shared(shared + (t - 32)));                    //! elected_wait
+    }
+}
+
 // --- the copy engine ---
 
 template <bool broken> __global__ void barrier_not_shown(Args a) {
@@ -315,6 +347,8 @@ const Case cases[] = {
     CASE(bytes_that_never_come, 32),
     CASE(wrong_phase, 64),
     CASE(no_wait_for_others, 32),
+    CASE(elected_arrival, 64),
+    CASE(elected_wait, 64),
     CASE(barrier_not_shown, 32),
     CASE(box_misaligned, 32),
     CASE(box_past_shared, 32),

@@ -80,6 +80,17 @@ def test_emulated(case, dtype):
 
 
 @needs_emulator
+@pytest.mark.parametrize("transposed", (False, True))
+def test_no_bank_conflicts(transposed):
+    """Of cp.async and of the epilogues; the copy engine and wgmma know the swizzle."""
+    case = Case("profiled", transposed=transposed, **SIZES)
+    run(cases.make(case, torch.bfloat16), profile=True)
+    used = emulated.counters()["shared"].values()
+    assert {"cp.async", "load", "store"} <= {use["what"] for use in used}
+    assert sum(use["conflicts"] for use in used) == 0
+
+
+@needs_emulator
 def test_a_nan_stays_in_its_token():
     inputs = cases.make(Case("one NaN", **SIZES), torch.bfloat16)
     plain = run(inputs)
@@ -182,6 +193,20 @@ def test_machine_code(name, layout, dtype):
     between = "\n".join(loop[hgmma[0] : hgmma[-1]])
     assert "WARPGROUP" not in between, "ptxas runs the wgmmas one by one"
     assert ("FENCE.VIEW.ASYNC" in "\n".join(loop)) == (name == "gate_up_kernel")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(cuda_sm90.available() is not None, reason=str(cuda_sm90.available()))
+@pytest.mark.parametrize("deterministic", (False, True))
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_on_a_gpu_as_on_the_emulator(case, dtype, deterministic):
+    inputs = cases.make(case, dtype, "cuda")
+    result = moe_saliency(**inputs, backend="cuda_sm90", deterministic=deterministic)
+    cases.assert_accurate(result, inputs)
+    emulated_one = run(cases.make(case, dtype), deterministic=deterministic)
+    for ours, theirs in zip(result[1:], emulated_one[1:], strict=True):
+        torch.testing.assert_close(ours.cpu(), theirs, rtol=1e-3, atol=1e-4)
 
 
 def test_nobody_gets_it_unasked(monkeypatch):

@@ -16,12 +16,15 @@ static_assert(WGMMA_ROWS == TILE_ROWS && WGMMA_COLUMNS == TILE_COLUMNS);
 
 inline bool n_adjacent(const Weights& w) { return w.k_stride != 1; }
 
-// A box of B: 64 columns by 64 k, of [E, halves, rows, k] in the order of their strides.
+// A box of B: 64 columns by 64 k. The dimensions of the weights by their strides, k or rows first.
 inline TensorBox weight_box(const Weights& w, int64_t experts, int64_t halves, int64_t rows, int64_t k) {
-    const auto stride = [](int64_t size, int64_t stride) { return size > 1 ? stride : CHUNK_ELEMENTS; };
-    const int64_t half = stride(halves, rows * w.row_stride), expert = stride(experts, w.expert_stride);
-    if (n_adjacent(w)) return {w.data, 4, {rows, k, halves, experts}, {1, stride(k, w.k_stride), half, expert}, {BOX, STEP, 1, 1}};
-    return {w.data, 4, {k, rows, halves, experts}, {1, stride(rows, w.row_stride), half, expert}, {STEP, BOX, 1, 1}};
+    const int64_t half = rows * w.row_stride;
+    TensorBox box{w.data, 4, {k, rows, halves, experts}, {1, w.row_stride, half, w.expert_stride}, {STEP, BOX, 1, 1}};
+    if (n_adjacent(w))
+        box = {w.data, 4, {rows, halves, k, experts}, {1, half, w.k_stride, w.expert_stride}, {BOX, 1, STEP, 1}};
+    for (int i = 1; i < 4; ++i)  // a stride that nobody needs must be legal
+        if (box.sizes[i] == 1) box.strides[i] = round_up(box.sizes[i - 1] * box.strides[i - 1], CHUNK_ELEMENTS);
+    return box;
 }
 
 template <class T> struct Launches : cuda::Launches<T> {
@@ -43,7 +46,8 @@ template <class T> struct Launches : cuda::Launches<T> {
 
     template <class Launcher> void down(Launcher& launch, int64_t first_column, int64_t last_column) const {
         Down<T> down{this->down_args(first_column, last_column), {}, {}};
-        const TensorBox rows{cast<const char>(work.inner), 2, {layer.I, plan.slots}, {1, plan.inner_pitch}, {STEP, TILE_ROWS}};
+        const auto inner = cast<const char>(work.inner);
+        const TensorBox rows{inner, 2, {layer.I, plan.slots}, {1, plan.inner_pitch}, {STEP, TILE_ROWS}};
         down.inner = make_tensor_map(rows);
         down.weights = make_tensor_map(weight_box(layer.down, layer.E, 1, layer.H, layer.I));
         const auto kernel = n_adjacent(layer.down) ? down_kernel<T, true> : down_kernel<T, false>;

@@ -6,8 +6,9 @@
 //
 // Blocks are persistent: the producer is ahead in the next tile while the consumers are still in
 // the epilogue of the last. Rows in shared memory are 128 bytes, their 16-byte chunks swizzled by
-// row as the copy engine and wgmma know it ("128-byte swizzling mode"), and as chunk_offset() has it. A [128, 64] has k adjacent. B comes in boxes of 64 columns and 64 k,
-// either of which may be adjacent: rows are columns of the product, or k.
+// row as the copy engine and wgmma know it ("128-byte swizzling mode") and as chunk_offset() has it.
+// A [128, 64] has k adjacent. B comes in boxes of 64 columns and 64 k, either of which may be
+// adjacent: rows are columns of the product, or k.
 #pragma once
 #include "../tiles.cuh"
 #include "ptx.cuh"
@@ -80,7 +81,9 @@ __device__ __forceinline__ void wait(Shared<uint64_t> barrier, uint32_t parity) 
 }
 
 // Until the consumers have left the stage; in the first round nobody was ever there.
-__device__ __forceinline__ void wait_empty(const Ring& ring, Turn turn) { wait(ring.empty + turn.stage, turn.parity ^ 1); }
+__device__ __forceinline__ void wait_empty(const Ring& ring, Turn turn) {
+    wait(ring.empty + turn.stage, turn.parity ^ 1);
+}
 
 // For a producer that copies by cp.async: until what it copied has been used, so that no thread ends
 // before its copies have.
@@ -117,7 +120,8 @@ __device__ __forceinline__ void multiply(Accumulators& acc, const Ring& ring, Tu
         const uint64_t b = descriptor(ring.b(turn.stage));
         wgmma_fence();
 #pragma unroll
-        for (int k = 0; k < STEP / 16; ++k) wgmma_m64n256k16<T, N_ADJACENT>(acc, a + k * A_NEXT, b + k * B_NEXT, step > 0 || k > 0);
+        for (int k = 0; k < STEP / 16; ++k)
+            wgmma_m64n256k16<T, N_ADJACENT>(acc, a + k * A_NEXT, b + k * B_NEXT, step > 0 || k > 0);
         wgmma_commit();
         wgmma_wait<1>();
         if (step > 0 && leader) mbarrier_arrive(ring.empty + previous);
@@ -140,8 +144,8 @@ __device__ __forceinline__ void load_weights(Shared<char> b, const TensorMap& ma
     const int boxes = halves ? 2 : 4;
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-        const int n = (halves ? column / 2 : column) + i % boxes * BOX;
-        const int at[4] = {N_ADJACENT ? n : k, N_ADJACENT ? k : n, i / boxes, expert};
+        const int n = (halves ? column / 2 : column) + i % boxes * BOX, half = i / boxes;
+        const int at[4] = {N_ADJACENT ? n : k, N_ADJACENT ? half : n, N_ADJACENT ? k : half, expert};
         tma_load(b + i * BOX_BYTES, map, full, at);
     }
 }

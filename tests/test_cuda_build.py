@@ -15,7 +15,7 @@ pytestmark = pytest.mark.skipif(nvcc.missing() is not None, reason=str(nvcc.miss
 
 ARCHS = ("sm_80", "sm_90a", "newest")
 WHOLE = [(rows, layout) for rows, layout in product((32, 64, 128), ("along_k", "along_rows"))]
-TILES = [*WHOLE, (32, "any")]
+TILES = [*WHOLE, (64, "any")]
 GEMMS = ("gate_up_kernel", "down_kernel")
 HMMA = {"bf16": "HMMA.16816.F32.BF16", "fp16": "HMMA.16816.F32"}
 

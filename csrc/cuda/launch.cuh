@@ -16,7 +16,7 @@
 
 namespace reap::cuda {
 
-constexpr int ANY_ROWS = 32;  // of tiles whose operands come through registers
+constexpr int ANY_ROWS = 64;  // of tiles whose operands come through registers
 constexpr int WGMMA_ROWS = 128, WGMMA_COLUMNS = 256;  // of the tiles of sm90/
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }

@@ -183,16 +183,18 @@ template <class T, int ROWS> struct SliceOfElements {
 
     __device__ __forceinline__ void fill(Shared<char> slice) {
         const Shared<char> to = slice + chunk_offset(copy_row(), copy_chunk());
+#pragma unroll 1  // few loads at a time, for few registers
+        for (int i = 0; i < CHUNK_ELEMENTS / 2; ++i) {
+            const int k = (i + copy_row()) % (CHUNK_ELEMENTS / 2) * 2;  // other rows, other banks
 #pragma unroll
-        for (int i = 0; i < ROWS / COPY_ROWS; ++i) {
-            T x[CHUNK_ELEMENTS];
-#pragma unroll
-            for (int k = 0; k < CHUNK_ELEMENTS; ++k)
-                x[k] = k < left ? load_global(row[i] + k * stride) : narrow<T>(0.0f);
-            store_shared(cast<uint4>(to + i * COPY_ROWS * ROW_BYTES),
-                         uint4{pack(x[0], x[1]), pack(x[2], x[3]), pack(x[4], x[5]), pack(x[6], x[7])});
-            row[i] = row[i] + STEP * stride;
+            for (int j = 0; j < ROWS / COPY_ROWS; ++j) {
+                const T low = k < left ? load_global(row[j] + k * stride) : narrow<T>(0.0f);
+                const T high = k + 1 < left ? load_global(row[j] + (k + 1) * stride) : narrow<T>(0.0f);
+                store_shared(cast<uint32_t>(to + j * COPY_ROWS * ROW_BYTES) + k / 2, pack(low, high));
+            }
         }
+#pragma unroll
+        for (int j = 0; j < ROWS / COPY_ROWS; ++j) row[j] = row[j] + STEP * stride;
         left -= STEP;
     }
 };

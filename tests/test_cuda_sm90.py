@@ -6,6 +6,7 @@ import re
 from collections import Counter
 from itertools import product
 from pathlib import Path
+from types import SimpleNamespace
 
 import cases
 import emulated
@@ -15,8 +16,10 @@ import pytest
 import sass
 import torch
 from cases import Case
+from test_cuda_cost import H100, minimum
 
-from reap_kernels import cuda, cuda_sm90, moe_saliency, ops
+from bench.shapes import REAL
+from reap_kernels import cuda, cuda_sm90, moe_saliency, native, ops
 
 needs_nvcc = pytest.mark.skipif(nvcc.missing() is not None, reason=str(nvcc.missing()))
 needs_emulator = pytest.mark.skipif(emulated.missing() is not None, reason=str(emulated.missing()))
@@ -56,11 +59,15 @@ CASES = [
 ]
 
 
-def run(inputs, module=None, *, deterministic=False, **options):
+# Few enough that a block has several tiles.
+CHIP = emulated.CHIP._replace(processors=3)
+
+
+def run(inputs, module=None, *, deterministic=False, chip=CHIP, **options):
     module = module or emulated.module()
     module.configure(shared_limit=SHARED, **options)
     call = emulated.call_of(inputs, deterministic)
-    return cuda.execute(module, call, emulated.CHIP._replace(processors=3), stream=0, wgmma=True)
+    return cuda.execute(module, call, chip, stream=0, wgmma=True)
 
 
 @needs_emulator
@@ -91,6 +98,28 @@ def test_no_bank_conflicts(transposed):
 
 
 @needs_emulator
+@pytest.mark.parametrize(
+    ("name", "T", "fewer"),
+    [
+        ("qwen3-30b-a3b", 2048, 8),
+        pytest.param("mixtral-8x7b", 2048, 1, marks=pytest.mark.slow),
+        pytest.param("deepseek-v3", 1024, 8, marks=pytest.mark.slow),
+    ],
+)
+def test_bytes_past_the_cache_are_near_the_minimum(name, T, fewer):
+    """The layers of test_cuda_cost.py at an eighth of their size, and 16 of 132 processors."""
+    real, cache = REAL[name], H100["cache"] // 64
+    case = Case(name, T // 8, real.K, real.E // fewer, real.H // 8, real.I // 8)
+    inputs = cases.make(case, torch.bfloat16)
+    chip = emulated.CHIP._replace(processors=16, cache=cache)
+    run(inputs, chip=chip, cache_bytes=cache, together=chip.processors)
+    moved = emulated.counters()["fetched"][-1] + emulated.counters()["written"][-1]
+    least = minimum(case, len(inputs["top_k_index"].unique()), case.T)
+    print(f"{name} T={T}: {moved / 1e6:.1f} MB, {moved / least:.3f} of the minimum")
+    assert moved <= 1.15 * least
+
+
+@needs_emulator
 def test_a_nan_stays_in_its_token():
     inputs = cases.make(Case("one NaN", **SIZES), torch.bfloat16)
     plain = run(inputs)
@@ -116,11 +145,8 @@ RUNS = [
 
 
 @pytest.fixture(scope="module")
-def mutated(tmp_path_factory):
-    """The module with all mutants in it; `mutant` says which is out of order."""
-    folder = tmp_path_factory.mktemp("mutants") / "csrc"
-    mutants.write(SOURCES, folder)
-    return emulated.build(folder)
+def mutated():
+    return emulated.mutated()
 
 
 def complaint(extension, mutant: int) -> str | None:
@@ -216,6 +242,23 @@ def test_nobody_gets_it_unasked(monkeypatch):
     monkeypatch.setattr(cuda, "available", lambda: "no GPU today")
     with pytest.raises(ValueError, match="cuda_sm90: no GPU today"):
         moe_saliency(**inputs, backend="cuda_sm90")
+
+
+def test_needs_its_own_chip_and_machine_code(monkeypatch):
+    monkeypatch.setattr(cuda, "available", lambda: None)
+    monkeypatch.setattr(native, "module", lambda name: SimpleNamespace(architectures=built))
+    built = "sm_80 sm_90a compute_90"
+    assert cuda_sm90.available() is None
+    built = "sm_80 compute_90"
+    assert cuda_sm90.available() == "the extension is built for sm_80 compute_90, not sm_90a"
+
+    call = emulated.call_of(cases.make(Case("fits", **SIZES), torch.bfloat16))
+    monkeypatch.setattr(cuda, "unsupported", lambda call: None)
+    monkeypatch.setattr(cuda, "chip", lambda device: emulated.CHIP._replace(sm=sm))
+    sm = 90
+    assert cuda_sm90.unsupported(call) is None
+    sm = 100
+    assert cuda_sm90.unsupported(call) == "the GPU is an sm_100, must be an sm_90"
 
 
 def unsupported(case, **changed):

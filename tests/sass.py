@@ -10,9 +10,9 @@ TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 TENSOR = re.compile(r"(?:HMMA|HGMMA|UTC\w*MMA)\b")
 
 
-def tool(name: str, *arguments: str) -> str:
+def tool(name: str, *arguments: str, cwd: str | None = None) -> str:
     command = [str(TOOLS / name), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return subprocess.run(command, capture_output=True, text=True, check=True, cwd=cwd).stdout
 
 
 def instructions(code: str) -> list[str]:

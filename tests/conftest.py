@@ -1,6 +1,9 @@
-"""What every test gets: fresh memory that is poisoned, and a skip where a GPU is missing."""
+"""What every test gets: fresh memory that is poisoned, and a skip where a GPU is missing. What test
+modules compile starts with the session."""
 
+import contextlib
 import functools
+import threading
 
 import pytest
 import torch
@@ -40,3 +43,18 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if "gpu" in item.keywords:
             item.add_marker(skip)
+
+
+def pytest_collection_finish(session):
+    """Calls prepare() of each test module that has one, in a thread of its own: compilers run on a
+    core that most tests leave idle. One that fails here fails again in the test that needs it."""
+    modules = dict.fromkeys(item.module for item in session.items if hasattr(item, "module"))
+
+    def work():
+        for module in modules:
+            if hasattr(module, "prepare"):
+                with contextlib.suppress(Exception):
+                    module.prepare()
+
+    if not session.config.option.collectonly:
+        threading.Thread(target=work, daemon=True).start()

@@ -16,26 +16,24 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import tempfile
+import threading
 from pathlib import Path
 from types import ModuleType
+
+import mutants
 
 from reap_kernels import Saliency, cuda
 from reap_kernels.contract import Call, make_call
 
 ROOT = Path(__file__).parent.parent
-FLAGS = [
-    "-std=c++17",
-    "-O2",
-    "-fPIC",
-    "-shared",
-    "-DREAP_SIMT",
-    "-Wall",
-    "-Wextra",
-    "-Wno-unknown-pragmas",
-]
+FLAGS = ["-std=c++17", "-O2", "-fPIC", "-shared", "-DREAP_SIMT", "-Wall", "-Wextra"]
+FLAGS += ["-Wno-unknown-pragmas"]  # nvcc's
 COMPILER = os.environ.get("CXX", "g++")
 # Of a small H100: few processors, so that a wave of blocks is short.
 CHIP = cuda.Chip(device=0, sm=90, processors=4, cache=1 << 20)
+
+_compiling = threading.Lock()  # one at a time, and nothing twice
 
 
 def missing() -> str | None:
@@ -49,29 +47,46 @@ def missing() -> str | None:
 
 @functools.cache
 def module() -> ModuleType:
-    return build(ROOT / "csrc")
+    return _load(compiled(ROOT / "csrc"))
 
 
-def build(sources: Path, *flags: str) -> ModuleType:
-    """The module of the kernels in `sources`/cuda, compiled if it is not yet in build/simt."""
+@functools.cache
+def mutated() -> ModuleType:
+    """The same with the mutants of mutants.py; `configure` says which of them is out of order."""
+    return _load(compiled_mutants())
+
+
+def compiled_mutants() -> Path:
+    with tempfile.TemporaryDirectory() as folder:
+        mutants.write(ROOT / "csrc", Path(folder) / "csrc")
+        return compiled(Path(folder) / "csrc")
+
+
+def compiled(sources: Path) -> Path:
+    """The extension module of the kernels in `sources`/cuda, from build/simt if it is there."""
     import pybind11
 
     includes = (sources, ROOT / "tests", ROOT / "tests/simt", pybind11.get_include())
-    command = [COMPILER, *FLAGS, *flags, *(f"-I{folder}" for folder in includes)]
+    command = [COMPILER, *FLAGS, *(f"-I{folder}" for folder in includes)]
     command += ["-isystem", sysconfig.get_path("include"), str(ROOT / "tests/simt/module.cpp")]
-    digest = hashlib.sha256(repr((COMPILER, FLAGS, flags, sys.version)).encode())
+    digest = hashlib.sha256(repr((COMPILER, FLAGS, sys.version)).encode())
     for folder in (sources, ROOT / "tests/simt"):
         for path in sorted(path for path in folder.rglob("*") if path.is_file()):
             digest.update(f"{path.relative_to(folder)}\n".encode() + path.read_bytes())
     name = f"simt_{digest.hexdigest()[:20]}"
     path = ROOT / "build/simt" / f"{name}.so"
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        new = path.with_suffix(f".{os.getpid()}")
-        done = subprocess.run([*command, f"-DMODULE={name}", "-o", new], stderr=subprocess.PIPE)
-        assert done.returncode == 0, done.stderr.decode()[-8000:]
-        new.rename(path)
-    spec = importlib.util.spec_from_file_location(name, path)
+    with _compiling:
+        if not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            new = path.with_suffix(f".{os.getpid()}")
+            done = subprocess.run([*command, f"-DMODULE={name}", "-o", new], stderr=subprocess.PIPE)
+            assert done.returncode == 0, done.stderr.decode()[-8000:]
+            new.rename(path)
+    return path
+
+
+def _load(path: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(path.stem, path)
     assert spec is not None and spec.loader is not None
     loaded = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(loaded)

@@ -27,7 +27,7 @@ STATEMENT = re.compile(
     r"|cp_async_mbarrier_arrive)\([^;{}]*\);"
 )
 LEAVES = re.compile(r"\)\s*(return|break|continue)\b")
-CHOICE = re.compile(r"(?:[\w.]+ \+ )?[\w.]+ (<|<=|>=) [\w.]+(?= \?)")
+CHOICE = re.compile(r"[\w.]+(?: [-+*/] [\w.]+)* (<|<=|>=) [\w.]+(?= \?)")
 
 
 @dataclass(frozen=True)

@@ -47,6 +47,11 @@ LAST = [Case(f"{name} ends with its arrays", E=1, K=1, T=sizes["T"], H=64, I=64)
         for name, sizes in ROWS.items()]  # fmt: skip
 
 
+def prepare():
+    if emulated.missing() is None:
+        emulated.compiled(emulated.ROOT / "csrc")
+
+
 def same_bits(a, b) -> bool:
     return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
 

@@ -52,15 +52,14 @@ EQUIVALENT = {
 }
 
 
-@functools.cache
-def module(folder: Path):
-    mutants.write(SOURCES, folder / "csrc")
-    return emulated.build(folder / "csrc")
+def prepare():
+    if emulated.missing() is None:
+        emulated.compiled_mutants()
 
 
-@pytest.fixture(scope="session")
-def mutated(tmp_path_factory):
-    return module(tmp_path_factory.mktemp("mutants"))
+@pytest.fixture(scope="module")
+def mutated():
+    return emulated.mutated()
 
 
 @functools.cache

@@ -120,7 +120,7 @@ py::dict run(const Layer& layer, char* workspace) {
 
 PYBIND11_MODULE(MODULE, m) {
     bind_layer(m);
-    py::register_exception<simt::Fault>(m, "Fault", PyExc_RuntimeError);
+    py::register_local_exception<simt::Fault>(m, "Fault", PyExc_RuntimeError);
     m.def(
         "configure",
         [](uint64_t seed, bool eager, bool profile, size_t shared_limit, uint64_t access_limit, size_t cache_bytes,

@@ -2,7 +2,7 @@
 //
 // The kernels reach memory through these functions alone. Where REAP_SIMT is defined the same names
 // come from an emulator that runs the kernels' source on a CPU and checks each access.
-// Sections are those of the PTX ISA, "Instruction Set".
+// Quoted titles are sections of the PTX ISA, chapter "Instruction Set".
 #pragma once
 #ifdef REAP_SIMT
 #include "simt/ptx.h"
@@ -45,26 +45,30 @@ __device__ __forceinline__ uint32_t shared_address(const void* p) {
     return static_cast<uint32_t>(__cvta_generic_to_shared(p));
 }
 
-// cp.async: 16 bytes from global to shared memory, past the registers and the L1 cache. Zeros
-// where `real` is false: then nothing is read.
+// "Data Movement and Conversion Instructions: cp.async": 16 bytes from global to shared memory, past
+// the registers and the L1 cache; zeros where `real` is false, and then nothing is read (ignore-src).
 __device__ __forceinline__ void cp_async16(Shared<char> to, Global<const char> from, bool real) {
     asm volatile(
-        "{ .reg .pred zeros; setp.eq.u32 zeros, %2, 0; cp.async.cg.shared.global.L2::128B [%0], [%1], 16, zeros; }\n" ::"r"(
-            shared_address(to)),
+        "{\n"
+        ".reg .pred zeros;\n"
+        "setp.eq.u32 zeros, %2, 0;\n"
+        "cp.async.cg.shared.global.L2::128B [%0], [%1], 16, zeros;\n"
+        "}\n" ::"r"(shared_address(to)),
         "l"(from), "r"(static_cast<uint32_t>(real))
         : "memory");
 }
 
-// cp.async.commit_group: what this thread started since the last one is a group, also if it is nothing.
+// "... cp.async.commit_group": what this thread started since the last one is a group, also if it is
+// nothing.
 __device__ __forceinline__ void cp_async_commit() { asm volatile("cp.async.commit_group;\n" ::: "memory"); }
 
-// cp.async.wait_group: until at most the newest N groups of this thread are under way.
+// "... cp.async.wait_group": until at most the newest N groups of this thread are under way.
 template <int N> __device__ __forceinline__ void cp_async_wait() {
     asm volatile("cp.async.wait_group %0;\n" ::"n"(N) : "memory");
 }
 
-// ldmatrix.x4: four 8x8 matrices of 16 bits; lanes 8j..8j+7 give the rows of matrix j. Lane l gets
-// of each matrix the elements (l / 4, 2 (l % 4) + {0, 1}).
+// "Warp-level matrix load instruction: ldmatrix": four 8x8 matrices of 16 bits; lanes 8j..8j+7 give
+// the rows of matrix j. Lane l gets of each matrix the elements (l / 4, 2 (l % 4) + {0, 1}).
 __device__ __forceinline__ void ldmatrix_x4(uint32_t (&r)[4], Shared<const char> row) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];\n"
                  : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
@@ -72,7 +76,7 @@ __device__ __forceinline__ void ldmatrix_x4(uint32_t (&r)[4], Shared<const char>
                  : "memory");
 }
 
-// ldmatrix.x4.trans: the same, but lane l gets the elements (2 (l % 4) + {0, 1}, l / 4).
+// "... ldmatrix" with .trans: the same, but lane l gets the elements (2 (l % 4) + {0, 1}, l / 4).
 __device__ __forceinline__ void ldmatrix_x4_trans(uint32_t (&r)[4], Shared<const char> row) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];\n"
                  : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
@@ -80,7 +84,7 @@ __device__ __forceinline__ void ldmatrix_x4_trans(uint32_t (&r)[4], Shared<const
                  : "memory");
 }
 
-// mma.m16n8k16: d += a b, row-major a [16, 16], column-major b [16, 8], d fp32 [16, 8].
+// "Matrix Fragments for mma.m16n8k16 with floating point type": d += a b, row-major a [16, 16], column-major b [16, 8], d fp32 [16, 8].
 template <class T>
 __device__ __forceinline__ void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1);
 
@@ -102,7 +106,8 @@ __device__ __forceinline__ void mma_m16n8k16<f16>(float (&d)[4], const uint32_t 
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
-// red.add.f32: adds to two adjacent floats, 8-byte aligned, each of them atomically. As a vector from sm_90.
+// "Parallel Synchronization and Communication Instructions: red": adds to two adjacent floats, 8-byte
+// aligned, each of them atomically; in one instruction from sm_90 on.
 __device__ __forceinline__ void red_add2(Global<float> p, float x, float y) {
 #if __CUDA_ARCH__ >= 900
     asm volatile("red.relaxed.gpu.global.add.v2.f32 [%0], {%1, %2};\n" ::"l"(p), "f"(x), "f"(y) : "memory");
@@ -112,7 +117,7 @@ __device__ __forceinline__ void red_add2(Global<float> p, float x, float y) {
 #endif
 }
 
-// min.NaN, max.NaN: NaN if either is NaN, which fminf and fmaxf lose.
+// "Floating Point Instructions: min, max" with .NaN: NaN if either is NaN, which fminf and fmaxf lose.
 __device__ __forceinline__ float min_nan(float x, float y) {
     float z;
     asm("min.NaN.f32 %0, %1, %2;\n" : "=f"(z) : "f"(x), "f"(y));
@@ -124,7 +129,7 @@ __device__ __forceinline__ float max_nan(float x, float y) {
     return z;
 }
 
-// ex2.approx: 2^x within 2 ulp, of subnormals 1; rcp.approx: 1/x within 1 ulp.
+// "Floating Point Instructions: ex2, rcp": 2^x within 2 ulp and 1/x within 1 ulp; subnormals are 0.
 __device__ __forceinline__ float exp2_approx(float x) {
     float y;
     asm("ex2.approx.ftz.f32 %0, %1;\n" : "=f"(y) : "f"(x));
@@ -136,7 +141,7 @@ __device__ __forceinline__ float reciprocal_approx(float x) {
     return y;
 }
 
-// trap: the launch fails with cudaErrorLaunchFailure (or IllegalInstruction) unless `holds`.
+// "Miscellaneous Instructions: trap": the launch fails unless `holds`.
 __device__ __forceinline__ void trap_unless(bool holds) {
     if (!holds) asm volatile("trap;\n");
 }

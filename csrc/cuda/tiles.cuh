@@ -25,6 +25,7 @@ constexpr int CHUNK_BYTES = 16;
 constexpr int CHUNK_ELEMENTS = 8;
 constexpr int ROW_CHUNKS = ROW_BYTES / CHUNK_BYTES;
 constexpr int COPY_ROWS = THREADS / ROW_CHUNKS;    // rows that the block copies at a time
+constexpr int PANEL_COLUMNS = ROW_BYTES / 2;       // of weights whose rows are adjacent
 
 // 96 KB at most, so that every chip from sm_80 runs every tile.
 template <int ROWS> struct Ring {
@@ -87,7 +88,6 @@ struct Columns {
         if (up == 0) return min(n, count - adjacent);
         return min(n / 16 * 8 + n % 8, count - adjacent) + (n & 8 ? up : 0);
     }
-    __device__ __forceinline__ bool inside(int n) const { return (up == 0 ? n : n / 16 * 8 + n % 8) < count; }
 };
 
 // A projection's weights as the kernels take them; like Weights, but typed.
@@ -135,12 +135,13 @@ template <class T, int ROWS> struct SliceAlongK {
     }
 };
 
-// The same of weights whose rows are adjacent: a slice is two panels of STEP values of k by 64 rows.
+// The same of weights whose rows are adjacent: a slice is two panels of STEP values of k by
+// PANEL_COLUMNS weight rows, so that each is in rows of 128 bytes again.
 template <class T> struct SliceAlongRows {
-    static constexpr int PANEL_ROWS = STEP / COPY_ROWS;
+    static constexpr int PANEL_STEPS = STEP / COPY_ROWS;  // chunks of a thread in one panel
     Global<const char> base;
     int64_t advance;                        // bytes from slice to slice
-    uint32_t offset[2 * PANEL_ROWS];        // of this thread's chunks [16 bytes]
+    uint32_t offset[2 * PANEL_STEPS];        // of this thread's chunks [16 bytes]
     int left;                               // values of k from this thread's first on
 
     __device__ __forceinline__ SliceAlongRows(const Projection<T>& weights, Global<const T> data, int depth, int column)
@@ -148,9 +149,9 @@ template <class T> struct SliceAlongRows {
           advance(STEP * weights.k_stride * int64_t(sizeof(T))),
           left(depth - copy_row()) {
 #pragma unroll
-        for (int i = 0; i < 2 * PANEL_ROWS; ++i) {
-            const int n = column + i / PANEL_ROWS * 64 + copy_chunk() * CHUNK_ELEMENTS;
-            const int k = copy_row() + i % PANEL_ROWS * COPY_ROWS;
+        for (int i = 0; i < 2 * PANEL_STEPS; ++i) {
+            const int n = column + i / PANEL_STEPS * PANEL_COLUMNS + copy_chunk() * CHUNK_ELEMENTS;
+            const int k = copy_row() + i % PANEL_STEPS * COPY_ROWS;
             const int64_t element = weights.columns.weight_row(n, CHUNK_ELEMENTS) + k * weights.k_stride;
             offset[i] = static_cast<uint32_t>(element / CHUNK_ELEMENTS);
         }
@@ -159,9 +160,9 @@ template <class T> struct SliceAlongRows {
     __device__ __forceinline__ void fill(Shared<char> slice) {
         const Shared<char> to = slice + chunk_offset(copy_row(), copy_chunk());
 #pragma unroll
-        for (int i = 0; i < 2 * PANEL_ROWS; ++i)
+        for (int i = 0; i < 2 * PANEL_STEPS; ++i)
             cp_async16(to + i * COPY_ROWS * ROW_BYTES, base + int64_t(offset[i]) * CHUNK_BYTES,
-                       left > i % PANEL_ROWS * COPY_ROWS);
+                       left > i % PANEL_STEPS * COPY_ROWS);
         base = base + advance;
         left -= STEP;
     }
@@ -238,7 +239,7 @@ __device__ __forceinline__ void multiply_slice(Accumulators<ROWS>& acc, Shared<c
     const int lane = lane_id();
     const int a_row = warp_row<ROWS>() + lane % 16, a_chunk = lane / 16;
     const int b_row = warp_column() + lane % 8 + lane / 16 * 8, b_chunk = lane / 8 % 2;
-    const Shared<const char> panel = b + warp_column() * (STEP * ROW_BYTES / 64);
+    const Shared<const char> panel = b + warp_column() / PANEL_COLUMNS * (STEP * ROW_BYTES);
     constexpr int BELOW = 16 * ROW_BYTES;  // 16 rows further down chunks are permuted alike
 #pragma unroll
     for (int k = 0; k < STEP / 16; ++k) {

@@ -5,7 +5,6 @@ The emulator runs the same source but replaces the wrappers; this is the other h
 
 import re
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
 from itertools import product
 
 import nvcc
@@ -21,16 +20,20 @@ GEMMS = ("gate_up_kernel", "down_kernel")
 HMMA = {"bf16": "HMMA.16816.F32.BF16", "fp16": "HMMA.16816.F32"}
 
 
-@pytest.fixture(scope="module")
-def all_compiled():
-    """Two compilers at a time, for all of the tests."""
-    with ThreadPoolExecutor(2) as pool:
-        list(pool.map(nvcc.compiled, [nvcc.newest() if a == "newest" else a for a in ARCHS]))
+def named(arch: str) -> str:
+    return nvcc.newest() if arch == "newest" else arch
+
+
+def prepare() -> None:
+    """Compiles for all tests; conftest calls it while others run."""
+    if nvcc.missing() is None:
+        for arch in ARCHS:
+            nvcc.compiled(named(arch))
 
 
 @pytest.fixture(scope="module", params=ARCHS)
-def arch(request, all_compiled):
-    return nvcc.newest() if request.param == "newest" else request.param
+def arch(request):
+    return named(request.param)
 
 
 @pytest.fixture(scope="module")

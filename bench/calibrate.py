@@ -23,7 +23,7 @@ from bench.shapes import REAL, TINY, Shape
 from reap.data import Batch
 
 REAL_LAYERS, REAL_VOCABULARY = 48, 151_936
-NO_HEAD = "eager, no head"
+NO_HEAD = "eager without head"
 FORWARDS = (NO_HEAD,)  # beside those of the layer suite
 # Observers sum in different orders, so that means of fp32 norms differ by a few fp32 epsilons.
 LUCK = 8 * torch.finfo(torch.float32).eps

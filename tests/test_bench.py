@@ -50,7 +50,7 @@ def test_every_suite_has_rows_of_us_and_of_peers(smoke):
     backends = {name for name, why in reap_kernels.backends().items() if why is None}
     ours = {f"reap:{name}" for name in backends & {"cpu", "reference"}}
     assert peers | ours <= impls["layer"]
-    assert peers | ours | {"eager, no head"} <= impls["calibrate"]
+    assert peers | ours | {"eager without head"} <= impls["calibrate"]
     if "cpu" in backends:
         assert impls["norms"] == {"reap:cpu", "cpu, norms off"}
     assert impls["prune"] == {"reap", "cp -r", "cp -r; sync"}
@@ -171,6 +171,14 @@ def test_layer_on_a_gpu(tmp_path):
     made, refused = run(["layer"], settings, tmp_path, Console(width=160))
     assert not refused and {"eager", "observer"} < {row.impl for row in made}
     assert all("CUDA" in row.machine and row.extra_bytes >= 0 for row in made)
+
+
+def test_only_what_is_asked_for(tmp_path):
+    """Slow observers can be left out, and a forward beside ours needs no comparison with it."""
+    wanted = ("reap:reference", "eager without head")
+    settings = replace(PRESETS["smoke"], dtypes=("fp32",), impls=wanted)
+    made, refused = run(["calibrate"], settings, tmp_path, Console(width=160))
+    assert not refused and {row.impl for row in made} == set(wanted)
 
 
 @pytest.mark.skipif(bool(cpu.available()), reason=f"{cpu.available()}")

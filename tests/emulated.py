@@ -94,8 +94,13 @@ def _load(path: Path) -> ModuleType:
 
 
 def call_of(inputs: dict, deterministic: bool = False) -> Call:
-    *tensors, activation, gated, interleaved, transposed = inputs.values()
-    return make_call(tuple(tensors), activation, (gated, interleaved, transposed, deterministic))
+    """From arguments of moe_saliency by name, with its defaults."""
+    flags = {"gated": True, "interleaved": False, "transposed": False} | inputs
+    return make_call(
+        tuple(inputs.get(name) for name in Call._fields[:7]),
+        inputs.get("activation", "silu"),
+        (flags["gated"], flags["interleaved"], flags["transposed"], deterministic),
+    )
 
 
 def run(

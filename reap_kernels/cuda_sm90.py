@@ -1,8 +1,8 @@
 """The CUDA backend's kernels for Hopper alone: csrc/cuda/sm90, with TMA, mbarriers and wgmma.
 
 They have been executed on the emulator of the test suite, and never on a GPU: `auto` passes them
-over, they run only where backend="cuda_sm90" asks for them. What the copy engine cannot read (memory
-that is not in multiples of 16 bytes) runs on `cuda`.
+over, they run only where backend="cuda_sm90" asks for them. What the copy engine cannot read
+(memory that is not in multiples of 16 bytes) runs on `cuda`.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ from reap_kernels.contract import Call, Saliency
 NAME = "cpu"
 
 # As in csrc/cpu/layer.h and moe.cpp.
-_SLAB, _GROUP, _KSTEPS, _BLOCK_TOKENS, _LINE, _AHEAD = 96, 48, 256, 160, 64, 8
+_SLAB, _GROUP, _KSTEPS, _BLOCK_TOKENS, _LINE, _AHEAD = 96, 48, 128, 160, 64, 8
 
 
 def available() -> str | None:
@@ -56,7 +56,7 @@ def extra_bytes(call: Call, isa: str | None = None, threads: int | None = None) 
       T * H * 4             sums of the layer output, if the model dtype is not fp32
       S * 4 + E * 8 + ...   routing
       threads * scratch     packed tokens of a block (160 by H of four bytes, two bytes in bf16 on
-                            avx512_bf16), a tile of weights (48 by 256) and two of sums (48 by 160)
+                            avx512_bf16), a tile of weights (48 by 128) and two of sums (48 by 160)
 
     each rounded up to a cache line, where R = min(S, 2560 * threads) slots are in the making at a
     time: nothing of size S*H, S*I, E*T or of the weights. Ids that are not int64, gates that are

@@ -1,23 +1,22 @@
-"""Files that are either whole or not there."""
+"""Files that are either whole or not there, and what they need of the system."""
 
 from __future__ import annotations
 
+import ctypes
+import errno
 import os
-import tempfile
-from collections.abc import Callable
+import secrets
+from contextlib import suppress
 from pathlib import Path
-from typing import BinaryIO
 
 from reap.errors import ReapError
 
+NOREPLACE, EXCHANGE = 1, 2  # linux/fs.h: RENAME_NOREPLACE, RENAME_EXCHANGE
+_AT_FDCWD = -100
 
-def write_file(
-    path: str | os.PathLike[str],
-    content: bytes | Callable[[BinaryIO], object],
-    *,
-    overwrite: bool = False,
-) -> None:
-    """Write `content`, bytes or a function that writes them, to `path`: whole or not at all.
+
+def write_file(path: str | os.PathLike[str], content: bytes, *, overwrite: bool = False) -> None:
+    """Write `content` to `path`: whole or not at all.
 
     The bytes go to a temporary file beside it, are synced, and then take its name; a crash leaves
     the old file or none. ReapError when `path` exists and `overwrite` is not set, also when it
@@ -26,63 +25,60 @@ def write_file(
     path = Path(path)
     if not overwrite:
         _refuse_existing(path)
+    temporary = path.parent / f".{path.name}.{secrets.token_hex(8)}.part"
     try:
-        handle, temporary = tempfile.mkstemp(".part", f".{path.name}.", path.parent)
-    except OSError as error:
-        raise _failed(path, error) from error
-    try:
-        with os.fdopen(handle, "wb") as file:
-            if callable(content):
-                content(file)
-            else:
-                file.write(content)
+        with open(temporary, "xb") as file:
+            file.write(content)
             file.flush()
-            os.fchmod(file.fileno(), 0o666 & ~_umask())  # mkstemp's 0600 is for secrets
             os.fsync(file.fileno())
         if overwrite:
             os.replace(temporary, path)
         else:
-            os.link(temporary, path)  # unlike a rename, refuses to replace
-            os.unlink(temporary)
-        sync_folder(path.parent)
-    except FileExistsError:
-        _discard(temporary)
-        _refuse_existing(path)
-        raise
+            rename_new(temporary, path)
+        sync(path.parent)
     except OSError as error:
-        _discard(temporary)
-        raise _failed(path, error) from error
-    except BaseException:
-        _discard(temporary)
-        raise
-
-
-def sync_folder(path: str | os.PathLike[str]) -> None:
-    """Make the names in a folder survive a crash."""
-    handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(handle)
+        if isinstance(error, FileExistsError):
+            _refuse_existing(path)
+        raise ReapError(f"cannot write {path}: {error.strerror or error}") from error
     finally:
-        os.close(handle)
+        with suppress(OSError):
+            temporary.unlink()
+
+
+def rename_new(source: Path, target: Path) -> None:
+    """Rename; FileExistsError when there is a `target` already, even one that just appeared."""
+    if not renameat2(source, target, NOREPLACE):
+        if os.path.lexists(target):
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(target))
+        os.rename(source, target)
+
+
+def renameat2(source: Path, target: Path, flag: int) -> bool:
+    """False where libc, kernel or file system do not know this flag."""
+    call = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    if call is None:
+        return False
+    names = os.fsencode(source), os.fsencode(target)
+    if call(_AT_FDCWD, names[0], _AT_FDCWD, names[1], ctypes.c_uint(flag)) == 0:
+        return True
+    code = ctypes.get_errno()
+    if code in (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP):
+        return False
+    raise OSError(code, os.strerror(code), str(source), None, str(target))
+
+
+def sync(path: str | os.PathLike[str]) -> None:
+    """A file, or the names in a folder, are on stable storage when this returns."""
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # network file systems that cannot sync a folder
+            raise
+    finally:
+        os.close(fd)
 
 
 def _refuse_existing(path: Path) -> None:
     if os.path.lexists(path):
         raise ReapError(f"{path} exists: choose another name or pass --overwrite")
-
-
-def _failed(path: Path, error: OSError) -> ReapError:
-    return ReapError(f"cannot write {path}: {error.strerror or error}")
-
-
-def _discard(temporary: str) -> None:
-    try:
-        os.unlink(temporary)
-    except FileNotFoundError:
-        pass
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

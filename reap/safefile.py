@@ -15,6 +15,7 @@ import os
 import stat
 import struct
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -47,11 +48,14 @@ class Tensor(NamedTuple):
 
 @dataclass(frozen=True)
 class Header:
-    """A checked header: `tensors` in the order of the data, which begins at file offset `data`."""
+    """A checked header: `tensors` in the order of the data, which begins at file offset `data`.
+
+    `version` tells the file that was read from what may stand in its place later.
+    """
 
     path: Path
     data: int
-    size: int
+    version: tuple[int, ...]
     tensors: dict[str, Tensor]
     metadata: dict[str, str]
 
@@ -74,6 +78,31 @@ def open_regular(path: Path) -> int:
         os.close(fd)
         raise ReapError(f"{path} is not a regular file")
     return fd
+
+
+def version_of(fd: int) -> tuple[int, ...]:
+    """What changes when a file is written to or another takes its name."""
+    found = os.fstat(fd)
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
+
+
+@contextmanager
+def steady(path: Path, version: tuple[int, ...] | None = None) -> Iterator[int]:
+    """A descriptor of a regular file that is `version`, or as it is now, from here to the end of
+    the block; else ReapError."""
+    fd = open_regular(path)
+    expected = version or version_of(fd)
+
+    def check() -> None:
+        if version_of(fd) != expected:
+            raise ReapError(f"{path} changed while it was read: start again when it is whole")
+
+    try:
+        check()
+        yield fd
+        check()
+    finally:
+        os.close(fd)
 
 
 def parse_json(text: bytes, what: str) -> dict[str, Any]:
@@ -117,6 +146,7 @@ def read_header(path: Path) -> Header:
     """
     fd = open_regular(path)
     with open(fd, "rb") as file:
+        version = version_of(fd)
         size = os.fstat(fd).st_size
         if size < 8:
             raise ReapError(f"{path} is not a safetensors file: it has only {size} bytes")
@@ -145,7 +175,7 @@ def read_header(path: Path) -> Header:
     if end != size - 8 - length:
         fault = "is truncated" if end > size - 8 - length else "has bytes after its last tensor"
         raise ReapError(f"{path} {fault}: {size} bytes, its header speaks of {8 + length + end}")
-    return Header(path, 8 + length, size, dict(found), metadata)
+    return Header(path, 8 + length, version, dict(found), metadata)
 
 
 def _tensor(name: str, entry: Any, path: Path) -> Tensor:
@@ -185,7 +215,7 @@ def encode_header(
         end = offset + span(dtype, shape)
         fields[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [offset, end]}
         offset = end
-    text = json.dumps(fields, separators=(",", ":"), ensure_ascii=False).encode()
+    text = json.dumps(fields, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     if len(text) > MAX_HEADER:
         raise ReapError(
@@ -241,6 +271,9 @@ def copy_range(
             block = os.pread(source, min(chunk, 4 << 20), offset)
             write_all(target, block)
             done = len(block)
+        if not done and in_kernel:  # what some file systems answer instead of "not supported"
+            in_kernel = False
+            continue
         if not done:
             raise ReapError(f"a file became shorter while it was read: {length} bytes are missing")
         offset, length = offset + done, length - done

@@ -8,12 +8,22 @@ from reap.atomic import write_file
 from reap.errors import ReapError
 
 
-def test_writes_bytes_or_what_a_function_writes(tmp_path):
+def while_writing(monkeypatch, act):
+    """`act` runs when the first bytes are about to be synced."""
+    real = os.fsync
+
+    def fsync(fd):
+        monkeypatch.setattr(os, "fsync", real)
+        act()
+        real(fd)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+
+
+def test_writes_one_file(tmp_path):
     write_file(tmp_path / "a", b"one")
-    write_file(tmp_path / "b", lambda file: file.write(b"two"))
     assert (tmp_path / "a").read_bytes() == b"one"
-    assert (tmp_path / "b").read_bytes() == b"two"
-    assert sorted(os.listdir(tmp_path)) == ["a", "b"]
+    assert os.listdir(tmp_path) == ["a"]
 
 
 def test_permissions_follow_the_umask(tmp_path):
@@ -35,15 +45,14 @@ def test_refuses_an_existing_file_and_replaces_it_when_told(tmp_path):
     assert path.read_bytes() == b"new"
 
 
-def test_refuses_a_file_that_appears_while_writing(tmp_path):
+@pytest.mark.parametrize("renameat2", [True, False])  # False: the file system does not know it
+def test_refuses_a_file_that_appears_while_writing(tmp_path, monkeypatch, renameat2):
+    if not renameat2:
+        monkeypatch.setattr(atomic, "renameat2", lambda *_: False)
     path = tmp_path / "a"
-
-    def write(file):
-        path.write_bytes(b"somebody else's")
-        file.write(b"mine")
-
+    while_writing(monkeypatch, lambda: path.write_bytes(b"somebody else's"))
     with pytest.raises(ReapError, match="exists"):
-        write_file(path, write)
+        write_file(path, b"mine")
     assert path.read_bytes() == b"somebody else's"
     assert os.listdir(tmp_path) == ["a"]
 
@@ -51,6 +60,27 @@ def test_refuses_a_file_that_appears_while_writing(tmp_path):
 def test_no_such_folder(tmp_path):
     with pytest.raises(ReapError, match="cannot write .*/none/a: No such file or directory"):
         write_file(tmp_path / "none" / "a", b"")
+    (tmp_path / "file").write_bytes(b"")
+    with pytest.raises(ReapError, match="cannot write .*/file/a: Not a directory"):
+        write_file(tmp_path / "file" / "a", b"")
+
+
+def test_file_systems_without_links_modes_or_synced_folders(tmp_path, monkeypatch):
+    """Network drives and FAT: what they do not have is not asked of them."""
+
+    def missing(*args, **kwargs):
+        raise OSError(errno.EPERM, os.strerror(errno.EPERM))
+
+    def fsync(fd):
+        if os.path.isdir(f"/proc/self/fd/{fd}"):
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+
+    for call in ("link", "chmod", "fchmod"):
+        monkeypatch.setattr(os, call, missing)
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(atomic, "renameat2", lambda *_: False)
+    write_file(tmp_path / "a", b"one")
+    assert os.listdir(tmp_path) == ["a"]
 
 
 @pytest.mark.parametrize("call", ["fsync", "replace"])
@@ -68,11 +98,11 @@ def test_a_failing_system_call_leaves_the_old_file(tmp_path, monkeypatch, call):
     assert os.listdir(tmp_path) == ["a"]
 
 
-def test_an_interrupt_leaves_nothing(tmp_path):
-    def interrupted(file):
-        file.write(b"half")
+def test_an_interrupt_leaves_nothing(tmp_path, monkeypatch):
+    def interrupt():
         raise KeyboardInterrupt
 
+    while_writing(monkeypatch, interrupt)
     with pytest.raises(KeyboardInterrupt):
-        write_file(tmp_path / "a", interrupted)
+        write_file(tmp_path / "a", b"half")
     assert os.listdir(tmp_path) == []

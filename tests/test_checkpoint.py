@@ -132,7 +132,7 @@ def test_everything_else_is_copied_byte_for_byte(tmp_path: Path) -> None:
     for name, data in {**kept, **dict.fromkeys(left, b"x")}.items():
         (base / name).parent.mkdir(parents=True, exist_ok=True)
         (base / name).write_bytes(data)
-    edit_config(base, strange={"rope": 1e-06, "ünï": [None, 10000000.0]})
+    edit_config(base, strange={"rope": 1e-06, "ünï": [None, 10000000.0], "half a pair": "\ud800"})
     plan = some_plan(base)
     report = prune(base, plan, out, command="reap prune a b c")
     assert (out / "tokenizer.json").read_bytes() == b"{}"
@@ -166,8 +166,12 @@ def test_record_and_card_say_what_was_done(tmp_path: Path) -> None:
     front = card.split("---")[1]
     assert "base_model:" in front and "library_name: transformers" in front
     assert "vllm serve out" in card and "38% of its experts" in card  # 3 of 8
-    again = prune(out, some_plan(out, keep=3), tmp_path / "twice")
+    again = prune(out, some_plan(out, keep=4), tmp_path / "twice")
     assert json.loads((again.out / "reap.base.json").read_text()) == record
+    assert (again.out / "README.base.md").read_text() == card
+    last = prune(again.out, some_plan(again.out, keep=3), tmp_path / "thrice")
+    assert json.loads((last.out / "reap.base.base.json").read_text()) == record
+    assert (last.out / "README.base.base.md").read_text() == card
 
 
 def test_layers_that_no_statistics_exist_for_are_dropped_and_said(tmp_path: Path) -> None:
@@ -330,6 +334,21 @@ def test_a_pipe_is_no_shard(base: Path, tmp_path: Path) -> None:
     (base / "model.safetensors").unlink()
     os.mkfifo(base / "model.safetensors")
     refused(base, plan, "not a regular file")
+
+
+def test_a_folder_that_cannot_be_read(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its files would silently be missing from the pruned model."""
+    plan, real = some_plan(base), os.scandir
+    (base / "locked").mkdir()
+
+    def scandir(path: str) -> object:
+        if str(path).endswith("locked"):
+            raise PermissionError(13, os.strerror(13), path)
+        return real(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    with pytest.raises(ReapError, match="cannot read .*locked: Permission denied"):
+        prune(base, plan, base.parent / "out")
 
 
 def test_top_level_name() -> None:

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from folders import saved, some_plan
 
-from reap import checkpoint
+from reap import atomic, checkpoint
 from reap.checkpoint import prune, publish
 from reap.errors import ReapError
 from reap.plan import Plan
@@ -73,7 +73,7 @@ def failing(monkeypatch: pytest.MonkeyPatch, at: int, fail: Callable[[], None]) 
         monkeypatch.setattr(checkpoint, check, lambda *_: None)
     for name in CALLS:
         monkeypatch.setattr(os, name, counted(name, getattr(os, name)))
-    monkeypatch.setattr(publish, "_renameat2", counted("renameat2", publish._renameat2))
+    monkeypatch.setattr(atomic, "renameat2", counted("renameat2", atomic.renameat2))
     return seen
 
 
@@ -197,7 +197,7 @@ def test_stale_folders_go_and_living_ones_stay(tmp_path: Path) -> None:
 
 def test_without_exchange(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where two names cannot be exchanged the old folder is moved aside, and back on failure."""
-    monkeypatch.setattr(publish, "_renameat2", lambda *_: False)
+    monkeypatch.setattr(atomic, "renameat2", lambda *_: False)
     out = tmp_path / "out"
     out.mkdir()
     (out / "file").write_text("old")
@@ -211,6 +211,16 @@ def test_without_exchange(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     with pytest.raises(RuntimeError), publish.staged(out, overwrite=True):
         raise RuntimeError
     assert (out / "file").read_text() == "new" and [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def test_missing_parents_are_made_and_taken_away_again(tmp_path: Path) -> None:
+    out = tmp_path / "a" / "b" / "out"
+    with pytest.raises(RuntimeError), publish.staged(out, overwrite=False):
+        raise RuntimeError
+    assert not list(tmp_path.iterdir())
+    with publish.staged(out, overwrite=False):
+        pass
+    assert out.is_dir()
 
 
 def test_a_failing_verify_leaves_nothing(tmp_path: Path) -> None:
@@ -241,6 +251,26 @@ def test_a_written_shard_that_is_wrong_is_caught(
     with pytest.raises(ReapError, match="verification failed|does not hold"):
         prune(base, plan, tmp_path / "out")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("victim", ["last shard", "tokenizer.json"])
+def test_a_source_that_changes_meanwhile_is_noticed(
+    job: tuple[Path, Plan, dict[str, bytes]], tmp_path: Path, victim: str
+) -> None:
+    """Also when the size stays and the file was not opened yet when it changed."""
+    base = tmp_path / "base"
+    shutil.copytree(job[0], base)
+    file = sorted(base.glob("*.safetensors"))[-1] if victim == "last shard" else base / victim
+    todo = [file.read_bytes()]
+
+    def disturb(n: int) -> None:
+        if todo and (victim == "last shard" or n == len(todo[0])):
+            raw = todo.pop()
+            file.write_bytes(raw[:-1] + bytes([raw[-1] ^ 1]))
+
+    with pytest.raises(ReapError, match=f"{file.name} changed while it was read"):
+        prune(base, job[1], tmp_path / "out", progress=disturb)
+    assert not todo and [p.name for p in tmp_path.iterdir()] == ["base"]
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL], ids=["ctrl-c", "kill -9"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import struct
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from safetensors.torch import save_file
 
 from reap.checkpoint.folder import open_folder
 from reap.errors import ReapError
-from reap.safefile import encode_header, merged, parse_json, read_header
+from reap.safefile import copy_range, encode_header, merged, parse_json, read_header
 
 
 def written(path: Path, header: Any, data: bytes = b"", length: int | None = None) -> Path:
@@ -101,6 +102,19 @@ def test_the_library_reads_what_we_write(tmp_path: Path) -> None:
 def test_merged_joins_neighbours_only() -> None:
     ranges = [(0, 4), (4, 4), (10, 2), (12, 0), (12, 1), (0, 4)]
     assert list(merged(iter(ranges))) == [(0, 8), (10, 3), (0, 4)]
+
+
+def test_copies_where_the_kernel_pretends_to(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Some file systems answer a copy inside the kernel with "0 bytes" instead of an error."""
+    monkeypatch.setattr(os, "copy_file_range", lambda *_, **__: 0)
+    (tmp_path / "a").write_bytes(b"0123456789")
+    with open(tmp_path / "a", "rb") as source, open(tmp_path / "b", "wb") as target:
+        copy_range(source.fileno(), 2, 5, target.fileno(), lambda n: None)
+        with pytest.raises(ReapError, match="became shorter"):
+            copy_range(source.fileno(), 8, 5, target.fileno(), lambda n: None)
+    assert (tmp_path / "b").read_bytes() == b"2345689"
 
 
 def test_duplicate_keys_anywhere() -> None:

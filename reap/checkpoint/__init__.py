@@ -106,11 +106,10 @@ def prune(
 
     try:
         unchecked = _check_shapes(folder, before, operation, after)
-        out.parent.mkdir(parents=True, exist_ok=True)
         with staged(out, overwrite=overwrite, verify=verify) as stage:
             write_shards(folder, layout, stage, advance)
             write_json(stage / CONFIG, operation.config)
-            copy_others(folder, stage, card.CARRIED_AS, advance)
+            copy_others(folder, stage, advance)
             record = card.record(folder, plan, operation, command)
             write_json(stage / card.RECORD, record)
             write(stage / "README.md", card.model_card(record, out.name, size).encode())
@@ -152,14 +151,14 @@ def _check_output(source: Path, out_dir: Path, overwrite: bool) -> Path:
         )
     if not os.path.lexists(out):
         return out
-    if not out.is_dir():
+    if not os.path.isdir(out):
         raise ReapError(f"{out_dir} exists and is not a folder")
     if not overwrite:
         raise ReapError(
             f"{out_dir} exists: choose another folder or allow overwriting it (--overwrite)"
         )
-    for used in (Path.home(), Path.cwd()):
-        if used.is_relative_to(out):
+    for used in map(os.path.realpath, (os.path.expanduser("~"), os.curdir)):
+        if Path(used).is_relative_to(out):
             raise ReapError(f"will not overwrite {out_dir}: it holds {used}")
     if os.path.ismount(out) or (out / ".git").exists():
         raise ReapError(f"will not overwrite {out_dir}: it is a mount point or a repository")
@@ -168,7 +167,7 @@ def _check_output(source: Path, out_dir: Path, overwrite: bool) -> Path:
 
 def _check_space(out: Path, needed: int) -> None:
     place = out.parent
-    while not place.exists():
+    while not os.path.exists(place):
         place = place.parent
     free = shutil.disk_usage(place).free
     if free < needed + MARGIN:

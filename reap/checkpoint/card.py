@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
+import re
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
@@ -16,8 +17,8 @@ if TYPE_CHECKING:
     from reap.plan import Plan
 
 RECORD = "reap.json"
-# The base model's own card stays readable, but is no longer the card of this model.
-CARRIED_AS = {"README.md": "README.base.md", RECORD: "reap.base.json"}
+# Of the base model, and of its base and so on, where these were pruned too.
+OLDER = re.compile(r"README(\.base)*\.md|reap(\.base)*\.json")
 
 
 def record(folder: Folder, plan: Plan, operation: Operation, command: str | None) -> dict[str, Any]:
@@ -45,6 +46,13 @@ def record(folder: Folder, plan: Plan, operation: Operation, command: str | None
         "command": command,
         "versions": _versions(),
     }
+
+
+def carried_as(name: str) -> str:
+    """The name of a base model's file beside this model: its card and record stay readable, but are
+    no longer this model's."""
+    stem, dot, suffix = name.rpartition(".")
+    return f"{stem}.base{dot}{suffix}" if OLDER.fullmatch(name) else name
 
 
 def base_name(folder: Folder) -> str:

@@ -41,6 +41,13 @@ class Folder:
 
 def open_folder(path: str | os.PathLike[str]) -> Folder:
     """Reads config, index and headers, nothing else. ReapError says what is wrong."""
+    try:
+        return _open(path)
+    except OSError as error:
+        raise ReapError(f"cannot read {error.filename or path}: {error.strerror}") from error
+
+
+def _open(path: str | os.PathLike[str]) -> Folder:
     root = Path(os.path.realpath(path))
     if not root.is_dir():
         raise ReapError(
@@ -120,8 +127,11 @@ def _no_weights(root: Path) -> None:
 
 
 def _other_files(root: Path, done: set[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    def unreadable(error: OSError) -> None:
+        raise error
+
     keep, leave = [], []
-    for parent, folders, files in os.walk(root):
+    for parent, folders, files in os.walk(root, onerror=unreadable):
         above = Path(parent).relative_to(root)
         for folder in sorted(folders):
             if folder in OTHER_FOLDERS or Path(parent, folder).is_symlink():

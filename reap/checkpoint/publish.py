@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import ctypes
-import errno
 import fcntl
 import os
 import re
 import secrets
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from reap import atomic
 from reap.errors import ReapError
-
-_AT_FDCWD = -100
-_NOREPLACE, _EXCHANGE = 1, 2  # linux/fs.h: RENAME_NOREPLACE, RENAME_EXCHANGE
 
 
 @contextmanager
@@ -30,34 +26,43 @@ def staged(
     process leaves at most the hidden folder `.<name>.reap-*`, which the next run for the same `out`
     removes: each is locked by its writer, and the kernel drops the lock when the writer dies.
     """
-    _recover(out)
-    stage, lock = _new_stage(out)
+    with _parents(out):
+        _recover(out)
+        stage, lock = _new_stage(out)
+        try:
+            yield stage
+            verify(stage)
+            sync_tree(stage)
+            _move_into_place(stage, out, overwrite)
+        finally:
+            # The new folder (on failure) or the old one (after an exchange); nothing after a plain
+            # rename.
+            shutil.rmtree(stage, ignore_errors=True)
+            os.close(lock)
+
+
+@contextmanager
+def _parents(out: Path) -> Iterator[None]:
+    """The folders above `out`, those that were missing only when the block does not raise."""
+    missing = [folder for folder in out.parents if not os.path.lexists(folder)]
     try:
-        yield stage
-        verify(stage)
-        sync_tree(stage)
-        _move_into_place(stage, out, overwrite)
-    finally:
-        # The new folder (on failure) or the old one (after an exchange); nothing after a plain
-        # rename.
-        shutil.rmtree(stage, ignore_errors=True)
-        os.close(lock)
+        out.parent.mkdir(parents=True, exist_ok=True)
+        for folder in missing:
+            atomic.sync(folder.parent)
+        yield
+    except BaseException:
+        for folder in missing:
+            with suppress(OSError):  # never made, or another program has put something in it
+                folder.rmdir()
+        raise
 
 
 def sync_tree(folder: Path) -> None:
     """Every file and folder below and including `folder` is on stable storage when this returns."""
     for parent, _, files in os.walk(folder):
         for name in files:
-            _sync(Path(parent, name))
-        _sync(Path(parent))
-
-
-def _sync(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
+            atomic.sync(Path(parent, name))
+        atomic.sync(parent)
 
 
 def _move_into_place(stage: Path, out: Path, overwrite: bool) -> None:
@@ -65,9 +70,9 @@ def _move_into_place(stage: Path, out: Path, overwrite: bool) -> None:
     if replacing:
         _exchange(stage, out)
     else:
-        _rename_new(stage, out)
+        atomic.rename_new(stage, out)
     try:
-        _sync(out.parent)
+        atomic.sync(out.parent)
     except BaseException:
         # Not known to be durable: report a failure, and leave what a failure leaves.
         if replacing:
@@ -77,15 +82,8 @@ def _move_into_place(stage: Path, out: Path, overwrite: bool) -> None:
         raise
 
 
-def _rename_new(stage: Path, out: Path) -> None:
-    if not _renameat2(stage, out, _NOREPLACE):
-        if os.path.lexists(out):
-            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(out))
-        os.rename(stage, out)
-
-
 def _exchange(stage: Path, out: Path) -> None:
-    if _renameat2(stage, out, _EXCHANGE):
+    if atomic.renameat2(stage, out, atomic.EXCHANGE):
         return
     # Three renames where the file system has no exchange. Killed in between, `_recover` puts the
     # old one back.
@@ -97,22 +95,6 @@ def _exchange(stage: Path, out: Path) -> None:
         os.rename(aside, out)
         raise
     os.rename(aside, stage)
-
-
-def _renameat2(source: Path, target: Path, flag: int) -> bool:
-    """False where libc, kernel or file system do not know this flag."""
-    call = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
-    if call is None:
-        return False
-    if (
-        call(_AT_FDCWD, os.fsencode(source), _AT_FDCWD, os.fsencode(target), ctypes.c_uint(flag))
-        == 0
-    ):
-        return True
-    code = ctypes.get_errno()
-    if code in (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP):
-        return False
-    raise OSError(code, os.strerror(code), str(source), None, str(target))
 
 
 def _new_stage(out: Path) -> tuple[Path, int]:

@@ -8,12 +8,14 @@ import os
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from reap.checkpoint import surgery
+from reap.checkpoint.card import carried_as
 from reap.checkpoint.folder import INDEX, Folder
 from reap.checkpoint.operation import Layout
 from reap.errors import ReapError
@@ -24,8 +26,8 @@ from reap.safefile import (
     copy_range,
     encode_header,
     merged,
-    open_regular,
     span,
+    steady,
     write_all,
 )
 
@@ -79,35 +81,22 @@ def _write_shard(
     path: Path,
     progress: Callable[[int], None],
 ) -> None:
-    source = open_regular(shard.path)
-    try:
-        before = os.fstat(source)
-        if before.st_size != shard.size:
-            raise ReapError(f"{shard.path} changed while it was read")
-        target = _create(path)
-        try:
-            tensors = {edit.name: (tensor.dtype, edit.shape) for edit, tensor in parts}
-            write_all(target, encode_header(tensors, shard.metadata))
-            pending: list[tuple[int, int]] = []
-            for edit, tensor in parts:
-                ranges = _ranges(edit, tensor, shard.data)
-                if ranges is not None:
-                    pending.extend(ranges)
-                    continue
-                _copy(source, pending, target, progress)
-                pending = []
-                for block in _gathered(source, edit, tensor, shard.data):
-                    write_all(target, block)
-                    progress(len(block))
+    with steady(shard.path, shard.version) as source, _create(path) as target:
+        tensors = {edit.name: (tensor.dtype, edit.shape) for edit, tensor in parts}
+        write_all(target, encode_header(tensors, shard.metadata))
+        pending: list[tuple[int, int]] = []
+        for edit, tensor in parts:
+            ranges = _ranges(edit, tensor, shard.data)
+            if ranges is not None:
+                pending.extend(ranges)
+                continue
             _copy(source, pending, target, progress)
-            os.fsync(target)  # here, so that the disk works while other shards are copied
-        finally:
-            os.close(target)
-        now = os.fstat(source)
-        if (now.st_size, now.st_mtime_ns) != (before.st_size, before.st_mtime_ns):
-            raise ReapError(f"{shard.path} changed while it was read")
-    finally:
-        os.close(source)
+            pending = []
+            for block in _gathered(source, edit, tensor, shard.data):
+                write_all(target, block)
+                progress(len(block))
+        _copy(source, pending, target, progress)
+        os.fsync(target)  # here, so that the disk works while other shards are copied
 
 
 def _copy(
@@ -154,34 +143,29 @@ def _pread(fd: int, length: int, offset: int) -> bytes:
     return data
 
 
-def write_json(path: Path, value: Any) -> None:
-    write(path, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
-
-
-def copy_others(
-    folder: Folder, stage: Path, carried_as: Mapping[str, str], progress: Callable[[int], None]
-) -> None:
+def copy_others(folder: Folder, stage: Path, progress: Callable[[int], None]) -> None:
     for name in folder.others:
-        target = stage / carried_as.get(name, name)
+        target = stage / carried_as(name)
         target.parent.mkdir(parents=True, exist_ok=True)
-        source = open_regular(folder.read_from(name))
-        try:
-            fd = _create(target)
-            try:
-                copy_range(source, 0, os.fstat(source).st_size, fd, progress)
-            finally:
-                os.close(fd)
-        finally:
-            os.close(source)
+        with steady(folder.read_from(name)) as source, _create(target) as fd:
+            copy_range(source, 0, os.fstat(source).st_size, fd, progress)
 
 
-def _create(path: Path) -> int:
-    return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+def write_json(path: Path, value: Any) -> None:
+    text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+    # Half a surrogate pair, which JSON can hold and UTF-8 cannot, becomes an escape again.
+    write(path, text.encode(errors="backslashreplace"))
 
 
 def write(path: Path, data: bytes) -> None:
-    fd = _create(path)
-    try:
+    with _create(path) as fd:
         write_all(fd, data)
+
+
+@contextmanager
+def _create(path: Path) -> Iterator[int]:
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+    try:
+        yield fd
     finally:
         os.close(fd)

@@ -10,7 +10,7 @@ def main() -> None:
 
         app(prog_name="reap")
     except KeyboardInterrupt:
-        sys.stderr.write("reap: interrupted: no output was written or changed\n")
+        sys.stderr.write("reap: interrupted: no half-written output was left\n")
         sys.exit(2)
 
 

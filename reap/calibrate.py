@@ -5,18 +5,16 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
 
+from reap.data import Batch, check_ids
 from reap.errors import ReapError
 from reap.models import pretrained
 from reap.observe import observe
 from reap.stats import Statistics
-
-if TYPE_CHECKING:
-    from reap.data import Batch
 
 
 def calibrate(
@@ -34,8 +32,9 @@ def calibrate(
     A batch has input_ids and attention_mask, both [B,L] int64, domain (str) and tokens (int, the
     padding left out). The language-model head does not run: nothing here needs logits. `progress`
     is called after each batch with its number of tokens. The other options are those of `observe`,
-    and so are the errors; ReapError also for batches without a single token. The model is in eval
-    mode meanwhile, and left as it was found, whatever happens.
+    and so are the errors; ReapError also for batches without a single token, and for a token that
+    the model does not embed. The model is in eval mode meanwhile, and left as it was found,
+    whatever happens.
     """
     base = pretrained(model).base_model
     options = {"use_cache": False} if _takes_use_cache(base) else {}
@@ -48,6 +47,7 @@ def calibrate(
         torch.inference_mode(),
     ):
         for batch in batches:
+            check_ids(base, batch)
             # Without padding no mask is the same, and lets attention take its causal fast path.
             padded = not bool(batch.attention_mask.all())
             mask = batch.attention_mask.to(device) if padded else None

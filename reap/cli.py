@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import io
+import os
 import shlex
 import sys
+import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -17,6 +20,7 @@ if TYPE_CHECKING:
     import torch
 
     from reap.data import Batches
+    from reap.sources import Source
 
 SURE = 2.0  # standard errors between the weakest expert kept and the strongest dropped
 
@@ -62,6 +66,9 @@ def main(
     version: Annotated[bool, typer.Option("--version", help="print the version")] = False,
 ) -> None:
     console.debug = debug
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # where it is not UTF-8
     if version:
         typer.echo(__version__)
         raise typer.Exit()
@@ -89,15 +96,21 @@ def calibrate(
     """Run MODEL over calibration text and write the statistics of every expert."""
     _refuse_existing(out, overwrite)
     from reap.calibrate import calibrate as run
+    from reap.layerstats import check_gates
     from reap.load import load_model, resolve_model
     from reap.models import describe_folder
+    from reap.observe import check_backend
+    from reap.sources import parse_spec
 
+    check_gates(gates)
+    check_backend(backend)
+    sources = [parse_spec(spec) for spec in data]  # before a model is downloaded
     folder = resolve_model(model)
     describe_folder(folder)  # a model without experts is refused before its weights are loaded
     options = {"batch_size": batch_size, "max_tokens": max_tokens, "packing": pack}
-    rows = _rows(folder, data, seq_len, domain=domain, **options)
+    rows = _rows(folder, sources, seq_len, domain=domain, **options)
     loaded = load_model(folder, dtype=dtype, device=device)
-    with progress("calibrating", max_tokens, "tokens") as advance:
+    with progress("calibrating", lambda: rows.expected, "tokens") as advance:
         stats = run(loaded, rows, gates=gates, pairs=pairs, backend=backend, progress=advance)
     stats.data.append(rows.describe())
     stats.save(out, overwrite=overwrite)
@@ -142,7 +155,7 @@ def score(stats: Stats, criterion: Criterion = "reap", seed: Seed = 0, json: Jso
         return
     rows = [[layer, *_ranked(values, errors[layer])] for layer, values in scores.items()]
     print_table(
-        f"{criterion}, {loaded.tokens:,} tokens (score ± standard error)",
+        f"{criterion}, {loaded.tokens:,} tokens (expert: score ± standard error)",
         ["layer", "weakest", "second", "third", "median", "strongest"],
         rows,
     )
@@ -221,7 +234,7 @@ def prune(
     json: Json = False,
 ) -> None:
     """Write MODEL without the experts that PLAN drops, straight from its files."""
-    _refuse_existing(out, overwrite)
+    _refuse_existing(out, overwrite, folder=True)
     from reap.checkpoint import prune as run
     from reap.checkpoint import pruned_size
     from reap.load import resolve_model
@@ -230,7 +243,8 @@ def prune(
     chosen = Plan.load(plan)
     folder = resolve_model(model)
     command = shlex.join(["reap", *sys.argv[1:]])
-    with progress("pruning", pruned_size(folder, chosen), "bytes") as advance:
+    size = pruned_size(folder, chosen)
+    with progress("pruning", lambda: size, "bytes") as advance:
         report = run(folder, chosen, out, overwrite=overwrite, command=command, progress=advance)
     if json:
         print_json(report.to_json())
@@ -278,14 +292,16 @@ def evaluate(
     """Measure loss and perplexity, and with --teacher KL divergence and top-1 agreement."""
     from reap.evaluate import evaluate as run
     from reap.load import load_model, resolve_model
+    from reap.sources import parse_spec
 
+    sources = [parse_spec(spec) for spec in data]
     folder = resolve_model(model)
     original = resolve_model(teacher) if teacher else None
     options = {"batch_size": batch_size, "max_tokens": max_tokens, "packing": pack}
-    rows = _rows(folder, data, seq_len, domain=domain, **options)
+    rows = _rows(folder, sources, seq_len, domain=domain, **options)
     student = load_model(folder, dtype=dtype, device=device)
     reference = load_model(original, dtype=dtype, device=device) if original else None
-    with progress("evaluating", max_tokens, "tokens") as advance:
+    with progress("evaluating", lambda: rows.expected, "tokens") as advance:
         results = run(student, rows, teacher=reference, progress=advance)
     if json:
         print_json({name: result.to_json() for name, result in results.items()})
@@ -335,7 +351,7 @@ def demo(
     run(out, as_json=json)
 
 
-def _rows(folder: Path, data: list[str], seq_len: int | None, **options: Any) -> Batches:
+def _rows(folder: Path, data: list[Source], seq_len: int | None, **options: Any) -> Batches:
     """The text of `data` as batches for the model in `folder`; `options` are those of `batches`."""
     from reap.data import batches
     from reap.load import load_tokenizer, row_length
@@ -344,18 +360,30 @@ def _rows(folder: Path, data: list[str], seq_len: int | None, **options: Any) ->
     return batches(data, tokenizer, seq_len=row_length(folder, seq_len), **options)
 
 
-def _refuse_existing(out: Path, overwrite: bool) -> None:
-    """Before any work: an output that exists, or whose folder does not."""
-    if out.exists() and not overwrite:
+def _refuse_existing(out: Path, overwrite: bool, *, folder: bool = False) -> None:
+    """Before any work: an output that exists, or that could not be written."""
+    parent = out.absolute().parent
+    if os.path.lexists(out) and not overwrite:
         raise ReapError(f"{out} exists: give --overwrite to replace it")
-    if not out.absolute().parent.is_dir():
-        raise ReapError(f"{out.absolute().parent} does not exist: create the folder first")
+    if not parent.is_dir():
+        raise ReapError(f"{parent} does not exist: create the folder first")
+    if out.is_dir() and not folder:
+        raise ReapError(f"{out} is a folder: name a file")
+    try:
+        tempfile.NamedTemporaryFile(prefix=f".{out.name}.", suffix=".part", dir=parent).close()
+    except OSError as error:
+        raise ReapError(f"cannot write {out}: {error.strerror}") from None
 
 
 def _ranked(scores: torch.Tensor, errors: torch.Tensor) -> list[str]:
     order = scores.argsort(stable=True).tolist()
-    picks = [*order[:3], order[len(order) // 2], order[-1]]
-    return [f"{expert}: {scores[expert]:.4g} ± {errors[expert]:.2g}" for expert in picks]
+    last = len(order) - 1
+    picks = [order[place] for place in (0, min(1, last), min(2, last), len(order) // 2, last)]
+    return [f"{expert}: {scores[expert]:.4g}{_error(errors[expert])}" for expert in picks]
+
+
+def _error(error: torch.Tensor) -> str:
+    return "" if error.isnan() else f" ± {error:.2g}"
 
 
 def _span(counts: Any) -> str:

@@ -15,6 +15,7 @@ from reap.errors import ReapError
 
 USER_ERROR, OUR_ERROR = 2, 1
 SHOW_AFTER_SECONDS = 2.0
+INTERRUPTED = "interrupted: no half-written output was left"
 
 Command = TypeVar("Command", bound=Callable[..., None])
 debug = False
@@ -33,7 +34,7 @@ def reports_errors(command: Command) -> Command:
             signal.signal(signal.SIGINT, _interrupt)
         try:
             command(*args, **kwargs)
-        except typer.Exit:
+        except (typer.Exit, BrokenPipeError):  # the latter ends quietly: nobody reads on
             raise
         except (Exception, KeyboardInterrupt) as error:
             if debug:
@@ -54,10 +55,14 @@ def _interrupt(*_: object) -> None:
 
 def _explain(error: BaseException) -> tuple[int, str]:
     if isinstance(error, KeyboardInterrupt):
-        return USER_ERROR, "interrupted: no output was written or changed"
+        return USER_ERROR, INTERRUPTED
     if isinstance(error, ReapError):
         return USER_ERROR, str(error)
     kind = type(error).__name__
+    if kind in ("MemoryError", "OutOfMemoryError"):  # the latter is torch's, for a GPU
+        return USER_ERROR, f"out of memory ({error}): smaller --batch-size, --seq-len need less"
+    if isinstance(error, OSError) and error.filename and error.strerror:
+        return USER_ERROR, f"{error.filename}: {error.strerror}"
     return OUR_ERROR, f"internal error: {kind}: {error} (`reap --debug` shows where)"
 
 
@@ -67,8 +72,8 @@ def _stop_if_interrupted() -> None:
 
 
 def print_json(result: object) -> None:
-    """The one machine-readable form: a JSON document on stdout, NaN as null."""
-    typer.echo(json.dumps(_without_nan(result), indent=2, ensure_ascii=False, allow_nan=False))
+    """The one machine-readable form: a JSON document in ASCII on stdout, NaN as null."""
+    typer.echo(json.dumps(_without_nan(result), indent=2, allow_nan=False))
 
 
 def _without_nan(value: Any) -> Any:
@@ -82,41 +87,55 @@ def _without_nan(value: Any) -> Any:
 
 
 def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """A rich table; the first column is text, the others are numbers."""
+    """A rich table; the first column is text, the others are numbers.
+
+    As wide as its figures need: a narrow terminal wraps a line, which loses less than an ellipsis.
+    """
+    from rich import box
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
-    table = Table(title=title, title_justify="left")
+    # As Text, because a name in brackets would be taken for markup.
+    table = Table(title=Text(title), title_justify="left", box=box.SIMPLE_HEAD)
     for position, column in enumerate(columns):
         table.add_column(column, justify="left" if position == 0 else "right", no_wrap=True)
     for row in rows:
-        table.add_row(*row)
-    # A pipe has no width: 80 columns would cut figures out of a log.
-    Console(width=None if sys.stdout.isatty() else 200).print(table)
+        table.add_row(*map(Text, row))
+    Console(width=10_000).print(table)
 
 
 @contextmanager
-def progress(task: str, total: int | None, unit: str) -> Iterator[Callable[[int], None]]:
+def progress(
+    task: str, total: Callable[[], int | None], unit: str
+) -> Iterator[Callable[[int], None]]:
     """Yield `advance(n)`: a bar with rate and time left on stderr, once two seconds have passed.
 
-    Quiet where stderr is not a terminal.
+    `total` is asked anew at every step: an estimate may get better. Quiet where stderr is not a
+    terminal.
     """
     if not sys.stderr.isatty():
         yield lambda amount: _stop_if_interrupted()
         return
     from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.progress import (
+        BarColumn,
+        Progress,
+        TaskProgressColumn,
+        TextColumn,
+        TimeRemainingColumn,
+    )
 
     bar = Progress(
         TextColumn("{task.description}"),
         BarColumn(),
-        TextColumn("{task.percentage:>3.0f}%" if total else ""),
+        TaskProgressColumn(),
         TextColumn("{task.fields[rate]}"),
         TimeRemainingColumn(),
         console=Console(stderr=True),
         transient=True,
     )
-    job = bar.add_task(task, total=total, rate="")
+    job = bar.add_task(task, total=None, rate="")
     start, done = time.monotonic(), 0
 
     def advance(amount: int) -> None:
@@ -127,7 +146,10 @@ def progress(task: str, total: int | None, unit: str) -> Iterator[Callable[[int]
         if elapsed > SHOW_AFTER_SECONDS:
             bar.start()
         rate = f"{done / max(elapsed, 1e-9):,.0f} {unit}/s"
-        bar.update(job, completed=done, rate=rate)
+        bar.update(job, rate=rate)
+        end = total()
+        if end:  # in shares of the whole: a new total would make the bar forget its speed
+            bar.update(job, completed=min(1.0, done / end), total=1.0)
 
     try:
         yield advance

@@ -7,10 +7,11 @@ and the next batch comes from the source that is furthest behind its share of th
 from __future__ import annotations
 
 import hashlib
+import math
 import platform
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -36,8 +37,19 @@ class Batch:
         return int(self.attention_mask.sum())
 
 
+def check_ids(model: Any, batch: Batch) -> None:
+    """ReapError for a token that `model` does not embed: a GPU would not even name it."""
+    known = model.get_input_embeddings().weight.shape[0]
+    largest = int(batch.input_ids.max()) if batch.input_ids.numel() else 0
+    if largest >= known:
+        raise ReapError(
+            f"token id {largest} in domain {batch.domain!r}, but the model embeds {known} ids: "
+            "use the model's own tokenizer"
+        )
+
+
 def batches(
-    specs: Sequence[str | Source],
+    specs: str | Source | Sequence[str | Source],
     tokenizer: Any,
     *,
     seq_len: int = 2048,
@@ -50,13 +62,16 @@ def batches(
     """Batches over the specs' text, once, as `Batches` describes. `domain` replaces the names that
     the specs give to theirs. Specs are checked here, before any text is read. ReapError for a bad
     spec or option, and later for text that cannot be read."""
+    if isinstance(specs, str | Source):
+        specs = [specs]
     if not specs:
         raise ReapError("no data: give at least one source, for example stdlib:code")
-    for name, value in (("seq_len", seq_len), ("batch_size", batch_size)):
-        if value < 1:
-            raise ReapError(f"{name} is {value}: it has to be at least 1")
-    if max_tokens is not None and max_tokens < 1:
-        raise ReapError(f"max_tokens is {max_tokens}: it has to be at least 1")
+    limits = {"seq_len": seq_len, "batch_size": batch_size}
+    if max_tokens is not None:
+        limits["max_tokens"] = max_tokens
+    for name, value in limits.items():
+        if not hasattr(value, "__index__") or value < 1:  # 2e6 would fail only when it is reached
+            raise ReapError(f"{name} is {value!r}: it has to be a whole number of at least 1")
     sources = [parse_spec(spec) if isinstance(spec, str) else spec for spec in specs]
     if domain is not None:
         sources = [replace(source, domain=domain) for source in sources]
@@ -93,6 +108,16 @@ class Batches(Iterator[Batch]):
         """Unpadded tokens handed out so far."""
         return sum(stream.tokens for stream in self._streams)
 
+    @property
+    def expected(self) -> int | None:
+        """Unpadded tokens that there will be, judged by those of the text read so far; None while
+        that cannot be told: before the first batch, and for pipes and the hub."""
+        bounds = [] if self._max_tokens is None else [self._max_tokens]
+        total = sum(stream.expected for stream in self._streams)
+        if not math.isnan(total):
+            bounds.append(round(total))
+        return min(bounds, default=None)
+
     def __next__(self) -> Batch:
         left = None if self._max_tokens is None else self._max_tokens - self.tokens
         while self._open and left != 0:
@@ -117,28 +142,41 @@ class Batches(Iterator[Batch]):
         }
 
 
+class Row(NamedTuple):
+    """Token ids, and the share of the source that has been read at their end (`Text.share`)."""
+
+    ids: list[int]
+    share: float
+
+
 @dataclass(eq=False)
 class _Stream:
     source: Source
-    rows: Iterator[list[int]]
+    rows: Iterator[Row]
     tokens: int = 0
     row_count: int = 0
+    share: float = math.nan
     digest: Any = field(default_factory=hashlib.sha256)
+
+    @property
+    def expected(self) -> float:
+        """Tokens of the whole source, if the rest is like what was read; NaN if it is unknown."""
+        return self.tokens / self.share if self.share else math.nan
 
     def take(self, count: int, budget: int | None) -> list[list[int]]:
         """Up to `count` rows of at most `budget` tokens together; none when the source has ended,
         which is a ReapError if it never gave any."""
         rows: list[list[int]] = []
         while len(rows) < count and budget != 0:
-            row = next(self.rows, None)
-            if row is None:
+            ids, self.share = next(self.rows, ([], 1.0))
+            if not ids:
                 break
-            row = row[:budget]
-            budget = None if budget is None else budget - len(row)
-            rows.append(row)
-            self.tokens += len(row)
+            ids = ids[:budget]
+            budget = None if budget is None else budget - len(ids)
+            rows.append(ids)
+            self.tokens += len(ids)
             self.row_count += 1
-            self.digest.update(np.array([len(row), *row], "<i4").tobytes())
+            self.digest.update(np.array([len(ids), *ids], "<i4").tobytes())
         if not self.row_count:
             raise ReapError(f"data {self.source.spec!r} holds no text")
         return rows
@@ -165,24 +203,26 @@ class Packer:
     seq_len: int
     packing: bool
 
-    def rows(self, texts: Iterable[Text]) -> Iterator[list[int]]:
+    def rows(self, texts: Iterable[Text]) -> Iterator[Row]:
         """Rows of 1 to `seq_len` ids."""
         pending: list[int] = []
-        starts = True
+        starts, share = True, 0.0
         for piece in texts:
             if self.packing or len(pending) < self.seq_len:
                 pending += self._encode(piece, starts)
             starts = piece.ends
             if self.packing:
                 whole = len(pending) - len(pending) % self.seq_len
-                for start in range(0, whole, self.seq_len):
-                    yield pending[start : start + self.seq_len]
+                for end in range(self.seq_len, whole + 1, self.seq_len):
+                    reached = share + (piece.share - share) * end / len(pending)
+                    yield Row(pending[end - self.seq_len : end], reached)
                 pending = pending[whole:]
             elif piece.ends and pending:
-                yield pending[: self.seq_len]
+                yield Row(pending[: self.seq_len], piece.share)
                 pending = []
+            share = piece.share
         if pending:
-            yield pending[: self.seq_len]
+            yield Row(pending[: self.seq_len], 1.0)
 
     def _encode(self, piece: Text, starts: bool) -> list[int]:
         special = starts and not piece.templated

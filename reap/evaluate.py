@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from reap.data import Batch
+from reap.data import Batch, check_ids
 from reap.errors import ReapError
 
 TOTAL = "total"
@@ -87,7 +87,7 @@ def _evaluation(sums: Tensor, with_teacher: bool) -> Evaluation:
 @torch.inference_mode()
 def _batch_sums(models: list[Any], batch: Batch) -> Tensor:
     """Sums over the batch's predicted tokens: their number, loss, KL, agreements; [4] fp64."""
-    _check_ids(models[0], batch)
+    check_ids(models[0], batch)
     seen = batch.attention_mask.bool()
     counted = seen[:, 1:] & seen[:, :-1]  # [B, L-1]
     targets = batch.input_ids[:, 1:][counted]  # [N] int64
@@ -106,16 +106,6 @@ def _batch_sums(models: list[Any], batch: Batch) -> Tensor:
     return sums
 
 
-def _check_ids(model: Any, batch: Batch) -> None:
-    known = model.get_input_embeddings().weight.shape[0]
-    largest = int(batch.input_ids.max())
-    if largest >= known:
-        raise ReapError(
-            f"token id {largest} in domain {batch.domain!r}, but the model embeds {known} ids: "
-            "use the model's own tokenizer"
-        )
-
-
 def _logits(model: Any, batch: Batch, counted: Tensor) -> Tensor:
     device = model.device
     logits = model(
@@ -123,7 +113,7 @@ def _logits(model: Any, batch: Batch, counted: Tensor) -> Tensor:
         attention_mask=batch.attention_mask.to(device),
         use_cache=False,
     ).logits
-    return logits[:, :-1][counted.to(device)]
+    return logits[:, :-1][counted.to(logits.device)]
 
 
 def _chunk_sums(targets: Tensor, student: Tensor, teacher: Tensor | None = None) -> Tensor:

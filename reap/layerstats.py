@@ -49,8 +49,7 @@ class LayerStatistics:
         pairs: bool = False,
         device: torch.device | str = "cpu",
     ) -> None:
-        if gates not in GATES:
-            raise ReapError(f"gates is {gates!r}: it must be one of {', '.join(GATES)}")
+        check_gates(gates)
         self.num_experts = num_experts
         self.name = name
         self.gates = gates
@@ -359,6 +358,12 @@ class LayerStatistics:
             raise ReapError(
                 f"mask is {_describe(mask)}: it must be [{len(top_k_index)}] bool, True to count"
             )
+
+
+def check_gates(gates: str) -> None:
+    """ReapError for a way to read gates that there is not."""
+    if gates not in GATES:
+        raise ReapError(f"gates is {gates!r}: it must be one of {', '.join(GATES)}")
 
 
 def _describe(tensor: Tensor) -> str:

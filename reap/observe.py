@@ -76,7 +76,7 @@ def observe(
     forward: autocast, padding that cannot be lined up with the experts' tokens, a NaN or infinite
     norm (on a GPU this one comes at the end).
     """
-    _check_backend(backend)
+    check_backend(backend)
     found = models.find_experts(model)
     for experts in found:
         _check_not_split(experts)
@@ -217,7 +217,8 @@ def _holders(model: nn.Module, found: list[Experts]) -> list[nn.Module]:
     ]
 
 
-def _check_backend(backend: str) -> None:
+def check_backend(backend: str) -> None:
+    """ReapError for a backend that is unknown, or not available on this machine."""
     known = reap_kernels.backends()
     if backend != "auto" and backend not in known:
         raise ReapError(f"backend is {backend!r}: it must be auto or one of {', '.join(known)}")

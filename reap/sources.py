@@ -1,7 +1,8 @@
 """Where text comes from: specs that a user can type, and the documents behind them.
 
 notes.txt   chats.jsonl   src   "src/**/*.py"   stdlib:code   stdlib:prose/heldout
-hf:org/name:split:column   and any of them with a share of the tokens: stdlib:code=3
+hf:org/name:split:column   hf:org/name/config   and any of them with a share of the tokens:
+stdlib:code=3
 """
 
 from __future__ import annotations
@@ -23,12 +24,14 @@ from reap import stdlib_text
 from reap.errors import ReapError
 
 JSON_LINES = (".jsonl", ".ndjson")
+NAMED_JSON_LINES = (*JSON_LINES, ".json")  # a file by name; in a folder .json may be anything
 TEXT_SUFFIXES = frozenset(
     ".txt .md .rst .tex .py .pyi .pyx .c .h .cc .cpp .cxx .hpp .cu .cuh .rs .go .java .kt .scala"
     " .js .jsx .ts .tsx .css .html .rb .php .pl .lua .r .jl .m .swift .cs .fs .hs .ml .clj .ex"
     " .erl .sh .sql .proto .cmake .toml .yaml .yml".split()
 )
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+_HUB_CONFIG = re.compile(_HUB_ID.pattern + r"/[\w.-]+")
 _BLOCK = 1 << 20  # characters of a text file that are tokenized at a time
 _SHUFFLED = 1024  # samples of a hub data set that are held while shuffling
 
@@ -47,12 +50,14 @@ class Source:
 
 class Text(NamedTuple):
     """A piece of a document. `where` names it in errors, `ends` marks the document's last piece,
-    `templated` text already carries its special tokens."""
+    `templated` text already carries its special tokens. `share`, of its file and then of its
+    source, is what has been read when this piece has: up to 1, NaN where it cannot be told."""
 
     text: str
     where: str
     ends: bool = True
     templated: bool = False
+    share: float = math.nan
 
 
 def parse_spec(spec: str) -> Source:
@@ -60,7 +65,7 @@ def parse_spec(spec: str) -> Source:
     of the same name. ReapError when it names nothing, or its weight is not a positive number."""
     target, weight = spec, 1.0
     name, equals, share = spec.rpartition("=")
-    if equals and not os.path.exists(spec):
+    if equals and "/" not in share and not os.path.exists(spec):
         target = name
         try:
             weight = float(share)
@@ -82,9 +87,12 @@ def parse_spec(spec: str) -> Source:
         return Source(spec, "files", target, _local_domain(target), weight)
     hub = target.removeprefix("hf:")
     data_set = hub.split(":")[0]
-    looks_local = Path(target).suffix in (*JSON_LINES, *TEXT_SUFFIXES)
-    if _HUB_ID.fullmatch(data_set) and (target.startswith("hf:") or not looks_local):
-        return Source(spec, "hub", hub, data_set.rpartition("/")[2], weight)
+    looks_local = Path(target).suffix.lower() in (*NAMED_JSON_LINES, *TEXT_SUFFIXES)
+    explicit = target.startswith("hf:")
+    if (_HUB_ID.fullmatch(data_set) and (explicit or not looks_local)) or (
+        _HUB_CONFIG.fullmatch(data_set) and explicit
+    ):
+        return Source(spec, "hub", hub, data_set.split("/")[1], weight)
     raise ReapError(
         f"data {spec!r}: there is no such file or folder, and it is neither stdlib:code, "
         "stdlib:prose nor a hub data set (hf:org/name)"
@@ -107,18 +115,26 @@ def read(source: Source, tokenizer: Any, seed: int) -> Iterator[Text]:
     folder or glob without text files, and on the way, naming file and line, for what is not text.
     """
     if source.kind == "stdlib":
-        domain, _, part = source.target.removeprefix("stdlib:").partition("/")
-        return (
-            Text(text, name)
-            for name, text in stdlib_text.documents(domain, held_out=bool(part), seed=seed)
-        )
+        return _stdlib_texts(source, seed)
     if source.kind == "hub":
         return _hub_texts(source, tokenizer, seed)
-    paths = _paths(source, seed)
-    return itertools.chain.from_iterable(
-        _json_lines(path, tokenizer) if path.suffix in JSON_LINES else _plain_text(path)
-        for path in paths
-    )
+    return _file_texts(_paths(source, seed), tokenizer)
+
+
+def _stdlib_texts(source: Source, seed: int) -> Iterator[Text]:
+    domain, _, part = source.target.removeprefix("stdlib:").partition("/")
+    names = stdlib_text.names(domain, held_out=bool(part), seed=seed)
+    for number, name in enumerate(names, 1):
+        text = stdlib_text.read(name, domain)
+        if text:
+            yield Text(text, name, share=number / len(names))
+
+
+def _file_texts(paths: list[Path], tokenizer: Any) -> Iterator[Text]:
+    for number, path in enumerate(paths):
+        json_lines = path.suffix.lower() in NAMED_JSON_LINES
+        for text in _json_lines(path, tokenizer) if json_lines else _plain_text(path):
+            yield text._replace(share=(number + text.share) / len(paths))
 
 
 def _paths(source: Source, seed: int) -> list[Path]:
@@ -147,7 +163,8 @@ def _walk(root: Path) -> Iterator[Path]:
     for folder, below, names in os.walk(root, onerror=_refuse_folder):
         below[:] = [name for name in below if not name.startswith(".")]
         for name in names:
-            if not name.startswith(".") and Path(name).suffix in (*JSON_LINES, *TEXT_SUFFIXES):
+            known = Path(name).suffix.lower() in (*JSON_LINES, *TEXT_SUFFIXES)
+            if known and not name.startswith("."):
                 yield Path(folder, name)
 
 
@@ -159,12 +176,16 @@ def _plain_text(path: Path) -> Iterator[Text]:
     """One document, in blocks that end at a line's end where lines are of usual length."""
     try:
         with open(path, encoding="utf-8-sig") as file:
+            size = os.fstat(file.fileno()).st_size  # 0 for a pipe
             block = _read_block(file)
             while block:
                 if "\0" in block:
                     raise ReapError(f"{path}: holds a zero byte, it is not a text file")
                 following = _read_block(file)
-                yield Text(block, str(path), ends=not following)
+                share = math.nan
+                if size:
+                    share = min(1.0, os.lseek(file.fileno(), 0, os.SEEK_CUR) / size)
+                yield Text(block, str(path), ends=not following, share=share)
                 block = following
     except UnicodeDecodeError as error:
         raise ReapError(
@@ -183,14 +204,19 @@ def _read_block(file: Any) -> str:
 def _json_lines(path: Path, tokenizer: Any) -> Iterator[Text]:
     try:
         with open(path, "rb") as file:
+            size, done = os.fstat(file.fileno()).st_size, 0  # 0 for a pipe
             for number, line in enumerate(file, 1):
+                done += len(line)
                 if line.strip():
                     where = f"{path}, line {number}"
                     try:
                         sample = json.loads(line.decode("utf-8-sig"))
                     except (ValueError, RecursionError) as error:
-                        raise ReapError(f"{where}: not JSON ({error})") from None
-                    yield _sample_text(sample, where, tokenizer, "text")
+                        raise ReapError(
+                            f"{where}: not JSON ({error}): every line must be one object"
+                        ) from None
+                    text = _sample_text(sample, where, tokenizer, "text")
+                    yield text._replace(share=min(1.0, done / size) if size else math.nan)
     except OSError as error:
         raise ReapError(f"{path}: cannot be read ({error.strerror})") from None
 
@@ -232,9 +258,10 @@ def require_datasets(source: Source) -> Any:
 
 def _hub_texts(source: Source, tokenizer: Any, seed: int) -> Iterator[Text]:
     name, split, column = (*source.target.split(":"), "", "")[:3]
+    parts = name.split("/")  # organisation, name and perhaps a configuration
     try:
         data_set = require_datasets(source).load_dataset(
-            name, split=split or "train", streaming=True
+            "/".join(parts[:2]), *parts[2:], split=split or "train", streaming=True
         )
         samples = data_set.shuffle(seed=seed, buffer_size=_SHUFFLED)
         for number, sample in enumerate(samples, 1):

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from reap.errors import ReapError
 from reap.info import LayerInfo, ModelInfo
-from reap.layerstats import GATES, LayerStatistics
+from reap.layerstats import LayerStatistics, check_gates
 
 __all__ = ["LayerStatistics", "Statistics", "installed_versions"]
 
@@ -36,8 +36,7 @@ class Statistics:
         data: list[dict[str, Any]] | None = None,
         versions: dict[str, str] | None = None,
     ) -> None:
-        if gates not in GATES:
-            raise ReapError(f"gates is {gates!r}: it must be one of {', '.join(GATES)}")
+        check_gates(gates)
         self.model = model
         self.gates = gates
         self.pairs = pairs

@@ -30,6 +30,7 @@ HELD_OUT_ONE_IN = 16
 # read entry by entry below, and `_sysconfigdata` holds paths of this machine.
 _SKIPPED_FOLDERS = {"site-packages", "dist-packages", "__pycache__", "encodings", "pydoc_data"}
 _SKIPPED_PREFIX = "_sysconfigdata"
+_TOPIC = "topics:"  # before the key of a topic, where other names are paths
 _LAYOUT = {tokenize.NEWLINE, tokenize.NL, tokenize.INDENT, tokenize.DEDENT, tokenize.ENCODING}
 
 
@@ -37,27 +38,35 @@ def documents(domain: str, *, held_out: bool, seed: int = 0) -> Iterator[tuple[s
     """(name, text) of one domain ("code" or "prose") and one side of the split, in an order that
     the seed decides. Files which do not decode or tokenize (the test suite has some, on purpose)
     are left out. ReapError when this Python has no sources."""
-    if domain not in DOMAINS:
-        raise ReapError(f"stdlib text has no domain {domain!r}: choose one of {', '.join(DOMAINS)}")
-    root = Path(sysconfig.get_paths()["stdlib"])
-    names = [name for name in _source_names(root) if is_held_out(name) == held_out]
-    topics: dict[str, str] = {}
-    if domain == "prose":
-        topics = {f"topics:{key}": text for key, text in _topics().items()}
-        names += [name for name in topics if is_held_out(name) == held_out]
-    if not names:
-        raise ReapError(f"this Python has no standard library sources in {root}: give local text")
-    for name in sorted(names, key=lambda name: _digest(f"{seed}/{name}")):
-        if name in topics:
-            yield name, topics[name]
-            continue
-        try:
-            with tokenize.open(root / name) as file:
-                text = dict(zip(DOMAINS, split_source(file.read()), strict=True))[domain]
-        except (SyntaxError, UnicodeDecodeError, tokenize.TokenError, OSError):
-            continue
+    for name in names(domain, held_out=held_out, seed=seed):
+        text = read(name, domain)
         if text:
             yield name, text
+
+
+def names(domain: str, *, held_out: bool, seed: int = 0) -> list[str]:
+    """What `documents` reads, in its order; not all of it has text of the domain."""
+    if domain not in DOMAINS:
+        raise ReapError(f"stdlib text has no domain {domain!r}: choose one of {', '.join(DOMAINS)}")
+    root = _root()
+    found = list(_source_names(root))
+    if domain == "prose":
+        found += [_TOPIC + key for key in _topics()]
+    found = [name for name in found if is_held_out(name) == held_out]
+    if not found:
+        raise ReapError(f"this Python has no standard library sources in {root}: give local text")
+    return sorted(found, key=lambda name: _digest(f"{seed}/{name}"))
+
+
+def read(name: str, domain: str) -> str:
+    """The text of one domain in one of `names`; empty where there is none."""
+    if name.startswith(_TOPIC):
+        return _topics()[name.removeprefix(_TOPIC)]
+    try:
+        with tokenize.open(_root() / name) as file:
+            return dict(zip(DOMAINS, split_source(file.read()), strict=True))[domain]
+    except (SyntaxError, UnicodeDecodeError, tokenize.TokenError, OSError):
+        return ""
 
 
 def is_held_out(name: str) -> bool:
@@ -119,6 +128,10 @@ def _reads_as_english(text: str) -> bool:
     words = re.findall(r"[A-Za-z]{2,}", text)
     letters = sum(character.isalpha() or character.isspace() for character in text)
     return len(words) >= 5 and letters >= 0.75 * len(text)
+
+
+def _root() -> Path:
+    return Path(sysconfig.get_paths()["stdlib"])
 
 
 def _source_names(root: Path) -> Iterator[str]:

@@ -111,6 +111,15 @@ def test_the_model_is_left_as_it_was(error: type[BaseException] | None) -> None:
     assert model.config._experts_implementation_internal == implementation
 
 
+def test_ids_of_another_tokenizer_are_named() -> None:
+    model = tiny_model("mixtral")
+    batch = rows(model, 5)
+    known = model.get_input_embeddings().weight.shape[0]
+    batch.input_ids[0, 2] = known
+    with pytest.raises(ReapError, match=f"token id {known} in domain 'code'.*own tokenizer"):
+        calibrate(model, [batch])
+
+
 def test_nan_weights_are_named() -> None:
     model = tiny_model("mixtral")
     with torch.no_grad():

@@ -1,6 +1,7 @@
 """The command line end to end on the shipped model, and every mistake a user can make with it."""
 
 import json
+import math
 import os
 import pty
 import shutil
@@ -11,9 +12,12 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
+import typer
 from typer.testing import CliRunner
 
-from reap.cli import app
+from reap.cli import _ranked, app
+from reap.console import print_table, reports_errors
 
 MODEL = Path(__file__).parent.parent / "models" / "tiny-qwen3-moe"
 
@@ -100,6 +104,66 @@ def test_score_lists_every_expert_of_every_layer(work):
     assert invoke("score", work / "one.st")[1].count("experts") == len(printed["layers"])
 
 
+def test_a_table_is_never_cut(monkeypatch, capsys):
+    """Not to a terminal's width, which would cost figures, and not of names that look like
+    markup."""
+    monkeypatch.setenv("COLUMNS", "20")
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    print_table("[bold] title", ["layer", "a long heading"], [["[0] name of a layer", "1: 2.345"]])
+    printed = capsys.readouterr().out
+    assert "…" not in printed
+    for text in ("[bold] title", "[0] name of a layer", "a long heading", "1: 2.345"):
+        assert text in printed
+
+
+def test_ascii_terminal(work):
+    """What the encoding of stdout does not know is escaped; JSON is ASCII everywhere."""
+    (work / "caf\u00e9.txt").write_text("some words " * 50)
+    options = ("evaluate", str(MODEL), "--data", str(work / "caf\u00e9.txt"), "--max-tokens", "64")
+    for more in ((), ("--json",)):
+        result = CliRunner(charset="ascii").invoke(app, [*options, *more])
+        assert result.exit_code == 0, result.output
+    assert "caf\u00e9" in json.loads(result.output)
+    result = CliRunner(charset="ascii").invoke(app, ["score", str(work / "one.st")])
+    assert result.exit_code == 0 and "\\xb1" in result.stdout
+
+
+def test_closed_pipe_is_quiet(work):
+    """`reap score ... | head`: nobody reads on, and that is no error of ours."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-m", "reap", "score", str(work / "one.st"), "--json"]
+    done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True)
+    os.close(writer)
+    assert done.stderr == "" and done.returncode == 1
+
+
+def test_two_experts_have_a_score_in_every_column():
+    row = _ranked(torch.tensor([2.0, 1.0]), torch.tensor([0.5, math.nan]))
+    assert row == ["1: 1", "0: 2 ± 0.5", "0: 2 ± 0.5", "0: 2 ± 0.5", "0: 2 ± 0.5"]
+
+
+@pytest.mark.parametrize(
+    "error, code, line",
+    [
+        (PermissionError(13, "Permission denied", "x"), 2, "reap: x: Permission denied"),
+        (torch.OutOfMemoryError("CUDA out of memory"), 2, "--batch-size"),
+        (OSError("odd"), 1, "internal error: OSError: odd"),
+        (RuntimeError("two\nlines"), 1, "internal error: RuntimeError: two lines"),
+    ],
+)
+def test_exit_codes(error, code, line, capsys):
+    @reports_errors
+    def command():
+        raise error
+
+    with pytest.raises(typer.Exit) as exit:
+        command()
+    assert exit.value.exit_code == code
+    printed = capsys.readouterr().err
+    assert line in printed and printed.count("\n") == 1
+
+
 def test_combine_adds_exactly(work):
     printed = run_json("combine", work / "one.st", work / "two.st", "--out", work / "both.st")
     assert printed["tokens"] == 1024
@@ -166,6 +230,13 @@ MISTAKES = {
     "not a model folder": ("calibrate {w} --data {w}/a.txt --out {w}/x.st", "no config.json"),
     "no such data": ("calibrate {m} --data {w}/no.txt --out {w}/x.st", "no.txt"),
     "existing output": ("calibrate {m} --data {w}/a.txt --out {w}/one.st", "--overwrite"),
+    "a folder as output": ("calibrate {m} --data {w}/a.txt --out {w} --overwrite", "is a folder"),
+    "too long a name": ("calibrate {m} --data {w}/a.txt --out {w}/" + "x" * 300, "too long"),
+    "mistakes before a download": ("calibrate no/model --data {w}/no.txt --out {w}/x", "no.txt"),
+    "backend before a download": (
+        "calibrate no/model --data {w}/a.txt --backend quantum --out {w}/x",
+        "quantum",
+    ),
     "no output folder": ("calibrate {m} --data {w}/a.txt --out {w}/no/x.st", "create the folder"),
     "rows too long": (
         "calibrate {m} --data {w}/a.txt --seq-len 512 --out {w}/x.st",

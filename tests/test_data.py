@@ -68,6 +68,8 @@ def here(tmp_path, monkeypatch):
         ("a=1", "files", "a=1", 1),  # a file of that very name
         ("hf:org/some.set:train:body", "hub", "some.set", 1),
         ("org/name=2", "hub", "name", 2),
+        ("hf:org/name/config:test=2", "hub", "name", 2),
+        ("day=1/*.jsonl", "files", "day=1", 1),  # a share holds no slash
     ],
 )
 def test_spec(here, spec, kind, domain, weight):
@@ -84,6 +86,8 @@ def test_spec(here, spec, kind, domain, weight):
         ("missing.txt", "no such file"),
         ("data/missing.jsonl", "no such file"),
         ("../up/name", "no such file"),
+        ("org/name/config", "no such file"),  # rather a folder's name that is mistyped
+        ("day=1/missing.jsonl", "no such file"),
         ("stdlib:poetry", "stdlib:code"),
         ("stdlib:code/train", "/heldout"),
         ("stdlib:code=0", "weight '0'"),
@@ -117,6 +121,46 @@ def test_one_sample_per_row_is_cut_and_padded_on_the_right(here):
     assert text_of(first) == ["abcde", "xy"] and text_of(second) == ["z"]
     assert first.attention_mask.tolist() == [[1] * 5, [1, 1, 0, 0, 0]]
     assert (first.input_ids[1, 2:] == TOKENIZER.pad_token_id).all()
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "A.JSONL", "a.ndjson", "a.json"])
+def test_lines_of_json_are_known_by_suffix(here, name):
+    (here / name).write_bytes(b'\xef\xbb\xbf{"text": "one"}\r\n{"text": "two"}\r\n')
+    assert all_text([name], TOKENIZER, packing=False) == ["one", "two"]
+
+
+def test_an_array_is_not_read_as_prose(here):
+    for array in ('[\n{"text": "a"}\n]', '[{"text": "a"}]'):
+        (here / "a.json").write_text(array)
+        with pytest.raises(ReapError, match="a.json, line 1: "):
+            list(batches("a.json", TOKENIZER))
+
+
+def test_expected_tokens(here):
+    """The time left of a calibration on all of the text: from the share of it that was read."""
+    (here / "a.txt").write_text("0123456789" * 300)  # one piece: rows lie within it
+    lines = [json.dumps({"text": "x" * 100})] * 50
+    (here / "b.jsonl").write_text("\n".join(lines))
+    (here / "src").mkdir()
+    for number in range(20):
+        (here / f"src/{number}.py").write_text("y" * 149)
+    for packing in (True, False):
+        rows = batches(["a.txt", "b.jsonl", "src"], TOKENIZER, seq_len=100, packing=packing)
+        whole = 3001 + 5050 + 3000 if packing else 100 + 5000 + 2000
+        assert rows.expected is None
+        seen = [rows.expected for _ in rows]
+        assert None in seen and seen[-1] == rows.tokens == whole
+        assert all(abs(total - whole) < 0.1 * whole for total in seen if total)
+    rows = batches("a.txt", TOKENIZER, seq_len=100, max_tokens=700)
+    assert rows.expected == 700 and [rows.expected for _ in rows] == [700] * 7
+    rows = batches("a.txt", TOKENIZER, seq_len=100, max_tokens=7000)  # more than there is
+    assert [rows.expected for _ in rows][-1] == 3001
+
+
+def test_the_library_s_share_is_that_of_its_files():
+    stream = sources.read(parse_spec("stdlib:prose/heldout"), TOKENIZER, 0)
+    shares = [next(stream).share for _ in range(5)]
+    assert shares == sorted(shares) and 0 < shares[0] < shares[-1] < 0.5
 
 
 def test_chat_messages_go_through_the_template(here):
@@ -249,9 +293,10 @@ def test_record_names_exactly_the_tokens_used(here):
 
 
 @pytest.mark.parametrize("option", ["seq_len", "batch_size", "max_tokens"])
-def test_bad_options(option):
-    with pytest.raises(ReapError, match=f"{option} is 0"):
-        batches(["stdlib:code"], TOKENIZER, **{option: 0})
+@pytest.mark.parametrize("value", [0, 2e6])
+def test_bad_options(option, value):
+    with pytest.raises(ReapError, match=f"{option} is {value}: .* whole number"):
+        batches(["stdlib:code"], TOKENIZER, **{option: value})
 
 
 def test_no_data():
@@ -270,8 +315,10 @@ def test_hub_data_set(monkeypatch):
         def shuffle(self, seed, buffer_size):
             return reversed(self)
 
-    def load_dataset(name, split, streaming):
+    def load_dataset(name, config=None, *, split, streaming):
         assert streaming
+        if config:
+            return DataSet([{"text": f"{name}, {config}, {split}"}])
         if name == "org/down":
             raise ConnectionError("no route\nto host")
         return DataSet([{"body": f"{name}/{split}"}, {"body": "last"}])
@@ -279,6 +326,8 @@ def test_hub_data_set(monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
     rows = all_text(["hf:org/name:test:body"], TOKENIZER, packing=False)
     assert rows == ["last", "org/name/test"]
+    rows = all_text(["hf:org/name/config"], TOKENIZER, packing=False)
+    assert rows == ["org/name, config, train"]
     with pytest.raises(ReapError, match='name, sample 1: needs "text"'):
         list(batches(["org/name"], TOKENIZER))
     with pytest.raises(ReapError, match="ConnectionError: no route$"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import threading
 from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any, Protocol
@@ -15,6 +16,7 @@ from reap.errors import ReapError
 from reap.info import LayerInfo
 from reap.measure import Measured
 from reap.models import Experts, router_of
+from reap.modulelist import Listed
 
 
 class Observer(Protocol):
@@ -98,18 +100,23 @@ class Layer:
             raise self.unobservable(str(error)) from error
 
     def check_call(self, hidden: Tensor, ids: Tensor, gates: Tensor) -> None:
-        """ReapError for a call that is not [T,K] ids and gates, or is made under autocast."""
-        kind = hidden.device.type
-        if torch.is_autocast_enabled(kind):
-            raise ReapError(
-                f"{self.cls} ({self.info.name}) was called under autocast: load the model in the "
-                "dtype that it shall run in, and leave autocast out"
-            )
+        """ReapError for a call that cannot be measured, or is not with [T,K] ids and gates."""
+        self.check_device(hidden.device.type)
         whole = not ids.is_floating_point() and ids.dtype != torch.bool
         if ids.dim() != 2 or ids.shape != gates.shape or not whole:
             raise self.unobservable(
                 f"it is called with ids {list(ids.shape)} and gates {list(gates.shape)}, which are "
                 "not [tokens, experts per token]"
+            )
+
+    def check_device(self, kind: str) -> None:
+        """ReapError for a call on the meta device or under autocast."""
+        if kind == "meta":
+            raise self.unobservable("it is on the meta device: load the model's weights")
+        if torch.is_autocast_enabled(kind):
+            raise ReapError(
+                f"{self.cls} ({self.info.name}) was called under autocast: load the model in the "
+                "dtype that it shall run in, and leave autocast out"
             )
 
     def unobservable(self, reason: str) -> ReapError:
@@ -118,9 +125,12 @@ class Layer:
 
 def install_hooks(layer: Layer, undo: ExitStack) -> None:
     """Hooks, removed by `undo`, that measure a module that is not on the interface."""
-    {"direct": _hook_direct, "input_scaled": _hook_input_scaled, "list": _hook_list}[
-        layer.experts.kind
-    ](layer, undo)
+    if layer.experts.kind == "direct":
+        _hook_direct(layer, undo)
+    elif layer.experts.kind == "input_scaled":
+        _hook_input_scaled(layer, undo)
+    else:
+        Listed(layer).install(undo)
 
 
 def _hook_direct(layer: Layer, undo: ExitStack) -> None:
@@ -148,72 +158,23 @@ def _hook_input_scaled(layer: Layer, undo: ExitStack) -> None:
     router = router_of(layer.experts.block)
     if router is None:
         raise layer.unobservable("its block has no router")
-    chosen: list[Tensor] = []
+    now = threading.local()
 
     def after_router(_: nn.Module, args: Any, output: tuple[Tensor, Tensor]) -> None:
-        chosen[:] = [output[0]]
+        now.scores = output[0]
 
     @torch.no_grad()
     def after_experts(_: nn.Module, args: Any, output: Tensor) -> None:
-        scores = chosen.pop()  # [T,E]
+        scores = now.scores  # [T,E]
         gates, ids = scores.topk(layer.info.top_k, dim=1)
         layer.check_call(args[0], ids, gates)
         y = output.view(scores.shape[1], scores.shape[0], -1)  # [E,T,H]: the model's own
-        norms = torch.linalg.vector_norm(y, dim=2, dtype=torch.float32).T.gather(1, ids)
-        peaks = y.abs().amax(dim=2).T.float().gather(1, ids)
-        measured = Measured(output, norms / gates.float(), peaks / gates.float())
+        wide = torch.promote_types(y.dtype, torch.float32)
+        norms = torch.linalg.vector_norm(y, dim=2, dtype=wide).T.gather(1, ids)
+        peaks = y.abs().amax(dim=2).T.gather(1, ids)
+        wide_gates = gates.to(wide)
+        measured = Measured(output, (norms / wide_gates).float(), (peaks / wide_gates).float())
         layer.observer.record(layer.info.name, ids, gates, measured)
 
     undo.callback(router.register_forward_hook(after_router).remove)
     undo.callback(layer.experts.module.register_forward_hook(after_experts).remove)
-
-
-def _hook_list(layer: Layer, undo: ExitStack) -> None:
-    """A ModuleList of experts beside a router that returns ids and gates (remote code)."""
-    router, block = router_of(layer.experts.block), layer.experts.block
-    if router is None:
-        raise layer.unobservable("its block has no router")
-    routed: list[tuple[Tensor, Tensor]] = []
-
-    def after_router(_: nn.Module, args: Any, output: Any) -> None:
-        routed[:] = [_ids_and_gates(layer, output)]
-
-    @torch.no_grad()
-    def after_block(_: nn.Module, args: Any, output: Any) -> None:
-        ids, gates = routed.pop()
-        out = output[0] if isinstance(output, tuple) else output
-        x = args[0].reshape(-1, args[0].shape[-1])  # [T,H]
-        layer.check_call(x, ids, gates)
-        norms = torch.zeros(ids.shape, dtype=torch.float32, device=x.device)
-        peaks, total = torch.zeros_like(norms), torch.zeros_like(x, dtype=torch.float32)
-        for expert in ids.unique().tolist():
-            token, slot = torch.nonzero(ids == expert, as_tuple=True)
-            y = layer.experts.module[expert](x[token]).float()
-            norms[token, slot] = torch.linalg.vector_norm(y, dim=1)
-            peaks[token, slot] = y.abs().amax(dim=1)
-            total.index_add_(0, token, gates[token, slot, None].float() * y)
-        for name in ("shared_experts", "shared_expert"):
-            if isinstance(getattr(block, name, None), nn.Module):
-                total += getattr(block, name)(x).float()
-        try:
-            measure.check_sum(total, out.reshape(total.shape))
-        except ReapError as error:
-            raise layer.unobservable(str(error)) from error
-        layer.observer.record(layer.info.name, ids, gates, Measured(out, norms, peaks))
-
-    undo.callback(router.register_forward_hook(after_router).remove)
-    undo.callback(block.register_forward_hook(after_block).remove)
-
-
-def _ids_and_gates(layer: Layer, output: Any) -> tuple[Tensor, Tensor]:
-    """The expert ids [T,K] and gates [T,K] in what a router returned."""
-    parts = (
-        [part for part in output if isinstance(part, Tensor)] if isinstance(output, tuple) else []
-    )
-    for ids in parts:
-        if ids.is_floating_point() or ids.shape[-1:] != (layer.info.top_k,):
-            continue
-        for gates in parts:
-            if gates.is_floating_point() and gates.shape == ids.shape:
-                return ids.reshape(-1, ids.shape[-1]), gates.reshape(-1, ids.shape[-1])
-    raise layer.unobservable("its router does not return expert ids and gates")

@@ -40,7 +40,8 @@ DEFAULT_GROUP_SCORE = 2  # the sum of the two best (DeepSeek-V3 and all that fol
 
 # Towers whose tokens are not text: their experts see no calibration text and are left alone.
 OTHER_TOWERS = re.compile(r"(^|\.)(vision|visual|image|audio|talker|code2wav)\w*(\.|$)")
-# Classes that hold routed experts go by these names.
+# Routed experts, and classes that hold them, go by these names.
+NAMED_EXPERTS = re.compile(r"(^|\.)(?!\w*shared)\w*experts$")
 LOOKS_LIKE_EXPERTS = re.compile(r"(Experts|MoE|MOE|Moe|SparseMLP|MoeBlock|MoEBlock)$")
 # Fields of a configuration that say how a model is run or labelled, not what it is.
 NOT_STRUCTURE = re.compile(
@@ -61,7 +62,7 @@ class Experts:
 
     kind: "interface" (transformers' experts interface), "direct" (forward takes hidden states,
     expert ids and gates), "input_scaled" (Llama 4: the gate multiplies the experts' input) or
-    "list" (a ModuleList of experts beside a router that returns ids and gates).
+    "list" (a ModuleList of experts in a block that routes by itself).
     """
 
     name: str
@@ -182,7 +183,7 @@ def find_experts(model: nn.Module) -> list[Experts]:
         if OTHER_TOWERS.search(name):
             continue
         block = inner.get_submodule(name.rpartition(".")[0])
-        kind = _kind(name, module, block)
+        kind = _kind(name, module)
         if kind is not None:
             weights = tuple(id(parameter) for parameter in module.parameters())
             first = names.setdefault(weights or (id(module),), name)
@@ -191,7 +192,7 @@ def find_experts(model: nn.Module) -> list[Experts]:
     return list(found.values())
 
 
-def _kind(name: str, module: nn.Module, block: nn.Module) -> str | None:
+def _kind(name: str, module: nn.Module) -> str | None:
     if name.rpartition(".")[2].isdigit():  # one expert of a list
         return None
     if dispatches(module):
@@ -201,13 +202,8 @@ def _kind(name: str, module: nn.Module, block: nn.Module) -> str | None:
         return "direct"
     if parameters == ["hidden_states"] and type(module).__name__ == "Llama4TextExperts":
         return "input_scaled"
-    if (
-        isinstance(module, nn.ModuleList)
-        and name.rpartition(".")[2] == "experts"
-        and len(module) > 1
-    ):
-        return "list" if router_of(block) is not None else None
-    return None
+    listed = isinstance(module, nn.ModuleList) and len(module) > 1
+    return "list" if listed and NAMED_EXPERTS.search(name) else None
 
 
 def dispatches(module: nn.Module) -> bool:
@@ -238,7 +234,7 @@ def router_of(block: nn.Module) -> nn.Module | None:
 def _check_all_found(model: nn.Module, names: set[str]) -> None:
     missed = []
     for name, module in model.named_modules():
-        looks = LOOKS_LIKE_EXPERTS.search(type(module).__name__) or name.endswith(".experts")
+        looks = LOOKS_LIKE_EXPERTS.search(type(module).__name__) or NAMED_EXPERTS.search(name)
         if not looks or not name or OTHER_TOWERS.search(name) or "shared_expert" in name:
             continue
         related = any(

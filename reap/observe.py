@@ -69,12 +69,12 @@ def observe(
     Padding, read from the 2-D `attention_mask` of the call, is not counted. Experts that
     `moe_saliency` cannot stand in for run as before, and once more per slot for their statistics;
     the log says so once. The model is put back exactly, also after an exception; a compiled model
-    runs its experts uncompiled inside the `with`.
+    runs uncompiled inside the `with`. Layers recomputed by gradient checkpointing count once.
 
     ReapError, before any forward: no transformers model, no MoE layers, experts that cannot be
     observed, a model that is being observed, an unknown or unavailable backend. ReapError, in a
-    forward: autocast, padding that cannot be lined up with the experts' tokens, a NaN or infinite
-    norm (on a GPU this one comes at the end).
+    forward: autocast, no weights (the meta device), padding that cannot be lined up with the
+    experts' tokens, a NaN or infinite norm (on a GPU this one comes at the end).
     """
     check_backend(backend)
     found = models.find_experts(model)
@@ -96,11 +96,14 @@ class _Observation:
         self.stats = stats
         self.options = options
         self.padding = Padding()
+        self._recording = threading.Lock()  # threads may call one model
         self._called: set[str] = set()
         self._verdicts: dict[Any, str | None] = {}
         self._said: set[str] = set()
 
     def install(self, model: nn.Module, found: list[Experts], undo: ExitStack) -> None:
+        if _is_compiled(model) or any(experts.kind != "interface" for experts in found):
+            undo.enter_context(_uncompiled())
         with _lock:
             for experts in found:
                 if experts.module in _layers:
@@ -120,10 +123,12 @@ class _Observation:
         self.padding.install(_holders(model, found), undo)
 
     def record(self, layer: str, ids: Tensor, gates: Tensor, measured: Measured) -> None:
+        if torch._C._current_graph_task_id() != -1:  # a backward pass: recomputed, counted before
+            return
         self._called.add(layer)
         real = self.padding.real(len(ids), ids.device)
         # Statistics outlive an inference mode that the model may be called in.
-        with torch.inference_mode(False), torch.no_grad():
+        with self._recording, torch.inference_mode(False), torch.no_grad():
             self.stats.update(layer, ids, gates, measured.norms, measured.peaks, real)
 
     def verdict(self, key: Any, decide: Callable[[], str | None]) -> str | None:
@@ -138,7 +143,7 @@ class _Observation:
 
     def report_unused(self) -> None:
         unused = [name for name in self.stats.layers if name not in self._called]
-        if unused and self._called:
+        if unused:
             log.warning("%d MoE layers were never called, such as %s", len(unused), unused[0])
 
 
@@ -151,7 +156,12 @@ def _observed_forward(
     if layer is not None:
         return layer.forward(hidden_states, top_k_index, top_k_weights)
     # Not observed, but of a model that shares its configuration with one that is.
-    patch = _patches[id(self.config)]
+    patch = _patches.get(id(self.config))
+    if patch is None:
+        raise ReapError(
+            f"{type(self).__name__} is in a copy of a model that was made while it was observed: "
+            "copy the model before or after"
+        )
     return _resolve(self, patch.before)(self, hidden_states, top_k_index, top_k_weights)
 
 
@@ -202,6 +212,32 @@ def _unpatch(patch: _Patch) -> None:
         del _patches[id(patch.config)]
         if not _patches:
             del ALL_EXPERTS_FUNCTIONS[NAME]
+
+
+_eager: list[Any] = []  # the compiler's stance, once for every `with` that needs it
+
+
+@contextmanager
+def _uncompiled() -> Iterator[None]:
+    """Compiled models run as they are written: compiled code misses hooks that came after it."""
+    with _lock:
+        # Threads may leave in any order: the first to enter sets the stance, the last resets it.
+        _eager.append(_eager[0] if _eager else torch.compiler.set_stance("force_eager"))
+    try:
+        yield
+    finally:
+        with _lock:
+            stance = _eager.pop()
+            if not _eager:
+                stance.__exit__(None, None, None)
+
+
+def _is_compiled(model: nn.Module) -> bool:
+    """Whether `torch.compile(model)` or `model.compile()` was applied to it or a part of it."""
+    return any(
+        hasattr(module, "_orig_mod") or module._compiled_call_impl is not None
+        for module in model.modules()
+    )
 
 
 def _holders(model: nn.Module, found: list[Experts]) -> list[nn.Module]:

@@ -9,6 +9,7 @@ the experts must have been called with [B,q] tokens, the experts with B*q, and t
 from __future__ import annotations
 
 import inspect
+import threading
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -36,8 +37,11 @@ class _Call:
         return type(self.model).__name__
 
 
-class Padding:
-    """Follows the calls of a model and of the models in it, while its hooks are installed."""
+class Padding(threading.local):
+    """Follows the calls of a model and of the models in it, while its hooks are installed.
+
+    Every thread has calls of its own.
+    """
 
     def __init__(self) -> None:
         self._calls: list[_Call] = []
@@ -48,7 +52,7 @@ class Padding:
             signature = inspect.signature(type(model).forward)
             enter = model.register_forward_pre_hook(self._entering(signature), with_kwargs=True)
             undo.callback(enter.remove)
-            leave = model.register_forward_hook(self._leave, always_call=True)
+            leave = model.register_forward_hook(lambda *_: self._leave(), always_call=True)
             undo.callback(leave.remove)
 
     def _entering(self, signature: inspect.Signature) -> Callable[..., None]:
@@ -73,7 +77,7 @@ class Padding:
         return enter
 
     @torch.compiler.disable
-    def _leave(self, *_: Any) -> None:
+    def _leave(self) -> None:
         if self._calls:
             self._calls.pop()
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from brute import run
+from brute import Truth, check, run
 from tiny import tiny_inputs, tiny_model
 from torch import Tensor, nn
 
@@ -34,68 +34,167 @@ def test_llama4_counts_contributions() -> None:
     torch.testing.assert_close(stats[name].weighted_sum, contribution.sum(1), rtol=1e-5, atol=0)
 
 
-class RemoteGate(nn.Module):
-    def __init__(self, config: Any) -> None:
-        super().__init__()
-        self.top_k, self.weight = 2, nn.Parameter(torch.randn(4, config.hidden_size))
-
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        gates, ids = (x.flatten(0, 1) @ self.weight.T).sigmoid().topk(self.top_k)
-        return ids, gates
-
-
 class RemoteMoE(nn.Module):
     """The shape of code that comes with a checkpoint: a list of experts, walked in a loop."""
 
-    scale = 1.0
-
-    def __init__(self, config: Any, mlp: type[nn.Module]) -> None:
+    def __init__(self, config: Any, mlp: type[nn.Module], experts: int) -> None:
         super().__init__()
-        self.experts = nn.ModuleList(mlp(config, intermediate_size=16) for _ in range(4))
-        self.gate, self.shared_experts = RemoteGate(config), mlp(config, intermediate_size=16)
+        self.top_k = 2
+        self.gate = nn.Linear(config.hidden_size, experts, bias=False)
+        self.experts = nn.ModuleList(mlp(config, intermediate_size=16) for _ in range(experts))
+
+    def route(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        gates, ids = self.gate(x).float().softmax(-1).topk(self.top_k)
+        return ids, (gates / gates.sum(-1, keepdim=True)).to(x.dtype)
+
+    def combine(self, x: Tensor, ids: Tensor, gates: Tensor) -> Tensor:
+        out = torch.zeros_like(x)
+        for number, expert in enumerate(self.experts):
+            token, slot = torch.where(ids == number)
+            out.index_add_(0, token, expert(x[token]) * gates[token, slot, None])
+        return out
+
+    def forward(self, hidden: Tensor) -> Any:
+        x = hidden.flatten(0, 1)
+        return self.combine(x, *self.route(x)).view(hidden.shape), None
+
+
+class Sorted(RemoteMoE):
+    """Tokens sorted by expert, a scaled sigmoid router, shared experts, one output."""
+
+    def __init__(self, config: Any, mlp: type[nn.Module], experts: int) -> None:
+        super().__init__(config, mlp, experts)
+        self.shared_experts = mlp(config, intermediate_size=16)
+
+    def route(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        gates, ids = self.gate(x).sigmoid().topk(self.top_k)
+        return ids, 2.5 * gates
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        x = hidden_states.flatten(0, 1)
+        ids, gates = self.route(x)
+        order, start, parts = ids.flatten().argsort(), 0, []
+        for number, stop in enumerate(ids.flatten().bincount(minlength=8).cumsum(0).tolist()):
+            if stop > start:
+                parts.append(self.experts[number](x[order[start:stop] // self.top_k]))
+            start = stop
+        slots = torch.empty_like(torch.cat(parts))
+        slots[order] = torch.cat(parts)
+        out = (slots.view(*ids.shape, -1) * gates[..., None]).sum(1)
+        return (out + 30 * self.shared_experts(x)).view(hidden_states.shape)
+
+
+class Dense(RemoteMoE):
+    """Every expert runs on every token, in two halves; most gates are zero."""
+
+    def combine(self, x: Tensor, ids: Tensor, gates: Tensor) -> Tensor:
+        full = torch.zeros(len(x), len(self.experts), dtype=x.dtype).scatter(1, ids, gates)
+        return torch.cat(
+            [
+                sum(g[:, n, None] * expert(h) for n, expert in enumerate(self.experts))
+                for h, g in zip(x.chunk(2), full.chunk(2), strict=True)
+            ]
+        )
+
+
+class Layer(nn.Module):
+    """Its caller, which takes the first of what it returns."""
+
+    def __init__(self, moe: RemoteMoE) -> None:
+        super().__init__()
+        self.moe = moe
 
     def forward(self, x: Tensor) -> Tensor:
-        ids, gates = self.gate(x)
-        flat = x.flatten(0, 1)
-        out = torch.zeros_like(flat)
-        for t in range(len(flat)):
-            for expert, gate in zip(ids[t].tolist(), gates[t], strict=True):
-                out[t] += self.scale * gate * self.experts[expert](flat[t : t + 1])[0]
-        return (out + self.shared_experts(flat)).view(x.shape)
+        out = self.moe(x)
+        return out[0] if isinstance(out, tuple) else out
 
 
-def remote_model() -> nn.Module:
+def remote_model(block: type[RemoteMoE], experts: int = 8, **options: Any) -> nn.Module:
     model = tiny_model("deepseek_v3")
+    torch.manual_seed(0)
     for layer in model.model.layers[1:]:
-        layer.mlp = RemoteMoE(model.config, type(model.model.layers[0].mlp))
-    return model
+        layer.mlp = Layer(block(model.config, type(model.model.layers[0].mlp), experts))
+    return model.to(**options).eval()
 
 
-def test_a_list_of_experts() -> None:
-    model = remote_model().eval()
-    inputs = tiny_inputs(model, lengths=[9, 5])
-    with torch.no_grad():
-        expected = run(model, inputs)
-        with observe(model) as stats:
-            assert torch.equal(run(model, inputs), expected)
-        block = model.model.layers[3].mlp
-        seen: list[Tensor] = []
-        block.register_forward_pre_hook(lambda m, args: seen.append(args[0]))
-        run(model, inputs)
-        ids, gates = block.gate(seen[0])
-        truth = torch.zeros(4, dtype=torch.float64)
-        for t in inputs["attention_mask"].flatten().nonzero().flatten():
-            for expert, gate in zip(ids[t], gates[t], strict=True):
-                truth[expert] += gate * block.experts[expert](seen[0].flatten(0, 1)[t]).norm()
-    assert stats.tokens == 14 and len(stats.layers) == 3
-    torch.testing.assert_close(stats[stats.layers[2]].weighted_sum, truth, rtol=1e-5, atol=0)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("block", [RemoteMoE, Sorted, Dense])
+@torch.no_grad()
+def test_a_list_of_experts(block: type[RemoteMoE], dtype: torch.dtype, caplog: Any) -> None:
+    """40 experts, more than the model has columns, in the fp32 case of the first."""
+    experts = 40 if (block, dtype) == (RemoteMoE, torch.float32) else 8
+    model = remote_model(block, experts, dtype=dtype)
+    inputs = tiny_inputs(model, lengths=[40, 25])
+    expected = run(model, inputs)
+    with observe(model) as stats:
+        assert torch.equal(run(model, inputs), expected)
+    assert stats.tokens == 65 and len(stats.layers) == 3
+    assert sum("without its experts" in record.message for record in caplog.records) == 1
+    assert not any("forward" in vars(module) for module in model.modules())
+
+    moe = model.model.layers[3].mlp.moe
+    seen: list[Tensor] = []
+    moe.register_forward_pre_hook(lambda m, args: seen.append(args[0]))
+    run(model, inputs)
+    x = seen[0].flatten(0, 1)[inputs["attention_mask"].flatten().bool()]
+    truth = Truth(experts)
+    for t, (ids, gates) in enumerate(zip(*moe.route(x), strict=True)):
+        for expert, gate in zip(ids.tolist(), gates.tolist(), strict=True):
+            y = moe.experts[expert](x[t : t + 1]).double()
+            truth.slots.append((t, expert, gate, float(y.norm()), float(y.abs().max())))
+    fields = {k: v for k, v in truth.fields().items() if k[:2] != "co"}
+    check(stats[stats.layers[2]], fields, rtol=1e-5 if dtype == torch.float32 else 1e-2)
 
 
-def test_a_list_of_experts_that_does_not_add_up_is_an_error() -> None:
-    model = remote_model().eval()
-    model.model.layers[3].mlp.scale = 2.5
-    with pytest.raises(ReapError, match=r"ModuleList .*layers\.3.*do not add up"), observe(model):
+class Bounded(RemoteMoE):
+    def combine(self, x: Tensor, ids: Tensor, gates: Tensor) -> Tensor:
+        return super().combine(x, ids, gates).tanh()
+
+
+class Normed(RemoteMoE):
+    def combine(self, x: Tensor, ids: Tensor, gates: Tensor) -> Tensor:
+        return nn.functional.rms_norm(super().combine(x, ids, gates), x.shape[-1:])
+
+
+class Fickle(RemoteMoE):
+    def combine(self, x: Tensor, ids: Tensor, gates: Tensor) -> Tensor:
+        return super().combine(x, torch.rand(len(x), 8).argsort(1)[:, :2], gates)
+
+
+class GateInside(RemoteMoE):
+    def combine(self, x: Tensor, ids: Tensor, gates: Tensor) -> Tensor:
+        return self.experts[0](x, gates[:, :1])
+
+
+class Functional(RemoteMoE):
+    def combine(self, x: Tensor, ids: Tensor, gates: Tensor) -> Tensor:
+        return self.experts[0].down_proj(self.experts[0].up_proj(x))
+
+
+@pytest.mark.parametrize(
+    ("block", "reason"),
+    [
+        (Bounded, "not a weighted sum"),
+        (Normed, "not a weighted sum"),
+        (Fickle, "routes otherwise when it runs again"),
+        (Functional, "does not call its experts"),
+    ],
+)
+def test_a_list_of_experts_that_cannot_be_asked(block: type[RemoteMoE], reason: str) -> None:
+    model = remote_model(block)
+    with pytest.raises(ReapError, match=rf"ModuleList .*layers\.1.*({reason})"), observe(model):
         run(model, tiny_inputs(model))
+    assert not any("forward" in vars(module) for module in model.modules())
+
+
+def test_experts_of_a_list_that_apply_the_gate_themselves() -> None:
+    model = remote_model(GateInside)
+    for expert in (e for layer in model.model.layers[1:] for e in layer.mlp.moe.experts):
+        own = expert.forward
+        expert.forward = lambda x, gate, own=own: gate * own(x)
+    with pytest.raises(ReapError, match="do not map hidden states"), observe(model):
+        run(model, tiny_inputs(model))
+    assert all("forward" in vars(e) for e in model.model.layers[1].mlp.moe.experts)
 
 
 @pytest.mark.parametrize(

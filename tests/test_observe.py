@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import logging
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -280,6 +282,60 @@ def test_grad_mode_works_and_says_that_no_gradient_flows(caplog: Any) -> None:
     assert sum("no gradient" in record.message for record in caplog.records) == 1
 
 
+@pytest.mark.parametrize("model_type", ["deepseek_v3", "llama4_text"])
+def test_layers_recomputed_in_a_backward_pass_count_once(model_type: str) -> None:
+    """Gradient checkpointing runs them again, outside of a call that would say what is padding."""
+    model = tiny_model(model_type).train()
+    model.gradient_checkpointing_enable()
+    with observe(model) as stats:
+        model(**tiny_inputs(model, lengths=[9, 5])).logits.sum().backward()
+    assert {stats[name].tokens for name in stats.layers} == {14}
+
+
+@pytest.mark.parametrize("model_type", ["qwen3_moe", "llama4_text"])
+def test_threads_that_call_one_model(model_type: str) -> None:
+    """Every call is judged by its own mask, and no sum loses an addend."""
+    model = tiny_model(model_type)
+    batches = [tiny_inputs(model, lengths=[9, 1 + i, 9 - i], seed=i) for i in range(8)]
+    with observe(model) as alone:
+        for batch in batches:
+            run(model, batch)
+    with observe(model) as stats, ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda batch: run(model, batch), batches * 3))
+    assert stats == alone + alone + alone
+
+
+def test_layers_that_are_never_called_are_named(caplog: Any) -> None:
+    model = tiny_model("qwen3_moe")
+    with observe(model):
+        model.set_experts_implementation("eager")  # which takes the place of what observe has set
+        run(model, tiny_inputs(model))
+    assert "4 MoE layers were never called, such as model.layers.0" in caplog.text
+
+
+def test_a_model_without_weights_is_an_error() -> None:
+    model = tiny_model("qwen3_moe").to("meta")
+    inputs = {"input_ids": tiny_inputs(model)["input_ids"].to("meta")}
+    with pytest.raises(ReapError, match=r"layers\.0.*meta device: load"), observe(model):
+        run(model, inputs)
+
+
+def test_a_copy_made_inside_is_an_error() -> None:
+    model = tiny_model("qwen3_moe")
+    with pytest.raises(ReapError, match="copy of a model .* observed"), observe(model):
+        run(copy.deepcopy(model), tiny_inputs(model))
+
+
+def test_double_precision_runs_as_it_is() -> None:
+    for model_type in ("qwen3_moe", "llama4_text"):
+        model = tiny_model(model_type, dtype=torch.float64)
+        model.config._experts_implementation_internal = "eager"  # the default has no kernel for it
+        expected = run(model, tiny_inputs(model))
+        with observe(model) as stats:
+            assert torch.equal(run(model, tiny_inputs(model)), expected)
+        assert stats.tokens == 18
+
+
 @pytest.mark.parametrize("backend", ["nonsense", 7])
 def test_an_unknown_backend_is_an_error_before_anything_runs(backend: Any) -> None:
     model = tiny_model("qwen3_moe")
@@ -294,13 +350,24 @@ def test_something_else_than_a_model() -> None:
 
 
 @pytest.mark.slow  # tracing takes most of half a minute
-def test_a_compiled_model() -> None:
-    model = tiny_model("qwen3_moe", num_hidden_layers=1)
+@pytest.mark.parametrize("model_type", ["qwen3_moe", "llama4_text"])
+@pytest.mark.parametrize("way", ["torch.compile", "fullgraph", "model.compile", "beside"])
+def test_a_compiled_model(model_type: str, way: str) -> None:
+    """Compiled before it is observed, several times: no compiled code may hide from the hooks."""
+    if (model_type, way) == ("qwen3_moe", "fullgraph"):
+        pytest.skip("its forward is no single graph")
+    model = tiny_model(model_type)
     inputs = tiny_inputs(model, lengths=[9, 5])
     expected = run(model, inputs)
-    compiled = torch.compile(model, backend="eager")
-    run(compiled, inputs)
-    with observe(compiled) as stats:
+    if way == "model.compile":
+        compiled: nn.Module = model
+        model.compile(backend="eager")
+    else:
+        compiled = torch.compile(model, backend="eager", fullgraph=way == "fullgraph")
+    for lengths in ([9, 5], [9, 3]):
+        run(compiled, inputs)
+        with observe(model if way == "beside" else compiled) as stats:
+            run(compiled, tiny_inputs(model, lengths=lengths))
+        assert {stats[name].tokens for name in stats.layers} == {sum(lengths)}
         torch.testing.assert_close(run(compiled, inputs), expected)
-    torch.testing.assert_close(run(compiled, inputs), expected)
-    assert stats.tokens == 14
+    assert torch._dynamo.eval_frame._stance.stance == "default"

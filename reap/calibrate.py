@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from reap.data import Batch, check_ids
+from reap.data import Batch, Batches, check_ids
 from reap.errors import ReapError
 from reap.models import pretrained
 from reap.observe import observe
@@ -30,11 +30,11 @@ def calibrate(
     """Run `batches` through `model` and return the statistics of its experts, by domain.
 
     A batch has input_ids and attention_mask, both [B,L] int64, domain (str) and tokens (int, the
-    padding left out). The language-model head does not run: nothing here needs logits. `progress`
-    is called after each batch with its number of tokens. The other options are those of `observe`,
-    and so are the errors; ReapError also for batches without a single token, and for a token that
-    the model does not embed. The model is in eval mode meanwhile, and left as it was found,
-    whatever happens.
+    padding left out); of `reap.batches` the statistics also record which text it was. The
+    language-model head does not run: nothing here needs logits. `progress` is called after each
+    batch with its number of tokens. The other options are those of `observe`, and so are the
+    errors; ReapError also for batches without a single token, and for a token that the model does
+    not embed. The model is in eval mode meanwhile, and left as it was found, whatever happens.
     """
     base = pretrained(model).base_model
     options = {"use_cache": False} if _takes_use_cache(base) else {}
@@ -55,6 +55,8 @@ def calibrate(
                 base(input_ids=batch.input_ids.to(device), attention_mask=mask, **options)
             if progress is not None:
                 progress(batch.tokens)
+    if isinstance(batches, Batches):
+        stats.data.append(batches.describe())
     if stats.tokens == 0:
         raise ReapError("the calibration data has no tokens: nothing was observed")
     return stats

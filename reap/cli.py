@@ -112,7 +112,6 @@ def calibrate(
     loaded = load_model(folder, dtype=dtype, device=device)
     with progress("calibrating", lambda: rows.expected, "tokens") as advance:
         stats = run(loaded, rows, gates=gates, pairs=pairs, backend=backend, progress=advance)
-    stats.data.append(rows.describe())
     stats.save(out, overwrite=overwrite)
     summary = {
         "out": str(out),

@@ -174,6 +174,8 @@ def make_plan(
     for what, number in (("keep", keep), ("multiple_of", multiple_of)):
         if number is not None and (type(number) is not int or number < 1):
             raise ReapError(f"{what} is {number!r}: it must be a whole number of 1 or more")
+    if type(seed) is not int:
+        raise ReapError(f"seed is {seed!r}: it must be a whole number")
     layers = stats.model.layers
     counts = [_kept_count(layer, share, keep, multiple_of) for layer in layers]
     protected = super_experts(stats) if protect_super_experts else {}
@@ -231,7 +233,7 @@ def _kept_count(
     if share is not None:
         wanted = E - math.floor(E * share)
         step = math.lcm(multiple_of, layer.n_group)
-    count = math.ceil(wanted / step) * step
+    count = -(-wanted // step) * step
     fault = _count_fault(layer, count)
     if fault is None:
         return count

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from tiny import model_types, tiny_inputs, tiny_model
 from torch import Tensor
 
 from reap.calibrate import calibrate
+from reap.data import batches
 from reap.errors import ReapError
 from reap.observe import observe
 
@@ -109,6 +111,20 @@ def test_the_model_is_left_as_it_was(error: type[BaseException] | None) -> None:
         assert type(caught) is error
     assert {name: module.training for name, module in model.named_modules()} == before
     assert model.config._experts_implementation_internal == implementation
+
+
+def test_which_text_it_was_is_recorded(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("some text " * 9)
+
+    class Tokenizer:
+        eos_token_id = pad_token_id = None
+
+        def __call__(self, text: str, **_: Any) -> dict[str, list[int]]:
+            return {"input_ids": [ord(letter) % 32 for letter in text]}
+
+    text = batches(str(tmp_path / "a.txt"), Tokenizer(), seq_len=8, max_tokens=20)
+    (data,) = calibrate(tiny_model("mixtral"), text).data
+    assert data["tokens"] == 20 and data["sources"][0]["domain"] == "a"
 
 
 def test_ids_of_another_tokenizer_are_named() -> None:

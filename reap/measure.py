@@ -168,7 +168,8 @@ def activation_of(module: nn.Module) -> str | None:
     """What the module applies between its projections, in `moe_saliency`'s words; None if unknown.
 
     Found by numbers, not by names: the module's own gate is run on a grid that reaches beyond any
-    limit, and compared with every candidate. Limits and alphas are read off the module.
+    limit, and compared with every candidate. Limits and alphas are read off the module. In fp64,
+    since below -3 two ways to compute an exact gelu in fp32 differ by more than any tolerance here.
     """
     numbers = {
         name: float(value)
@@ -179,7 +180,7 @@ def activation_of(module: nn.Module) -> str | None:
     alphas = {1.0} | {v for name, v in numbers.items() if "alpha" in name}
     edges = [0.0, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 1000.0]
     edges += [limit * f for limit in limits if limit < 1e4 for f in (0.5, 0.99, 1.01, 3.0)]
-    axis = torch.tensor(sorted({*edges, *(-edge for edge in edges)}))
+    axis = torch.tensor(sorted({*edges, *(-edge for edge in edges)}), dtype=torch.float64)
     gate, up = (x.flatten() for x in torch.meshgrid(axis, axis, indexing="ij"))
 
     candidates = ["silu", "gelu", "gelu_tanh", "relu", "relu2"]
@@ -209,10 +210,9 @@ def activation_of(module: nn.Module) -> str | None:
 
 def _apply(activation: str, gate: Tensor, up: Tensor, gated: bool) -> Tensor:
     """`activation` of each grid point [N] by the library: one expert with identity weights."""
-    one = torch.ones(1, 1, 1)
-    eye = torch.eye(2)[None] if gated else one
     x = torch.stack((gate, up), 1) if gated else gate[:, None]
-    down = torch.ones(1, x.shape[1], 1)
+    eye = torch.eye(x.shape[1], dtype=x.dtype)[None]
+    down = torch.ones(1, x.shape[1], 1, dtype=x.dtype)
     ids, gates = torch.zeros(len(x), 1, dtype=torch.int64), torch.ones(len(x), 1)
     options: dict[str, Any] = {"activation": activation, "gated": gated, "backend": "reference"}
     return reap_kernels.moe_saliency(x, eye, down, ids, gates, **options).out[:, 0]

@@ -28,6 +28,7 @@ class Gate(nn.Module):
     ("function", "parameters", "expected"),
     [
         (lambda g, u: nn.functional.silu(g) * u, {}, "silu"),
+        (lambda g, u: nn.functional.gelu(g) * u, {}, "gelu"),
         (lambda g, u: nn.functional.gelu(g, approximate="tanh") * u, {}, "gelu_tanh"),
         (lambda g, u: u.clamp(-3, 3) * nn.functional.silu(g.clamp(max=3)), {"my_limit": 3.0},
          "swiglu_clamped(1.0, 3.0, 0.0)"),
@@ -36,7 +37,7 @@ class Gate(nn.Module):
         (lambda g, u: nn.functional.silu(u) * g, {}, None),
         (lambda g, u: 1 / 0, {}, None),
     ],
-    ids=["silu", "gelu_tanh", "limit", "hidden limit", "large limit", "swapped", "raises"],
+    ids=["silu", "gelu", "gelu_tanh", "limit", "hidden limit", "large limit", "swapped", "raises"],
 )  # fmt: skip
 def test_activations_are_told_by_numbers(function: Any, parameters: Any, expected: Any) -> None:
     assert activation_of(Gate(function, **parameters)) == expected

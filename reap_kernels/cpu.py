@@ -7,8 +7,9 @@ from reap_kernels.contract import Call, Saliency
 
 NAME = "cpu"
 
-# As in csrc/cpu/layer.h and moe.cpp.
-_SLAB, _GROUP, _KSTEPS, _BLOCK_TOKENS, _LINE, _AHEAD = 96, 48, 128, 160, 64, 8
+# As in csrc/cpu/layer.h and moe.cpp; and piece_steps of numbers.h, with pairs of bf16 and without.
+_SLAB, _GROUP, _BLOCK_TOKENS, _LINE, _AHEAD = 96, 48, 160, 64, 8
+_PIECE_STEPS = {True: 512, False: 128}
 
 
 def available() -> str | None:
@@ -56,7 +57,8 @@ def extra_bytes(call: Call, isa: str | None = None, threads: int | None = None) 
       T * H * 4             sums of the layer output, if the model dtype is not fp32
       S * 4 + E * 8 + ...   routing
       threads * scratch     packed tokens of a block (160 by H of four bytes, two bytes in bf16 on
-                            avx512_bf16), a tile of weights (48 by 128) and two of sums (48 by 160)
+                            avx512_bf16), a tile of weights (48 by 128, with such pairs by
+                            512) and two of sums (48 by 160)
 
     each rounded up to a cache line, where R = min(S, 2560 * threads) slots are in the making at a
     time: nothing of size S*H, S*I, E*T or of the weights. Ids that are not int64, gates that are
@@ -69,7 +71,7 @@ def extra_bytes(call: Call, isa: str | None = None, threads: int | None = None) 
     pairs = dtype == torch.bfloat16 and (isa or isas()[0]) == "avx512_bf16"
     slabs = -(-H // _SLAB)
     steps = -(-H // 2) if pairs else H if fp32 else max(H, I)
-    scratch = 4 * (steps * _BLOCK_TOKENS + _GROUP * _KSTEPS + 2 * _GROUP * _BLOCK_TOKENS)
+    scratch = 4 * (steps * _BLOCK_TOKENS + _GROUP * _PIECE_STEPS[pairs] + 2 * _GROUP * _BLOCK_TOKENS)
     blocks, places = S // _BLOCK_TOKENS + min(S, E), 2 * _AHEAD * threads
     rows, gaps = (S, blocks) if S <= places * _BLOCK_TOKENS else (places * _BLOCK_TOKENS, places)
     pieces = (

@@ -38,6 +38,15 @@ static void fill_lanes(const Job& job, const Block& block, int64_t column, Lanes
     }
 }
 
+// Tokens lie anywhere in the sums: fetched while the group is multiplied, or each of its columns would wait for memory.
+static inline void prefetch_sums(const Block& block, int offset, int count, const Lanes& lanes) {
+    for (int lane = 0; lane < block.tokens; ++lane) {
+        const float* sum = lanes.sums[lane] + offset;
+        for (int column = 0; column < count; column += 16) __builtin_prefetch(sum + column, 1, 2);
+        __builtin_prefetch(sum + count - 1, 1, 2);
+    }
+}
+
 // C of one group (`count` columns of the output, from `offset` in the slab) -> sums and norms.
 template <Dtype D, bool Norms>
 static void add_output(const Layer& layer, const Block& block, int64_t column, int offset, int count, const float* c, Lanes& lanes) {
@@ -81,7 +90,7 @@ template <Dtype D> static void down(const Job& job, int64_t b, int64_t slab, cha
     const int64_t column = slab * SLAB;
     const Block& block = job.blocks[b];
     const Tiling tiling(block.tokens);
-    const Scratch scratch = carve(memory);
+    const Scratch scratch = carve<D>(memory);
     const bool few = few_tokens(layer, block);
     Tokens tokens = {job.inner + block.inner, true};
     const char* rows[FEW_TOKENS];
@@ -98,6 +107,7 @@ template <Dtype D> static void down(const Job& job, int64_t b, int64_t slab, cha
     for (int offset = 0; offset < width; offset += GROUP) {
         const int count = width - offset < GROUP ? width - offset : GROUP;
         const Group group = plain_group(column + offset, count);
+        prefetch_sums(block, offset, count, lanes);
         const float* c = few ? multiply_few<D>(layer.down, matrix, group, layer.I, rows, tiling, scratch)
                              : multiply_packed<D>(layer.down, matrix, group, layer.I, tokens, tiling, scratch);
         if (offset == 0) wait_until(job.turns + slab, b);

@@ -39,7 +39,7 @@ template <Dtype D, int R, int N> static void multiply_across_tile(Across tile, i
         vf piece[R][N];
 #pragma GCC unroll 16
         for (int i = 0; i < R * N; ++i) piece[i / N][i % N] = set1(0.0f);
-        const int64_t stop = k + KSTEPS * each < tile.k_size ? k + KSTEPS * each : tile.k_size;
+        const int64_t stop = k + piece_steps<D> * each < tile.k_size ? k + piece_steps<D> * each : tile.k_size;
         for (; k < stop; k += each) {
             prefetch_across<D>(tile.weights, tile.k_bytes, R * W * Number<D>::size);
             add_across<D, R, N>(tile.weights, tile.k_bytes, tile.k_size - k, count, tile.tokens, piece);

@@ -90,7 +90,7 @@ template <Dtype D> static void gate_up(const Job& job, int64_t b, int64_t part, 
     const Layer& layer = job.layer;
     const Block& block = job.blocks[b];
     const Tiling tiling(block.tokens);
-    const Scratch scratch = carve(memory);
+    const Scratch scratch = carve<D>(memory);
     const bool few = few_tokens(layer, block);
     const char* rows[FEW_TOKENS];
     if (few) find_tokens<D>(layer, job.order + block.first, block.tokens, rows);

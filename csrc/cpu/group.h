@@ -33,7 +33,7 @@ struct Tokens {
 
 struct Scratch {
     char* tokens;            // packed operand of a block
-    float* weights;          // packed weights [GROUP, KSTEPS]
+    float* weights;          // packed weights [GROUP, piece_steps]
     float* sums[2];          // C, two buffers taking turns [GROUP, BLOCK_TOKENS]
 };
 
@@ -43,13 +43,13 @@ template <Dtype D> static int64_t token_steps(const Layer& layer) {
 }
 
 template <Dtype D> static size_t scratch_bytes(const Layer& layer) {
-    return static_cast<size_t>(4 * (token_steps<D>(layer) * BLOCK_TOKENS + GROUP * KSTEPS + 2 * GROUP * BLOCK_TOKENS));
+    return static_cast<size_t>(4 * (token_steps<D>(layer) * BLOCK_TOKENS + GROUP * piece_steps<D> + 2 * GROUP * BLOCK_TOKENS));
 }
 
-static inline Scratch carve(char* memory) {
+template <Dtype D> static Scratch carve(char* memory) {
     float* sums = reinterpret_cast<float*>(memory);
     float* weights = sums + 2 * GROUP * BLOCK_TOKENS;
-    return {reinterpret_cast<char*>(weights + GROUP * KSTEPS), weights, {sums, sums + GROUP * BLOCK_TOKENS}};
+    return {reinterpret_cast<char*>(weights + GROUP * piece_steps<D>), weights, {sums, sums + GROUP * BLOCK_TOKENS}};
 }
 
 static inline int64_t row_of(const Group& group, int position) {
@@ -72,7 +72,7 @@ static Rows find_rows(const Weights& w, const char* matrix, const Group& group, 
     }
 
     const bool along = w.k_stride == 1;
-    const int64_t row_step = along ? KSTEPS : 1;  // floats from position to position
+    const int64_t row_step = along ? piece_steps<D> : 1;  // floats from position to position
     const int64_t k_rest = k_size - step * per_step<D>;
     for (int span = 0; span < group.spans; ++span) {
         const char* source = piece + group.row[span] * row_bytes;
@@ -94,8 +94,8 @@ static const float* multiply_group(const Weights& w, const char* matrix, const G
     const int64_t all_steps = steps<D>(k_size);
     const bool in_place = native<D> && w.k_stride == 1;
     int now = 0;
-    for (int64_t step = 0; step < all_steps; step += KSTEPS, now ^= 1) {
-        const int64_t num_steps = all_steps - step < KSTEPS ? all_steps - step : KSTEPS;
+    for (int64_t step = 0; step < all_steps; step += piece_steps<D>, now ^= 1) {
+        const int64_t num_steps = all_steps - step < piece_steps<D> ? all_steps - step : piece_steps<D>;
         const Rows rows = find_rows<D>(w, matrix, group, k_size, step, num_steps, scratch.weights);
         const bool half_step = dot && in_place && k_size % 2 && step + num_steps == all_steps;
         for (int tile = 0; tile < tiling.tiles; ++tile) {
@@ -109,7 +109,7 @@ static const float* multiply_group(const Weights& w, const char* matrix, const G
             t.c0 = scratch.sums[now] + tiling.begin(tile) * W;
             t.c_stride = tiling.lanes();
             t.previous = step ? scratch.sums[now ^ 1] - scratch.sums[now] : 0;
-            multiply_rows<dot>(rows, t, tiling.size(tile));
+            multiply_rows<dot>(rows, t, tiling.size(tile), tiling.tokens_in(tile) <= tiling.size(tile) * W - W / 2);
         }
     }
     return scratch.sums[now ^ 1];

@@ -1,5 +1,10 @@
 #include "isa.h"
 
+#if defined(REAP_AVX2) || defined(REAP_AVX512) || defined(REAP_AVX512_BF16)
+#define REAP_X86
+#include <cpuid.h>
+#endif
+
 #include <cstring>
 #include <stdexcept>
 #include <string>
@@ -21,11 +26,13 @@ struct Isa {
     bool (*runs_here)();
 };
 
-// The compiler's runtime also asks whether the system saves the wide registers.
-#if defined(REAP_AVX2) || defined(REAP_AVX512) || defined(REAP_AVX512_BF16)
-bool has_avx2() {
-    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+#ifdef REAP_X86
+bool has_f16c() {  // not all compilers have a name for it
+    unsigned eax, ebx, ecx, edx;
+    return __get_cpuid(1, &eax, &ebx, &ecx, &edx) && (ecx & bit_F16C);
 }
+// The compiler's runtime also asks whether the system saves the wide registers.
+bool has_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c(); }
 bool has_avx512() {
     return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
            __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");

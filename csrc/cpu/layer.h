@@ -10,7 +10,6 @@ namespace reap {
 
 constexpr int SLAB = 96;             // columns of `out` that one down task owns; see down.h
 constexpr int GROUP = 48;            // weight rows that share one pass over the packed tokens
-constexpr int KSTEPS = 128;          // steps along k that a register sums before it goes to the fp32 tile; longer sums round worse
 constexpr int BLOCK_TOKENS = 160;
 constexpr int FEW_TOKENS = 24;       // up to here a block takes the path of few.h
 constexpr int PAD = 16;              // most lanes of any instruction set

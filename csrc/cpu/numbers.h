@@ -38,6 +38,9 @@ template <> struct Number<Dtype::f16> {
 };
 
 template <Dtype D> constexpr int per_step = Number<D>::dot ? 2 : 1;
+// Steps that a register sums before it goes to the fp32 tile. More would round worse than a plain loop in fp32; where
+// operands have 8 bits, that does not show.
+template <Dtype D> constexpr int piece_steps = Number<D>::dot ? 512 : 128;
 // Whether weights are multiplied as they lie in memory, without passing through a tile of fp32.
 template <Dtype D> constexpr bool native = Number<D>::dot || D == Dtype::f32;
 template <Dtype D> static inline int64_t steps(int64_t k) { return ceil_div(k, per_step<D>); }
@@ -48,7 +51,7 @@ template <Dtype D> static inline float scalar(const char* p) {
     return lanes[0];
 }
 
-template <bool Dot> static inline vf multiply_add(vf weight, vf token, vf sum) {
+template <bool Dot, class Vector> static inline Vector multiply_add(Vector weight, Vector token, Vector sum) {
     if constexpr (Dot) return dot(sum, weight, token);
     else return fma(weight, token, sum);
 }

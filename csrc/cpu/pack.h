@@ -98,13 +98,13 @@ static void pack_scattered(const char* w, int64_t row_bytes, int64_t k_bytes, in
         }
 }
 
-// `count` rows of 16-bit weights with k adjacent -> fp32 [rows, KSTEPS].
+// `count` rows of 16-bit weights with k adjacent -> fp32 [rows, piece_steps].
 template <Dtype D>
 static void pack_along(const char* w, int64_t row_bytes, int count, int64_t num_steps, float* packed) {
     for (int row = 0; row < count; ++row)
         for (int64_t k = 0; k < num_steps; k += W) {
             const int n = static_cast<int>(num_steps - k < W ? num_steps - k : W);
-            store_first(packed + row * KSTEPS + k, Number<D>::load(w + row * row_bytes + k * Number<D>::size, n), n);
+            store_first(packed + row * piece_steps<D> + k, Number<D>::load(w + row * row_bytes + k * Number<D>::size, n), n);
         }
 }
 

@@ -13,6 +13,11 @@ constexpr int rows_per_half(int V) { return V == 2 ? 3 : 6; }  // 12 accumulator
 
 using vf = __m256;
 
+constexpr bool HAS_LOW = false;  // half a register takes as long as a whole one
+using vh = vf;
+static inline vh lower(vf x) { return x; }
+static inline vh load_low(const float* p) { return _mm256_loadu_ps(p); }
+
 static inline __m256i first(int n) {
     return _mm256_cmpgt_epi32(_mm256_set1_epi32(n), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
 }

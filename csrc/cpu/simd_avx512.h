@@ -15,6 +15,15 @@ constexpr int rows_per_half(int V) { return V == 4 ? 3 : 4; }
 
 using vf = __m512;
 
+// The lower half of a register, on which processors that split 512-bit operations spend half the time.
+constexpr bool HAS_LOW = true;
+using vh = __m256;
+static inline vh lower(vf x) { return _mm512_castps512_ps256(x); }
+static inline vh load_low(const float* p) { return _mm256_loadu_ps(p); }
+static inline void store(float* p, vh x) { _mm256_storeu_ps(p, x); }
+static inline vh add(vh a, vh b) { return _mm256_add_ps(a, b); }
+static inline vh fma(vh a, vh b, vh c) { return _mm256_fmadd_ps(a, b, c); }
+
 static inline __mmask16 first(int n) { return static_cast<__mmask16>((1u << n) - 1); }
 
 static inline vf set1(float x) { return _mm512_set1_ps(x); }
@@ -69,6 +78,9 @@ static inline vf pair(__m256i a, __m256i b) {
 static inline vf dot(vf sum, vf a, vf b) {
     return _mm512_dpbf16_ps(sum, reinterpret_cast<__m512bh>(b), reinterpret_cast<__m512bh>(a));
 }
+static inline vh dot(vh sum, vh a, vh b) {
+    return _mm256_dpbf16_ps(sum, reinterpret_cast<__m256bh>(b), reinterpret_cast<__m256bh>(a));
+}
 // dot with the four bytes at p in every lane, as one instruction: a broadcast of its own costs half as much as the
 // multiplication, which shows where it serves only one, and GCC 12 does not fold it in.
 static inline vf dot_broadcast(vf sum, vf a, const char* p) {
@@ -80,6 +92,7 @@ static inline vf dot_broadcast(vf sum, vf a, const char* p) {
 constexpr bool HAS_DOT = false;
 static inline vf pair(__m256i, __m256i) { __builtin_unreachable(); }
 static inline vf dot(vf, vf, vf) { __builtin_unreachable(); }
+static inline vh dot(vh, vh, vh) { __builtin_unreachable(); }
 static inline vf dot_broadcast(vf, vf, const char*) { __builtin_unreachable(); }
 #endif
 

@@ -71,7 +71,9 @@ def extra_bytes(call: Call, isa: str | None = None, threads: int | None = None) 
     pairs = dtype == torch.bfloat16 and (isa or isas()[0]) == "avx512_bf16"
     slabs = -(-H // _SLAB)
     steps = -(-H // 2) if pairs else H if fp32 else max(H, I)
-    scratch = 4 * (steps * _BLOCK_TOKENS + _GROUP * _PIECE_STEPS[pairs] + 2 * _GROUP * _BLOCK_TOKENS)
+    scratch = 4 * (
+        steps * _BLOCK_TOKENS + _GROUP * _PIECE_STEPS[pairs] + 2 * _GROUP * _BLOCK_TOKENS
+    )
     blocks, places = S // _BLOCK_TOKENS + min(S, E), 2 * _AHEAD * threads
     rows, gaps = (S, blocks) if S <= places * _BLOCK_TOKENS else (places * _BLOCK_TOKENS, places)
     pieces = (

@@ -120,6 +120,50 @@ def test_fused_mxfp4(tmp_path: Path) -> None:
             assert np.array_equal(after[name], rows(before[name], EXPERTS, KEPT))
 
 
+def test_experts_one_after_another_along_the_rows(tmp_path: Path) -> None:
+    """DBRX: [E * I, H] instead of [E, I, H]."""
+    block = "transformer.blocks.0.ffn"
+    tensors: dict[str, tuple[str, tuple[int, ...]]] = {
+        f"{block}.experts.mlp.{part}": ("BF16", (EXPERTS * 3, 4)) for part in ("w1", "v1", "w2")
+    }
+    tensors[f"{block}.router.layer.weight"] = ("BF16", (EXPERTS, 4))
+    before = checkpoint(tmp_path / "m", tensors, ffn_config={"moe_num_experts": EXPERTS})
+    after, shapes, config = pruned(tmp_path / "m", plan_for(f"{block}.experts"))
+    assert config == {"ffn_config": {"moe_num_experts": 3}}
+    assert shapes[f"{block}.experts.mlp.w2"] == (9, 4)
+    for name in tensors:
+        assert np.array_equal(after[name], rows(before[name], EXPERTS, KEPT))
+
+
+def test_a_router_of_blocks_that_span_experts_is_refused(tmp_path: Path) -> None:
+    """FP8 with one scale per block of rows: no scale fits the rows that stay."""
+    tensors: dict[str, tuple[str, tuple[int, ...]]] = {
+        f"layers.0.mlp.experts.{i}.up_proj.weight": ("BF16", (4, 4)) for i in range(EXPERTS)
+    }
+    tensors["layers.0.mlp.gate.weight"] = ("F8_E4M3", (EXPERTS, 4))
+    tensors["layers.0.mlp.gate.weight_scale_inv"] = ("F32", (1, 2))
+    checkpoint(tmp_path / "m", tensors)
+    with pytest.raises(ReapError, match="do not know what 'layers.0.mlp.gate.weight_scale_inv'"):
+        operate(open_folder(tmp_path / "m"), plan_for("layers.0.mlp.experts"))
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_another_tower_with_a_count_of_its_own_is_left_alone(tmp_path: Path, fused: bool) -> None:
+    tensors: dict[str, tuple[str, tuple[int, ...]]] = {}
+    for tower, experts in (("model.layers", EXPERTS), ("model.vision_tower.blocks", 4)):
+        parts = [""] if fused else [f"{i}." for i in range(experts)]
+        shape = (experts, 8, 2) if fused else (8, 2)
+        tensors |= {f"{tower}.0.mlp.experts.{i}up_proj.weight": ("BF16", shape) for i in parts}
+        tensors[f"{tower}.0.mlp.gate.weight"] = ("BF16", (experts, 2))
+    config = {"text_config": {"num_experts": EXPERTS}, "vision_config": {"num_experts": 4}}
+    before = checkpoint(tmp_path / "m", tensors, **config)
+    after, _, new = pruned(tmp_path / "m", plan_for("model.layers.0.mlp.experts"))
+    assert new == {"text_config": {"num_experts": 3}, "vision_config": {"num_experts": 4}}
+    for name in before:
+        if "vision" in name:
+            assert np.array_equal(after[name], before[name])
+
+
 def test_experts_that_share_a_byte_are_refused(tmp_path: Path) -> None:
     tensors: dict[str, tuple[str, tuple[int, ...]]] = {
         "layers.0.mlp.experts.up_proj": ("F4", (EXPERTS, 3)),

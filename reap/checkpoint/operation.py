@@ -42,9 +42,7 @@ def operate(folder: Folder, plan: Plan) -> Operation:
         raise ReapError(f"{folder.path} is a dense model: it has no experts to remove")
     chosen = _layers_of_blocks(plan, blocks)
     counted = _count_places(folder.config, plan, blocks, chosen)
-    stacks = {blocks[module].stack for module in chosen}
-    depths = [counts.depth_of(folder.config, place.path) for place in counted]
-    dropped = _extra_layers(folder.config, blocks, chosen, stacks, depths, set(counted))
+    dropped = _extra_layers(folder.config, shapes, blocks, set(chosen), set(counted))
     model_type = plan.model.model_type
     by_layer: dict[str, list[str]] = {blocks[module].layer: [] for module in chosen}
     for name in shapes:
@@ -122,13 +120,17 @@ def _count_places(
 
 def _extra_layers(
     config: Mapping[str, Any],
+    shapes: surgery.Shapes,
     blocks: Mapping[str, surgery.Block],
-    chosen: Mapping[str, list[str]],
-    stacks: set[str],
-    depths: list[int | None],
+    chosen: set[str],
     counted: set[counts.Place],
 ) -> set[str]:
-    """Prefixes of multi-token-prediction layers with experts, to be dropped."""
+    """Prefixes of multi-token-prediction layers with experts, to be dropped.
+
+    ReapError for other blocks that are not `chosen`, if a `counted` number speaks of them too.
+    """
+    stacks = {blocks[module].stack for module in chosen}
+    depths = (counts.depth_of(config, place.path) for place in counted)
     depth = next((d for d in depths if d is not None), None)
     dropped = set()
     for module, block in blocks.items():
@@ -137,19 +139,14 @@ def _extra_layers(
         prefix = surgery.extra_prefix(block, stacks, depth)
         if prefix is not None:
             dropped.add(prefix)
-        elif _shares_count(config, module, block, counted):
+            continue
+        total = surgery.experts_in(block, shapes)
+        places = counts.places_of(config, module, block.number, total)
+        if not places or counted & set(places):
             raise ReapError(
                 f"{module} has experts that the plan does not speak of, counted by the same number"
             )
     return dropped
-
-
-def _shares_count(
-    config: Mapping[str, Any], module: str, block: surgery.Block, counted: set[counts.Place]
-) -> bool:
-    total = len({number for number, _ in block.experts.values()})
-    places = counts.places_of(config, module, block.number, total) if total else []
-    return not places or bool(counted & set(places))
 
 
 def _check_edit(name: str, tensor: tuple[str, tuple[int, ...]], edit: surgery.Edit | None) -> None:

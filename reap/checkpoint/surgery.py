@@ -5,8 +5,8 @@ Checkpoints do not name their tensors as transformers names its modules, so expe
 structure. A *block* is a module with tensors under `experts.` (one per expert, or one for all with
 the experts along axis 0); a layer of the plan belongs to the block with the same layer number and
 the most similar path. What a router is called differs between architectures: `ROUTER` is the table.
-A tensor of a block that has as many rows or columns as there are experts and is in no table is an
-error, because copying it could be silently wrong.
+A tensor of a router, or one of a block that has as many rows or columns as there are experts, that
+is in no table is an error, because copying it could be silently wrong.
 """
 
 from __future__ import annotations
@@ -39,6 +39,8 @@ FUSED = re.compile(
     r"(?P<module>.+\.block_sparse_moe)\.(input_linear|output_linear)\.\w+"
     r"|(?P<other>.+\.moe)\.(gate_proj|up_proj|down_proj)\.\w+"
 )
+# DBRX: axis 0 of these runs over the rows of all experts, one expert after another.
+STACKED = re.compile(r"experts\.mlp\.(w1|v1|w2)")
 # Parts of a block that hold nothing per routed expert, whatever their sizes.
 SHARED = re.compile(
     r"(shared?_(experts?|mlp|expert_gate)|fc[12]_latent_proj|(pre|post)_expert_norm|experts\.post_expert_norm"
@@ -121,6 +123,12 @@ def find_blocks(names: Iterable[str]) -> dict[str, Block]:
     return blocks
 
 
+def experts_in(block: Block, shapes: Shapes) -> int:
+    """The number of experts of a block, as its tensors show it."""
+    each = {number for number, _ in block.experts.values()}
+    return len(each) or max((shapes[name][1] or (0,))[0] for name in block.fused)
+
+
 def extra_prefix(block: Block, stacks: set[str], depth: int | None) -> str | None:
     """The prefix of a multi-token-prediction layer, which transformers never runs; None when
     `block` is not in one.
@@ -198,9 +206,12 @@ def edit_block(
             edits[name] = _select(name, shape, axis, block, tail=model_type in TAILED)
             routed = True
         elif name in block.fused and not any(SHARED.fullmatch(t) for t in tails):
-            if math.prod(shape) > 1:  # a scale that all experts share stays as it is
+            if any(STACKED.fullmatch(tail) for tail in tails) and shape[0] % block.total == 0:
+                size = shape[0] // block.total * len(block.kept)
+                edits[name] = Edit(name, (size, *shape[1:]), block.kept, 1, block.total)
+            elif math.prod(shape) > 1:  # a scale that all experts share stays as it is
                 edits[name] = _select(name, shape, 0, block, tail=False)
-        elif tails and block.total in shape and not any(SHARED.fullmatch(t) for t in tails):
+        elif _depends(tails, shape, block.total):
             raise ReapError(
                 f"do not know what {name!r} with shape {list(shape)} is, next to {block.total} "
                 "experts: pruning it, or not, could be wrong"
@@ -208,6 +219,14 @@ def edit_block(
     if not routed:
         raise ReapError(f"{block.module} has experts but no router that we know")
     return edits
+
+
+def _depends(tails: list[str], shape: tuple[int, ...], total: int) -> bool:
+    """Whether a tensor that no table knows looks as if it spoke of single experts."""
+    if not tails or any(SHARED.fullmatch(tail) for tail in tails):
+        return False
+    routes = any(re.match(r"(gate|router)\.", tail) for tail in tails)
+    return total in shape or (routes and math.prod(shape) > 1)
 
 
 def _tails(name: str, block: Block) -> list[str]:

@@ -8,6 +8,8 @@ from typing import Any
 
 from reap.errors import ReapError
 
+MOST_EXPERTS = 1 << 16  # per layer: a file must not ask for memory without end
+
 
 @dataclass(frozen=True)
 class LayerInfo:
@@ -32,6 +34,10 @@ class LayerInfo:
             _typed(f"{field} of layer {self.name}", value, int)
             if value < 1:
                 raise ReapError(f"{field} of layer {self.name} is {value}: it must be 1 or more")
+        if self.num_experts > MOST_EXPERTS:
+            raise ReapError(
+                f"num_experts of layer {self.name} is {self.num_experts}: more than {MOST_EXPERTS}"
+            )
         if self.top_k > self.num_experts:
             raise ReapError(
                 f"layer {self.name}: top_k {self.top_k} exceeds its {self.num_experts} experts"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from decimal import Decimal
@@ -140,9 +141,14 @@ class Plan:
             )
         except ReapError as error:
             raise ReapError(f"{where}: {error}") from error
-        for name, dropped in plan.dropped.items():
-            if data["layers"][name]["dropped"] != list(dropped):
-                raise ReapError(f"{where}: layer {name!r}: dropped is not the rest of kept")
+        for layer in plan.model.layers:
+            kept_ids, dropped = plan.kept[layer.name], data["layers"][layer.name]["dropped"]
+            # Lengths first: a short file must not make a long list.
+            lengths_fit = isinstance(dropped, list) and (
+                len(kept_ids) + len(dropped) == layer.num_experts
+            )
+            if not lengths_fit or dropped != list(_others(layer, kept_ids)):
+                raise ReapError(f"{where}: layer {layer.name!r}: dropped is not the rest of kept")
         return plan
 
 
@@ -319,11 +325,11 @@ def _check_kept(layer: LayerInfo, kept: Iterable[int]) -> None:
     if fault:
         raise ReapError(f"layer {layer.name}: cannot keep {len(ids)} experts: {fault}")
     size = layer.num_experts // layer.n_group
+    held = Counter(expert // size for expert in ids)
     for group in range(layer.n_group):
-        held = sum(expert // size == group for expert in ids)
-        if held * layer.n_group != len(ids):
+        if held[group] * layer.n_group != len(ids):
             raise ReapError(
-                f"layer {layer.name}: router group {group} keeps {held} experts: "
+                f"layer {layer.name}: router group {group} keeps {held[group]} experts: "
                 f"all {layer.n_group} groups must keep {len(ids) // layer.n_group}"
             )
 

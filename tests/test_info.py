@@ -18,6 +18,7 @@ def test_json_round_trip():
     ("change", "message"),
     [
         ({"num_experts": 0}, "num_experts of layer model.layers.0.mlp.experts is 0"),
+        ({"num_experts": 2**70}, "more than 65536"),
         ({"top_k": 9}, "top_k 9 exceeds its 8 experts"),
         ({"top_k": 2.0}, "must be of type int"),
         ({"top_k": True}, "must be of type int"),

@@ -300,6 +300,8 @@ def set_kept(ids):
         (set_kept([1]), "layer a: cannot keep 1 experts: its router picks 2 per token"),
         (set_kept([]), "layer a: cannot keep 0 experts"),
         (lambda d: d["layers"]["a"]["dropped"].pop(), "dropped is not the rest of kept"),
+        (lambda d: d["layers"]["a"]["dropped"].reverse(), "dropped is not the rest of kept"),
+        (lambda d: d["layers"]["a"].update(dropped=4), "dropped is not the rest of kept"),
     ],
 )
 def test_damaged_plans(tmp_path, change, message):

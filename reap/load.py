@@ -6,12 +6,17 @@ import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from reap.errors import ReapError
 
+if TYPE_CHECKING:
+    from reap.checkpoint.folder import Folder
+
 DTYPES = ("auto", "bfloat16", "float16", "float32")
+ACCELERATED = ("balanced", "balanced_low_0", "sequential")  # over devices: by accelerate alone
 # Formats of a hub model's weights that nothing here reads.
 OTHER_FORMATS = ["*.bin", "*.pt", "*.pth", "*.gguf"]
 USUAL_LENGTH = 2048  # of the paper's calibration rows
@@ -47,13 +52,9 @@ def row_length(folder: Path, asked: int | None) -> int:
 
     Raises ReapError for more than the model has positions.
     """
-    from transformers import AutoConfig
+    from reap.models import read_config, text_config
 
-    try:
-        config = AutoConfig.from_pretrained(folder)
-    except Exception as error:
-        raise ReapError(f"{folder}/config.json is not usable: {_first_line(error)}") from error
-    limit = getattr(config.get_text_config(), "max_position_embeddings", None)
+    limit = getattr(text_config(read_config(folder)), "max_position_embeddings", None)
     if asked and limit and asked > limit:
         raise ReapError(f"rows of {asked} tokens are too long: {folder} has {limit} positions")
     return asked or min(USUAL_LENGTH, limit or USUAL_LENGTH)
@@ -78,50 +79,75 @@ def load_model(folder: Path, *, dtype: str = "auto", device: str = "auto") -> An
     the files do not have.
     """
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
     from reap.checkpoint.folder import open_folder
+    from reap.models import auto_classes, model_classes, read_config
 
     if dtype not in DTYPES:
         raise ReapError(f"dtype is {dtype!r}: it must be one of {', '.join(DTYPES)}")
-    open_folder(folder)  # reads headers alone
+    opened = open_folder(folder)  # reads headers alone
+    config = read_config(folder)
+    autos = (auto for auto in auto_classes() if type(config) in auto._model_mapping)
+    cls = next(autos, None) or model_classes(config, folder)[0]
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    placement: dict[str, Any] = {} if device == "cpu" else {"device_map": device}
-    known = type(AutoConfig.from_pretrained(folder)) in AutoModelForCausalLM._model_mapping
-    auto = AutoModelForCausalLM if known else AutoModelForImageTextToText
+    if device not in ACCELERATED:
+        try:
+            torch.empty(0, device=device)
+        except Exception as error:
+            raise ReapError(f"device {device!r} is not usable: {_first_line(error)}") from error
+    # Without accelerate a model can still be loaded whole and then moved.
+    moved = find_spec("accelerate") is None and device not in ACCELERATED
     try:
         with _quiet():
-            model, report = auto.from_pretrained(
-                folder, dtype=dtype, use_safetensors=True, output_loading_info=True, **placement
+            model, report = cls.from_pretrained(
+                folder,
+                dtype=dtype,
+                use_safetensors=True,
+                output_loading_info=True,
+                device_map=None if moved or device == "cpu" else device,
             )
+            if moved:
+                model.to(device)
     except (torch.OutOfMemoryError, MemoryError) as error:
         raise ReapError(
             f"{folder} does not fit in the memory of {device}: {_first_line(error)}"
         ) from error
     except Exception as error:
-        raise ReapError(f"{folder} does not load: {_first_line(error)}") from error
-    for what in ("missing_keys", "mismatched_keys"):
-        if report[what]:
-            example = sorted(map(str, report[what]))[0]
-            raise ReapError(
-                f"{folder} does not hold this model: {len(report[what])} {what.replace('_', ' ')}, "
-                f"such as {example}"
-            )
+        raise ReapError(f"{folder} does not load: {_why(opened, error)}") from error
+    if report["missing_keys"]:
+        raise ReapError(
+            f"{folder} does not hold this model: {len(report['missing_keys'])} weights are "
+            f"missing, such as {min(report['missing_keys'])}"
+        )
     return model.eval()
+
+
+def _why(folder: Folder, error: Exception) -> str:
+    """What is wrong: with the weights, which transformers prints as a table, or else."""
+    from reap.checkpoint.shapes import loading_problems
+
+    tensors = {name: (t.dtype, t.shape) for s in folder.shards for name, t in s.tensors.items()}
+    try:
+        problems = loading_problems(folder.config, tensors)
+    except NotImplementedError:
+        problems = set()
+    return min((p for p in problems if "not part of" not in p), default=_first_line(error))
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without transformers' progress bars where nobody is watching."""
+    """Without transformers' table of weights, and its progress bars where nobody is watching."""
     from transformers.utils import logging
 
-    shown = logging.is_progress_bar_enabled()
+    shown, level = logging.is_progress_bar_enabled(), logging.get_verbosity()
+    logging.set_verbosity_error()
     if not sys.stderr.isatty():
         logging.disable_progress_bar()
     try:
         yield
     finally:
+        logging.set_verbosity(level)
         if shown:
             logging.enable_progress_bar()
 

@@ -115,21 +115,11 @@ def describe_folder(path: str | os.PathLike[str], like: ModelInfo | None = None)
     its layers: with `like`, the folder is described in the way that matches it, if one does.
     ReapError when the folder is not a model's, or the model has no MoE layers that can be observed.
     """
-    from transformers import AutoConfig
-
     folder = Path(path)
-    if not (folder / "config.json").is_file():
-        raise ReapError(f"{folder} is not a model folder: it has no config.json")
-    try:
-        config = AutoConfig.from_pretrained(folder)
-    except Exception as error:
-        raise ReapError(f"{folder}/config.json is not usable: {_first_line(error)}") from error
+    config = read_config(folder)
     _check_has_experts(config, str(folder))
-    classes = _classes(config)
-    if not classes:
-        raise ReapError(f"{folder}: transformers has no language model of type {config.model_type}")
     described = []
-    for cls in classes:
+    for cls in model_classes(config, folder):
         try:
             with torch.device("meta"):
                 model = cls(_config_for(cls, config))
@@ -144,14 +134,38 @@ def describe_folder(path: str | os.PathLike[str], like: ModelInfo | None = None)
     return described[0]
 
 
-def _classes(config: Any) -> list[type[nn.Module]]:
-    """The classes that may load this configuration, the one that loads text models first."""
+def read_config(folder: Path) -> Any:
+    """The configuration of the model in `folder`; ReapError when it has none that can be used."""
+    from transformers import AutoConfig
+
+    if not (folder / "config.json").is_file():
+        raise ReapError(f"{folder} is not a model folder: it has no config.json")
+    try:
+        return AutoConfig.from_pretrained(folder)
+    except Exception as error:
+        raise ReapError(f"{folder}/config.json is not usable: {_first_line(error)}") from error
+
+
+def auto_classes() -> tuple[Any, ...]:
+    """transformers' classes that load models of text, the more special one first."""
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+
+    return AutoModelForCausalLM, AutoModelForImageTextToText
+
+
+def model_classes(config: Any, folder: Path) -> list[Any]:
+    """The classes that may load this configuration, the one that loads text models first.
+
+    ReapError, which names the folder it is from, when there is none.
+    """
     import transformers
 
-    autos = (transformers.AutoModelForCausalLM, transformers.AutoModelForImageTextToText)
-    mapped = [auto._model_mapping.get(type(config), None) for auto in autos]
+    mapped = [auto._model_mapping.get(type(config), None) for auto in auto_classes()]
     named = [getattr(transformers, name, None) for name in config.architectures or ()]
-    return list(dict.fromkeys(cls for cls in (*mapped, *named) if isinstance(cls, type)))
+    classes = list(dict.fromkeys(cls for cls in (*mapped, *named) if isinstance(cls, type)))
+    if not classes:
+        raise ReapError(f"{folder}: transformers has no language model of type {config.model_type}")
+    return classes
 
 
 def _config_for(cls: Any, config: Any) -> Any:

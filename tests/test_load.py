@@ -1,0 +1,113 @@
+"""Loading a model: where it goes, and one line for everything that is wrong with a folder."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny import tiny_model
+from transformers.utils import logging
+
+from reap.errors import ReapError
+from reap.load import load_model, load_tokenizer, resolve_model, row_length
+from reap.models import describe, describe_folder
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    tiny_model("qwen3_moe", dtype=torch.bfloat16).save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+@pytest.mark.parametrize(
+    ("dtype", "expected"), [("auto", torch.bfloat16), ("float32", torch.float32)]
+)
+def test_dtypes(folder: Path, dtype: str, expected: torch.dtype) -> None:
+    model = load_model(folder, dtype=dtype)
+    assert model.dtype == expected and not model.training
+
+
+def test_a_device_without_accelerate(folder: Path, monkeypatch: Any) -> None:
+    """It is not among our dependencies, and transformers places nothing without it."""
+    find = importlib.util.find_spec
+    monkeypatch.setattr("reap.load.find_spec", lambda name: None if name == "accelerate" else find)
+    assert load_model(folder, device="meta").device.type == "meta"
+    assert load_model(folder, device="cpu:0").device.type == "cpu"
+
+
+@pytest.mark.parametrize("model_type", ["qwen3_vl_moe", "openai_privacy_filter", "dots3_note"])
+def test_a_model_is_loaded_as_its_folder_is_described(model_type: str, tmp_path: Path) -> None:
+    """Composite, a token classifier that no auto class of ours knows, a language model in one."""
+    tiny_model(model_type).save_pretrained(tmp_path)
+    assert describe(load_model(tmp_path)).difference(describe_folder(tmp_path)) is None
+
+
+def edited(folder: Path, **fields: Any) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, **fields}))
+
+
+def without(folder: Path, ending: str) -> None:
+    path = folder / "model.safetensors"
+    tensors = {name: x for name, x in load_file(path).items() if not name.endswith(ending)}
+    save_file(tensors, path, {"format": "pt"})
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda f: without(f, "layers.1.mlp.experts.3.up_proj.weight"), "layers.1.mlp.experts.*"),
+        (lambda f: without(f, "layers.2.mlp.gate.weight"), r"1 weights are missing.*2\.mlp\.gate"),
+        (lambda f: edited(f, hidden_size=64), "does not load: .* has the wrong shape"),
+        (lambda f: edited(f, model_type="nonsense"), "config.json is not usable"),
+        (lambda f: edited(f, model_type="t5", architectures=[]), "no language model of type t5"),
+        (lambda f: (f / "model.safetensors").unlink(), "model"),
+    ],
+    ids=["an expert", "a router", "shapes", "an unknown type", "another type", "no weights"],
+)
+def test_damaged_folders(folder: Path, damage: Any, message: str, capfd: Any) -> None:
+    """And nothing on the terminal but what we say: no table, no traceback."""
+    damage(folder)
+    level = logging.get_verbosity()
+    capfd.readouterr()
+    with pytest.raises(ReapError, match=message) as caught:
+        load_model(folder)
+    assert "\n" not in str(caught.value) and str(folder) in str(caught.value)
+    assert capfd.readouterr().err == "" and logging.get_verbosity() == level
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"dtype": "int8"}, "dtype is 'int8': it must be one of auto"),
+        ({"device": "nonsense"}, "device 'nonsense' is not usable"),
+        ({"device": "cuda:99"}, "device 'cuda:99' is not usable"),
+    ],
+)
+def test_options_that_are_refused(folder: Path, options: Any, message: str) -> None:
+    with pytest.raises(ReapError, match=message):
+        load_model(folder, **options)
+
+
+def test_rows_are_as_long_as_the_model_has_positions(folder: Path) -> None:
+    assert row_length(folder, None) == 64 and row_length(folder, 9) == 9
+    with pytest.raises(ReapError, match="rows of 65 tokens are too long: .* 64 positions"):
+        row_length(folder, 65)
+
+
+def test_what_is_no_model(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    for name, message in {
+        "": "no config.json",
+        "file": "is a file: give the model's folder",
+        "missing": "does not exist: give a model folder or a hub id",
+    }.items():
+        with pytest.raises(ReapError, match=message):
+            resolve_model(tmp_path / name)
+    with pytest.raises(ReapError, match="no tokenizer that loads"):
+        load_tokenizer(tmp_path)

@@ -22,6 +22,8 @@ EXTRA_LAYERS = (
     "num_nextn_predict_layers", "num_mtp_layers", "num_mtp_modules", "mtp_num_layers",
     "mtp_num_hidden_layers", "n_mtp_layers",
 )  # fmt: skip
+QUANTISATION = "quantization_config"
+Kept = Mapping[str, tuple[int, ...]]  # block -> expert ids kept
 # Words of a config's path that do not tell one stack of layers from another.
 _COMMON = {"config", "text", "llm", "language", "model", "per", "layer"}
 
@@ -54,7 +56,7 @@ def at(config: Mapping[str, Any], path: Iterable[str]) -> Any:
 def places(config: Mapping[str, Any], path: tuple[str, ...] = ()) -> Iterator[Place]:
     """Every place in a config that counts experts."""
     for key, value in config.items():
-        if isinstance(value, dict) and key != "quantization_config":
+        if isinstance(value, dict) and key != QUANTISATION:
             yield from places(value, (*path, key))
         elif key in KEYS and (
             _is_count(value) or (isinstance(value, list) and all(map(_is_count, value)))
@@ -133,24 +135,32 @@ def with_fewer(
     return new, changes
 
 
-def renumbered(value: Any, kept: Mapping[str, tuple[int, ...]]) -> Any:
-    """A quantisation config whose lists name single experts by module (`<block>.experts.<id>...`),
-    renumbered.
+def with_quantisation(config: Mapping[str, Any], kept: Kept) -> dict[str, Any]:
+    """The config with the single experts that its quantisation names renumbered."""
+    return {
+        key: _renumbered(value, kept)
+        if key == QUANTISATION
+        else (with_quantisation(value, kept) if isinstance(value, dict) else value)
+        for key, value in config.items()
+    }
 
-    `kept`: block -> ids kept. Names of experts that are gone are taken out of the lists.
-    """
+
+def _renumbered(value: Any, kept: Kept) -> Any:
+    """Lists and tables of modules name an expert as `<block>.experts.<id>...`: those that are gone
+    are taken out."""
     if isinstance(value, dict):
-        return {key: renumbered(item, kept) for key, item in value.items()}
-    if not isinstance(value, list):
-        return value
-    out = []
-    for item in value:
-        match = (
-            re.fullmatch(r"(.+)\.experts\.(\d+)(\..*)?", item) if isinstance(item, str) else None
-        )
-        if match is None or match[1] not in kept:
-            out.append(renumbered(item, kept))
-        elif int(match[2]) in kept[match[1]]:
-            new = kept[match[1]].index(int(match[2]))
-            out.append(f"{match[1]}.experts.{new}{match[3] or ''}")
-    return out
+        named = ((_renamed(key, kept), item) for key, item in value.items())
+        return {key: _renumbered(item, kept) for key, item in named if key is not None}
+    if isinstance(value, list):
+        present = (item for item in value if _renamed(item, kept) is not None or item is None)
+        return [_renumbered(_renamed(item, kept), kept) for item in present]
+    return value
+
+
+def _renamed(name: Any, kept: Kept) -> Any:
+    match = re.fullmatch(r"(.+)\.experts\.(\d+)(\..*)?", name) if isinstance(name, str) else None
+    if match is None or match[1] not in kept:
+        return name
+    if int(match[2]) not in kept[match[1]]:
+        return None
+    return f"{match[1]}.experts.{kept[match[1]].index(int(match[2]))}{match[3] or ''}"

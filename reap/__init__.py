@@ -1,9 +1,9 @@
 """REAP: how much every expert of a mixture-of-experts model contributes, and pruning by it.
 
-    with reap.observe(model) as stats:          # any forward loop works inside
+    with torch.no_grad(), reap.observe(model) as stats:  # any forward loop works inside
         for batch in batches:
             model(**batch)
-    scores = reap.saliency(stats, "reap")       # {layer: [E]}
+    scores = reap.saliency(stats, "reap")  # {layer: [E]}
     reap.prune(folder, reap.make_plan(stats, ratio=0.5), "pruned")
 
 Names are imported on first use, so that `import reap` and `reap --help` do not pay for torch.

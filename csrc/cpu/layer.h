@@ -11,7 +11,7 @@ namespace reap {
 constexpr int SLAB = 96;             // columns of `out` that one down task owns; see down.h
 constexpr int GROUP = 48;            // weight rows that share one pass over the packed tokens
 constexpr int BLOCK_TOKENS = 160;
-constexpr int FEW_TOKENS = 24;       // up to here a block takes the path of few.h
+constexpr int FEW_TOKENS = 32;       // up to here a block takes the path of few.h
 constexpr int PAD = 16;              // most lanes of any instruction set
 
 struct Block {

@@ -1,0 +1,172 @@
+"""The CPU engine as other compilers make it, and on another processor.
+
+    clang().available_isas()     # the extension module, made by clang++ through setup.py
+    aarch64(call, threads=3)     # cross-compiled by g++ and executed by qemu: one process per call
+
+Each is compiled once for each state of the sources and kept in build/portable.
+"""
+
+import ctypes
+import functools
+import hashlib
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from enum import IntEnum
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+
+import torch
+from torch import Tensor
+
+from reap_kernels import Saliency, native
+from reap_kernels.contract import Call
+
+ROOT = Path(__file__).parent.parent
+CROSS = "aarch64-linux-gnu-g++"
+FLAGS = ["-std=c++17", "-O3", "-Wall", "-Wextra", "-Werror", "-static", "-pthread"]
+FLAGS += ["-DREAP_OWN_THREADS"]  # there is no libgomp to borrow from
+SOURCES = [f"csrc/cpu/{name}.cpp" for name in ("isa", "moe", "team", "portable")]
+
+_compiling = {"clang": threading.Lock(), CROSS: threading.Lock()}  # nothing twice
+
+
+def missing_clang() -> str | None:
+    """Why `clang` cannot be made here, in one line."""
+    if shutil.which("clang++") is None or shutil.which("clang") is None:
+        return "needs clang and clang++, and they are not in PATH"
+    return None if importlib.util.find_spec("pybind11") else "needs pybind11"
+
+
+def missing_aarch64() -> str | None:
+    """Why `aarch64` cannot run here, in one line."""
+    if shutil.which(CROSS) is None:
+        return f"needs {CROSS} (Debian: g++-aarch64-linux-gnu), and there is none in PATH"
+    if _emulator() is None:
+        return "needs qemu-aarch64 (Debian: qemu-user-static), and there is none in PATH"
+    return None
+
+
+def _emulator() -> str | None:
+    return shutil.which("qemu-aarch64-static") or shutil.which("qemu-aarch64")
+
+
+@functools.cache
+def clang() -> ModuleType:
+    (path,) = compiled_by_clang().glob("reap_kernels/_native.*.so")
+    spec = importlib.util.spec_from_file_location("_native", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def compiled_by_clang() -> Path:
+    """The folder with the package's extension as `CC=clang CXX=clang++ pip install .` makes it."""
+
+    def build(folder: Path) -> list[str]:
+        places = ["--build-lib", str(folder), "--build-temp", str(folder / "objects")]
+        return [sys.executable, "setup.py", "build_ext", *places]
+
+    environment = {"CC": "clang", "CXX": "clang++", "REAP_CUDA_ARCHS": "", "REAP_SANITIZE": ""}
+    return _compiled("clang", build, environment, "reap_kernels/_native.*.so")
+
+
+def compiled_for_aarch64() -> Path:
+    """The folder with the program of tests/portable/driver.cpp."""
+
+    def build(folder: Path) -> list[str]:
+        files = ["-Icsrc", "tests/portable/driver.cpp", *SOURCES]
+        return [CROSS, *FLAGS, *files, "-o", str(folder / "driver")]
+
+    return _compiled(CROSS, build, {}, "driver")
+
+
+def _compiled(
+    compiler: str, build: Callable[[Path], list[str]], environment: dict[str, str], wanted: str
+) -> Path:
+    version = subprocess.run([compiler, "--version"], capture_output=True, check=True).stdout
+    command = build(Path("FOLDER"))
+    digest = hashlib.sha256(repr((command, environment, version, sys.version)).encode())
+    headers = sorted((ROOT / "csrc").glob("*.*"))
+    for path in [ROOT / "setup.py", ROOT / "tests/portable/driver.cpp", *headers]:
+        digest.update(path.read_bytes())
+    for path in sorted((ROOT / "csrc/cpu").iterdir()):
+        digest.update(path.name.encode() + path.read_bytes())
+    folder = ROOT / "build/portable" / f"{compiler}_{digest.hexdigest()[:20]}"
+    with _compiling[compiler]:
+        if not folder.exists():
+            new = folder.with_suffix(f".{os.getpid()}")
+            new.mkdir(parents=True)
+            done = subprocess.run(
+                build(new),
+                cwd=ROOT,
+                env=os.environ | environment,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+            )
+            # setup.py's extensions are optional: it succeeds without them.
+            assert done.returncode == 0 and list(new.glob(wanted)), done.stdout[-8000:]
+            new.rename(folder)
+    return folder
+
+
+def aarch64(call: Call, threads: int) -> Saliency:
+    """`cpu.execute` on an emulated processor."""
+    emulator = _emulator()
+    assert emulator is not None
+    call = native.plain(call)
+    result = native.empty(call)
+    program = [emulator, str(compiled_for_aarch64() / "driver")]
+    done = subprocess.run(program, input=_encoded(call, threads), capture_output=True)
+    assert done.returncode == 0, f"exit code {done.returncode}: {done.stderr.decode()[-2000:]}"
+    read = 0
+    for tensor in result:
+        size = tensor.nbytes
+        if size:
+            piece = bytearray(done.stdout[read : read + size])
+            tensor.copy_(torch.frombuffer(piece, dtype=tensor.dtype).view(tensor.shape))
+        read += size
+    assert read == len(done.stdout)
+    return result
+
+
+# As in csrc/layer.h.
+_Dtype = IntEnum("_Dtype", "bf16 f16 f32", start=0)
+_Activation = IntEnum("_Activation", "silu gelu gelu_tanh relu relu2 swiglu_clamped", start=0)
+_Weights = functools.partial(SimpleNamespace, bias_expert_stride=0, bias_row_stride=0)
+_RECORDS = SimpleNamespace(
+    Layer=SimpleNamespace, Weights=_Weights, Dtype=_Dtype, Activation=_Activation
+)
+
+
+def _encoded(call: Call, threads: int) -> bytes:
+    """What driver.cpp reads: `Layer` in its order, each tensor as its bytes behind their number."""
+    layer = native.layer(_RECORDS, call, native.empty(call))  # type: ignore[arg-type]
+    parts: list[Tensor | int | float | None] = [layer.T, layer.K, layer.E, layer.H, layer.I]
+    parts += [layer.dtype, layer.activation, layer.alpha, layer.limit, layer.offset]
+    parts += [layer.gated, layer.interleaved, threads]
+    parts += [layer.hidden_stride, call.hidden_states]
+    for weights, data, bias in (
+        (layer.gate_up, call.gate_up_proj, call.gate_up_bias),
+        (layer.down, call.down_proj, call.down_bias),
+    ):
+        parts += [weights.expert_stride, weights.row_stride, weights.k_stride]
+        parts += [weights.bias_expert_stride, weights.bias_row_stride, data, bias]
+    parts += [call.top_k_index, call.top_k_weights]
+    return b"".join(map(_written, parts))
+
+
+def _written(part: Tensor | int | float | None) -> bytes:
+    if part is None:
+        return b"0\n"
+    if isinstance(part, Tensor):
+        memory = part.untyped_storage()  # with what strides skip
+        size = memory.data_ptr() + memory.nbytes() - part.data_ptr() if part.numel() else 0
+        return f"{size}\n".encode() + ctypes.string_at(part.data_ptr(), size)
+    return f"{part if isinstance(part, float) else int(part)} ".encode()

@@ -71,8 +71,13 @@ def _takes_use_cache(model: nn.Module) -> bool:
 
 def _input_device(model: Any) -> torch.device:
     """Where token ids go. Offloaded embeddings are on "meta" and fetch their inputs themselves."""
-    device = model.get_input_embeddings().weight.device
-    return torch.device("cpu") if device.type == "meta" else device
+    embeddings = model.get_input_embeddings()
+    device = embeddings.weight.device
+    if device.type != "meta":
+        return device
+    if not hasattr(embeddings, "_hf_hook"):  # which is what offloads
+        raise ReapError(f"{type(model).__name__} is on the meta device: load the model's weights")
+    return torch.device("cpu")
 
 
 @contextmanager

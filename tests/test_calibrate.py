@@ -92,6 +92,12 @@ def test_no_tokens(batches: list[Rows]) -> None:
         calibrate(tiny_model("mixtral"), batches)  # type: ignore[arg-type]
 
 
+def test_a_model_without_weights_is_an_error() -> None:
+    model = tiny_model("mixtral").to("meta")
+    with pytest.raises(ReapError, match="MixtralModel is on the meta device: load"):
+        calibrate(model, [rows(model, 5)])
+
+
 @pytest.mark.parametrize("error", [None, KeyboardInterrupt, RuntimeError])
 def test_the_model_is_left_as_it_was(error: type[BaseException] | None) -> None:
     """Training flags of all modules, which differ here, and the experts implementation."""

@@ -213,6 +213,22 @@ def test_without_exchange(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     assert (out / "file").read_text() == "new" and [p.name for p in tmp_path.iterdir()] == ["out"]
 
 
+def test_ctrl_c_while_the_old_folder_is_removed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, real = tmp_path / "out", os.unlink
+    prepare(out, {"a": b"old", "b": b"old"})
+
+    def unlink(*args: object, **kwargs: object) -> None:
+        monkeypatch.setattr(os, "unlink", real)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt), publish.staged(out, overwrite=True) as stage:
+        (stage / "a").write_bytes(b"new")
+        monkeypatch.setattr(os, "unlink", unlink)
+    assert state(out) == {"a": b"new"} and [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
 def test_missing_parents_are_made_and_taken_away_again(tmp_path: Path) -> None:
     out = tmp_path / "a" / "b" / "out"
     with pytest.raises(RuntimeError), publish.staged(out, overwrite=False):

@@ -289,6 +289,7 @@ def test_a_stale_copy_beside_the_sub_config_changes_too() -> None:
 
 
 def test_a_list_with_one_count_per_layer() -> None:
+    assert not list(counts.places({"num_experts": []}))
     config = {"num_experts": [6, 8, 6], "num_hidden_layers": 3}
     (place,) = counts.places_of(config, "model.layers.1.mlp.experts", 1, 8)
     new, _ = counts.with_fewer(config, {place: {1: 4}}, drop_extra=False)

@@ -59,7 +59,7 @@ def places(config: Mapping[str, Any], path: tuple[str, ...] = ()) -> Iterator[Pl
         if isinstance(value, dict) and key != QUANTISATION:
             yield from places(value, (*path, key))
         elif key in KEYS and (
-            _is_count(value) or (isinstance(value, list) and all(map(_is_count, value)))
+            _is_count(value) or (isinstance(value, list) and value and all(map(_is_count, value)))
         ):
             per_layer = len(path) > 1 and path[-2] == "per_layer_config" and path[-1].isdigit()
             yield Place(path, key, int(path[-1]) if per_layer else None)

@@ -37,8 +37,17 @@ def staged(
         finally:
             # The new folder (on failure) or the old one (after an exchange); nothing after a plain
             # rename.
-            shutil.rmtree(stage, ignore_errors=True)
+            _remove(stage)
             os.close(lock)
+
+
+def _remove(folder: Path) -> None:
+    """Wholly, also when a signal comes in between."""
+    try:
+        shutil.rmtree(folder, ignore_errors=True)
+    except KeyboardInterrupt:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
 
 
 @contextmanager

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
     from reap.data import Batches
     from reap.sources import Source
+    from reap.stats import Statistics
 
 SURE = 2.0  # standard errors between the weakest expert kept and the strongest dropped
 
@@ -44,6 +45,7 @@ Data = Annotated[
         "hf:org/name; repeat for a mix",
     ),
 ]
+Domains = Annotated[list[str] | None, typer.Option("--domain", help="only this; repeat for more")]
 Domain = Annotated[str | None, typer.Option(help="one name for all of this data")]
 MaxTokens = Annotated[int | None, typer.Option(min=1, help="stop after this many tokens")]
 SeqLen = Annotated[
@@ -113,12 +115,8 @@ def calibrate(
     with progress("calibrating", lambda: rows.expected, "tokens") as advance:
         stats = run(loaded, rows, gates=gates, pairs=pairs, backend=backend, progress=advance)
     stats.save(out, overwrite=overwrite)
-    summary = {
-        "out": str(out),
-        "tokens": stats.tokens,
-        "layers": len(stats.layers),
-        "domains": list(stats.domains),
-    }
+    summary = {"out": str(out), "tokens": stats.tokens, "layers": len(stats.layers)}
+    summary["domains"] = list(stats.domains)
     if json:
         print_json(summary)
     else:
@@ -130,15 +128,20 @@ def calibrate(
 
 @app.command()
 @reports_errors
-def score(stats: Stats, criterion: Criterion = "reap", seed: Seed = 0, json: Json = False) -> None:
+def score(
+    stats: Stats,
+    criterion: Criterion = "reap",
+    domain: Domains = None,
+    seed: Seed = 0,
+    json: Json = False,
+) -> None:
     """Print the score of every expert.
 
     Criteria: reap, frequency, ean, ean_mean, weighted_ean, gate_mass, reap_l2, peak, random.
     """
     from reap.saliency import saliency, standard_errors
-    from reap.stats import Statistics
 
-    loaded = Statistics.load(stats)
+    loaded = _statistics(stats, domain)
     scores = saliency(loaded, criterion, seed=seed)
     errors = standard_errors(loaded, criterion)
     if json:
@@ -168,6 +171,7 @@ def plan(
     ratio: Annotated[float | None, typer.Option(help="share of experts to drop")] = None,
     keep: Annotated[int | None, typer.Option(help="experts to keep per layer")] = None,
     criterion: Criterion = "reap",
+    domain: Domains = None,
     multiple_of: Annotated[int, typer.Option(min=1, help="round the kept count up")] = 1,
     protect_super_experts: Annotated[
         bool, typer.Option("--protect-super-experts", help="never drop experts with extreme peaks")
@@ -180,9 +184,8 @@ def plan(
     _refuse_existing(out, overwrite)
     from reap.plan import make_plan
     from reap.saliency import cut_confidence, under_sampled
-    from reap.stats import Statistics
 
-    loaded = Statistics.load(stats)
+    loaded = _statistics(stats, domain)
     made = make_plan(
         loaded,
         criterion,
@@ -359,6 +362,13 @@ def _rows(folder: Path, data: list[Source], seq_len: int | None, **options: Any)
     return batches(data, tokenizer, seq_len=row_length(folder, seq_len), **options)
 
 
+def _statistics(path: Path, domains: list[str] | None) -> Statistics:
+    from reap.stats import Statistics
+
+    loaded = Statistics.load(path)
+    return loaded.select(*domains) if domains else loaded
+
+
 def _refuse_existing(out: Path, overwrite: bool, *, folder: bool = False) -> None:
     """Before any work: an output that exists, or that could not be written."""
     parent = out.absolute().parent
@@ -376,13 +386,10 @@ def _refuse_existing(out: Path, overwrite: bool, *, folder: bool = False) -> Non
 
 def _ranked(scores: torch.Tensor, errors: torch.Tensor) -> list[str]:
     order = scores.argsort(stable=True).tolist()
-    last = len(order) - 1
-    picks = [order[place] for place in (0, min(1, last), min(2, last), len(order) // 2, last)]
-    return [f"{expert}: {scores[expert]:.4g}{_error(errors[expert])}" for expert in picks]
-
-
-def _error(error: torch.Tensor) -> str:
-    return "" if error.isnan() else f" ± {error:.2g}"
+    fill = [order[-1]] * (3 - len(order))  # of a layer with fewer experts than columns
+    picks = [*order[:3], *fill, order[len(order) // 2], order[-1]]
+    shown = ["" if error != error else f" ± {error:.2g}" for error in errors.tolist()]
+    return [f"{expert}: {scores[expert]:.4g}{shown[expert]}" for expert in picks]
 
 
 def _span(counts: Any) -> str:

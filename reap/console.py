@@ -58,7 +58,7 @@ def _interrupt(*_: object) -> None:
 
 
 def _explain(error: BaseException) -> tuple[int, str]:
-    if isinstance(error, KeyboardInterrupt):
+    if isinstance(error, KeyboardInterrupt) or _interrupted:  # an import may turn it into its own
         return USER_ERROR, INTERRUPTED
     if isinstance(error, ReapError):
         return USER_ERROR, str(error)

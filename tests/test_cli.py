@@ -172,6 +172,11 @@ def test_combine_adds_exactly(work):
     both = run_json("score", work / "both.st", "--criterion", "weighted_ean")["layers"]
     for layer, values in both.items():
         assert values["scores"] == [2 * score for score in one[layer]["scores"]]
+    alone = run_json("score", work / "both.st", "--criterion", "weighted_ean", "--domain", "one")
+    assert alone["layers"] == one and alone["tokens"] == 512
+    out = work / "two.json"
+    invoke("plan", work / "both.st", "--domain", "two", "--keep", 4, "--out", out)
+    assert json.loads(out.read_text())["calibration"]["domains"] == {"two": 512}
 
 
 def test_plan_prune_evaluate(work, pruned):
@@ -249,6 +254,7 @@ MISTAKES = {
     "unknown gates": ("calibrate {m} --data {w}/a.txt --gates odd --out {w}/x.st", "renormalized"),
     "unknown dtype": ("calibrate {m} --data {w}/a.txt --dtype int3 --out {w}/x.st", "bfloat16"),
     "not statistics": ("score {w}/a.txt", "a.txt"),
+    "no such domain": ("score {w}/one.st --domain two", "there is one"),
     "no statistics": ("score {w}/none.st", "none.st"),
     "unknown criterion": ("score {w}/one.st --criterion best", "weighted_ean"),
     "no ratio, no keep": ("plan {w}/one.st --out {w}/x.json", "ratio"),

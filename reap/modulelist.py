@@ -56,11 +56,13 @@ class Listed:
 
     def __init__(self, layer: Layer) -> None:
         self.layer, self.block = layer, layer.experts.block
-        self.experts: list[nn.Module] = list(layer.experts.module.children())
+        self.experts: list[nn.Module] = list(layer.experts.module)
         self.now = _Now()
 
     def install(self, undo: ExitStack) -> None:
         """Stand between the block and its experts, until `undo`."""
+        if None in self.experts or len(set(self.experts)) < len(self.experts):
+            raise self.layer.unobservable("some of its experts are not here, or twice")
         for number, expert in enumerate(self.experts):
             undo.callback(_put_back, expert, vars(expert).get("forward"))
             vars(expert)["forward"] = partial(self._expert, number, expert.forward)

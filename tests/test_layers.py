@@ -191,6 +191,17 @@ def test_a_list_of_experts_that_cannot_be_asked(block: type[RemoteMoE], reason: 
     assert not any("forward" in vars(module) for module in model.modules())
 
 
+@pytest.mark.parametrize("place", ["elsewhere", "twice"])
+def test_a_list_with_fewer_experts_than_entries(place: str) -> None:
+    """Expert parallelism leaves None where another process has the expert."""
+    model = remote_model(RemoteMoE)
+    experts = model.model.layers[2].mlp.moe.experts
+    experts._modules["3"] = None if place == "elsewhere" else experts[4]
+    with pytest.raises(ReapError, match=r"layers\.2.* not here, or twice"), observe(model):
+        raise AssertionError("something ran")
+    assert not any("forward" in vars(module) for module in model.modules())
+
+
 def test_experts_of_a_list_that_apply_the_gate_themselves() -> None:
     model = remote_model(GateInside)
     for expert in (e for layer in model.model.layers[1:] for e in layer.mlp.moe.experts):

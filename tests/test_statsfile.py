@@ -112,11 +112,11 @@ def test_shapes_are_checked_before_anything_is_read(tmp_path):
     stats.save(tmp_path / "s")
 
     def many_experts(about, tensors):
-        about["model"]["layers"][0]["num_experts"] = 10**15
+        about["model"]["layers"][0]["num_experts"] = 50_000
 
     rewrite(tmp_path / "s", many_experts)
     with pytest.raises(
-        ReapError, match=r"count' is I64 \[6\], its metadata asks for I64 \[1000000"
+        ReapError, match=r"count' is I64 \[6\], its metadata asks for I64 \[50000\]"
     ):
         Statistics.load(tmp_path / "s")
 

@@ -148,6 +148,14 @@ def test_broken_indexes(index: Any, tmp_path: Path) -> None:
         open_folder(tmp_path)
 
 
+def test_index_metadata_must_be_an_object(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    index = {"weight_map": {"a": "b.safetensors"}, "metadata": [1]}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(ReapError, match="its metadata must be a JSON object"):
+        open_folder(tmp_path)
+
+
 def test_index_and_shard_must_agree(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     save_file({"b": torch.ones(1)}, tmp_path / "s.safetensors")

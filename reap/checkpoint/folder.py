@@ -82,6 +82,8 @@ def _shards(root: Path, index: dict[str, Any] | None) -> tuple[Header, ...]:
     weight_map = index.get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise ReapError(f"{root / INDEX} has no weight_map")
+    if not isinstance(index.get("metadata") or {}, dict):
+        raise ReapError(f"{root / INDEX}: its metadata must be a JSON object")
     by_shard: dict[str, list[str]] = {}
     for name, shard in weight_map.items():
         if (

@@ -2,6 +2,8 @@
 
 import sys
 
+from reap.errors import INTERRUPTED
+
 
 def main() -> None:
     # Commands explain themselves; this is for a Ctrl-C while they are still being imported.
@@ -10,7 +12,7 @@ def main() -> None:
 
         app(prog_name="reap")
     except KeyboardInterrupt:
-        sys.stderr.write("reap: interrupted: no half-written output was left\n")
+        sys.stderr.write(f"reap: {INTERRUPTED}\n")
         sys.exit(2)
 
 

@@ -11,11 +11,10 @@ from typing import Any, TypeVar
 
 import typer
 
-from reap.errors import ReapError
+from reap.errors import INTERRUPTED, ReapError
 
 USER_ERROR, OUR_ERROR = 2, 1
 SHOW_AFTER_SECONDS = 2.0
-INTERRUPTED = "interrupted: no half-written output was left"
 
 Command = TypeVar("Command", bound=Callable[..., None])
 debug = False

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,7 +9,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from reap.errors import ReapError
+from reap.errors import ReapError, first_line
+from reap.sources import HUB_ID
 
 if TYPE_CHECKING:
     from reap.checkpoint.folder import Folder
@@ -20,7 +20,6 @@ ACCELERATED = ("balanced", "balanced_low_0", "sequential")  # over devices: by a
 # Formats of a hub model's weights that nothing here reads.
 OTHER_FORMATS = ["*.bin", "*.pt", "*.pth", "*.gguf"]
 USUAL_LENGTH = 2048  # of the paper's calibration rows
-HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
 def resolve_model(model: str | Path) -> Path:
@@ -43,7 +42,7 @@ def resolve_model(model: str | Path) -> Path:
         return Path(snapshot_download(str(model), ignore_patterns=OTHER_FORMATS))
     except Exception as error:
         raise ReapError(
-            f"{model} is no local folder and the hub did not give it: {_first_line(error)}"
+            f"{model} is no local folder and the hub did not give it: {first_line(error)}"
         ) from error
 
 
@@ -67,7 +66,7 @@ def load_tokenizer(folder: Path) -> Any:
     try:
         return AutoTokenizer.from_pretrained(folder)
     except Exception as error:
-        raise ReapError(f"{folder} has no tokenizer that loads: {_first_line(error)}") from error
+        raise ReapError(f"{folder} has no tokenizer that loads: {first_line(error)}") from error
 
 
 def load_model(folder: Path, *, dtype: str = "auto", device: str = "auto") -> Any:
@@ -95,7 +94,7 @@ def load_model(folder: Path, *, dtype: str = "auto", device: str = "auto") -> An
         try:
             torch.empty(0, device=device)
         except Exception as error:
-            raise ReapError(f"device {device!r} is not usable: {_first_line(error)}") from error
+            raise ReapError(f"device {device!r} is not usable: {first_line(error)}") from error
     # Without accelerate a model can still be loaded whole and then moved.
     moved = find_spec("accelerate") is None and device not in ACCELERATED
     try:
@@ -111,7 +110,7 @@ def load_model(folder: Path, *, dtype: str = "auto", device: str = "auto") -> An
                 model.to(device)
     except (torch.OutOfMemoryError, MemoryError) as error:
         raise ReapError(
-            f"{folder} does not fit in the memory of {device}: {_first_line(error)}"
+            f"{folder} does not fit in the memory of {device}: {first_line(error)}"
         ) from error
     except Exception as error:
         raise ReapError(f"{folder} does not load: {_why(opened, error)}") from error
@@ -132,7 +131,7 @@ def _why(folder: Folder, error: Exception) -> str:
         problems = loading_problems(folder.config, tensors)
     except NotImplementedError:
         problems = set()
-    return min((p for p in problems if "not part of" not in p), default=_first_line(error))
+    return min((p for p in problems if "not part of" not in p), default=first_line(error))
 
 
 @contextmanager
@@ -150,7 +149,3 @@ def _quiet() -> Iterator[None]:
         logging.set_verbosity(level)
         if shown:
             logging.enable_progress_bar()
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [""])[0] or type(error).__name__

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from reap.errors import ReapError
+from reap.errors import ReapError, first_line
 from reap.info import LayerInfo, ModelInfo
 
 # Configuration keys, most specific first; a composite model has them in its `text_config`.
@@ -124,9 +124,7 @@ def describe_folder(path: str | os.PathLike[str], like: ModelInfo | None = None)
             with torch.device("meta"):
                 model = cls(_config_for(cls, config))
         except Exception as error:
-            raise ReapError(
-                f"{folder}/config.json builds no model: {_first_line(error)}"
-            ) from error
+            raise ReapError(f"{folder}/config.json builds no model: {first_line(error)}") from error
         model.config._name_or_path = str(folder)
         described.append(describe(model))
         if like is None or described[-1].difference(like) is None:
@@ -143,7 +141,7 @@ def read_config(folder: Path) -> Any:
     try:
         return AutoConfig.from_pretrained(folder)
     except Exception as error:
-        raise ReapError(f"{folder}/config.json is not usable: {_first_line(error)}") from error
+        raise ReapError(f"{folder}/config.json is not usable: {first_line(error)}") from error
 
 
 def auto_classes() -> tuple[Any, ...]:
@@ -386,7 +384,3 @@ def _weights_fingerprint(folder: Path) -> str | None:
                 file.seek(stop + (size - stop) * i // SAMPLES)
                 digest.update(file.read(SAMPLE_BYTES))
     return digest.hexdigest()
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [""])[0] or type(error).__name__

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from reap import stdlib_text
-from reap.errors import ReapError
+from reap.errors import ReapError, first_line
 
 JSON_LINES = (".jsonl", ".ndjson")
 NAMED_JSON_LINES = (*JSON_LINES, ".json")  # a file by name; in a folder .json may be anything
@@ -30,8 +30,8 @@ TEXT_SUFFIXES = frozenset(
     " .js .jsx .ts .tsx .css .html .rb .php .pl .lua .r .jl .m .swift .cs .fs .hs .ml .clj .ex"
     " .erl .sh .sql .proto .cmake .toml .yaml .yml".split()
 )
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
-_HUB_CONFIG = re.compile(_HUB_ID.pattern + r"/[\w.-]+")
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+_HUB_CONFIG = re.compile(HUB_ID.pattern + r"/[\w.-]+")
 _BLOCK = 1 << 20  # characters of a text file that are tokenized at a time
 _SHUFFLED = 1024  # samples of a hub data set that are held while shuffling
 
@@ -89,7 +89,7 @@ def parse_spec(spec: str) -> Source:
     data_set = hub.split(":")[0]
     looks_local = Path(target).suffix.lower() in (*NAMED_JSON_LINES, *TEXT_SUFFIXES)
     explicit = target.startswith("hf:")
-    if (_HUB_ID.fullmatch(data_set) and (explicit or not looks_local)) or (
+    if (HUB_ID.fullmatch(data_set) and (explicit or not looks_local)) or (
         _HUB_CONFIG.fullmatch(data_set) and explicit
     ):
         return Source(spec, "hub", hub, data_set.split("/")[1], weight)
@@ -269,5 +269,5 @@ def _hub_texts(source: Source, tokenizer: Any, seed: int) -> Iterator[Text]:
     except ReapError:
         raise
     except Exception as error:  # a network, a server and file formats are behind this iterator
-        reason = str(error).partition("\n")[0]
-        raise ReapError(f"data {source.spec!r}: {type(error).__name__}: {reason}") from error
+        reason = f"{type(error).__name__}: {first_line(error)}"
+        raise ReapError(f"data {source.spec!r}: {reason}") from error

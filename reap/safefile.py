@@ -25,6 +25,9 @@ from reap.errors import ReapError
 MAX_HEADER = 100_000_000  # bytes; the limit of the safetensors library
 COPY_CHUNK = 64 << 20  # bytes; an interrupt is noticed between two chunks
 
+# What copy_file_range answers where it does not work.
+NOT_IN_KERNEL = (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM)
+
 # Bits per element of every dtype that the format knows.
 BITS = {
     "BOOL": 8, "U8": 8, "I8": 8, "U16": 16, "I16": 16, "U32": 32, "I32": 32, "U64": 64, "I64": 64,
@@ -251,30 +254,28 @@ def copy_range(
     in_kernel = True
     while length:
         chunk = min(length, COPY_CHUNK)
-        if in_kernel:
-            try:
-                done = os.copy_file_range(source, target, chunk, offset_src=offset)
-            except OSError as error:
-                # Not between these file systems, or not on this kernel: the plain way, from here
-                # on.
-                if error.errno not in (
-                    errno.EXDEV,
-                    errno.EINVAL,
-                    errno.ENOSYS,
-                    errno.EOPNOTSUPP,
-                    errno.EPERM,
-                ):
-                    raise
-                in_kernel = False
-                continue
-        else:
+        done = _copied_in_kernel(source, offset, chunk, target) if in_kernel else 0
+        in_kernel = done > 0
+        if not in_kernel:
             block = os.pread(source, min(chunk, 4 << 20), offset)
+            if not block:
+                raise ReapError(
+                    f"a file became shorter while it was read: {length} bytes are missing"
+                )
             write_all(target, block)
             done = len(block)
-        if not done and in_kernel:  # what some file systems answer instead of "not supported"
-            in_kernel = False
-            continue
-        if not done:
-            raise ReapError(f"a file became shorter while it was read: {length} bytes are missing")
         offset, length = offset + done, length - done
         progress(done)
+
+
+def _copied_in_kernel(source: int, offset: int, length: int, target: int) -> int:
+    """Bytes appended; 0 where it cannot be done between these files or on this kernel.
+
+    Some file systems say so by an error, others by that number.
+    """
+    try:
+        return os.copy_file_range(source, target, length, offset_src=offset)
+    except OSError as error:
+        if error.errno in NOT_IN_KERNEL:
+            return 0
+        raise

@@ -8,11 +8,11 @@ experts is edited, nothing else.
 from __future__ import annotations
 
 import copy
-import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from reap.checkpoint import surgery
 from reap.errors import ReapError
 
 KEYS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
@@ -149,18 +149,19 @@ def _renumbered(value: Any, kept: Kept) -> Any:
     """Lists and tables of modules name an expert as `<block>.experts.<id>...`: those that are gone
     are taken out."""
     if isinstance(value, dict):
-        named = ((_renamed(key, kept), item) for key, item in value.items())
-        return {key: _renumbered(item, kept) for key, item in named if key is not None}
+        return {
+            name: _renumbered(item, kept) for key, item in value.items() for name in _now(key, kept)
+        }
     if isinstance(value, list):
-        present = (item for item in value if _renamed(item, kept) is not None or item is None)
-        return [_renumbered(_renamed(item, kept), kept) for item in present]
+        return [_renumbered(new, kept) for item in value for new in _now(item, kept)]
     return value
 
 
-def _renamed(name: Any, kept: Kept) -> Any:
-    match = re.fullmatch(r"(.+)\.experts\.(\d+)(\..*)?", name) if isinstance(name, str) else None
-    if match is None or match[1] not in kept:
-        return name
-    if int(match[2]) not in kept[match[1]]:
-        return None
-    return f"{match[1]}.experts.{kept[match[1]].index(int(match[2]))}{match[3] or ''}"
+def _now(name: Any, kept: Kept) -> list[Any]:
+    """What stands where `name` stood: the expert's new name, nothing if it is gone, or `name`."""
+    match = surgery.PER_EXPERT.fullmatch(name) if isinstance(name, str) else None
+    if match is None or match["module"] not in kept:
+        return [name]
+    ids, old = kept[match["module"]], int(match["id"])
+    rest = match["rest"] or ""
+    return [f"{match['module']}.experts.{ids.index(old)}{rest}"] if old in ids else []

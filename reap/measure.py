@@ -1,7 +1,7 @@
 """How the experts of one layer are run so that the norm of every expert output comes out too.
 
-`Fused` hands the module's weights to `reap_kernels.moe_saliency`, which replaces the module's own
-forward. `Beside` leaves that alone and calls it once more per slot with a gate of one, which gives
+`fused` hands the module's weights to `reap_kernels.moe_saliency`, which replaces the module's own
+forward. `beside` leaves that alone and calls it once more per slot with a gate of one, which gives
 f(x) for any module that maps (hidden states, ids, gates) to a sum: slower, and right for all.
 """
 

@@ -177,9 +177,7 @@ def make_plan(
     if (ratio is None) == (keep is None):
         raise ReapError("say how much to prune with exactly one of ratio and keep")
     share = None if ratio is None else _share(ratio)
-    for what, number in (("keep", keep), ("multiple_of", multiple_of)):
-        if number is not None and (type(number) is not int or number < 1):
-            raise ReapError(f"{what} is {number!r}: it must be a whole number of 1 or more")
+    _check_whole(keep=keep, multiple_of=multiple_of)
     if type(seed) is not int:
         raise ReapError(f"seed is {seed!r}: it must be a whole number")
     layers = stats.model.layers
@@ -214,6 +212,12 @@ def make_plan(
             "versions": stats.versions,
         },
     )
+
+
+def _check_whole(**numbers: int | None) -> None:
+    for name, number in numbers.items():
+        if number is not None and (type(number) is not int or number < 1):
+            raise ReapError(f"{name} is {number!r}: it must be a whole number of 1 or more")
 
 
 def _share(ratio: float | str | Fraction | Decimal) -> Fraction:

@@ -100,10 +100,7 @@ def prune(
     def verify(stage: Path) -> None:
         _verify(open_folder(stage), operation, after)
 
-    def advance(n: int) -> None:
-        if progress is not None:
-            progress(n)
-
+    advance = progress or (lambda n: None)
     try:
         unchecked = _check_shapes(folder, before, operation, after)
         with staged(out, overwrite=overwrite, verify=verify) as stage:

@@ -114,16 +114,7 @@ def calibrate(
     loaded = load_model(folder, dtype=dtype, device=device)
     with progress("calibrating", lambda: rows.expected, "tokens") as advance:
         stats = run(loaded, rows, gates=gates, pairs=pairs, backend=backend, progress=advance)
-    stats.save(out, overwrite=overwrite)
-    summary = {"out": str(out), "tokens": stats.tokens, "layers": len(stats.layers)}
-    summary["domains"] = list(stats.domains)
-    if json:
-        print_json(summary)
-    else:
-        typer.echo(
-            f"{out}: {stats.tokens:,} tokens through {len(stats.layers)} MoE layers, "
-            f"domains {', '.join(stats.domains)}"
-        )
+    _save(stats, out, overwrite, json)
 
 
 @app.command()
@@ -269,11 +260,7 @@ def combine(
     total = Statistics.load(stats[0])
     for path in stats[1:]:
         total = total + Statistics.load(path)
-    total.save(out, overwrite=overwrite)
-    if json:
-        print_json({"out": str(out), "tokens": total.tokens, "domains": list(total.domains)})
-    else:
-        typer.echo(f"{out}: {total.tokens:,} tokens, domains {', '.join(total.domains)}")
+    _save(total, out, overwrite, json)
 
 
 @app.command()
@@ -367,6 +354,18 @@ def _statistics(path: Path, domains: list[str] | None) -> Statistics:
 
     loaded = Statistics.load(path)
     return loaded.select(*domains) if domains else loaded
+
+
+def _save(stats: Statistics, out: Path, overwrite: bool, as_json: bool) -> None:
+    """Write a statistics file and say what is in it."""
+    stats.save(out, overwrite=overwrite)
+    tokens, layers, domains = stats.tokens, len(stats.layers), list(stats.domains)
+    if as_json:
+        print_json({"out": str(out), "tokens": tokens, "layers": layers, "domains": domains})
+        return
+    typer.echo(
+        f"{out}: {tokens:,} tokens through {layers} MoE layers, domains {', '.join(domains)}"
+    )
 
 
 def _refuse_existing(out: Path, overwrite: bool, *, folder: bool = False) -> None:

@@ -116,7 +116,7 @@ class Listed:
             """[T,E]; a block with more experts than columns is asked several times."""
             E, H = len(calls), out.shape[1]
             parts = [
-                (self._ask(calls, first, lambda row: loud * write(row), args, kwargs) - silent)
+                (self._ask(calls, first, lambda rows: loud * write(rows), args, kwargs) - silent)
                 for first in range(0, E, H)
             ]
             return torch.cat(parts, dim=1)[:, :E] / loud
@@ -124,7 +124,7 @@ class Listed:
         gates = answers(torch.ones_like)
         row, scale = torch.zeros_like(gates), torch.where(gates == 0, 1, gates)
         for place in _places(max(sum(len(call.norms) for call in own) for own in calls)):
-            digit = answers(lambda row, place=place: row // place % BASE + 1)  # type: ignore[misc]
+            digit = answers(partial(_digit, place))
             row += place * ((digit / scale).round() - 1)
         self._record(out, silent, gates, row.long(), calls)
 
@@ -187,6 +187,11 @@ class Listed:
 def _rows(output: Any) -> Tensor:
     """What a block returns, [T,H]: its output alone, or before other things."""
     return (output[0] if isinstance(output, tuple) else output).flatten(0, -2)
+
+
+def _digit(place: int, rows: Tensor) -> Tensor:
+    """One digit of the numbers of rows, from 1: silence is none."""
+    return rows // place % BASE + 1
 
 
 def _places(rows: int) -> list[int]:

@@ -14,12 +14,12 @@ import os
 import shutil
 import subprocess
 import sys
-import threading
 from collections.abc import Callable
 from enum import IntEnum
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
+import programs
 import torch
 from torch import Tensor
 
@@ -31,8 +31,6 @@ CROSS = "aarch64-linux-gnu-g++"
 FLAGS = ["-std=c++17", "-O3", "-Wall", "-Wextra", "-Werror", "-static", "-pthread"]
 FLAGS += ["-DREAP_OWN_THREADS"]  # there is no libgomp to borrow from
 SOURCES = [f"csrc/cpu/{name}.cpp" for name in ("isa", "moe", "team", "portable")]
-
-_compiling = {"clang": threading.Lock(), CROSS: threading.Lock()}  # nothing twice
 
 
 def missing_clang() -> str | None:
@@ -58,11 +56,7 @@ def _emulator() -> str | None:
 @functools.cache
 def clang() -> ModuleType:
     (path,) = compiled_by_clang().glob("reap_kernels/_native.*.so")
-    spec = importlib.util.spec_from_file_location("_native", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return programs.load(path)
 
 
 def compiled_by_clang() -> Path:
@@ -98,22 +92,14 @@ def _compiled(
     for path in sorted((ROOT / "csrc/cpu").iterdir()):
         digest.update(path.name.encode() + path.read_bytes())
     folder = ROOT / "build/portable" / f"{compiler}_{digest.hexdigest()[:20]}"
-    with _compiling[compiler]:
-        if not folder.exists():
-            new = folder.with_suffix(f".{os.getpid()}")
-            new.mkdir(parents=True)
-            done = subprocess.run(
-                build(new),
-                cwd=ROOT,
-                env=os.environ | environment,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                text=True,
-            )
-            # setup.py's extensions are optional: it succeeds without them.
-            assert done.returncode == 0 and list(new.glob(wanted)), done.stdout[-8000:]
-            new.rename(folder)
-    return folder
+
+    def make(new: Path) -> None:
+        new.mkdir(exist_ok=True)
+        said = programs.compile(build(new), cwd=ROOT, env=os.environ | environment)
+        # setup.py's extensions are optional: it succeeds without them.
+        assert list(new.glob(wanted)), said[-8000:]
+
+    return programs.once(folder, make)
 
 
 def aarch64(call: Call, threads: int) -> Saliency:

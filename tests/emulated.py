@@ -11,17 +11,14 @@ g++ compiles it once for each state of the sources and keeps it in build/simt.
 import functools
 import hashlib
 import importlib.util
-import os
-import shutil
-import subprocess
 import sys
 import sysconfig
 import tempfile
-import threading
 from pathlib import Path
 from types import ModuleType
 
 import mutants
+import programs
 
 from reap_kernels import Saliency, cuda
 from reap_kernels.contract import Call, make_call
@@ -29,31 +26,25 @@ from reap_kernels.contract import Call, make_call
 ROOT = Path(__file__).parent.parent
 FLAGS = ["-std=c++17", "-O2", "-fPIC", "-shared", "-DREAP_SIMT", "-Wall", "-Wextra"]
 FLAGS += ["-Wno-unknown-pragmas"]  # nvcc's
-COMPILER = os.environ.get("CXX", "g++")
 # Of a small H100: few processors, so that a wave of blocks is short.
 CHIP = cuda.Chip(device=0, sm=90, processors=4, cache=1 << 20)
-
-_compiling = threading.Lock()  # one at a time, and nothing twice
 
 
 def missing() -> str | None:
     """Why the emulator cannot be built here, in one line."""
-    if shutil.which(COMPILER) is None:
-        return f"needs a C++17 compiler, and there is no {COMPILER}: set CXX"
-    if importlib.util.find_spec("pybind11") is None:
-        return "needs pybind11"
-    return None
+    pybind11 = importlib.util.find_spec("pybind11")
+    return programs.missing() or (None if pybind11 else "needs pybind11")
 
 
 @functools.cache
 def module() -> ModuleType:
-    return _load(compiled(ROOT / "csrc"))
+    return programs.load(compiled(ROOT / "csrc"))
 
 
 @functools.cache
 def mutated() -> ModuleType:
     """The same with the mutants of mutants.py; `configure` says which of them is out of order."""
-    return _load(compiled_mutants())
+    return programs.load(compiled_mutants())
 
 
 def compiled_mutants() -> Path:
@@ -67,30 +58,16 @@ def compiled(sources: Path) -> Path:
     import pybind11
 
     includes = (sources, ROOT / "tests", ROOT / "tests/simt", pybind11.get_include())
-    command = [COMPILER, *FLAGS, *(f"-I{folder}" for folder in includes)]
+    command = [programs.COMPILER, *FLAGS, *(f"-I{folder}" for folder in includes)]
     command += ["-isystem", sysconfig.get_path("include"), str(ROOT / "tests/simt/module.cpp")]
-    digest = hashlib.sha256(repr((COMPILER, FLAGS, sys.version)).encode())
+    digest = hashlib.sha256(repr((programs.COMPILER, FLAGS, sys.version)).encode())
     for folder in (sources, ROOT / "tests/simt"):
         for path in sorted(path for path in folder.rglob("*") if path.is_file()):
             digest.update(f"{path.relative_to(folder)}\n".encode() + path.read_bytes())
     name = f"simt_{digest.hexdigest()[:20]}"
     path = ROOT / "build/simt" / f"{name}.so"
-    with _compiling:
-        if not path.exists():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            new = path.with_suffix(f".{os.getpid()}")
-            done = subprocess.run([*command, f"-DMODULE={name}", "-o", new], stderr=subprocess.PIPE)
-            assert done.returncode == 0, done.stderr.decode()[-8000:]
-            new.rename(path)
-    return path
-
-
-def _load(path: Path) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    assert spec is not None and spec.loader is not None
-    loaded = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(loaded)
-    return loaded
+    command.append(f"-DMODULE={name}")
+    return programs.once(path, lambda new: programs.compile([*command, "-o", new]))
 
 
 def call_of(inputs: dict, deterministic: bool = False) -> Call:

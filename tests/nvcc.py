@@ -10,17 +10,16 @@ import argparse
 import functools
 import hashlib
 import json
-import os
 import re
 import shutil
 import subprocess
 import tempfile
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import offline
+import programs
 import sass
 
 from reap_kernels.triton import configs
@@ -32,8 +31,6 @@ LAYOUTS = ("along_k", "along_rows", "any")  # as in csrc/cuda/tiles.cuh
 # Triton's config with the tile of our largest kernels: 128 rows by 128 columns by 64, four warps.
 SAME_TILE = configs.Config(128, configs.Tile(64, 64, 4, 3), configs.Tile(128, 64, 4, 3))
 DTYPES = {"__nv_bfloat16": "bf16", "__half": "fp16"}
-
-_compiling = threading.Lock()
 
 
 class Kernel(NamedTuple):
@@ -71,15 +68,12 @@ def compiled(arch: str) -> tuple[Kernel, ...]:
     for source in sources:
         digest.update(source.read_bytes())
     path = ROOT / "build/nvcc" / f"{digest.hexdigest()[:20]}.cubin"
-    with _compiling:
-        if not path.exists():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            new = path.with_suffix(f".{os.getpid()}")
-            if not _extract(arch, new, max(source.stat().st_mtime for source in sources)):
-                done = subprocess.run([*command, "-o", str(new)], capture_output=True, text=True)
-                assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-8000:]
-            new.rename(path)
-    return tuple(_kernels(path))
+
+    def make(new: Path) -> None:
+        if not _extract(arch, new, max(source.stat().st_mtime for source in sources)):
+            programs.compile([*command, "-o", str(new)])
+
+    return tuple(_kernels(programs.once(path, make)))
 
 
 def _extract(arch: str, target: Path, changed: float) -> bool:

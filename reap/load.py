@@ -98,7 +98,7 @@ def load_model(folder: Path, *, dtype: str = "auto", device: str = "auto") -> An
     # Without accelerate a model can still be loaded whole and then moved.
     moved = find_spec("accelerate") is None and device not in ACCELERATED
     try:
-        with _quiet():
+        with quiet(bars=sys.stderr.isatty()):
             model, report = cls.from_pretrained(
                 folder,
                 dtype=dtype,
@@ -135,13 +135,13 @@ def _why(folder: Folder, error: Exception) -> str:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """Without transformers' table of weights, and its progress bars where nobody is watching."""
+def quiet(*, bars: bool = False) -> Iterator[None]:
+    """Without transformers' table of weights, and without its progress bars unless `bars`."""
     from transformers.utils import logging
 
     shown, level = logging.is_progress_bar_enabled(), logging.get_verbosity()
     logging.set_verbosity_error()
-    if not sys.stderr.isatty():
+    if not bars:
         logging.disable_progress_bar()
     try:
         yield

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
+
+from reap.errors import first_line
+from reap.load import quiet
 
 Tensors = Mapping[str, tuple[str, tuple[int, ...]]]  # name -> dtype as safetensors calls it, shape
 
@@ -45,7 +47,7 @@ def loading_problems(fields: Mapping[str, Any], tensors: Tensors) -> set[str]:
     how = LoadStateDictConfig(
         device_map={"": "meta"}, weight_mapping=get_model_conversion_mapping(model)
     )
-    with _quiet():
+    with quiet():
         try:
             info, _ = convert_and_load_state_dict_in_model(model, state, how)
         except Exception as error:  # a format that only its quantiser can convert
@@ -60,7 +62,7 @@ def loading_problems(fields: Mapping[str, Any], tensors: Tensors) -> set[str]:
 
 
 def _reason(error: Exception) -> str:
-    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+    return f"{type(error).__name__}: {first_line(error)}"
 
 
 def _model_class(config: Any) -> Any:
@@ -83,18 +85,3 @@ def _dtype(name: str) -> Any:
         "F64": torch.float64,
     }
     return known.get(name, torch.uint8)
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    from transformers.utils import logging
-
-    shown, level = logging.is_progress_bar_enabled(), logging.get_verbosity()
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)
-        if shown:
-            logging.enable_progress_bar()

@@ -67,9 +67,10 @@ def observe(
 
     Outputs equal the unobserved model's up to rounding. They carry no gradient: this is inference.
     Padding, read from the 2-D `attention_mask` of the call, is not counted. Experts that
-    `moe_saliency` cannot stand in for run as before, and once more per slot for their statistics;
-    the log says so once. The model is put back exactly, also after an exception; a compiled model
-    runs uncompiled inside the `with`. Layers recomputed by gradient checkpointing count once.
+    `moe_saliency` cannot stand in for run as before, and once more per slot, or in a ModuleList a
+    few times more, for their statistics; the log says so once. The model is put back exactly, also
+    after an exception; a compiled model runs uncompiled inside the `with`. Layers recomputed by
+    gradient checkpointing count once.
 
     ReapError, before any forward: no transformers model, no MoE layers, experts that cannot be
     observed, a model that is being observed, an unknown or unavailable backend. ReapError, in a

@@ -52,6 +52,7 @@ class Padding(threading.local):
             signature = inspect.signature(type(model).forward)
             enter = model.register_forward_pre_hook(self._entering(signature), with_kwargs=True)
             undo.callback(enter.remove)
+            # A function, which copies of the model can have: they cannot have what is a thread's.
             leave = model.register_forward_hook(lambda *_: self._leave(), always_call=True)
             undo.callback(leave.remove)
 

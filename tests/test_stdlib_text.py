@@ -1,3 +1,5 @@
+"""The standard library as text: what is kept of a source, and which side of the split it is on."""
+
 from itertools import islice
 
 import pytest

@@ -206,11 +206,8 @@ def edit_block(
             edits[name] = _select(name, shape, axis, block, tail=model_type in TAILED)
             routed = True
         elif name in block.fused and not any(SHARED.fullmatch(t) for t in tails):
-            if any(STACKED.fullmatch(tail) for tail in tails) and shape[0] % block.total == 0:
-                size = shape[0] // block.total * len(block.kept)
-                edits[name] = Edit(name, (size, *shape[1:]), block.kept, 1, block.total)
-            elif math.prod(shape) > 1:  # a scale that all experts share stays as it is
-                edits[name] = _select(name, shape, 0, block, tail=False)
+            if math.prod(shape) > 1:  # a scale that all experts share stays as it is
+                edits[name] = _select_fused(name, shape, tails, block)
         elif _depends(tails, shape, block.total):
             raise ReapError(
                 f"do not know what {name!r} with shape {list(shape)} is, next to {block.total} "
@@ -250,6 +247,13 @@ def _select(name: str, shape: tuple[int, ...], axis: int, block: Block, tail: bo
     rows = (*block.kept, *range(block.total, length))
     new = (*shape[:axis], len(rows), *shape[axis + 1 :])
     return Edit(name, new, rows, math.prod(shape[:axis]), length)
+
+
+def _select_fused(name: str, shape: tuple[int, ...], tails: list[str], block: Block) -> Edit:
+    if any(map(STACKED.fullmatch, tails)) and shape[0] % block.total == 0:
+        size = shape[0] // block.total * len(block.kept)
+        return Edit(name, (size, *shape[1:]), block.kept, 1, block.total)
+    return _select(name, shape, 0, block, tail=False)
 
 
 def edit_modalities(

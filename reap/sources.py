@@ -31,7 +31,7 @@ TEXT_SUFFIXES = frozenset(
     " .erl .sh .sql .proto .cmake .toml .yaml .yml".split()
 )
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
-_HUB_CONFIG = re.compile(HUB_ID.pattern + r"/[\w.-]+")
+_HUB_ID_CONFIG = re.compile(HUB_ID.pattern + r"(/[\w.-]+)?")
 _BLOCK = 1 << 20  # characters of a text file that are tokenized at a time
 _SHUFFLED = 1024  # samples of a hub data set that are held while shuffling
 
@@ -89,9 +89,8 @@ def parse_spec(spec: str) -> Source:
     data_set = hub.split(":")[0]
     looks_local = Path(target).suffix.lower() in (*NAMED_JSON_LINES, *TEXT_SUFFIXES)
     explicit = target.startswith("hf:")
-    if (HUB_ID.fullmatch(data_set) and (explicit or not looks_local)) or (
-        _HUB_CONFIG.fullmatch(data_set) and explicit
-    ):
+    hub_id = _HUB_ID_CONFIG if explicit else HUB_ID  # three names are rather a mistyped path
+    if hub_id.fullmatch(data_set) and (explicit or not looks_local):
         return Source(spec, "hub", hub, data_set.split("/")[1], weight)
     raise ReapError(
         f"data {spec!r}: there is no such file or folder, and it is neither stdlib:code, "

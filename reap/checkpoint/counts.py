@@ -137,12 +137,13 @@ def with_fewer(
 
 def with_quantisation(config: Mapping[str, Any], kept: Kept) -> dict[str, Any]:
     """The config with the single experts that its quantisation names renumbered."""
-    return {
-        key: _renumbered(value, kept)
-        if key == QUANTISATION
-        else (with_quantisation(value, kept) if isinstance(value, dict) else value)
-        for key, value in config.items()
-    }
+    new = dict(config)
+    for key, value in config.items():
+        if key == QUANTISATION:
+            new[key] = _renumbered(value, kept)
+        elif isinstance(value, dict):
+            new[key] = with_quantisation(value, kept)
+    return new
 
 
 def _renumbered(value: Any, kept: Kept) -> Any:
@@ -150,14 +151,16 @@ def _renumbered(value: Any, kept: Kept) -> Any:
     are taken out."""
     if isinstance(value, dict):
         return {
-            name: _renumbered(item, kept) for key, item in value.items() for name in _now(key, kept)
+            name: _renumbered(item, kept)
+            for key, item in value.items()
+            for name in _renamed(key, kept)
         }
     if isinstance(value, list):
-        return [_renumbered(new, kept) for item in value for new in _now(item, kept)]
+        return [_renumbered(new, kept) for item in value for new in _renamed(item, kept)]
     return value
 
 
-def _now(name: Any, kept: Kept) -> list[Any]:
+def _renamed(name: Any, kept: Kept) -> list[Any]:
     """What stands where `name` stood: the expert's new name, nothing if it is gone, or `name`."""
     match = surgery.PER_EXPERT.fullmatch(name) if isinstance(name, str) else None
     if match is None or match["module"] not in kept:

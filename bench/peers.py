@@ -47,6 +47,16 @@ def _linear(weight: Tensor) -> nn.Linear:
     return linear
 
 
+def _take_norms(norms: dict[int, Tensor], index: int) -> Any:
+    """A hook that does not hold the model: gigabytes in a cycle would wait for a collector that
+    counts objects."""
+
+    def take(_module: nn.Module, _inputs: Any, output: Tensor) -> None:
+        norms[index] = output.float().norm(dim=-1)
+
+    return take
+
+
 class Hooks(nn.Module):
     """Experts in a loop; a forward hook per expert takes the norms of its routed tokens."""
 
@@ -58,13 +68,7 @@ class Hooks(nn.Module):
         self.weighted_sum = [0.0] * len(self.experts)
         self._norms: dict[int, Tensor] = {}
         for index, expert in enumerate(self.experts):
-            expert.register_forward_hook(self._hook(index))
-
-    def _hook(self, index: int) -> Any:
-        def take(_module: nn.Module, _inputs: Any, output: Tensor) -> None:
-            self._norms[index] = output.float().norm(dim=-1)
-
-        return take
+            expert.register_forward_hook(_take_norms(self._norms, index))
 
     def forward(self, x: Tensor, ids: Tensor, gates: Tensor) -> Tensor:
         out = torch.zeros_like(x)

@@ -1,10 +1,12 @@
 """Every suite runs at tiny sizes, writes sane rows, and refuses to time a wrong kernel."""
 
 import csv
+import gc
 import io
 import itertools
 import json
 import time
+import weakref
 from dataclasses import asdict, replace
 from functools import partial
 
@@ -14,7 +16,7 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 import reap_kernels
-from bench import gate, inputs, memory, report, roof
+from bench import gate, inputs, layer, memory, peers, report, roof
 from bench.__main__ import SUITES, app, run
 from bench.measure import PRESETS, Samples, Settings, interleave, rows
 from bench.row import COLUMNS, Log, Row
@@ -46,11 +48,11 @@ def test_every_suite_has_rows_of_us_and_of_peers(smoke):
     impls = {suite: {row.impl for row in made if row.bench == suite} for suite in SUITES}
     if roof.missing() is None:
         assert impls["roof"] == {"fma_peak", "read"}
-    peers = {"eager", "grouped_mm", "hooks", "observer"}
+    others = {"eager", "grouped_mm", "hooks", "observer"}
     backends = {name for name, why in reap_kernels.backends().items() if why is None}
     ours = {f"reap:{name}" for name in backends & {"cpu", "reference"}}
-    assert peers | ours <= impls["layer"]
-    assert peers | ours | {"eager without head"} <= impls["calibrate"]
+    assert others | ours <= impls["layer"]
+    assert others | ours | {"eager without head"} <= impls["calibrate"]
     if "cpu" in backends:
         assert impls["norms"] == {"reap:cpu", "cpu, norms off"}
     assert impls["prune"] == {"reap", "cp -r", "cp -r; sync"}
@@ -303,3 +305,20 @@ def test_roofs_are_above_what_torch_reaches():
 def test_line_of_a_row(smoke):
     row = next(row for row in smoke[0] if row.bench == "layer" and row.impl == "eager")
     assert report.line(row).startswith(f"layer {row.dtype} tiny E8 K2 H64 I48 T={row.T} eager ")
+
+
+@pytest.mark.parametrize("kind", [peers.Hooks, peers.Observer])
+def test_a_peer_and_its_weights_go_at_once(kind):
+    """The next layer is fitted to the memory that is there, and a cycle with gigabytes would wait
+    for a collector that counts objects."""
+    weights = inputs.weights(TINY, torch.float32)
+    given = inputs.routed(TINY, 3, torch.float32) | weights
+    gc.disable()
+    try:
+        module = kind(*weights.values())
+        layer.peer(module, given)()
+        gone = weakref.ref(module)
+        del module
+        assert gone() is None
+    finally:
+        gc.enable()

@@ -1,8 +1,9 @@
 """What every test gets: fresh memory that is poisoned, and a skip where a GPU is missing. What test
-modules compile starts with the session."""
+modules compile starts with the session; programs that they start heed signals."""
 
 import contextlib
 import functools
+import signal
 import threading
 
 import pytest
@@ -34,6 +35,14 @@ def poisoned_memory(monkeypatch):
         monkeypatch.setattr(torch, name, _poisoned(getattr(torch, name)))
     for name in ("new_empty", "new_empty_strided"):
         monkeypatch.setattr(torch.Tensor, name, _poisoned(getattr(torch.Tensor, name)))
+
+
+def pytest_configure():
+    """A process that was started to ignore signals (by nohup, in the background of a script) hands
+    that on to the programs that it starts; a handler that does nothing is not handed on."""
+    for number in (signal.SIGINT, signal.SIGHUP):
+        if signal.getsignal(number) is signal.SIG_IGN:
+            signal.signal(number, lambda *_: None)
 
 
 def pytest_collection_modifyitems(items):

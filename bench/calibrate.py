@@ -20,7 +20,7 @@ from bench.layer import backends_here
 from bench.measure import TORCH, Settings, interleave, rows
 from bench.row import Row
 from bench.shapes import REAL, TINY, Shape
-from reap.data import Batch
+from reap.text.batching import Batch
 
 REAL_LAYERS, REAL_VOCABULARY = 48, 151_936
 NO_HEAD = "eager without head"

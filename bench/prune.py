@@ -67,10 +67,14 @@ def run(settings: Settings) -> Iterator[Row]:
 # In a process of its own, so that the peak is prune's. Importing transformers is not timed:
 # describing the folder once before does that.
 _CHILD = """
-import resource, sys, time, reap, reap.checkpoint, reap.models, reap.checkpoint.shapes
+import resource, sys, time, reap
+from reap.files.folder import open_folder
+from reap.model.identity import describe_folder
+from reap.model.shapes import loading_problems
 plan = reap.Plan.load(sys.argv[2])
-reap.models.describe_folder(sys.argv[1])
-reap.checkpoint.shapes.loading_problems(reap.checkpoint.folder.open_folder(sys.argv[1]).config, {})
+describe_folder(sys.argv[1])
+loading_problems(open_folder(sys.argv[1]).config, {})
+reap.prune
 start = time.perf_counter()
 reap.prune(sys.argv[1], plan, sys.argv[3])
 print(time.perf_counter() - start)
@@ -90,7 +94,7 @@ def _smaller(gigabytes: float) -> tuple[int, int, int]:
 
 def write_checkpoint(folder: Path, layers: int, hidden: int, inner: int, experts: int) -> int:
     """A Qwen3-MoE checkpoint of random bytes: bf16 shards, an index. Returns its tensors' bytes."""
-    from reap.safefile import encode_header, span
+    from reap.files.safefile import encode_header, span
 
     folder.mkdir(parents=True)
     config = {
@@ -148,8 +152,8 @@ def _tensors(
 
 def write_plan(base: Path, path: Path) -> None:
     """A plan that keeps every second expert: the least contiguous, so the hardest to copy."""
-    from reap.models import describe_folder
-    from reap.plan import Plan
+    from reap.model.identity import describe_folder
+    from reap.planning.plan import Plan
 
     model = describe_folder(base)
     kept = {layer.name: tuple(range(0, layer.num_experts, 2)) for layer in model.layers}

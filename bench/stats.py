@@ -13,8 +13,8 @@ from bench import gate, inputs, layer, peers
 from bench.measure import TORCH, Settings, interleave, rows
 from bench.row import Row
 from bench.shapes import Shape
-from reap.info import LayerInfo, ModelInfo
-from reap.stats import Statistics
+from reap.model.info import LayerInfo, ModelInfo
+from reap.statistics.stats import Statistics
 
 TOKENS = (64, 2048)
 

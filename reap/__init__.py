@@ -9,39 +9,11 @@
 Names are imported on first use, so that `import reap` and `reap --help` do not pay for torch.
 """
 
-import sys
 from importlib import import_module
-from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from reap.errors import ReapError
-
-if TYPE_CHECKING:
-    from reap.calibrate import calibrate
-    from reap.checkpoint import prune
-    from reap.data import batches
-    from reap.evaluate import evaluate
-    from reap.observe import observe
-    from reap.plan import Plan, make_plan
-    from reap.saliency import CRITERIA, saliency, standard_errors
-    from reap.stats import LayerStatistics, Statistics
-
-__version__ = "0.1.0"
-
-_HOME = {
-    "CRITERIA": "saliency",
-    "LayerStatistics": "stats",
-    "Plan": "plan",
-    "Statistics": "stats",
-    "batches": "data",
-    "calibrate": "calibrate",
-    "evaluate": "evaluate",
-    "make_plan": "plan",
-    "observe": "observe",
-    "prune": "checkpoint",
-    "saliency": "saliency",
-    "standard_errors": "saliency",
-}
+from reap.versions import OWN as __version__
 
 __all__ = [
     "CRITERIA",
@@ -49,6 +21,7 @@ __all__ = [
     "Plan",
     "ReapError",
     "Statistics",
+    "__version__",
     "batches",
     "calibrate",
     "evaluate",
@@ -59,24 +32,34 @@ __all__ = [
     "standard_errors",
 ]
 
+if TYPE_CHECKING:
+    from reap.checkpoint.pruning import prune
+    from reap.observation.patch import observe
+    from reap.planning.criteria import CRITERIA, saliency, standard_errors
+    from reap.planning.plan import Plan, make_plan
+    from reap.runs.calibration import calibrate
+    from reap.runs.evaluation import evaluate
+    from reap.statistics.layerstats import LayerStatistics
+    from reap.statistics.stats import Statistics
+    from reap.text.batching import batches
+else:  # a type checker that saw __getattr__ would believe any name
+    _HOMES = {
+        "checkpoint.pruning": ("prune",),
+        "observation.patch": ("observe",),
+        "planning.criteria": ("CRITERIA", "saliency", "standard_errors"),
+        "planning.plan": ("Plan", "make_plan"),
+        "runs.calibration": ("calibrate",),
+        "runs.evaluation": ("evaluate",),
+        "statistics.layerstats": ("LayerStatistics",),
+        "statistics.stats": ("Statistics",),
+        "text.batching": ("batches",),
+    }
+    _HOME = {name: module for module, names in _HOMES.items() for name in names}
 
-def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        raise AttributeError(f"module 'reap' has no attribute {name!r}")
-    return getattr(import_module(f"reap.{_HOME[name]}"), name)
+    def __getattr__(name):
+        if name not in _HOME:
+            raise AttributeError(f"module 'reap' has no attribute {name!r}")
+        return getattr(import_module(f"reap.{_HOME[name]}"), name)
 
-
-def __dir__() -> list[str]:
-    return sorted([*globals(), *__all__])
-
-
-class _Package(ModuleType):
-    """Keeps `reap.saliency` the function: importing a submodule would bind the module over it."""
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if isinstance(value, ModuleType) and name in _HOME:
-            value = getattr(value, name)
-        super().__setattr__(name, value)
-
-
-sys.modules[__name__].__class__ = _Package
+    def __dir__():
+        return sorted([*globals(), *__all__])

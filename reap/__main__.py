@@ -8,7 +8,7 @@ from reap.errors import INTERRUPTED
 def main() -> None:
     # Commands explain themselves; this is for a Ctrl-C while they are still being imported.
     try:
-        from reap.cli import app
+        from reap.app.cli import app
 
         app(prog_name="reap")
     except KeyboardInterrupt:

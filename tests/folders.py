@@ -14,9 +14,9 @@ from safetensors.torch import load_file, save_file
 from tiny import tiny_model
 from torch import nn
 
-from reap.info import ModelInfo
-from reap.models import describe_folder
-from reap.plan import Plan
+from reap.model.identity import describe_folder
+from reap.model.info import ModelInfo
+from reap.planning.plan import Plan
 
 COUNT_KEYS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 

@@ -2,7 +2,7 @@
 
 import torch
 
-from reap.info import LayerInfo, ModelInfo
+from reap.model.info import LayerInfo, ModelInfo
 
 E, K = 6, 3
 NAME = "model.layers.1.mlp.experts"

@@ -3,9 +3,9 @@ import os
 
 import pytest
 
-from reap import atomic
-from reap.atomic import write_file
 from reap.errors import ReapError
+from reap.files import atomic
+from reap.files.atomic import write_file
 
 
 def while_writing(monkeypatch, act):

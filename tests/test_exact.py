@@ -6,9 +6,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from reap import exact
 from reap.errors import ReapError
-from reap.exact import LIMIT, ExactSum, in_range
+from reap.statistics import exact
+from reap.statistics.exact import LIMIT, ExactSum, in_range
 
 UNIT = Fraction(1, 2**320)
 addends = st.floats(allow_nan=False, allow_infinity=False).filter(lambda x: abs(x) < LIMIT)

@@ -3,7 +3,7 @@ from dataclasses import replace
 import pytest
 
 from reap.errors import ReapError
-from reap.info import LayerInfo, ModelInfo
+from reap.model.info import LayerInfo, ModelInfo
 
 LAYER = LayerInfo("model.layers.0.mlp.experts", 8, 2, n_group=4, topk_group=2, min_per_group=2)
 MODEL = ModelInfo("deepseek_v3", "some/model", "f" * 64, "a" * 64, (LAYER,))

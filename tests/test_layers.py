@@ -11,8 +11,8 @@ from tiny import tiny_inputs, tiny_model
 from torch import Tensor, nn
 
 from reap.errors import ReapError
-from reap.models import find_experts
-from reap.observe import observe
+from reap.model.experts import find_experts
+from reap.observation.patch import observe
 
 
 def test_llama4_counts_contributions() -> None:

@@ -8,7 +8,7 @@ import torch
 from slots import NAME, E, K, slots
 
 from reap.errors import ReapError
-from reap.layerstats import SUMS, LayerStatistics
+from reap.statistics.layerstats import SUMS, LayerStatistics
 
 
 def brute_force(ids, weights, norms, peaks, mask, gates):

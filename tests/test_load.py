@@ -14,8 +14,8 @@ from tiny import tiny_model
 from transformers.utils import logging
 
 from reap.errors import ReapError
-from reap.load import load_model, load_tokenizer, resolve_model, row_length
-from reap.models import describe, describe_folder
+from reap.model.identity import describe, describe_folder
+from reap.model.load import load_model, load_tokenizer
 
 
 @pytest.fixture
@@ -35,7 +35,8 @@ def test_dtypes(folder: Path, dtype: str, expected: torch.dtype) -> None:
 def test_a_device_without_accelerate(folder: Path, monkeypatch: Any) -> None:
     """It is not among our dependencies, and transformers places nothing without it."""
     find = importlib.util.find_spec
-    monkeypatch.setattr("reap.load.find_spec", lambda name: None if name == "accelerate" else find)
+    without = lambda name: None if name == "accelerate" else find(name)  # noqa: E731
+    monkeypatch.setattr("reap.model.load.find_spec", without)
     assert load_model(folder, device="meta").device.type == "meta"
     assert load_model(folder, device="cpu:0").device.type == "cpu"
 
@@ -94,20 +95,6 @@ def test_options_that_are_refused(folder: Path, options: Any, message: str) -> N
         load_model(folder, **options)
 
 
-def test_rows_are_as_long_as_the_model_has_positions(folder: Path) -> None:
-    assert row_length(folder, None) == 64 and row_length(folder, 9) == 9
-    with pytest.raises(ReapError, match="rows of 65 tokens are too long: .* 64 positions"):
-        row_length(folder, 65)
-
-
-def test_what_is_no_model(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("")
-    for name, message in {
-        "": "no config.json",
-        "file": "is a file: give the model's folder",
-        "missing": "does not exist: give a model folder or a hub id",
-    }.items():
-        with pytest.raises(ReapError, match=message):
-            resolve_model(tmp_path / name)
+def test_a_folder_without_a_tokenizer(tmp_path: Path) -> None:
     with pytest.raises(ReapError, match="no tokenizer that loads"):
         load_tokenizer(tmp_path)

@@ -7,13 +7,13 @@ from typing import Any
 import pytest
 from torch import Tensor, nn
 
-from reap.measure import activation_of
+from reap.observation.measure import activation_of
 
 
 class Gate(nn.Module):
     """What `activation_of` looks at, around any function of gate and up."""
 
-    has_gate, is_concatenated = True, True
+    has_gate, has_bias, is_transposed, is_concatenated = True, False, False, True
 
     def __init__(self, function: Any, **parameters: float) -> None:
         super().__init__()

@@ -13,8 +13,8 @@ from tiny import tiny_inputs, tiny_model
 from torch import Tensor, nn
 
 from reap.errors import ReapError
-from reap.observe import observe
-from reap.padding import Padding
+from reap.observation.padding import Padding
+from reap.observation.patch import observe
 
 
 @pytest.mark.parametrize("side", ["left", "right"])

@@ -10,10 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from reap.errors import ReapError
-from reap.info import LayerInfo, ModelInfo
-from reap.plan import Plan, make_plan
-from reap.saliency import CRITERIA
-from reap.stats import Statistics
+from reap.model.info import LayerInfo, ModelInfo
+from reap.planning.criteria import CRITERIA
+from reap.planning.plan import Plan, make_plan
+from reap.statistics.stats import Statistics
 
 
 def stats_of(norms, *, peaks=None, layers=("a", "b"), **info):

@@ -15,10 +15,11 @@ from pathlib import Path
 import pytest
 from folders import saved, some_plan
 
-from reap import atomic, checkpoint
-from reap.checkpoint import prune, publish
+from reap.checkpoint import pruning, publish
+from reap.checkpoint.pruning import prune
 from reap.errors import ReapError
-from reap.plan import Plan
+from reap.files import atomic
+from reap.planning.plan import Plan
 
 CALLS = ("write", "copy_file_range", "fsync", "rename", "mkdir")
 ENDED = 17
@@ -70,7 +71,7 @@ def failing(monkeypatch: pytest.MonkeyPatch, at: int, fail: Callable[[], None]) 
         return call
 
     for check in ("_check_same_model", "_check_shapes"):  # slow, and they write nothing
-        monkeypatch.setattr(checkpoint, check, lambda *_: None)
+        monkeypatch.setattr(pruning, check, lambda *_: None)
     for name in CALLS:
         monkeypatch.setattr(os, name, counted(name, getattr(os, name)))
     monkeypatch.setattr(atomic, "renameat2", counted("renameat2", atomic.renameat2))
@@ -123,8 +124,8 @@ CHILD = """
 import os, sys, pytest
 sys.path.insert(0, {tests!r})
 from test_publish import failing
-from reap.checkpoint import prune
-from reap.plan import Plan
+from reap.checkpoint.pruning import prune
+from reap.planning.plan import Plan
 base, plan, out = sys.argv[1], Plan.load(sys.argv[2]), sys.argv[3]
 at, code = 0, None
 while code != 0:
@@ -295,7 +296,7 @@ def test_a_signal_at_any_time(
 ) -> None:
     base, _, whole = job
     code = (
-        "import sys, time; from reap.checkpoint import prune; from reap.plan import Plan\n"
+        "import sys, time; from reap import Plan, prune\n"
         "plan = Plan.load(sys.argv[2])\n"
         "slow = lambda n: (print(n, flush=True), time.sleep(0.05))\n"
         "prune(sys.argv[1], plan, sys.argv[3], progress=slow)"

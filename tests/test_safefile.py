@@ -13,9 +13,9 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from reap.checkpoint.folder import open_folder
 from reap.errors import ReapError
-from reap.safefile import copy_range, encode_header, merged, parse_json, read_header
+from reap.files.folder import open_folder
+from reap.files.safefile import copy_range, encode_header, merged, parse_json, read_header
 
 
 def written(path: Path, header: Any, data: bytes = b"", length: int | None = None) -> Path:

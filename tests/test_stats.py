@@ -7,9 +7,9 @@ from hypothesis import strategies as st
 from slots import MODEL, NAME, TWO_LAYERS, slots
 
 from reap.errors import ReapError
-from reap.info import ModelInfo
-from reap.layerstats import LayerStatistics
-from reap.stats import Statistics
+from reap.model.info import ModelInfo
+from reap.statistics.layerstats import LayerStatistics
+from reap.statistics.stats import Statistics
 
 
 @settings(

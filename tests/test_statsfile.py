@@ -6,7 +6,7 @@ import pytest
 from slots import MODEL, NAME, TWO_LAYERS, E, slots
 
 from reap.errors import ReapError
-from reap.stats import Statistics
+from reap.statistics.stats import Statistics
 
 
 def rewrite(path, change):

@@ -4,8 +4,8 @@ from itertools import islice
 
 import pytest
 
-from reap import stdlib_text
 from reap.errors import ReapError
+from reap.text import stdlib_text
 
 SOURCE = '''# The first comment of this file explains it,
 # and goes on.

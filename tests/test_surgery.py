@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 
 from reap.checkpoint import counts, surgery
-from reap.checkpoint.folder import open_folder
 from reap.checkpoint.operation import layout_of, operate
 from reap.checkpoint.writing import write_shards
 from reap.errors import ReapError
-from reap.info import LayerInfo, ModelInfo
-from reap.plan import Plan
-from reap.safefile import BITS, encode_header, read_header, span
+from reap.files.folder import open_folder
+from reap.files.safefile import BITS, encode_header, read_header, span
+from reap.model.info import LayerInfo, ModelInfo
+from reap.planning.plan import Plan
 
 KEPT = (1, 2, 5)
 EXPERTS = 6

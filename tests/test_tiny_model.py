@@ -8,8 +8,8 @@ import torch
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from reap.data import batches
-from reap.evaluate import evaluate
+from reap.runs.evaluation import evaluate
+from reap.text.batching import batches
 
 FOLDER = Path(__file__).parent.parent / "models" / "tiny-qwen3-moe"
 RECORD = json.loads((FOLDER / "training.json").read_text())

@@ -18,7 +18,7 @@ from cases import Case
 
 from bench import gpu_roofline
 from bench.shapes import Shape
-from reap.layerstats import LayerStatistics
+from reap.statistics.layerstats import LayerStatistics
 from reap_kernels import moe_saliency, ops, routing
 from reap_kernels import triton as backend
 from reap_kernels.contract import Call, make_call

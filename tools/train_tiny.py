@@ -29,7 +29,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy, one_hot
 from transformers import PreTrainedTokenizerFast, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
-from reap.stdlib_text import DOMAINS, documents
+from reap.text.stdlib_text import DOMAINS, documents
 
 VOCABULARY = 2048
 SEQ_LEN, ROWS = 256, 16  # 4,096 tokens per step, half of the rows from each domain

@@ -6,15 +6,15 @@ import json
 import platform
 import re
 from collections.abc import Mapping
-from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
-import reap
+from reap import versions
+from reap.model.compat import NAME_KEY
 
 if TYPE_CHECKING:
-    from reap.checkpoint.folder import Folder
     from reap.checkpoint.operation import Operation
-    from reap.plan import Plan
+    from reap.files.folder import Folder
+    from reap.planning.plan import Plan
 
 RECORD = "reap.json"
 # Of the base model, and of its base and so on, where these were pruned too.
@@ -57,7 +57,7 @@ def carried_as(name: str) -> str:
 
 def base_name(folder: Folder) -> str:
     """The base model's hub id where the folder or its config tells, else the folder's name."""
-    name = folder.config.get("_name_or_path")
+    name = folder.config.get(NAME_KEY)
     if isinstance(name, str) and name.count("/") == 1 and not name.startswith((".", "/")):
         return name
     cached = folder.path.parent.parent.name  # models--org--name/snapshots/<revision>
@@ -67,13 +67,9 @@ def base_name(folder: Folder) -> str:
 
 
 def _versions() -> dict[str, str]:
-    found = {"reap": reap.__version__, "python": platform.python_version()}
-    for name in ("torch", "transformers", "safetensors"):
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found
+    others = versions.installed("torch", "transformers", "safetensors")
+    found = {"reap": versions.OWN, "python": platform.python_version(), **others}
+    return {name: number for name, number in found.items() if number}
 
 
 def model_card(record: Mapping[str, Any], name: str, size: int) -> str:

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from reap.checkpoint import counts, surgery
-from reap.checkpoint.folder import CONFIG, Folder
 from reap.errors import ReapError
-from reap.plan import Plan
-from reap.safefile import BITS, Header, Tensor, span
+from reap.files.folder import CONFIG, Folder
+from reap.files.safefile import BITS, Header, Tensor, span
+from reap.planning.plan import Plan
 
 # Shard of the original -> what it holds afterwards, in the order of the data.
 Layout = dict[Path, list[tuple[surgery.Edit, Tensor]]]

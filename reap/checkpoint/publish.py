@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from reap import atomic
 from reap.errors import ReapError
+from reap.files import atomic
 
 
 @contextmanager

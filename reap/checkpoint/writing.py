@@ -16,18 +16,18 @@ import numpy as np
 
 from reap.checkpoint import surgery
 from reap.checkpoint.card import carried_as
-from reap.checkpoint.folder import INDEX, Folder
 from reap.checkpoint.operation import Layout
 from reap.errors import ReapError
-from reap.safefile import (
+from reap.files.folder import INDEX, Folder
+from reap.files.safefile import (
     BITS,
     Header,
     Tensor,
     copy_range,
     encode_header,
     merged,
+    open_unchanged,
     span,
-    steady,
     write_all,
 )
 
@@ -81,7 +81,7 @@ def _write_shard(
     path: Path,
     progress: Callable[[int], None],
 ) -> None:
-    with steady(shard.path, shard.version) as source, _create(path) as target:
+    with open_unchanged(shard.path, shard.version) as source, _create(path) as target:
         tensors = {edit.name: (tensor.dtype, edit.shape) for edit, tensor in parts}
         write_all(target, encode_header(tensors, shard.metadata))
         pending: list[tuple[int, int]] = []
@@ -147,7 +147,7 @@ def copy_others(folder: Folder, stage: Path, progress: Callable[[int], None]) ->
     for name in folder.others:
         target = stage / carried_as(name)
         target.parent.mkdir(parents=True, exist_ok=True)
-        with steady(folder.read_from(name)) as source, _create(target) as fd:
+        with open_unchanged(folder.read_from(name)) as source, _create(target) as fd:
             copy_range(source, 0, os.fstat(source).st_size, fd, progress)
 
 

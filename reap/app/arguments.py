@@ -1,0 +1,89 @@
+"""What several commands share: arguments and options, and what is made of them."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from reap.app.console import print_json
+from reap.errors import ReapError
+
+if TYPE_CHECKING:
+    from reap.statistics.stats import Statistics
+    from reap.text.batching import Batches
+    from reap.text.sources import Source
+
+Model = Annotated[str, typer.Argument(metavar="MODEL", help="a model folder or a hub id")]
+Stats = Annotated[Path, typer.Argument(metavar="STATS", help="a statistics file")]
+Data = Annotated[
+    list[str],
+    typer.Option(
+        "--data",
+        metavar="SPEC[=WEIGHT]",
+        help="a .txt or .jsonl file, a folder or glob of sources, stdlib:code, stdlib:prose, "
+        "hf:org/name; repeat for a mix",
+    ),
+]
+Domains = Annotated[list[str] | None, typer.Option("--domain", help="only this; repeat for more")]
+Domain = Annotated[str | None, typer.Option(help="one name for all of this data")]
+MaxTokens = Annotated[int | None, typer.Option(min=1, help="stop after this many tokens")]
+SeqLen = Annotated[
+    int | None, typer.Option(min=2, help="tokens per row; 2048, or the model's limit if lower")
+]
+BatchSize = Annotated[int, typer.Option(min=1, help="rows per forward pass")]
+Pack = Annotated[bool, typer.Option("--pack/--no-pack", help="full rows, or a sample per row")]
+Dtype = Annotated[str, typer.Option(help="auto (as stored), bfloat16, float16 or float32")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda:1, or a device map such as balanced")]
+Backend = Annotated[str, typer.Option(help="auto, or a name that `reap doctor` lists")]
+Criterion = Annotated[str, typer.Option(help="reap, frequency, ean, ...; see `reap score --help`")]
+Seed = Annotated[int, typer.Option(help="for the criterion `random`")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="replace an existing output")]
+Json = Annotated[bool, typer.Option("--json", help="print one JSON document")]
+
+
+def rows_of(folder: Path, data: list[Source], seq_len: int | None, **options: Any) -> Batches:
+    """The text of `data` as batches for the model in `folder`; `options` are those of `batches`."""
+    from reap.model.config import row_length
+    from reap.model.load import load_tokenizer
+    from reap.text.batching import batches
+
+    tokenizer = load_tokenizer(folder)
+    return batches(data, tokenizer, seq_len=row_length(folder, seq_len), **options)
+
+
+def load_statistics(path: Path, domains: list[str] | None) -> Statistics:
+    from reap.statistics.stats import Statistics
+
+    loaded = Statistics.load(path)
+    return loaded.select(*domains) if domains else loaded
+
+
+def save_statistics(stats: Statistics, out: Path, overwrite: bool, as_json: bool) -> None:
+    """Write a statistics file and say what is in it."""
+    stats.save(out, overwrite=overwrite)
+    tokens, layers, domains = stats.tokens, len(stats.layers), list(stats.domains)
+    if as_json:
+        print_json({"out": str(out), "tokens": tokens, "layers": layers, "domains": domains})
+        return
+    typer.echo(
+        f"{out}: {tokens:,} tokens through {layers} MoE layers, domains {', '.join(domains)}"
+    )
+
+
+def refuse_existing(out: Path, overwrite: bool, *, folder: bool = False) -> None:
+    """Before any work: an output that exists, or that could not be written."""
+    parent = out.absolute().parent
+    if os.path.lexists(out) and not overwrite:
+        raise ReapError(f"{out} exists: give --overwrite to replace it")
+    if not parent.is_dir():
+        raise ReapError(f"{parent} does not exist: create the folder first")
+    if out.is_dir() and not folder:
+        raise ReapError(f"{out} is a folder: name a file")
+    try:
+        tempfile.NamedTemporaryFile(prefix=f".{out.name}.", suffix=".part", dir=parent).close()
+    except OSError as error:
+        raise ReapError(f"cannot write {out}: {error.strerror}") from None

@@ -1,0 +1,66 @@
+"""`reap evaluate`: how well a model predicts text."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from reap.app.arguments import (
+    BatchSize,
+    Data,
+    Device,
+    Domain,
+    Dtype,
+    Json,
+    MaxTokens,
+    Model,
+    Pack,
+    SeqLen,
+    rows_of,
+)
+from reap.app.console import print_json, print_table, progress, reports_errors
+
+
+@reports_errors
+def evaluate(
+    model: Model,
+    data: Data,
+    teacher: Annotated[str | None, typer.Option(help="a model to compare with")] = None,
+    max_tokens: MaxTokens = None,
+    seq_len: SeqLen = None,
+    batch_size: BatchSize = 1,
+    domain: Domain = None,
+    pack: Pack = True,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    json: Json = False,
+) -> None:
+    """Measure loss and perplexity, and with --teacher KL divergence and top-1 agreement."""
+    from reap.files.hub import resolve_model
+    from reap.model.load import load_model
+    from reap.runs.evaluation import evaluate as run
+    from reap.text.sources import parse_spec
+
+    sources = [parse_spec(spec) for spec in data]
+    folder = resolve_model(model)
+    original = resolve_model(teacher) if teacher else None
+    options = {"batch_size": batch_size, "max_tokens": max_tokens, "packing": pack}
+    rows = rows_of(folder, sources, seq_len, domain=domain, **options)
+    student = load_model(folder, dtype=dtype, device=device)
+    reference = load_model(original, dtype=dtype, device=device) if original else None
+    with progress("evaluating", lambda: rows.expected, "tokens") as advance:
+        results = run(student, rows, teacher=reference, progress=advance)
+    if json:
+        print_json({name: result.to_json() for name, result in results.items()})
+        return
+    columns = ["domain", "tokens", "loss (nats/token)", "perplexity"]
+    table = [
+        [name, f"{r.tokens:,}", f"{r.loss:.4f}", f"{r.perplexity:.3f}"]
+        for name, r in results.items()
+    ]
+    if reference is not None:
+        columns += ["KL (nats/token)", "top-1 agreement"]
+        for row, r in zip(table, results.values(), strict=True):
+            row += [f"{r.kl:.4f}", f"{r.agreement:.1%}"]
+    print_table(str(folder), columns, table)

@@ -1,0 +1,1 @@
+"""Bytes on disk, safely: whole files or none, checked headers, a model's folder."""

@@ -1,0 +1,154 @@
+"""A model folder on disk: config, safetensors shards with their index, and other files."""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from reap.errors import ReapError
+from reap.files.safefile import Header, read_header, read_json
+
+CONFIG = "config.json"
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+# Other copies of the weights, which would keep the experts that are removed, and what version
+# control and download tools leave: not part of a pruned model.
+OTHER_WEIGHTS = re.compile(
+    r"pytorch_model.*\.bin(\.index\.json)?|.*\.safetensors(\.index\.json)?|.*\.gguf|consolidated\..*"
+    r"|tf_model.*|flax_model.*|.*\.onnx(_data)?|model.*\.index\.json"
+)
+OTHER_FOLDERS = {".git", ".cache", "__pycache__", "original", "metal", "onnx"}
+
+
+@dataclass(frozen=True)
+class Folder:
+    """A checked folder. `shards` are in file name order; `index` is None for a single file."""
+
+    path: Path
+    config: dict[str, Any]
+    shards: tuple[Header, ...]
+    index: dict[str, Any] | None
+    others: tuple[str, ...]  # files to carry over, relative
+    left_out: tuple[str, ...]
+
+    def read_from(self, name: str) -> Path:
+        """Where `name` may be read: links are followed, but not out of the folder."""
+        return _inside(self.path, name)
+
+
+def open_folder(path: str | os.PathLike[str]) -> Folder:
+    """Reads config, index and headers, nothing else. ReapError says what is wrong."""
+    try:
+        return _open(path)
+    except OSError as error:
+        raise ReapError(f"cannot read {error.filename or path}: {error.strerror}") from error
+
+
+def _open(path: str | os.PathLike[str]) -> Folder:
+    root = Path(os.path.realpath(path))
+    if not root.is_dir():
+        raise ReapError(
+            f"{path} is not a folder: give the folder of a model (config.json and *.safetensors)"
+        )
+    if not (root / CONFIG).exists():
+        raise ReapError(f"{path} is not a model folder: it has no {CONFIG}")
+    config = read_json(_inside(root, CONFIG), limit=16 << 20)
+    index = read_json(_inside(root, INDEX)) if os.path.lexists(root / INDEX) else None
+    shards = _shards(root, index)
+    others, left_out = _other_files(root, {CONFIG, INDEX, *(shard.path.name for shard in shards)})
+    return Folder(root, config, shards, index, others, left_out)
+
+
+def _inside(root: Path, name: str) -> Path:
+    """`root/name`; ReapError when it links to a file outside the folder and its hub cache."""
+    path = root / name
+    real = Path(os.path.realpath(path))
+    # The hub's cache: snapshots/<revision>/<name> links to blobs/<hash> of the same repository.
+    homes = [root, root.parent.parent / "blobs"] if root.parent.name == "snapshots" else [root]
+    if not any(real.is_relative_to(home) for home in homes):
+        raise ReapError(f"{path} links to {real}, outside the folder: put the file itself there")
+    return path
+
+
+def _shards(root: Path, index: dict[str, Any] | None) -> tuple[Header, ...]:
+    single = os.path.lexists(root / SINGLE)
+    if index is None:
+        if not single:
+            _no_weights(root)
+        return (read_header(_inside(root, SINGLE)),)
+    weight_map = index.get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ReapError(f"{root / INDEX} has no weight_map")
+    if not isinstance(index.get("metadata") or {}, dict):
+        raise ReapError(f"{root / INDEX}: its metadata must be a JSON object")
+    by_shard: dict[str, list[str]] = {}
+    for name, shard in weight_map.items():
+        if (
+            not isinstance(shard, str)
+            or not re.fullmatch(r"[^/\\\0]+\.safetensors", shard)
+            or shard[0] == "."
+        ):
+            raise ReapError(
+                f"{root / INDEX} places {name!r} in {shard!r}: not the name of a file in the folder"
+            )
+        by_shard.setdefault(shard, []).append(name)
+    if single and SINGLE not in by_shard:
+        raise ReapError(
+            f"{root} has both {SINGLE} and an index that does not name it: remove one of them"
+        )
+    shards = []
+    for shard, names in sorted(by_shard.items()):
+        if not os.path.lexists(root / shard):
+            raise ReapError(
+                f"{root / INDEX} names {shard}, which is not there: download it or mend the index"
+            )
+        header = read_header(_inside(root, shard))
+        missing = next((name for name in names if name not in header.tensors), None)
+        if missing is not None:
+            raise ReapError(f"{shard} does not hold {missing!r}, although the index says so")
+        shards.append(header)
+    return tuple(shards)
+
+
+def _no_weights(root: Path) -> None:
+    found = sorted(
+        p.name for p in root.iterdir() if re.search(r"\.(bin|safetensors|gguf|pt|pth)$", p.name)
+    )
+    if not found:
+        raise ReapError(f"{root} is not a model folder: it has no {SINGLE} and no {INDEX}")
+    if all(name.endswith(".safetensors") for name in found):
+        raise ReapError(
+            f"{root} has {found[0]} but neither {SINGLE} nor {INDEX}: the index is missing"
+        )
+    raise ReapError(
+        f"{root} has no safetensors weights, only {found[0]}: convert it to safetensors first"
+    )
+
+
+def _other_files(root: Path, done: set[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    def unreadable(error: OSError) -> None:
+        raise error
+
+    keep, leave = [], []
+    for parent, folders, files in os.walk(root, onerror=unreadable):
+        above = Path(parent).relative_to(root)
+        for folder in sorted(folders):
+            if folder in OTHER_FOLDERS or Path(parent, folder).is_symlink():
+                folders.remove(folder)
+                leave.append(f"{above / folder}{os.sep}")
+        for file in sorted(files):
+            name = str(above / file)
+            if name in done:
+                continue
+            if above == Path(".") and OTHER_WEIGHTS.fullmatch(file):
+                leave.append(name)
+            elif not _inside(root, name).is_file():
+                raise ReapError(
+                    f"{root / name} is not a regular file, or a link to one that is not there"
+                )
+            else:
+                keep.append(name)
+    return tuple(sorted(keep)), tuple(sorted(leave))

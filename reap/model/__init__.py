@@ -1,0 +1,1 @@
+"""What a transformers model is: its MoE layers, its identity, its loading."""

@@ -1,0 +1,296 @@
+"""Every private name of transformers, accelerate and torch that this package uses, in one place.
+
+Nobody promised these names: a release may change any of them. Each use is a function here, and each
+group of uses a row of SEAMS with a check that takes milliseconds. `require` runs the checks once,
+before work, and says which of them a release changed.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cache, partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from reap.errors import ReapError, first_line
+
+TESTED = "5.7.0", "5.24.0"  # the oldest and newest transformers that `make test-versions` runs
+
+# Of the experts implementation's name in a configuration.
+EXPERTS_KEY = "_experts_implementation_internal"
+# Of the folder or hub id that a configuration came from; older releases saved it in config.json.
+NAME_KEY = "_name_or_path"
+
+
+class Layout(NamedTuple):
+    """How an experts module on the interface keeps its weights."""
+
+    gated: bool  # gate_up_proj, else up_proj alone
+    biased: bool
+    transposed: bool
+    interleaved: bool  # gate and up alternate
+    post_norm: bool  # a norm after each expert
+
+
+class Loaded(NamedTuple):
+    """What transformers' loader says of a checkpoint: names of parameters."""
+
+    missing: set[str]
+    unexpected: set[str]
+    mismatched: set[str]
+    unconverted: set[str]
+
+
+def experts_functions() -> Any:
+    """The registry in which an experts module looks up its forward."""
+    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+    return ALL_EXPERTS_FUNCTIONS
+
+
+def dispatches(module: nn.Module) -> bool:
+    """Whether the module's class looks its forward up in `experts_functions()`."""
+    forward = type(module).forward
+    names = getattr(getattr(forward, "__code__", None), "co_freevars", ())
+    cells = dict(zip(names, getattr(forward, "__closure__", None) or (), strict=False))
+    registry = cells.get("experts_interface")
+    return registry is not None and registry.cell_contents is experts_functions()
+
+
+def experts_forward(module: nn.Module, implementation: str | None) -> Callable[..., Tensor]:
+    """The forward of a module on the interface under this implementation, bound."""
+    original = type(module).forward.__wrapped__
+    if implementation in (None, "eager"):
+        return partial(original, module)
+    return partial(experts_functions().get_interface(implementation, original), module)
+
+
+def layout(module: nn.Module) -> Layout:
+    """Of a module on the interface."""
+    return Layout(
+        gated=module.has_gate,
+        biased=module.has_bias,
+        transposed=module.is_transposed,
+        interleaved=bool(module.has_gate and not module.is_concatenated),
+        post_norm=getattr(module, "has_post_expert_norm", False),  # not in every release
+    )
+
+
+def activation(module: nn.Module) -> Callable[[Tensor], Tensor]:
+    """What a module on the interface applies between its projections.
+
+    [n, 2I] -> [n, I] where it is gated, else [n, I] -> [n, I].
+    """
+    return module._apply_gate if module.has_gate else module.act_fn
+
+
+def is_split(module: nn.Module) -> bool:
+    """Whether this process holds a part of the module, by expert or tensor parallelism."""
+    distributed = any(type(p).__name__ == "DTensor" for p in module.parameters())
+    return bool(getattr(module, "_is_expert_parallel", False)) or distributed
+
+
+def source(config: Any) -> str:
+    """The folder or hub id that a model's configuration came from, empty if unknown."""
+    return str(getattr(config, NAME_KEY, "") or "")
+
+
+def set_source(config: Any, folder: Path) -> None:
+    setattr(config, NAME_KEY, str(folder))
+
+
+def auto_classes() -> tuple[Any, ...]:
+    """transformers' classes that load models of text, the more special one first."""
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+
+    return AutoModelForCausalLM, AutoModelForImageTextToText
+
+
+def mapped_class(auto: Any, config: Any) -> Any:
+    """The class that one of `auto_classes()` loads for this configuration, or None."""
+    return auto._model_mapping.get(type(config), None)
+
+
+def load_on_meta(model: nn.Module, state: Mapping[str, Tensor]) -> Loaded:
+    """Ask transformers' own loader to load `state`, both on the meta device: no data is moved.
+
+    Whatever it raises for weights that it cannot convert is passed on.
+    """
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import convert_and_load_state_dict_in_model as load
+    from transformers.modeling_utils import LoadStateDictConfig
+
+    mapping = get_model_conversion_mapping(model)
+    how = LoadStateDictConfig(device_map={"": "meta"}, weight_mapping=mapping)
+    plans = {"tp_plan": None} if "tp_plan" in inspect.signature(load).parameters else {}
+    info, *_ = load(model, dict(state), how, **plans)
+    tied = set(getattr(model, "all_tied_weights_keys", {}) or {})
+    return Loaded(
+        missing=set(info.missing_keys) - tied,
+        unexpected=set(info.unexpected_keys),
+        mismatched={name for name, *_ in info.mismatched_keys},
+        unconverted=set(info.conversion_errors),
+    )
+
+
+def is_compiled(model: nn.Module) -> bool:
+    """Whether `torch.compile(model)` or `model.compile()` was applied to it or a part of it."""
+    return any(
+        hasattr(module, "_orig_mod") or module._compiled_call_impl is not None
+        for module in model.modules()
+    )
+
+
+def in_backward() -> bool:
+    """Whether this thread runs a backward pass: gradient checkpointing computes layers again."""
+    return torch._C._current_graph_task_id() != -1
+
+
+def is_offloaded(module: nn.Module) -> bool:
+    """Whether accelerate fetches the module's weights when it is called."""
+    return hasattr(module, "_hf_hook")
+
+
+@dataclass(frozen=True)
+class Seam:
+    """Names that are used together. `check` raises anything when they are not as needed."""
+
+    name: str
+    works: tuple[str, ...]  # what needs them
+    check: Callable[[], None]
+
+
+OBSERVING, PRUNING = "observing a model", "pruning a checkpoint"
+WORKS = (OBSERVING, PRUNING)
+
+
+def _check(fact: bool, what: str) -> None:
+    if not fact:
+        raise AssertionError(what)
+
+
+def _check_experts() -> None:
+    """A module of our own on the interface is recognised, and runs what the registry holds."""
+    from transformers import PretrainedConfig
+    from transformers.integrations.moe import use_experts_implementation
+
+    @use_experts_implementation
+    class Probe(nn.Module):
+        def __init__(self, config: Any) -> None:
+            super().__init__()
+
+        def forward(self, hidden: Tensor, ids: Tensor, gates: Tensor) -> Tensor:
+            return hidden
+
+    config = PretrainedConfig()
+    module = Probe(config)
+    _check(dispatches(module), "a module on it is not recognised")
+    _check(EXPERTS_KEY in vars(config), f"a configuration has no {EXPERTS_KEY}")
+    _check(layout(module) == Layout(True, False, False, False, False), "has other flags")
+    x = torch.ones(1, 2)
+    functions, name, before = experts_functions(), "reap_probe", vars(config)[EXPERTS_KEY]
+    functions[name] = lambda module, hidden, ids, gates: 2 * hidden
+    try:
+        vars(config)[EXPERTS_KEY] = name
+        _check(bool((module(x, x, x) == 2 * x).all()), "a registered function is not called")
+        own = experts_forward(module, before)
+        _check(bool((own(x, x, x) == x).all()), "the module's own forward is not found")
+    finally:
+        del functions[name]
+    gate_up = torch.tensor([[1.0, -2.0]])
+    module.act_fn = nn.ReLU()
+    _check(float(activation(module)(gate_up)) == -2.0, "_apply_gate computes something else")
+
+
+def _check_loader() -> None:
+    """The loader accepts the checkpoint of a tiny model and finds what is wrong with another."""
+    from transformers import AutoConfig
+
+    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "vocab_size": 8}
+    heads = {"num_attention_heads": 1, "num_key_value_heads": 1, "head_dim": 8}
+    config = AutoConfig.for_model("mixtral", num_local_experts=2, **sizes, **heads)
+    with torch.device("meta"):
+        model = mapped_class(auto_classes()[0], config)(config)
+        experts = "model.layers.0.block_sparse_moe.experts"
+        state = {
+            f"{experts}.{expert}.{name}.weight": torch.empty(8, 8)
+            for expert in range(2)
+            for name in ("w1", "w2", "w3")
+        }
+        rest = {name: x for name, x in model.state_dict().items() if ".experts." not in name}
+        state |= {name.replace(".mlp.", ".block_sparse_moe."): x for name, x in rest.items()}
+        _check(not any(load_on_meta(model, state)), "a whole checkpoint is refused")
+        del state["model.norm.weight"]
+        state |= {"odd": torch.empty(1), "lm_head.weight": torch.empty(7, 8)}
+        found = load_on_meta(model, state)
+    wrong = {"model.norm.weight"}, {"odd"}, {"lm_head.weight"}, set[str]()
+    _check(found == Loaded(*wrong), f"of a damaged checkpoint it says {tuple(found)}")
+
+
+def _check_classes() -> None:
+    from transformers import AutoConfig
+
+    config = AutoConfig.for_model("mixtral")
+    _check(source(config) == "", f"a new configuration has the {NAME_KEY} {source(config)!r}")
+    set_source(config, Path("folder"))
+    _check(source(config) == "folder", f"{NAME_KEY} cannot be set")
+    names = [getattr(mapped_class(auto, config), "__name__", None) for auto in auto_classes()]
+    _check(names[0] == "MixtralForCausalLM", f"a Mixtral configuration maps to {names}")
+
+
+def _check_torch() -> None:
+    seen = []
+    x = torch.ones(1, requires_grad=True)
+    x.register_hook(lambda grad: seen.append(in_backward()))
+    with torch.enable_grad():
+        (2 * x).sum().backward()
+    _check(seen == [True] and not in_backward(), "a backward pass is not recognised")
+    module = nn.Identity()
+    _check(not is_compiled(module), "a module is taken for compiled")
+    module.compile()
+    _check(is_compiled(module), "a compiled module is not recognised")
+
+
+SEAMS = (
+    Seam("transformers' experts interface", (OBSERVING,), _check_experts),
+    Seam("transformers' table of model classes", WORKS, _check_classes),
+    Seam("transformers' loader", (PRUNING,), _check_loader),
+    Seam("torch's compiled modules and backward passes", (OBSERVING,), _check_torch),
+)
+
+
+@cache
+def _fault(check: Callable[[], None]) -> str | None:
+    try:
+        with torch.inference_mode(False):
+            check()
+    except Exception as error:  # whatever a changed name leads to
+        return f"{type(error).__name__}: {first_line(error)}"
+    return None
+
+
+def changed(work: str) -> dict[str, str]:
+    """The seams that `work` needs and that the installed releases changed -> in which way."""
+    faults = {seam.name: _fault(seam.check) for seam in SEAMS if work in seam.works}
+    return {name: fault for name, fault in faults.items() if fault is not None}
+
+
+def require(work: str) -> None:
+    """ReapError, which says what still works, when `work` cannot be done with these releases."""
+    faults = changed(work)
+    if not faults:
+        return
+    name, fault = next(iter(faults.items()))
+    others = [other for other in WORKS if other != work and not changed(other)]
+    raise ReapError(
+        f"{work} does not work with transformers {version('transformers')} and torch "
+        f"{version('torch')}: {name} changed ({fault}): install transformers "
+        f"{TESTED[0]} to {TESTED[1]}; what still works: "
+        + ", ".join([*others, "scores and plans of existing statistics"])
+    )

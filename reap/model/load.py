@@ -1,0 +1,88 @@
+"""From a folder to a model and tokenizer in memory, with every cheap check first."""
+
+from __future__ import annotations
+
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from reap.errors import ReapError, first_line
+from reap.files.folder import Folder, open_folder
+from reap.model import compat
+from reap.model.config import model_classes, read_config
+from reap.model.quiet import quiet
+from reap.model.shapes import loading_problems
+
+DTYPES = ("auto", "bfloat16", "float16", "float32")
+ACCELERATED = ("balanced", "balanced_low_0", "sequential")  # over devices: by accelerate alone
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """The folder's tokenizer; ReapError when it has none that loads."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(folder)
+    except Exception as error:
+        raise ReapError(f"{folder} has no tokenizer that loads: {first_line(error)}") from error
+
+
+def load_model(folder: Path, *, dtype: str = "auto", device: str = "auto") -> Any:
+    """A causal language model in eval mode, from safetensors files that were checked first.
+
+    dtype: "auto" (as stored), "bfloat16", "float16" or "float32". device: "auto" (the first GPU,
+    else the CPU), or what torch or accelerate call it ("cpu", "cuda:1", "balanced").
+    Raises ReapError for damaged or missing weight files, and for weights that the model needs and
+    the files do not have.
+    """
+    if dtype not in DTYPES:
+        raise ReapError(f"dtype is {dtype!r}: it must be one of {', '.join(DTYPES)}")
+    opened = open_folder(folder)  # reads headers alone
+    config = read_config(folder)
+    autos = (auto for auto in compat.auto_classes() if compat.mapped_class(auto, config))
+    cls = next(autos, None) or model_classes(config, folder)[0]
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device not in ACCELERATED:
+        try:
+            torch.empty(0, device=device)
+        except Exception as error:
+            raise ReapError(f"device {device!r} is not usable: {first_line(error)}") from error
+    # Without accelerate a model can still be loaded whole and then moved.
+    moved = find_spec("accelerate") is None and device not in ACCELERATED
+    try:
+        with quiet(bars=sys.stderr.isatty()):
+            model, report = cls.from_pretrained(
+                folder,
+                dtype=dtype,
+                use_safetensors=True,
+                output_loading_info=True,
+                device_map=None if moved or device == "cpu" else device,
+            )
+            if moved:
+                model.to(device)
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        raise ReapError(
+            f"{folder} does not fit in the memory of {device}: {first_line(error)}"
+        ) from error
+    except Exception as error:
+        raise ReapError(f"{folder} does not load: {_why(opened, error)}") from error
+    if report["missing_keys"]:
+        raise ReapError(
+            f"{folder} does not hold this model: {len(report['missing_keys'])} weights are "
+            f"missing, such as {min(report['missing_keys'])}"
+        )
+    return model.eval()
+
+
+def _why(folder: Folder, error: Exception) -> str:
+    """What is wrong: with the weights, which transformers prints as a table, or else."""
+    tensors = {name: (t.dtype, t.shape) for s in folder.shards for name, t in s.tensors.items()}
+    try:
+        problems = loading_problems(folder.config, tensors)
+    except NotImplementedError:
+        problems = set()
+    return min((p for p in problems if "not part of" not in p), default=first_line(error))

@@ -1,0 +1,79 @@
+"""Would transformers load these tensors? Asked with its own loader on the meta device: no data."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+
+from reap.errors import first_line
+from reap.model import compat
+from reap.model.quiet import quiet
+
+Tensors = Mapping[str, tuple[str, tuple[int, ...]]]  # name -> dtype as safetensors calls it, shape
+
+
+def loading_problems(fields: Mapping[str, Any], tensors: Tensors) -> set[str]:
+    """One line for each parameter missing, unexpected or of the wrong shape; `fields`: config.json.
+
+    A checkpoint may have harmless ones (quantisation scales that a quantiser would take, layers for
+    other runtimes), so what counts is that pruning adds none. NotImplementedError, with the reason,
+    when transformers cannot build the model without custom code.
+    """
+    from transformers import AutoConfig
+
+    with TemporaryDirectory() as folder:
+        # From a file, because that decodes what from_dict does not.
+        Path(folder, "config.json").write_text(json.dumps(fields))
+        try:
+            config = AutoConfig.from_pretrained(folder)
+            with torch.device("meta"):
+                model = _model_class(config)(config)
+        except Exception as error:  # whatever a config from anywhere makes a model class raise
+            raise NotImplementedError(_reason(error)) from error
+    state = {
+        name: torch.empty(shape, dtype=_dtype(dtype), device="meta")
+        for name, (dtype, shape) in tensors.items()
+    }
+    with quiet():
+        try:
+            found = compat.load_on_meta(model, state)
+        except Exception as error:  # a format that only its quantiser can convert
+            raise NotImplementedError(_reason(error)) from error
+    return (
+        {f"{name} is missing" for name in found.missing}
+        | {f"{name} is not part of the model" for name in found.unexpected}
+        | {f"{name} has the wrong shape" for name in found.mismatched}
+        | {f"{name} cannot be converted" for name in found.unconverted}
+    )
+
+
+def _reason(error: Exception) -> str:
+    return f"{type(error).__name__}: {first_line(error)}"
+
+
+def _model_class(config: Any) -> Any:
+    import transformers
+
+    for name in config.architectures or ():
+        if hasattr(transformers, name):
+            return getattr(transformers, name)
+    found = compat.mapped_class(transformers.AutoModelForCausalLM, config)
+    if found is None:
+        raise LookupError(f"no causal language model of type {config.model_type}")
+    return found
+
+
+def _dtype(name: str) -> Any:
+    """A torch dtype of the same width: the loader moves values, it never looks at them."""
+    known = {
+        "BF16": torch.bfloat16,
+        "F16": torch.float16,
+        "F32": torch.float32,
+        "F64": torch.float64,
+    }
+    return known.get(name, torch.uint8)

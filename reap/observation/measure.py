@@ -1,0 +1,219 @@
+"""How the experts of one layer are run so that the norm of every expert output comes out too.
+
+`fused` hands the module's weights to `reap_kernels.moe_saliency`, which replaces the module's own
+forward. `slot_by_slot` leaves that forward alone and adds K extra forwards, each with one slot per
+token and a gate of one. That gives f(x) for any module that maps (hidden states, ids, gates) to a
+sum: slower, and right for all.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+import reap_kernels
+from reap.errors import ReapError
+from reap.model import compat
+from reap.model.compat import Layout
+
+FLOATS = (torch.bfloat16, torch.float16, torch.float32)
+# How far, relative to the exact output, ours may be off beyond 1.2 times the module's own error.
+SLACK = {torch.bfloat16: 1e-4, torch.float16: 1e-4, torch.float32: 1e-3}
+# How far the sum of gate times expert output may be off the module's own output.
+CONSISTENT = {torch.bfloat16: 3e-2, torch.float16: 1e-2, torch.float32: 1e-3}
+PROBE_ELEMENTS = 2048  # of the output are compared, of at most PROBE_TOKENS tokens
+PROBE_TOKENS = 8
+
+Forward = Callable[[Tensor, Tensor, Tensor], Tensor]  # hidden states, ids [T,K], gates [T,K]
+
+
+class Measured(NamedTuple):
+    out: Tensor  # the layer's output, shaped and typed as the module's own
+    norms: Tensor  # ||f(x)||_2 [T, K] fp32
+    peaks: Tensor  # max |f(x)| [T, K] fp32
+
+
+def why_not_fused(module: nn.Module, dtype: torch.dtype) -> str | None:
+    """Why `moe_saliency` cannot stand in for an experts module on the interface, in a few words."""
+    layout = compat.layout(module)
+    for name in weight_names(layout):
+        weight = getattr(module, name, None)
+        if not isinstance(weight, Tensor) or weight.dtype not in FLOATS:
+            return f"{name} is not a tensor of bfloat16, float16 or float32"
+        if weight.dtype != dtype:
+            return f"it is called with {dtype} and {name} is {weight.dtype}"
+    return "it has a norm after each expert" if layout.post_norm else None
+
+
+def weight_names(layout: Layout) -> tuple[str, ...]:
+    up = "gate_up_proj" if layout.gated else "up_proj"
+    return (up, "down_proj", f"{up}_bias", "down_proj_bias") if layout.biased else (up, "down_proj")
+
+
+def weights_of(module: nn.Module) -> list[Tensor]:
+    """The module's weights, then its biases if it has any. Read at every call: offloading swaps
+    them."""
+    return [getattr(module, name) for name in weight_names(compat.layout(module))]
+
+
+def fused(
+    weights: list[Tensor],
+    layout: Layout,
+    hidden: Tensor,
+    ids: Tensor,
+    gates: Tensor,
+    **options: Any,
+) -> Measured:
+    """`moe_saliency` of weights that lie as `layout` says; `options` are activation, backend and so
+    on."""
+    up, down, *biases = weights
+    gate_up_bias, down_bias = biases or (None, None)
+    return Measured(
+        *reap_kernels.moe_saliency(
+            hidden,
+            up,
+            down,
+            ids,
+            gates,
+            gate_up_bias=gate_up_bias,
+            down_bias=down_bias,
+            gated=layout.gated,
+            interleaved=layout.interleaved,
+            transposed=layout.transposed,
+            **options,
+        )
+    )
+
+
+def slot_by_slot(
+    forward: Forward,
+    hidden: Tensor,
+    ids: Tensor,
+    gates: Tensor,
+    experts: int,
+    out: Tensor | None = None,
+) -> Measured:
+    """The module's own output, and norms from its outputs for one slot at a time with gate one.
+
+    `out` is the output if it is known already. Nothing larger than that is held. Norms are of
+    outputs rounded to the model dtype; an id >= `experts` has norm 0. ReapError when the gated
+    outputs of the slots do not add up to the output.
+    """
+    if out is None:
+        out = forward(hidden, ids, gates)
+    one = torch.ones_like(gates[:, :1])
+    norms = torch.zeros(ids.shape, dtype=torch.float32, device=ids.device)
+    peaks = torch.zeros_like(norms)
+    total = torch.zeros_like(out.reshape(len(ids), -1), dtype=torch.float32)
+    for k in range(ids.shape[1]):
+        y = forward(hidden, ids[:, k : k + 1], one).reshape(total.shape).float()
+        total += gates[:, k : k + 1].float() * y
+        y = torch.where(ids[:, k : k + 1] < experts, y, 0)
+        norms[:, k] = torch.linalg.vector_norm(y, dim=1)
+        peaks[:, k] = y.abs().amax(dim=1)
+    check_sum(total, out.reshape(total.shape))
+    return Measured(out, norms, peaks)
+
+
+def check_sum(total: Tensor, out: Tensor) -> None:
+    """ReapError when `total`, the sum of gate times expert output, is not `out`, both [n,H]."""
+    scale = torch.linalg.vector_norm(out.float())
+    error = torch.linalg.vector_norm(total - out.float())
+    # A NaN is reported with its layer and expert by the statistics.
+    if torch.isfinite(error) and error > CONSISTENT.get(out.dtype, 3e-2) * scale + 1e-6:
+        raise ReapError(
+            "the gated outputs of its experts do not add up to its output "
+            f"(off by {error / scale:.1%})"
+        )
+
+
+def accurate(
+    module: nn.Module, forward: Forward, hidden: Tensor, ids: Tensor, gates: Tensor, **options: Any
+) -> bool:
+    """Whether `fused` is as close to the exact output as the module's own forward, on a few tokens.
+
+    This finds a module whose own forward does more than its flags say: computes in another dtype,
+    say. Exact means computed in fp64 (fp32 for 16-bit models), one expert at a time.
+    """
+    n = max(1, min(PROBE_TOKENS, len(ids), math.ceil(PROBE_ELEMENTS / hidden.shape[-1])))
+    hidden, ids, gates = hidden[:n], ids[:n], gates[:n]
+    wide = torch.float64 if hidden.dtype == torch.float32 else torch.float32
+    exact = torch.zeros(hidden.shape, dtype=wide, device=hidden.device)
+    weights, layout = weights_of(module), compat.layout(module)
+    for t, k in torch.nonzero(ids < len(weights[0])).tolist():
+        expert = int(ids[t, k])
+        one = [weight[expert : expert + 1].to(wide) for weight in weights]
+        slot = torch.zeros(1, 1, dtype=ids.dtype, device=ids.device)
+        unit = torch.ones(1, 1, dtype=wide, device=ids.device)
+        x = hidden[t : t + 1].to(wide)
+        y = fused(one, layout, x, slot, unit, **{**options, "backend": "reference"}).out
+        exact[t] += gates[t, k].to(wide) * y[0]
+
+    def error(out: Tensor) -> float:
+        return float(torch.linalg.vector_norm(out.to(wide) - exact))
+
+    scale = float(torch.linalg.vector_norm(exact))
+    if not math.isfinite(scale):
+        return True
+    own = error(forward(hidden, ids, gates))
+    ours = error(fused(weights, layout, hidden, ids, gates, **options).out)
+    return ours <= 1.2 * own + SLACK[hidden.dtype] * scale
+
+
+def activation_of(module: nn.Module) -> str | None:
+    """What the module applies between its projections, in `moe_saliency`'s words; None if unknown.
+
+    Found by numbers, not by names: the module's own gate is run on a grid that reaches beyond any
+    limit, and compared with every candidate. Limits and alphas are read off the module. In fp64,
+    since below -3 two ways to compute an exact gelu in fp32 differ by more than any tolerance here.
+    """
+    numbers = {
+        name: float(value)
+        for name, value in vars(module).items()
+        if isinstance(value, int | float) and not isinstance(value, bool)
+    }
+    limits = {v for name, v in numbers.items() if "limit" in name and v > 0}
+    alphas = {1.0} | {v for name, v in numbers.items() if "alpha" in name}
+    edges = [0.0, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 1000.0]
+    edges += [limit * f for limit in limits if limit < 1e4 for f in (0.5, 0.99, 1.01, 3.0)]
+    axis = torch.tensor(sorted({*edges, *(-edge for edge in edges)}), dtype=torch.float64)
+    gate, up = (x.flatten() for x in torch.meshgrid(axis, axis, indexing="ij"))
+
+    candidates = ["silu", "gelu", "gelu_tanh", "relu", "relu2"]
+    layout = compat.layout(module)
+    if layout.gated:
+        candidates += [
+            reap_kernels.swiglu_clamped(alpha, limit, offset)
+            for limit in sorted(limits)
+            for alpha in sorted(alphas)
+            for offset in (0.0, 1.0)
+        ]
+    grid = gate
+    if layout.gated:
+        parts = (gate, up)
+        grid = torch.stack(parts, 1).flatten() if layout.interleaved else torch.cat(parts)
+    try:
+        actual = compat.activation(module)(grid[None])[0]
+    except Exception:  # code of the model that we know nothing about: then it is of no known kind
+        return None
+    if actual.shape != gate.shape:
+        return None
+    for candidate in candidates:
+        expected = _apply(candidate, gate, up, layout.gated)
+        if torch.allclose(actual, expected, rtol=1e-5, atol=1e-5):
+            return candidate
+    return None
+
+
+def _apply(activation: str, gate: Tensor, up: Tensor, gated: bool) -> Tensor:
+    """`activation` of each grid point [N] by the library: one expert with identity weights."""
+    x = torch.stack((gate, up), 1) if gated else gate[:, None]
+    eye = torch.eye(x.shape[1], dtype=x.dtype)[None]
+    down = torch.ones(1, x.shape[1], 1, dtype=x.dtype)
+    ids, gates = torch.zeros(len(x), 1, dtype=torch.int64), torch.ones(len(x), 1)
+    options: dict[str, Any] = {"activation": activation, "gated": gated, "backend": "reference"}
+    return reap_kernels.moe_saliency(x, eye, down, ids, gates, **options).out[:, 0]

@@ -1,0 +1,254 @@
+"""Observing a model: statistics of every expert while any forward loop runs.
+
+transformers looks up the forward of an experts module in a registry, by a name in the module's
+configuration. `observe` registers one function, sets the name, and puts everything back.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import reap_kernels
+from reap.errors import ReapError
+from reap.model import compat
+from reap.model.experts import Experts, find_experts
+from reap.model.identity import describe
+from reap.observation.hooks import install_hooks
+from reap.observation.layers import Layer
+from reap.observation.measure import Measured
+from reap.observation.padding import Padding
+from reap.statistics.stats import Statistics
+
+log = logging.getLogger("reap")
+
+NAME = "reap"  # of the function in transformers' registry
+
+
+@dataclass
+class _Patch:
+    """A configuration whose experts implementation was replaced, by `users` observed modules."""
+
+    config: Any
+    before: Any
+    users: int = 0
+
+
+_lock = threading.Lock()  # two threads may observe two models
+_layers: weakref.WeakKeyDictionary[nn.Module, Layer] = weakref.WeakKeyDictionary()
+_patches: dict[int, _Patch] = {}  # by id of the configuration, which models may share
+
+
+@contextmanager
+def observe(
+    model: nn.Module,
+    *,
+    gates: str = "applied",
+    pairs: bool = False,
+    backend: str = "auto",
+    deterministic: bool = False,
+) -> Iterator[Statistics]:
+    """Collect the statistics of every expert of `model` while it is called inside the `with`.
+
+        with reap.observe(model) as stats:
+            for batch in batches:
+                model(**batch)
+
+    gates: "applied" (the weight that the model multiplies with) or "renormalized" (divided by the
+    token's sum). pairs: also statistics of pairs of experts, [E,E] per layer. backend and
+    deterministic go to `reap_kernels.moe_saliency`. `with stats.domain("code"):` separates domains.
+
+    Outputs equal the unobserved model's up to rounding. They carry no gradient: this is inference.
+    Padding, read from the 2-D `attention_mask` of the call, is not counted. Experts that
+    `moe_saliency` cannot stand in for run as before, with K extra forwards for their statistics (in
+    a ModuleList a few); the log says so once. The model is put back exactly, also after an
+    exception; a compiled model runs uncompiled inside the `with`. Layers recomputed by gradient
+    checkpointing count once.
+
+    ReapError, before any forward: no transformers model, no MoE layers, experts that cannot be
+    observed, a model that is being observed, an unknown or unavailable backend. ReapError, in a
+    forward: autocast, no weights (the meta device), padding that cannot be lined up with the
+    experts' tokens, a NaN or infinite norm (on a GPU this one comes at the end).
+    """
+    check_backend(backend)
+    compat.require(compat.OBSERVING)
+    found = find_experts(model)
+    for experts in found:
+        _check_not_split(experts)
+    stats = Statistics(describe(model), gates=gates, pairs=pairs)
+    observation = _Observation(stats, {"backend": backend, "deterministic": deterministic})
+    with ExitStack() as undo:
+        observation.install(model, found, undo)
+        yield stats
+        stats.check()
+        observation.report_unused()
+
+
+class _Observation:
+    """What the layers of one observed model share."""
+
+    def __init__(self, stats: Statistics, options: dict[str, Any]) -> None:
+        self.stats = stats
+        self.options = options
+        self.padding = Padding()
+        self._recording = threading.Lock()  # threads may call one model
+        self._called: set[str] = set()
+        self._verdicts: dict[Any, str | None] = {}
+        self._said: set[str] = set()
+
+    def install(self, model: nn.Module, found: list[Experts], undo: ExitStack) -> None:
+        if compat.is_compiled(model) or any(experts.kind != "interface" for experts in found):
+            undo.enter_context(_uncompiled())
+        with _lock:
+            for experts in found:
+                if experts.module in _layers:
+                    raise ReapError(
+                        f"layer {experts.name} is being observed already: end that observe first"
+                    )
+            for experts in found:
+                undo.callback(_layers.pop, experts.module, None)
+                layer = Layer(
+                    experts, self.stats.model.layer(experts.name), self, _own_forward(experts)
+                )
+                _layers[experts.module] = layer
+                if experts.kind == "interface":
+                    _patch(experts.module.config, undo)
+                else:
+                    install_hooks(layer, undo)
+        self.padding.install(_holders(model, found), undo)
+
+    def record(self, layer: str, ids: Tensor, gates: Tensor, measured: Measured) -> None:
+        if compat.in_backward():  # recomputed, and counted before
+            return
+        self._called.add(layer)
+        real = self.padding.real(len(ids), ids.device)
+        # Statistics outlive an inference mode that the model may be called in.
+        with self._recording, torch.inference_mode(False), torch.no_grad():
+            self.stats.update(layer, ids, gates, measured.norms, measured.peaks, real)
+
+    def verdict(self, key: Any, decide: Callable[[], str | None]) -> str | None:
+        if key not in self._verdicts:
+            self._verdicts[key] = decide()
+        return self._verdicts[key]
+
+    def say_once(self, message: str) -> None:
+        if message not in self._said:
+            self._said.add(message)
+            log.warning(message)
+
+    def report_unused(self) -> None:
+        unused = [name for name in self.stats.layers if name not in self._called]
+        if unused:
+            log.warning("%d MoE layers were never called, such as %s", len(unused), unused[0])
+
+
+@torch.compiler.disable
+def _observed_forward(
+    self: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
+) -> Tensor:
+    """The function in transformers' registry."""
+    layer = _layers.get(self)
+    if layer is not None:
+        return layer.forward(hidden_states, top_k_index, top_k_weights)
+    # Not observed, but of a model that shares its configuration with one that is.
+    patch = _patches.get(id(self.config))
+    if patch is None:
+        raise ReapError(
+            f"{type(self).__name__} is in a copy of a model that was made while it was observed: "
+            "copy the model before or after"
+        )
+    own = compat.experts_forward(self, patch.before)
+    return own(hidden_states, top_k_index, top_k_weights)
+
+
+def _own_forward(experts: Experts) -> Callable[..., Tensor]:
+    """The forward that the module has without us, bound; resolved at every call."""
+    module = experts.module
+
+    def own(*args: Tensor) -> Tensor:
+        return compat.experts_forward(module, _patches[id(module.config)].before)(*args)
+
+    def direct(hidden: Tensor, ids: Tensor, gates: Tensor) -> Tensor:
+        if ids.shape[1] == 1:  # some modules squeeze it away: a second slot with gate zero
+            ids, gates = ids.expand(-1, 2), torch.cat([gates, torch.zeros_like(gates)], 1)
+        return module.forward(hidden, ids, gates)
+
+    return own if experts.kind == "interface" else direct
+
+
+def _patch(config: Any, undo: ExitStack) -> None:
+    """Make `config` ask for our function, until the last of its users is undone."""
+    key = compat.EXPERTS_KEY
+    patch = _patches.setdefault(id(config), _Patch(config, vars(config).get(key)))
+    undo.callback(_unpatch, patch)
+    patch.users += 1
+    compat.experts_functions()[NAME] = _observed_forward
+    vars(config)[key] = NAME
+
+
+def _unpatch(patch: _Patch) -> None:
+    with _lock:
+        patch.users -= 1
+        if patch.users > 0:
+            return
+        vars(patch.config)[compat.EXPERTS_KEY] = patch.before
+        del _patches[id(patch.config)]
+        if not _patches:
+            del compat.experts_functions()[NAME]
+
+
+_eager: list[Any] = []  # the compiler's stance, once for every `with` that needs it
+
+
+@contextmanager
+def _uncompiled() -> Iterator[None]:
+    """Compiled models run as they are written: compiled code misses hooks that came after it."""
+    with _lock:
+        # Threads may leave in any order: the first to enter sets the stance, the last resets it.
+        _eager.append(_eager[0] if _eager else torch.compiler.set_stance("force_eager"))
+    try:
+        yield
+    finally:
+        with _lock:
+            stance = _eager.pop()
+            if not _eager:
+                stance.__exit__(None, None, None)
+
+
+def _holders(model: nn.Module, found: list[Experts]) -> list[nn.Module]:
+    """The transformers models in `model` that contain observed experts, outermost first."""
+    from transformers import PreTrainedModel
+
+    observed = {id(experts.module) for experts in found}
+    return [
+        module
+        for module in model.modules()
+        if isinstance(module, PreTrainedModel)
+        and any(id(child) in observed for child in module.modules())
+    ]
+
+
+def check_backend(backend: str) -> None:
+    """ReapError for a backend that is unknown, or not available on this machine."""
+    known = reap_kernels.backends()
+    if backend != "auto" and backend not in known:
+        raise ReapError(f"backend is {backend!r}: it must be auto or one of {', '.join(known)}")
+    if backend != "auto" and known[backend]:
+        raise ReapError(f"backend {backend} is not available here: {known[backend]}")
+
+
+def _check_not_split(experts: Experts) -> None:
+    """ReapError for experts of which this process holds a part."""
+    if compat.is_split(experts.module):
+        raise ReapError(
+            f"{type(experts.module).__name__} ({experts.name}) is split over processes: load the "
+            "model without tensor or expert parallelism and give each process its share of the data"
+        )

@@ -1,0 +1,1 @@
+"""Statistics to scores, scores to a plan: which experts stay."""

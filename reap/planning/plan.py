@@ -1,0 +1,358 @@
+"""Which experts stay: scores -> Plan, safe by construction and frozen as JSON."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from decimal import Decimal
+from fractions import Fraction
+from os import PathLike
+from pathlib import Path
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
+
+from reap.errors import ReapError
+from reap.files.atomic import write_file
+from reap.files.safefile import parse_json, read_json
+from reap.model.info import LayerInfo, ModelInfo
+
+if TYPE_CHECKING:
+    from reap.statistics.stats import Statistics
+
+FORMAT = "reap-plan"
+VERSION = 1
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The experts that stay in every MoE layer of `model`.
+
+    `kept` maps every layer's name to ascending expert ids. `options` says how the number was asked
+    for, `calibration` where the scores come from; both are free-form JSON. ReapError on creation
+    when the layers are not the model's, ids are not ascending and in range, or a router could no
+    longer pick its top_k from what is kept.
+    """
+
+    model: ModelInfo
+    criterion: str
+    seed: int
+    kept: Mapping[str, tuple[int, ...]]
+    options: Mapping[str, Any] = field(default_factory=dict)
+    calibration: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.options.get("ratio") is not None:
+            _share(self.options["ratio"])
+        names = [layer.name for layer in self.model.layers]
+        if set(self.kept) != set(names):
+            odd = sorted(set(self.kept) ^ set(names))[0]
+            where = "the model but not the plan" if odd in names else "the plan but not the model"
+            raise ReapError(f"a plan must cover the model's MoE layers: {odd!r} is in {where}")
+        for layer in self.model.layers:
+            _check_kept(layer, self.kept[layer.name])
+        kept = {name: tuple(self.kept[name]) for name in names}
+        object.__setattr__(self, "kept", MappingProxyType(kept))
+
+    @property
+    def dropped(self) -> Mapping[str, tuple[int, ...]]:
+        """The experts that go, ascending, by layer."""
+        return {layer.name: _others(layer, self.kept[layer.name]) for layer in self.model.layers}
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What a careful reader would say about this plan, one line each."""
+        notes = []
+        ratio = self.options.get("ratio")
+        share = None if ratio is None else _share(ratio)
+        counts = {(layer.num_experts, len(self.kept[layer.name])) for layer in self.model.layers}
+        for experts, kept in sorted(counts):
+            if share is not None and experts - kept != math.floor(experts * share):
+                notes.append(
+                    f"drops {experts - kept} of {experts} experts per layer, not "
+                    f"{math.floor(experts * share)}: the number kept was rounded up"
+                )
+            notes.extend(filter(None, [_split_note(experts, kept)]))
+        return tuple(notes)
+
+    def to_json(self) -> str:
+        """The plan as JSON text."""
+        dropped = self.dropped
+        layers = {
+            name: {"kept": list(kept), "dropped": list(dropped[name])}
+            for name, kept in self.kept.items()
+        }
+        about = {
+            "format": FORMAT,
+            "version": VERSION,
+            "model": self.model.to_json(),
+            "criterion": self.criterion,
+            "seed": self.seed,
+            "layers": layers,
+            "options": dict(self.options),
+            "calibration": dict(self.calibration),
+        }
+        return json.dumps(about, indent=1) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> Plan:
+        """The inverse of `to_json`. ReapError for anything else."""
+        return cls._from_object(parse_json(text.encode(), "the plan"), "the plan")
+
+    def save(self, path: str | PathLike[str], *, overwrite: bool = False) -> None:
+        """Write `to_json`, whole or not at all. ReapError if `path` exists or cannot be written."""
+        write_file(path, self.to_json().encode(), overwrite=overwrite)
+
+    @classmethod
+    def load(cls, path: str | PathLike[str]) -> Plan:
+        """Read what `save` wrote. ReapError for anything else."""
+        return cls._from_object(read_json(Path(path)), str(path))
+
+    @classmethod
+    def _from_object(cls, data: dict[str, Any], where: str) -> Plan:
+        if data.get("format") != FORMAT:
+            raise ReapError(f"{where} is no plan: its format is {data.get('format')!r}")
+        if data.get("version") != VERSION:
+            raise ReapError(
+                f"{where} has version {data.get('version')!r}: this program reads version {VERSION}"
+            )
+        kinds = {"criterion": str, "seed": int, "layers": dict}
+        for name, kind in {**kinds, "options": dict, "calibration": dict}.items():
+            if type(data.get(name)) is not kind:
+                raise ReapError(f"{where}: field {name!r} must be a JSON {kind.__name__}")
+        kept = {}
+        for name, entry in data["layers"].items():
+            if not isinstance(entry, dict) or set(entry) != {"kept", "dropped"}:
+                raise ReapError(f"{where}: layer {name!r} must have exactly kept and dropped")
+            if not isinstance(entry["kept"], list):
+                raise ReapError(f"{where}: layer {name!r}: kept must be a list of expert ids")
+            kept[name] = tuple(entry["kept"])
+        try:
+            plan = cls(
+                model=ModelInfo.from_json(data.get("model")),
+                criterion=data["criterion"],
+                seed=data["seed"],
+                kept=kept,
+                options=data["options"],
+                calibration=data["calibration"],
+            )
+        except ReapError as error:
+            raise ReapError(f"{where}: {error}") from error
+        for layer in plan.model.layers:
+            kept_ids, dropped = plan.kept[layer.name], data["layers"][layer.name]["dropped"]
+            # Lengths first: a short file must not make a long list.
+            lengths_fit = isinstance(dropped, list) and (
+                len(kept_ids) + len(dropped) == layer.num_experts
+            )
+            if not lengths_fit or dropped != list(_others(layer, kept_ids)):
+                raise ReapError(f"{where}: layer {layer.name!r}: dropped is not the rest of kept")
+        return plan
+
+
+def make_plan(
+    stats: Statistics,
+    criterion: str = "reap",
+    *,
+    ratio: float | str | Fraction | Decimal | None = None,
+    keep: int | None = None,
+    multiple_of: int = 1,
+    protect_super_experts: bool = False,
+    seed: int = 0,
+) -> Plan:
+    """Keep the experts with the highest scores in every layer; of equals the lower id stays.
+
+    Exactly one of `ratio` (floor(E * ratio) experts go, in decimal: 100 * 0.29 is 29) and `keep`
+    (experts per layer) says how many. The number kept is rounded up to a multiple of `multiple_of`;
+    with `ratio` also to a multiple of the router's groups, which all lose the same number. Super
+    experts (`saliency.super_experts`) stay when protected.
+
+    ReapError, naming the nearest ratio that works, when a layer's router could not pick its top_k,
+    the rounding exceeds E, groups do not divide `keep`, or more experts are protected than kept.
+    """
+    from reap.planning.criteria import rank, saliency, super_experts
+
+    if (ratio is None) == (keep is None):
+        raise ReapError("say how much to prune with exactly one of ratio and keep")
+    share = None if ratio is None else _share(ratio)
+    _check_whole(keep=keep, multiple_of=multiple_of)
+    if type(seed) is not int:
+        raise ReapError(f"seed is {seed!r}: it must be a whole number")
+    layers = stats.model.layers
+    counts = [_kept_count(layer, share, keep, multiple_of) for layer in layers]
+    protected = super_experts(stats) if protect_super_experts else {}
+    scores = saliency(stats, criterion, seed=seed)
+    kept = {}
+    for layer, count in zip(layers, counts, strict=True):
+        try:
+            ranked = rank(scores[layer.name])
+        except ReapError as error:
+            raise ReapError(f"layer {layer.name}: {error}") from error
+        kept[layer.name] = _select(layer, ranked, count, protected.get(layer.name, ()))
+    return Plan(
+        model=stats.model,
+        criterion=criterion,
+        seed=seed,
+        kept=kept,
+        options={
+            "ratio": None if ratio is None else str(ratio),
+            "keep": keep,
+            "multiple_of": multiple_of,
+            "protect_super_experts": protect_super_experts,
+            "protected": {name: list(experts) for name, experts in protected.items()},
+        },
+        calibration={
+            "tokens": stats.tokens,
+            "domains": stats.domain_tokens,
+            "gates": stats.gates,
+            "data": stats.data,
+            "statistics": stats.digest(),
+            "versions": stats.versions,
+        },
+    )
+
+
+def _check_whole(**numbers: int | None) -> None:
+    for name, number in numbers.items():
+        if number is not None and (type(number) is not int or number < 1):
+            raise ReapError(f"{name} is {number!r}: it must be a whole number of 1 or more")
+
+
+def _share(ratio: float | str | Fraction | Decimal) -> Fraction:
+    """The ratio as its shortest decimal text reads, not as its nearest binary fraction."""
+    # A bounded exponent: the plan file of a stranger must not cost a billion digits.
+    text = str(ratio)
+    if re.fullmatch(
+        r"\d{1,40}/0*[1-9]\d{0,39}|(\d{1,40}|\d{0,40}\.\d{1,40})(e-?\d\d?)?", text, re.I
+    ):
+        share = Fraction(text)
+        if share < 1:
+            return share
+    raise ReapError(f"ratio is {text[:40]}: it must be a number of at least 0 and less than 1")
+
+
+def _kept_count(
+    layer: LayerInfo, share: Fraction | None, keep: int | None, multiple_of: int
+) -> int:
+    """How many experts of this layer stay, from exactly one of `share` to drop and `keep`."""
+    E = layer.num_experts
+    wanted = keep or 0
+    step = multiple_of
+    if share is not None:
+        wanted = E - math.floor(E * share)
+        step = math.lcm(multiple_of, layer.n_group)
+    count = -(-wanted // step) * step
+    fault = _count_fault(layer, count)
+    if fault is None:
+        return count
+    allowed = [n for n in range(multiple_of, E + 1, multiple_of) if not _count_fault(layer, n)]
+    if not allowed:
+        raise ReapError(f"layer {layer.name}: no multiple of {multiple_of} works for {E} experts")
+    nearest = min(allowed, key=lambda n: (abs(n - wanted), -n))
+    rounded = f", {wanted} rounded up to a multiple of {step}" if count != wanted else ""
+    raise ReapError(
+        f"layer {layer.name}: cannot keep {count} of {E} experts{rounded}: {fault}; "
+        f"the nearest that works is keep {nearest} or ratio {_ratio_text(E - nearest, E)}"
+    )
+
+
+def _count_fault(layer: LayerInfo, count: int) -> str | None:
+    """Why this many survivors would break the layer's router, or None."""
+    if count > layer.num_experts:
+        return "there are not that many"
+    if count < layer.top_k:
+        return f"its router picks {layer.top_k} per token"
+    if count % layer.n_group:
+        return f"its {layer.n_group} router groups must keep equal numbers"
+    per_group = count // layer.n_group
+    if per_group < layer.min_per_group:
+        return f"a router group needs {layer.min_per_group} experts, it would keep {per_group}"
+    if layer.topk_group * per_group < layer.top_k:
+        return (
+            f"its router picks {layer.top_k} from {layer.topk_group} groups, "
+            f"which would hold {layer.topk_group * per_group}"
+        )
+    return None
+
+
+def _select(
+    layer: LayerInfo, ranked: list[int], count: int, protected: Iterable[int]
+) -> tuple[int, ...]:
+    """The protected experts, then the best, equally many from each router group. Ascending."""
+    size = layer.num_experts // layer.n_group
+    per_group = count // layer.n_group
+    stays = set(protected)
+    order = [e for e in ranked if e in stays] + [e for e in ranked if e not in stays]
+    kept: list[int] = []
+    for group in range(layer.n_group):
+        members = [expert for expert in order if expert // size == group]
+        needed = sum(expert in stays for expert in members)
+        if needed > per_group:
+            least = needed * layer.n_group
+            raise ReapError(
+                f"layer {layer.name}: {needed} super experts are protected where {per_group} "
+                f"experts stay: keep at least {least}, a ratio of "
+                f"{_ratio_text(layer.num_experts - least, layer.num_experts)}, or protect none"
+            )
+        kept.extend(members[:per_group])
+    return tuple(sorted(kept))
+
+
+def _ratio_text(dropped: int, experts: int) -> str:
+    """The shortest decimal ratio that drops exactly this many."""
+    for digits in range(1, 20):
+        scale = 10**digits
+        text = str(Decimal(-(-dropped * scale // experts)) / scale)
+        if math.floor(experts * Fraction(text)) == dropped:
+            return text
+    raise AssertionError(f"no decimal between {dropped}/{experts} and the next count")
+
+
+def _others(layer: LayerInfo, kept: Iterable[int]) -> tuple[int, ...]:
+    stays = set(kept)
+    return tuple(expert for expert in range(layer.num_experts) if expert not in stays)
+
+
+def _check_kept(layer: LayerInfo, kept: Iterable[int]) -> None:
+    ids = list(kept)
+    for expert in ids:
+        if type(expert) is not int or not 0 <= expert < layer.num_experts:
+            raise ReapError(
+                f"layer {layer.name}: kept expert {expert!r} must be an id from 0 to "
+                f"{layer.num_experts - 1}"
+            )
+    if any(a >= b for a, b in zip(ids, ids[1:], strict=False)):
+        raise ReapError(f"layer {layer.name}: kept experts must ascend without repeats")
+    fault = _count_fault(layer, len(ids))
+    if fault:
+        raise ReapError(f"layer {layer.name}: cannot keep {len(ids)} experts: {fault}")
+    size = layer.num_experts // layer.n_group
+    held = Counter(expert // size for expert in ids)
+    for group in range(layer.n_group):
+        if held[group] * layer.n_group != len(ids):
+            raise ReapError(
+                f"layer {layer.name}: router group {group} keeps {held[group]} experts: "
+                f"all {layer.n_group} groups must keep {len(ids) // layer.n_group}"
+            )
+
+
+def _split_note(experts: int, kept: int) -> str | None:
+    """What a server that spreads experts evenly over ranks loses by this count, or None."""
+    if kept == experts or kept & (kept - 1) == 0:
+        return None  # as before, or a power of two
+    ways = min(8, experts & -experts)  # ranks, a power of two, that could share the experts before
+    left = kept & -kept
+    if left >= ways:
+        return None
+    better = math.ceil(kept / ways) * ways
+    hint = f"; try --multiple-of {ways}, which keeps {better}"
+    if kept > 2 and all(kept % d for d in range(2, math.isqrt(kept) + 1)):
+        return f"kept {kept} per layer is prime: cannot be split over expert-parallel ranks{hint}"
+    if left == 1:
+        return f"kept {kept} per layer is odd: cannot be split over 2 expert-parallel ranks{hint}"
+    return (
+        f"kept {kept} per layer splits over {left} expert-parallel ranks, "
+        f"{experts} did over {ways}{hint}"
+    )

@@ -1,0 +1,1 @@
+"""Loops over text: calibrate and evaluate."""

@@ -1,0 +1,92 @@
+"""The loop: batches through a model, statistics out."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from reap.errors import ReapError
+from reap.model import compat
+from reap.model.experts import pretrained
+from reap.observation.patch import observe
+from reap.statistics.stats import Statistics
+from reap.text.batching import Batch, Batches, check_ids
+
+
+def calibrate(
+    model: nn.Module,
+    batches: Iterable[Batch],
+    *,
+    gates: str = "applied",
+    pairs: bool = False,
+    backend: str = "auto",
+    deterministic: bool = False,
+    progress: Callable[[int], None] | None = None,
+) -> Statistics:
+    """Run `batches` through `model` and return the statistics of its experts, by domain.
+
+    A batch has input_ids and attention_mask, both [B,L] int64, domain (str) and tokens (int, the
+    padding left out); of `reap.batches` the statistics also record which text it was. The
+    language-model head does not run: nothing here needs logits. `progress` is called after each
+    batch with its number of tokens. The other options are those of `observe`, and so are the
+    errors; ReapError also for batches without a single token, and for a token that the model does
+    not embed. The model is in eval mode meanwhile, and left as it was found, whatever happens.
+    """
+    base = pretrained(model).base_model
+    options = {"use_cache": False} if _takes_use_cache(base) else {}
+    device = _input_device(base)
+    with (
+        observe(
+            model, gates=gates, pairs=pairs, backend=backend, deterministic=deterministic
+        ) as stats,
+        _eval_mode(model),
+        torch.inference_mode(),
+    ):
+        for batch in batches:
+            check_ids(base, batch)
+            # Without padding no mask is the same, and lets attention take its causal fast path.
+            padded = not bool(batch.attention_mask.all())
+            mask = batch.attention_mask.to(device) if padded else None
+            with stats.domain(batch.domain):
+                base(input_ids=batch.input_ids.to(device), attention_mask=mask, **options)
+            if progress is not None:
+                progress(batch.tokens)
+    if isinstance(batches, Batches):
+        stats.data.append(batches.describe())
+    if stats.tokens == 0:
+        raise ReapError("the calibration data has no tokens: nothing was observed")
+    return stats
+
+
+def _takes_use_cache(model: nn.Module) -> bool:
+    parameters = inspect.signature(type(model).forward).parameters
+    return "use_cache" in parameters or any(
+        p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values()
+    )
+
+
+def _input_device(model: Any) -> torch.device:
+    """Where token ids go. Offloaded embeddings are on "meta" and fetch their inputs themselves."""
+    embeddings = model.get_input_embeddings()
+    device = embeddings.weight.device
+    if device.type != "meta":
+        return device
+    if not compat.is_offloaded(embeddings):
+        raise ReapError(f"{type(model).__name__} is on the meta device: load the model's weights")
+    return torch.device("cpu")
+
+
+@contextmanager
+def _eval_mode(model: nn.Module) -> Iterator[None]:
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True

@@ -1,0 +1,1 @@
+"""Exact sums, per layer and per model, and their file."""

@@ -1,0 +1,372 @@
+"""Sufficient statistics of one MoE layer, per expert, as exact sums.
+
+    S_j = 1/|X_j| * sum over x in X_j of g_j(x) * ||f_j(x)||      (arXiv 2510.13999, eq. 9)
+
+needs `weighted_sum` and `count`; the other fields serve the other criteria and their standard
+errors. g is the gate of a slot, n = ||f(x)|| its norm. Each addend is computed in fp64: n, n*n and
+the applied g*n are exact for fp32 inputs, (g*n)**2 and renormalised gates are rounded once, on
+their own. The sums of these addends are exact, so every order and every partition of the tokens
+gives the same bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from reap.errors import ReapError
+from reap.statistics.exact import ExactSum, in_range
+from reap_kernels import triton
+
+SUMS = ("gate_sum", "norm_sum", "norm_sq_sum", "weighted_sum", "weighted_sq_sum")
+GATES = ("applied", "renormalized")
+# Slots at a time. On a CPU few enough for torch to stay on one thread: beside a model's own
+# threads, waking others costs more than the sum. On a device few enough to bound temporaries.
+_CPU_SLOTS = 6_400
+_DEVICE_SLOTS = 1 << 20
+
+
+class LayerStatistics:
+    """Counts and exact sums over the slots of one MoE layer, per expert.
+
+    Read as properties, on the CPU: `tokens` int; `count` [E] int64; `gate_sum` (of g), `norm_sum`
+    (n), `norm_sq_sum` (n^2), `weighted_sum` (g*n), `weighted_sq_sum` ((g*n)^2), each [E] fp64 and
+    rounded once; `peak` [E] fp32, the largest max |f(x)|. With `pairs`, over the unordered pairs of
+    slots of one token that chose two different experts: `coselected` [E,E] int64 and `coweighted`
+    [E,E] fp64 (g_i n_i g_j n_j), symmetric; their diagonals are `count` and `weighted_sq_sum`.
+    Without: None.
+
+    Memory: 840 bytes per expert; `pairs` adds 168 bytes per pair of experts, E*(E-1)/2 of them
+    (1.4 MB at E = 128, 22 MB at E = 512).
+    """
+
+    def __init__(
+        self,
+        num_experts: int,
+        *,
+        name: str = "",
+        gates: str = "applied",
+        pairs: bool = False,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        check_gates(gates)
+        self.num_experts = num_experts
+        self.name = name
+        self.gates = gates
+        self.device = torch.device(device)
+        E = num_experts
+        self._tokens = torch.zeros(1, dtype=torch.int64, device=device)
+        self._count = torch.zeros(E, dtype=torch.int64, device=device)
+        self._peak = torch.zeros(E, dtype=torch.float32, device=device)
+        self._sums = ExactSum(len(SUMS) * E, device)  # [5*E], one quantity after another
+        self._pair_count = self._pair_sums = None
+        if pairs:
+            self._pair_count = torch.zeros(E * (E - 1) // 2, dtype=torch.int64, device=device)
+            self._pair_sums = ExactSum(E * (E - 1) // 2, device)
+        # Slots per expert that cannot be summed, then slots with a negative id. Kept on the device,
+        # so that a GPU need not stop at every layer; `check` turns them into an error.
+        self._faults = torch.zeros(E + 1, dtype=torch.int64, device=device)
+        self._fused = self.device.type == "cuda" and triton.available() is None
+
+    @property
+    def pairs(self) -> bool:
+        return self._pair_sums is not None
+
+    @torch.no_grad()
+    def update(
+        self,
+        top_k_index: Tensor,  # [T,K] int64
+        top_k_weights: Tensor,  # [T,K] float
+        norms: Tensor,  # [T,K] fp32
+        peaks: Tensor,  # [T,K] fp32
+        mask: Tensor | None = None,  # [T] bool, True: count this token
+    ) -> None:
+        """Add the slots of T tokens.
+
+        Slots with an id >= E (expert parallelism's sentinel) or a gate of zero (phantom slots) are
+        left out. With gates="renormalized" a gate is the weight divided by the sum over the token's
+        K slots; a token whose weights sum to zero contributes nothing but its count in `tokens`.
+
+        ReapError for wrong shapes or dtypes, and for a gate, norm or peak that is NaN, infinite or
+        too large (g*n >= 2**144): at once on a CPU, at the next read or `check` on other devices.
+        """
+        self._check_arguments(top_k_index, top_k_weights, norms, peaks, mask)
+        tokens, K = top_k_index.shape
+        if self._fused:
+            self._launch(top_k_index, top_k_weights, norms, peaks, mask)
+            return
+        if mask is None:
+            mask = torch.ones(tokens, dtype=torch.bool, device=top_k_index.device)
+        rows = max(1, (_CPU_SLOTS if self.device.type == "cpu" else _DEVICE_SLOTS) // max(1, K))
+        columns = (top_k_index, top_k_weights, norms, peaks, mask)
+        for piece in zip(*(column.to(self.device).split(rows) for column in columns), strict=True):
+            self._add(*piece)
+        if self.device.type == "cpu":
+            self.check()
+
+    def check(self) -> None:
+        """ReapError naming the layer and the expert if a slot so far could not be summed."""
+        faults = self._faults.tolist()
+        if faults[-1]:
+            raise ReapError(
+                f"layer {self.name}: {faults[-1]} slots have a negative expert id: "
+                "the router is broken"
+            )
+        for expert, slots in enumerate(faults):
+            if slots:
+                raise ReapError(
+                    f"layer {self.name}, expert {expert}: norm, peak or gate is NaN, infinite, "
+                    f"negative or too large in {slots} slots: check the model's weights and dtype"
+                )
+
+    @property
+    def tokens(self) -> int:
+        self.check()
+        return int(self._tokens)
+
+    @property
+    def count(self) -> Tensor:
+        self.check()
+        return self._count.cpu().clone()
+
+    @property
+    def peak(self) -> Tensor:
+        self.check()
+        return self._peak.cpu().clone()
+
+    @property
+    def gate_sum(self) -> Tensor:
+        return self._read("gate_sum")
+
+    @property
+    def norm_sum(self) -> Tensor:
+        return self._read("norm_sum")
+
+    @property
+    def norm_sq_sum(self) -> Tensor:
+        return self._read("norm_sq_sum")
+
+    @property
+    def weighted_sum(self) -> Tensor:
+        return self._read("weighted_sum")
+
+    @property
+    def weighted_sq_sum(self) -> Tensor:
+        return self._read("weighted_sq_sum")
+
+    @property
+    def coselected(self) -> Tensor | None:
+        return (
+            None if self._pair_count is None else self._square(self._pair_count.cpu(), self.count)
+        )
+
+    @property
+    def coweighted(self) -> Tensor | None:
+        if self._pair_sums is None:
+            return None
+        return self._square(self._pair_sums.read(), self.weighted_sq_sum)
+
+    def exact(self, field: str) -> list[int]:
+        """The E sums of `field`, one of SUMS, as integers in units of 2**-320: nothing rounded."""
+        self.check()
+        return self._sums.integers(self._cells(field))
+
+    def __add__(self, other: LayerStatistics) -> LayerStatistics:
+        """The statistics of both, on the CPU. ReapError when they differ in layer or kind."""
+        for field in ("name", "num_experts", "gates", "pairs"):
+            mine, theirs = getattr(self, field), getattr(other, field)
+            if mine != theirs:
+                raise ReapError(f"cannot add layer statistics: {field} {mine!r} against {theirs!r}")
+        total = LayerStatistics(
+            self.num_experts, name=self.name, gates=self.gates, pairs=self.pairs
+        )
+        for part in (self, other):
+            total._merge(part)
+        return total
+
+    def __eq__(self, other: object) -> bool:
+        """Whether both are of the same layer and kind and every exact sum is the same."""
+        if not isinstance(other, LayerStatistics):
+            return NotImplemented
+        kind = (self.name, self.num_experts, self.gates)
+        mine, theirs = self.tensors(), other.tensors()
+        return (
+            kind == (other.name, other.num_experts, other.gates)
+            and mine.keys() == theirs.keys()
+            and all(torch.equal(mine[field], theirs[field]) for field in mine)
+        )
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The whole state, exact and canonical, as CPU tensors: what a file stores.
+
+        "tokens" [1], "count" [E], "pair_count" [E*(E-1)/2] int64; "peak" [E] fp32; each of SUMS
+        [E,20] and "pair_sums" [E*(E-1)/2, 20] int32, a row being one little-endian two's complement
+        integer in units of 2**-320. The pair of experts i < j is at j*(j-1)/2 + i.
+        """
+        self.check()
+        state = {"tokens": self._tokens.cpu(), "count": self.count, "peak": self.peak}
+        state.update(zip(SUMS, self._sums.canonical().split(self.num_experts), strict=True))
+        if self._pair_count is not None and self._pair_sums is not None:
+            state["pair_count"] = self._pair_count.cpu()
+            state["pair_sums"] = self._pair_sums.canonical()
+        return {field: tensor.clone() for field, tensor in state.items()}
+
+    @classmethod
+    def from_tensors(cls, state: Mapping[str, Tensor], *, name: str, gates: str) -> LayerStatistics:
+        """The inverse of `tensors`, for a state that has been validated."""
+        self = cls(len(state["count"]), name=name, gates=gates, pairs="pair_sums" in state)
+        self._tokens = state["tokens"].clone()
+        self._count = state["count"].clone()
+        self._peak = state["peak"].clone()
+        self._sums = ExactSum.from_canonical(torch.cat([state[field] for field in SUMS]))
+        if self.pairs:
+            self._pair_count = state["pair_count"].clone()
+            self._pair_sums = ExactSum.from_canonical(state["pair_sums"])
+        return self
+
+    def _add(
+        self, expert: Tensor, weights: Tensor, norms: Tensor, peak: Tensor, mask: Tensor
+    ) -> None:
+        """Add the slots of a few tokens: [T,K] four times and [T], on this device."""
+        expert, peak = expert.long(), peak.float()
+        gate, norm = self._gate(weights.double()), norms.double()
+        self._tokens += mask.sum()
+        counted = mask[:, None] & (expert < self.num_experts) & (gate != 0)  # [T,K] bool
+
+        weighted = gate * norm
+        # In the order of SUMS, [5,T,K] fp64
+        values = torch.stack([gate, norm, norm * norm, weighted, weighted * weighted])
+        summable = in_range(values).all(0) & (norm >= 0) & (expert >= 0)
+        summable &= (peak >= 0) & (peak < torch.inf)
+        self._note_faults(expert, counted & ~summable)
+        counted &= summable
+
+        # Shapes must not depend on data on a GPU: what is left out is added as zero to expert 0.
+        expert = torch.where(counted, expert, 0)
+        values = torch.where(counted, values, 0.0)
+        self._count.index_add_(0, expert.flatten(), counted.flatten().long())
+        peak = torch.where(counted, peak, 0.0)
+        self._peak.scatter_reduce_(0, expert.flatten(), peak.flatten(), "amax")
+        first = torch.arange(len(SUMS), device=self.device) * self.num_experts
+        cell = first[:, None] + expert.flatten()  # [5,S] int64
+        self._sums.add(cell.flatten(), values.flatten())
+        self._add_pairs(expert, values[SUMS.index("weighted_sum")], counted)
+
+    def _launch(
+        self, expert: Tensor, weights: Tensor, norms: Tensor, peak: Tensor, mask: Tensor | None
+    ) -> None:
+        """What `_add` does, in one launch of a kernel that gives the same bits."""
+        from reap_kernels.triton import statistics
+
+        S, K = expert.numel(), expert.shape[1]
+        limbs = self._sums.limbs(S)
+        statistics.accumulate(
+            tuple(column.to(self.device) for column in (expert, weights, norms, peak)),
+            None if mask is None else mask.to(self.device),
+            statistics.Accumulators(
+                self._tokens,
+                self._count,
+                self._peak,
+                limbs,
+                self._faults,
+                self._pair_count,
+                None if self._pair_sums is None else self._pair_sums.limbs(S * K),
+            ),
+            renormalized=self.gates == "renormalized",
+        )
+
+    def _gate(self, weights: Tensor) -> Tensor:
+        """The gates [T,K] fp64 that `gates` asks for."""
+        if self.gates == "applied":
+            return weights
+        # Column by column: a reduction's order could depend on the shape, and with it the bits.
+        total = torch.zeros_like(weights[:, 0])
+        for column in weights.unbind(1):
+            total = total + column
+        return torch.where(total[:, None] == 0, 0.0, weights / total[:, None])
+
+    def _note_faults(self, expert: Tensor, fault: Tensor) -> None:
+        place = torch.where(expert < 0, self.num_experts, expert)
+        place = torch.where(fault, place, 0)
+        self._faults.index_add_(0, place.flatten(), fault.flatten().long())
+
+    def _add_pairs(self, expert: Tensor, weighted: Tensor, counted: Tensor) -> None:
+        """Add the pairs of [T,K] slots."""
+        if self._pair_count is None or self._pair_sums is None or self.num_experts < 2:
+            return
+        K = expert.shape[1]
+        first, second = torch.triu_indices(K, K, 1, device=self.device)
+        # index_select, because on a CPU expert[:, first] always wakes other threads
+        one, other = (expert.index_select(1, slot) for slot in (first, second))
+        low, high = torch.minimum(one, other), torch.maximum(one, other)
+        both = counted.index_select(1, first) & counted.index_select(1, second) & (low < high)
+        product = weighted.index_select(1, first) * weighted.index_select(1, second)  # [T,P] fp64
+        cell = torch.where(both, high * (high - 1) // 2 + low, 0).flatten()
+        product = torch.where(both, product, 0.0)
+        self._pair_count.index_add_(0, cell, both.flatten().long())
+        self._pair_sums.add(cell, product.flatten())
+
+    def _merge(self, other: LayerStatistics) -> None:
+        other.check()
+        self._tokens += other._tokens.to(self.device)
+        self._count += other._count.to(self.device)
+        self._peak = torch.maximum(self._peak, other._peak.to(self.device))
+        self._sums.merge(other._sums)
+        if self._pair_count is not None and other._pair_count is not None:
+            self._pair_count += other._pair_count.to(self.device)
+        if self._pair_sums is not None and other._pair_sums is not None:
+            self._pair_sums.merge(other._pair_sums)
+
+    def _read(self, field: str) -> Tensor:
+        self.check()
+        return self._sums.read(self._cells(field))
+
+    def _cells(self, field: str) -> slice:
+        first = SUMS.index(field) * self.num_experts
+        return slice(first, first + self.num_experts)
+
+    def _square(self, triangle: Tensor, diagonal: Tensor) -> Tensor:
+        """[E*(E-1)/2] and [E] as one symmetric [E,E]."""
+        square = torch.diag(diagonal)
+        high, low = torch.tril_indices(self.num_experts, self.num_experts, -1)
+        square[high, low] = triangle
+        square[low, high] = triangle
+        return square
+
+    def _check_arguments(
+        self,
+        top_k_index: Tensor,
+        top_k_weights: Tensor,
+        norms: Tensor,
+        peaks: Tensor,
+        mask: Tensor | None,
+    ) -> None:
+        if top_k_index.dim() != 2 or top_k_index.dtype not in (torch.int64, torch.int32):
+            raise ReapError(
+                f"top_k_index is {_describe(top_k_index)}: it must be [tokens, top_k] int64"
+            )
+        named = {"top_k_weights": top_k_weights, "norms": norms, "peaks": peaks}
+        for what, tensor in named.items():
+            if tensor.shape != top_k_index.shape or not tensor.is_floating_point():
+                raise ReapError(
+                    f"{what} is {_describe(tensor)}: it must be floating point and of "
+                    f"top_k_index's shape {list(top_k_index.shape)}"
+                )
+        if mask is not None and (mask.dtype != torch.bool or mask.shape != top_k_index.shape[:1]):
+            raise ReapError(
+                f"mask is {_describe(mask)}: it must be [{len(top_k_index)}] bool, True to count"
+            )
+
+
+def check_gates(gates: str) -> None:
+    """ReapError for a way to read gates that there is not."""
+    if gates not in GATES:
+        raise ReapError(f"gates is {gates!r}: it must be one of {', '.join(GATES)}")
+
+
+def _describe(tensor: Tensor) -> str:
+    return f"{list(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}"

@@ -1,0 +1,251 @@
+"""Statistics of a whole model: layers, domains, merging, files."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from os import PathLike
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from reap import versions
+from reap.errors import ReapError
+from reap.model.info import LayerInfo, ModelInfo
+from reap.statistics import statsfile
+from reap.statistics.layerstats import LayerStatistics, check_gates
+
+
+class Statistics:
+    """Statistics of every MoE layer of a model, per domain of text. `observe` yields one.
+
+    `model` says whose they are, `gates` ("applied" or "renormalized") how gates were read, `data`
+    which text went in (free-form JSON objects), `versions` which packages computed them.
+    """
+
+    def __init__(
+        self,
+        model: ModelInfo,
+        *,
+        gates: str = "applied",
+        pairs: bool = False,
+        data: list[dict[str, Any]] | None = None,
+        versions: dict[str, str] | None = None,
+    ) -> None:
+        check_gates(gates)
+        self.model = model
+        self.gates = gates
+        self.pairs = pairs
+        self.data = list(data or [])
+        self.versions = installed_versions() if versions is None else dict(versions)
+        self._infos: dict[str, LayerInfo] = {layer.name: layer for layer in model.layers}
+        self._parts: dict[tuple[str, str], LayerStatistics] = {}  # (domain, layer)
+        self._domain = "default"
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """Names of the model's MoE layers, in its order."""
+        return tuple(self._infos)
+
+    @property
+    def domains(self) -> tuple[str, ...]:
+        """Names of the domains that were observed, sorted."""
+        return tuple(sorted({domain for domain, _ in self._parts}))
+
+    @property
+    def tokens(self) -> int:
+        """Tokens counted, by the layer that saw the most of them."""
+        return self._most_tokens(self.domains)
+
+    @property
+    def domain_tokens(self) -> dict[str, int]:
+        """`tokens` of every domain."""
+        return {domain: self._most_tokens((domain,)) for domain in self.domains}
+
+    @contextmanager
+    def domain(self, name: str) -> Iterator[None]:
+        """Updates inside the `with` go to domain `name`."""
+        if not name:
+            raise ReapError("a domain needs a name that is not empty")
+        before, self._domain = self._domain, name
+        try:
+            yield
+        finally:
+            self._domain = before
+
+    def update(
+        self,
+        layer_name: str,
+        top_k_index: Tensor,  # [T,K] int64
+        top_k_weights: Tensor,  # [T,K] float
+        norms: Tensor,  # [T,K] fp32
+        peaks: Tensor,  # [T,K] fp32
+        mask: Tensor | None = None,  # [T] bool
+    ) -> None:
+        """Add T tokens of one layer to the current domain; see `LayerStatistics.update`.
+
+        Also ReapError for an unknown layer, or more slots per token than the layer's top_k.
+        """
+        info = self._info(layer_name)
+        if top_k_index.dim() == 2 and top_k_index.shape[1] > info.top_k:
+            raise ReapError(
+                f"layer {layer_name}: {top_k_index.shape[1]} slots per token, but the model's "
+                f"top_k is {info.top_k}"
+            )
+        key = (self._domain, layer_name)
+        if key not in self._parts:
+            self._parts[key] = self._empty(info, norms.device)
+        self._parts[key].update(top_k_index, top_k_weights, norms, peaks, mask)
+
+    def layer(self, name: str, domain: str | None = None) -> LayerStatistics:
+        """One layer's statistics in `domain`, or summed over all domains. ReapError if unknown."""
+        info = self._info(name)
+        if domain is not None:
+            self._check_domain(domain)
+        total = self._empty(info)
+        for (its_domain, its_name), part in self._parts.items():
+            if its_name == name and domain in (None, its_domain):
+                total = total + part
+        return total
+
+    def __getitem__(self, name: str) -> LayerStatistics:
+        return self.layer(name)
+
+    def select(self, *domains: str) -> Statistics:
+        """Only the statistics of `domains`. ReapError for one that was not observed."""
+        for domain in domains:
+            self._check_domain(domain)
+        chosen = self._like(self.model)
+        chosen._parts = {key: part for key, part in self._copies() if key[0] in domains}
+        return chosen
+
+    def check(self) -> None:
+        """ReapError naming layer and expert if a slot so far could not be summed (NaN, Inf)."""
+        for part in self._parts.values():
+            part.check()
+
+    def __add__(self, other: Statistics) -> Statistics:
+        """Both together, for shards, domains and ranks. ReapError says how two do not belong
+        together.
+
+        Unknown weights match known ones; the sum then carries the known ones, so that two different
+        models never meet through a third.
+        """
+        differences = [self.model.difference(other.model)]
+        for field in ("gates", "pairs"):
+            mine, theirs = getattr(self, field), getattr(other, field)
+            differences.append(f"{field} {mine} against {theirs}" if mine != theirs else None)
+        for difference in filter(None, differences):
+            raise ReapError(
+                f"cannot combine statistics of {self.model.name} and {other.model.name}: "
+                f"{difference}"
+            )
+        total = self._like(min((self.model, other.model), key=_provenance))
+        total.data = _union(self.data, other.data)
+        total.versions = _join_versions(self.versions, other.versions)
+        for key, part in (*self._copies(), *other._copies()):
+            total._parts[key] = total._parts[key] + part if key in total._parts else part
+        return total
+
+    def __eq__(self, other: object) -> bool:
+        """Whether model, gates and every exact sum are the same (not `data` and `versions`)."""
+        if not isinstance(other, Statistics):
+            return NotImplemented
+        return (self.model, self.gates, self.pairs) == (
+            other.model,
+            other.gates,
+            other.pairs,
+        ) and self._parts == other._parts
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def save(self, path: str | PathLike[str], *, overwrite: bool = False) -> None:
+        """Write one safetensors file, whole or not at all. ReapError if it exists or cannot be
+        written.
+
+        `reap.statistics.statsfile` describes the format.
+        """
+        statsfile.write(self._state(), path, overwrite=overwrite)
+
+    @classmethod
+    def load(cls, path: str | PathLike[str]) -> Statistics:
+        """Read what `save` wrote. ReapError for anything else, or for damage that can be seen."""
+        state = statsfile.read(path)
+        stats = cls(
+            state.model,
+            gates=state.gates,
+            pairs=state.pairs,
+            data=state.data,
+            versions=state.versions,
+        )
+        for (domain, name), tensors in state.parts.items():
+            part = LayerStatistics.from_tensors(tensors, name=name, gates=state.gates)
+            stats._parts[domain, name] = part
+        return stats
+
+    def digest(self) -> str:
+        """Hex SHA-256 of model, gates and every exact sum: equal statistics, equal digests."""
+        return statsfile.digest(self._state())
+
+    def _state(self) -> statsfile.State:
+        parts = {key: part.tensors() for key, part in self._parts.items()}
+        return statsfile.State(self.model, self.gates, self.pairs, self.data, self.versions, parts)
+
+    def _most_tokens(self, domains: tuple[str, ...]) -> int:
+        seen = Counter[str]()
+        for (domain, name), part in self._parts.items():
+            seen[name] += part.tokens if domain in domains else 0
+        return max(seen.values(), default=0)
+
+    def _like(self, model: ModelInfo) -> Statistics:
+        return Statistics(
+            model, gates=self.gates, pairs=self.pairs, data=self.data, versions=self.versions
+        )
+
+    def _empty(self, info: LayerInfo, device: torch.device | str = "cpu") -> LayerStatistics:
+        return LayerStatistics(
+            info.num_experts, name=info.name, gates=self.gates, pairs=self.pairs, device=device
+        )
+
+    def _copies(self) -> Iterator[tuple[tuple[str, str], LayerStatistics]]:
+        # A sum with nothing is a copy: later updates of one must not show in the other.
+        for key, part in self._parts.items():
+            yield key, part + self._empty(self._infos[key[1]])
+
+    def _info(self, name: str) -> LayerInfo:
+        if name not in self._infos:
+            raise ReapError(f"model {self.model.name} has no MoE layer called {name!r}")
+        return self._infos[name]
+
+    def _check_domain(self, domain: str) -> None:
+        if domain not in self.domains:
+            known = ", ".join(self.domains) or "none"
+            raise ReapError(f"no domain {domain!r} was observed: there is {known}")
+
+
+def installed_versions() -> dict[str, str]:
+    """Versions of the packages that decide what is computed."""
+    found = versions.installed("reap-saliency", "torch", "transformers")
+    return {package: number or "unknown" for package, number in found.items()}
+
+
+def _provenance(model: ModelInfo) -> tuple[bool, str, str]:
+    """A sort key that does not depend on the order of a sum: known weights first."""
+    return model.weights is None, model.weights or "", model.name
+
+
+def _union(mine: list[dict[str, Any]], theirs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """All data specifications, without repeats, in an order that no merge order can change."""
+    texts = {json.dumps(spec, sort_keys=True) for spec in (*mine, *theirs)}
+    return [json.loads(text) for text in sorted(texts)]
+
+
+def _join_versions(mine: dict[str, str], theirs: dict[str, str]) -> dict[str, str]:
+    joined = {}
+    for package in sorted({*mine, *theirs}):
+        seen = {*mine.get(package, "").split(", "), *theirs.get(package, "").split(", ")}
+        joined[package] = ", ".join(sorted(seen - {""}))
+    return joined

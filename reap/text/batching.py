@@ -1,0 +1,248 @@
+"""Sources to batches of token ids with a padding mask, each batch of one domain.
+
+Nothing is read before it is needed, and nothing is read twice: a batch holds rows of one source,
+and the next batch comes from the source that is furthest behind its share of the tokens.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import platform
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from reap.errors import ReapError
+from reap.text.sources import Source, Text, parse_spec, read, require_datasets
+
+__all__ = ["Batch", "Batches", "Packer", "Source", "batches", "parse_spec"]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Token rows of one domain. Padding is on the right and has mask 0."""
+
+    input_ids: Tensor  # [B, L] int64
+    attention_mask: Tensor  # [B, L] int64, 1 = a token, 0 = padding
+    domain: str
+
+    @property
+    def tokens(self) -> int:
+        """How many of the B * L positions are not padding."""
+        return int(self.attention_mask.sum())
+
+
+def check_ids(model: Any, batch: Batch) -> None:
+    """ReapError for a token that `model` does not embed: a GPU would not even name it."""
+    known = model.get_input_embeddings().weight.shape[0]
+    largest = int(batch.input_ids.max()) if batch.input_ids.numel() else 0
+    if largest >= known:
+        raise ReapError(
+            f"token id {largest} in domain {batch.domain!r}, but the model embeds {known} ids: "
+            "use the model's own tokenizer"
+        )
+
+
+def batches(
+    specs: str | Source | Sequence[str | Source],
+    tokenizer: Any,
+    *,
+    seq_len: int = 2048,
+    batch_size: int = 1,
+    max_tokens: int | None = None,
+    packing: bool = True,
+    seed: int = 0,
+    domain: str | None = None,
+) -> Batches:
+    """Batches over the specs' text, once, as `Batches` describes. `domain` replaces the names that
+    the specs give to theirs. Specs are checked here, before any text is read. ReapError for a bad
+    spec or option, and later for text that cannot be read."""
+    if isinstance(specs, str | Source):
+        specs = [specs]
+    if not specs:
+        raise ReapError("no data: give at least one source, for example stdlib:code")
+    limits = {"seq_len": seq_len, "batch_size": batch_size}
+    if max_tokens is not None:
+        limits["max_tokens"] = max_tokens
+    for name, value in limits.items():
+        if not hasattr(value, "__index__") or value < 1:  # 2e6 would fail only when it is reached
+            raise ReapError(f"{name} is {value!r}: it has to be a whole number of at least 1")
+    sources = [parse_spec(spec) if isinstance(spec, str) else spec for spec in specs]
+    if domain is not None:
+        sources = [replace(source, domain=domain) for source in sources]
+    for source in sources:
+        if source.kind == "hub":
+            require_datasets(source)
+    packer = Packer(tokenizer, seq_len, packing)
+    streams = [_Stream(source, packer.rows(read(source, tokenizer, seed))) for source in sources]
+    return Batches(streams, packer, batch_size, max_tokens, seed)
+
+
+class Batches(Iterator[Batch]):
+    """Iterates once. `max_tokens` is met exactly by cutting the last row, where there is enough
+    text; a source that runs out leaves its share to the others, and `describe` says how many tokens
+    each of them gave. The same arguments give the same batches."""
+
+    def __init__(
+        self,
+        streams: list[_Stream],
+        packer: Packer,
+        batch_size: int,
+        max_tokens: int | None,
+        seed: int,
+    ) -> None:
+        self._streams = streams
+        self._open = list(streams)
+        self._packer = packer
+        self._batch_size = batch_size
+        self._max_tokens = max_tokens
+        self._seed = seed
+
+    @property
+    def tokens(self) -> int:
+        """Unpadded tokens handed out so far."""
+        return sum(stream.tokens for stream in self._streams)
+
+    @property
+    def expected(self) -> int | None:
+        """Unpadded tokens that there will be, judged by those of the text read so far; None while
+        that cannot be told: before the first batch, and for pipes and the hub."""
+        bounds = [] if self._max_tokens is None else [self._max_tokens]
+        total = sum(stream.expected for stream in self._streams)
+        if not math.isnan(total):
+            bounds.append(round(total))
+        return min(bounds, default=None)
+
+    def __next__(self) -> Batch:
+        left = None if self._max_tokens is None else self._max_tokens - self.tokens
+        while self._open and left != 0:
+            stream = min(self._open, key=lambda stream: stream.tokens / stream.source.weight)
+            rows = stream.take(self._batch_size, left)
+            if rows:
+                return Batch(*self._packer.pad(rows), stream.source.domain)
+            self._open.remove(stream)
+        raise StopIteration
+
+    def describe(self) -> dict[str, Any]:
+        """What was read so far, as JSON: the options, all tokens, and per source its spec, rows,
+        tokens and the sha256 over the tokens handed out (per row its length, then its ids, int32
+        little endian). Complete once the iteration has ended."""
+        return {
+            "seq_len": self._packer.seq_len,
+            "packing": self._packer.packing,
+            "max_tokens": self._max_tokens,
+            "seed": self._seed,
+            "tokens": self.tokens,
+            "sources": [stream.describe() for stream in self._streams],
+        }
+
+
+class Row(NamedTuple):
+    """Token ids, and the share of the source that has been read at their end (`Text.share`)."""
+
+    ids: list[int]
+    share: float
+
+
+@dataclass(eq=False)
+class _Stream:
+    source: Source
+    rows: Iterator[Row]
+    tokens: int = 0
+    row_count: int = 0
+    share: float = math.nan
+    digest: Any = field(default_factory=hashlib.sha256)
+
+    @property
+    def expected(self) -> float:
+        """Tokens of the whole source, if the rest is like what was read; NaN if it is unknown."""
+        return self.tokens / self.share if self.share else math.nan
+
+    def take(self, count: int, budget: int | None) -> list[list[int]]:
+        """Up to `count` rows of at most `budget` tokens together; none when the source has ended,
+        which is a ReapError if it never gave any."""
+        rows: list[list[int]] = []
+        while len(rows) < count and budget != 0:
+            ids, self.share = next(self.rows, ([], 1.0))
+            if not ids:
+                break
+            ids = ids[:budget]
+            budget = None if budget is None else budget - len(ids)
+            rows.append(ids)
+            self.tokens += len(ids)
+            self.row_count += 1
+            self.digest.update(np.array([len(ids), *ids], "<i4").tobytes())
+        if not self.row_count:
+            raise ReapError(f"data {self.source.spec!r} holds no text")
+        return rows
+
+    def describe(self) -> dict[str, Any]:
+        """The source's part of `Batches.describe`; the standard library's with its version."""
+        described = asdict(self.source)
+        if self.source.kind == "stdlib":
+            described["python"] = platform.python_version()
+        return described | {
+            "rows": self.row_count,
+            "tokens": self.tokens,
+            "sha256": self.digest.hexdigest(),
+        }
+
+
+@dataclass(frozen=True)
+class Packer:
+    """Documents to rows of token ids. Packing, as in the paper, joins the documents with the
+    end-of-text token and cuts the stream every `seq_len`; its last row may be short and is padded,
+    so no token is lost. Without packing a row is the beginning of one document."""
+
+    tokenizer: Any
+    seq_len: int
+    packing: bool
+
+    def rows(self, texts: Iterable[Text]) -> Iterator[Row]:
+        """Rows of 1 to `seq_len` ids."""
+        pending: list[int] = []
+        starts, share = True, 0.0
+        for piece in texts:
+            if self.packing or len(pending) < self.seq_len:
+                pending += self._encode(piece, starts)
+            starts = piece.ends
+            if self.packing:
+                whole = len(pending) - len(pending) % self.seq_len
+                for end in range(self.seq_len, whole + 1, self.seq_len):
+                    reached = share + (piece.share - share) * end / len(pending)
+                    yield Row(pending[end - self.seq_len : end], reached)
+                pending = pending[whole:]
+            elif piece.ends and pending:
+                yield Row(pending[: self.seq_len], piece.share)
+                pending = []
+            share = piece.share
+        if pending:
+            yield Row(pending[: self.seq_len], 1.0)
+
+    def _encode(self, piece: Text, starts: bool) -> list[int]:
+        special = starts and not piece.templated
+        encoding = self.tokenizer(piece.text, add_special_tokens=special, verbose=False)
+        ids = list(encoding["input_ids"])
+        end = self.tokenizer.eos_token_id
+        if self.packing and piece.ends and end is not None and ids[-1:] not in ([], [end]):
+            ids.append(end)
+        return ids
+
+    def pad(self, rows: list[list[int]]) -> tuple[Tensor, Tensor]:
+        """(input_ids, attention_mask), both [B, L] int64. L is `seq_len` when packing, else the
+        longest row's length."""
+        length = self.seq_len if self.packing else max(map(len, rows))
+        fill = self.tokenizer.pad_token_id
+        if fill is None:  # any id will do: the mask keeps it from being seen or counted
+            fill = self.tokenizer.eos_token_id or 0
+        ids = torch.full((len(rows), length), fill, dtype=torch.int64)
+        mask = torch.zeros_like(ids)
+        for index, row in enumerate(rows):
+            ids[index, : len(row)] = torch.tensor(row)
+            mask[index, : len(row)] = 1
+        return ids, mask

@@ -1,0 +1,170 @@
+import math
+
+import pytest
+import torch
+
+from reap.errors import ReapError
+from reap.runs.evaluation import evaluate
+from reap.text.batching import Batch
+from tests.tiny import VOCAB, tiny_model
+
+
+def batch(domain, *rows, length=None):
+    """Right-padded rows; the padding is a token that the model would notice."""
+    length = length or max(map(len, rows))
+    ids = torch.full((len(rows), length), 7)
+    mask = torch.zeros_like(ids)
+    for index, row in enumerate(rows):
+        ids[index, : len(row)] = torch.tensor(row)
+        mask[index, : len(row)] = 1
+    return Batch(ids, mask, domain)
+
+
+def rows(seed, *lengths):
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randint(VOCAB, (n,), generator=generator).tolist() for n in lengths]
+
+
+def by_hand(model, some_rows, teacher=None):
+    """(tokens, loss, KL, agreement): row by row, token by token, fp64, no padding anywhere."""
+    loss = divergence = 0.0
+    same = tokens = 0
+    for row in some_rows:
+        ids = torch.tensor([row])
+        with torch.no_grad():
+            mine = model(input_ids=ids).logits[0].double()
+            theirs = teacher(input_ids=ids).logits[0].double() if teacher else mine
+        for position in range(len(row) - 1):
+            q, p = mine[position].softmax(0), theirs[position].softmax(0)
+            loss -= q[row[position + 1]].log().item()
+            divergence += (p * (p / q).log()).sum().item()
+            same += int(mine[position].argmax() == theirs[position].argmax())
+            tokens += 1
+    return tokens, loss / tokens, divergence / tokens, same / tokens
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny_model("qwen3_moe")
+
+
+@pytest.fixture(scope="module")
+def teacher(model):
+    other = tiny_model("qwen3_moe")
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.mul_(1 + 0.05 * torch.randn_like(parameter))
+    return other
+
+
+@pytest.mark.parametrize("chunk", [1, 5 * VOCAB, 1 << 24], ids=["one token", "five", "all"])
+def test_matches_a_computation_by_hand(model, teacher, monkeypatch, chunk):
+    monkeypatch.setattr("reap.runs.evaluation._CHUNK", chunk)
+    code, prose = rows(0, 9, 5, 2, 7), rows(1, 6, 1)
+    seen = []
+    results = evaluate(
+        model,
+        [batch("code", *code[:3]), batch("prose", *prose), batch("code", code[3])],
+        teacher=teacher,
+        progress=seen.append,
+    )
+    assert list(results) == ["code", "prose", "total"] and seen == [16, 7, 7]
+    for name, expected_rows in (("code", code), ("prose", prose), ("total", code + prose)):
+        tokens, loss, kl, agreement = by_hand(model, expected_rows, teacher)
+        result = results[name]
+        assert (result.tokens, result.agreement) == (tokens, agreement)
+        assert result.loss == pytest.approx(loss, rel=1e-5)
+        assert result.kl == pytest.approx(kl, rel=1e-4) and kl > 1e-3
+        assert result.perplexity == pytest.approx(math.exp(loss), rel=1e-4)
+
+
+def test_a_model_agrees_with_itself(model):
+    result = evaluate(model, [batch("d", *rows(2, 8, 4))], teacher=model)["total"]
+    assert (result.kl, result.agreement) == (0, 1)
+
+
+def test_without_a_teacher(model):
+    result = evaluate(model, [batch("d", *rows(2, 8))])["d"]
+    assert result.kl is None and result.agreement is None
+    assert set(result.to_json()) == {"tokens", "loss", "perplexity"}
+
+
+def test_padding_changes_nothing(model, teacher):
+    some = rows(3, 8, 3)
+    tight = [batch("d", row) for row in some]
+    padded = [batch("d", *some, length=20)]
+    one, other = (evaluate(model, data, teacher=teacher)["d"] for data in (tight, padded))
+    assert one.tokens == other.tokens == 9
+    assert other.loss == pytest.approx(one.loss, rel=1e-5)
+    assert other.kl == pytest.approx(one.kl, rel=1e-4)
+
+
+def test_left_padding_is_not_predicted(model):
+    row = rows(4, 6)[0]
+    left = Batch(torch.tensor([[7, 7, *row]]), torch.tensor([[0, 0] + [1] * 6]), "d")
+    tokens, loss, *_ = by_hand(model, [row])
+    result = evaluate(model, [left])["d"]
+    assert result.tokens == tokens and result.loss == pytest.approx(loss, rel=1e-5)
+
+
+def test_modes_are_restored(model, teacher):
+    model.train()
+    try:
+        evaluate(model, [batch("d", *rows(2, 8))], teacher=teacher)
+        assert model.training and not teacher.training
+        with pytest.raises(ReapError):
+            evaluate(model, [])
+        assert model.training
+    finally:
+        model.eval()
+
+
+@pytest.mark.parametrize("data", [[], [batch("d", [1]), batch("e", [2])]], ids=["none", "short"])
+def test_nothing_to_predict(model, data):
+    with pytest.raises(ReapError, match="nothing to evaluate"):
+        evaluate(model, data)
+
+
+def test_vocabularies_differ(model):
+    other = tiny_model("qwen3_moe", vocab_size=VOCAB + 4)
+    with pytest.raises(ReapError, match=f"predicts {VOCAB} tokens and the teacher {VOCAB + 4}"):
+        evaluate(model, [batch("d", *rows(2, 8))], teacher=other)
+
+
+def test_ids_from_another_tokenizer(model):
+    with pytest.raises(ReapError, match=f"token id {VOCAB} in domain 'd'"):
+        evaluate(model, [batch("d", [1, VOCAB, 2])])
+
+
+def test_not_finite_is_an_error(model):
+    broken = tiny_model("qwen3_moe")
+    with torch.no_grad():
+        broken.lm_head.weight[3, 0] = math.nan
+    with pytest.raises(ReapError, match="domain 'd': the loss is not finite"):
+        evaluate(broken, [batch("d", *rows(2, 8))])
+    with pytest.raises(ReapError, match="domain 'd': the loss is not finite"):
+        evaluate(model, [batch("d", *rows(2, 8))], teacher=broken)
+
+
+def test_reserved_name(model):
+    with pytest.raises(ReapError, match="'total'"):
+        evaluate(model, [batch("total", *rows(2, 8))])
+
+
+def test_tokens_that_the_teacher_rules_out(model):
+    """Logits of -inf on both sides: 0 log 0 counts as 0, not as NaN."""
+
+    class Masked(torch.nn.Module):
+        device = torch.device("cpu")
+
+        def get_input_embeddings(self):
+            return model.get_input_embeddings()
+
+        def forward(self, **inputs):
+            out = model(**inputs)
+            out.logits[..., 90:] = -math.inf
+            return out
+
+    data = batch("d", [row % 90 for row in rows(2, 8)[0]])
+    result = evaluate(Masked(), [data], teacher=Masked())["d"]
+    assert result.kl == 0 and math.isfinite(result.loss)

@@ -1,0 +1,355 @@
+"""Pruned folders load like the originals and compute what the model with fewer experts computes."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from folders import add_tensors, edit_config, pruned_in_memory, saved, some_plan, tensors_of
+from safetensors import safe_open
+from safetensors.torch import save_file
+from tiny import model_types, tiny_inputs
+
+import reap
+from reap.checkpoint.pruning import prune
+from reap.errors import ReapError
+from reap.planning.plan import Plan
+
+# What each one adds: per-expert tensors, another naming, no router groups, groups with bias, fused
+# and transposed with biases, linear attention and a shared expert, non-gated under another prefix,
+# fused without `experts` in the name, a sub-config, experts beside the decoder layer, [1, E]
+# statics, rows after the router's, token tables.
+REPRESENTATIVE = (
+    "qwen3_moe", "mixtral", "olmoe", "deepseek_v3", "glm4_moe", "gpt_oss", "qwen3_next",
+    "nemotron_h", "granitemoe", "qwen3_vl_moe", "gemma4", "ernie4_5_moe", "zaya", "jamba", "laguna",
+)  # fmt: skip
+# Text and vision experts in one numbering, but no statistics for the vision ones: refused.
+REFUSED = {"ernie4_5_vl_moe"}
+
+
+def check_same_logits(model: torch.nn.Module, plan: Plan, out: Path) -> None:
+    loaded, report = type(model).from_pretrained(out, output_loading_info=True)
+    assert not any(report.values()), report
+    smaller = pruned_in_memory(model, plan)
+    inputs = tiny_inputs(model)
+
+    def logits(of: torch.nn.Module) -> torch.Tensor:
+        torch.manual_seed(0)  # a diffusion model draws its canvas
+        with torch.no_grad():
+            return of(**inputs).logits
+
+    ours, truth = logits(loaded.eval()), logits(smaller)
+    # The same weights: only the order of a sum may differ, where loading changes memory layout.
+    torch.testing.assert_close(ours, truth, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("model_type", REPRESENTATIVE)
+def test_loads_and_computes_what_the_smaller_model_does(model_type: str, tmp_path: Path) -> None:
+    model = saved(tmp_path / "base", model_type)
+    plan = some_plan(tmp_path / "base")
+    report = prune(tmp_path / "base", plan, tmp_path / "out")
+    assert report.unchecked is None
+    check_same_logits(model, plan, tmp_path / "out")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "model_type", sorted(set(model_types()) - set(REPRESENTATIVE) - {"deepseek_v4"})
+)
+def test_every_architecture(model_type: str, tmp_path: Path) -> None:
+    model = saved(tmp_path / "base", model_type)
+    if model_type in REFUSED:
+        with pytest.raises(ReapError, match="text and vision experts"):
+            prune(tmp_path / "base", some_plan(tmp_path / "base"), tmp_path / "out")
+        return
+    plan = some_plan(tmp_path / "base")
+    prune(tmp_path / "base", plan, tmp_path / "out")
+    check_same_logits(model, plan, tmp_path / "out")
+
+
+def test_token_tables_name_only_kept_experts(tmp_path: Path) -> None:
+    saved(tmp_path / "base", "deepseek_v4")
+    plan = some_plan(tmp_path / "base")
+    prune(tmp_path / "base", plan, tmp_path / "out")
+    before, after = tensors_of(tmp_path / "base"), tensors_of(tmp_path / "out")
+    name = next(n for n in before if n.endswith("tid2eid"))
+    kept = plan.kept["model.layers.0.mlp.experts"]
+    for old, new in zip(before[name].tolist(), after[name].tolist(), strict=True):
+        assert all(0 <= expert < len(kept) for expert in new)
+        for was, now in zip(old, new, strict=True):
+            assert was not in kept or kept.index(was) == now
+
+
+def test_group_limited_routers_keep_their_groups(tmp_path: Path) -> None:
+    model = saved(tmp_path / "base", "deepseek_v3", n_group=2, topk_group=1)
+    plan = some_plan(tmp_path / "base", keep=4)
+    prune(tmp_path / "base", plan, tmp_path / "out")
+    check_same_logits(model, plan, tmp_path / "out")
+
+
+def test_shards_keep_their_names_and_an_empty_one_goes(tmp_path: Path) -> None:
+    base, out = tmp_path / "base", tmp_path / "out"
+    model = saved(base, shards=True)
+    plan = some_plan(base)
+    # A shard that holds nothing but a dropped expert has no reason to exist afterwards.
+    tensors = tensors_of(base)
+    layer = plan.model.layers[0].name
+    gone = f"{layer}.{plan.dropped[layer][0]}.up_proj.weight"
+    index = json.loads((base / "model.safetensors.index.json").read_text())
+    home = index["weight_map"][gone]
+    rest = {n: t for n, t in tensors.items() if index["weight_map"][n] == home and n != gone}
+    save_file(rest, base / home, {"format": "pt"})
+    save_file({gone: tensors[gone]}, base / "extra.safetensors", {"format": "pt"})
+    index["weight_map"][gone] = "extra.safetensors"
+    (base / "model.safetensors.index.json").write_text(json.dumps(index))
+    plan = some_plan(base)
+    prune(base, plan, out)
+    names = {p.name for p in out.glob("*.safetensors")}
+    assert names <= set(index["weight_map"].values()) and "extra.safetensors" not in names
+    written = json.loads((out / "model.safetensors.index.json").read_text())
+    after = tensors_of(out)
+    assert written["metadata"]["total_size"] == sum(t.nbytes for t in after.values())
+    assert written["metadata"]["total_parameters"] == sum(t.numel() for t in after.values())
+    check_same_logits(model, plan, out)
+
+
+def test_everything_else_is_copied_byte_for_byte(tmp_path: Path) -> None:
+    base, out = tmp_path / "base", tmp_path / "out"
+    saved(base, tie_word_embeddings=True)
+    kept = {"tokenizer.json": b"{}", "assets/deep/a.bin": b"\0\1", "README.md": b"# the base"}
+    left = [
+        "consolidated.safetensors",
+        "pytorch_model.bin",
+        "model-q4.gguf",
+        ".git/config",
+        "original/params.json",
+    ]
+    for name, data in {**kept, **dict.fromkeys(left, b"x")}.items():
+        (base / name).parent.mkdir(parents=True, exist_ok=True)
+        (base / name).write_bytes(data)
+    edit_config(base, strange={"rope": 1e-06, "ünï": [None, 10000000.0], "half a pair": "\ud800"})
+    plan = some_plan(base)
+    report = prune(base, plan, out, command="reap prune a b c")
+    assert (out / "tokenizer.json").read_bytes() == b"{}"
+    assert (out / "assets/deep/a.bin").read_bytes() == b"\0\1"
+    assert (out / "README.base.md").read_bytes() == b"# the base"
+    assert not any((out / name).exists() for name in left)
+    assert {name.split("/")[0].rstrip("/") for name in report.left_out} == {
+        n.split("/")[0] for n in left
+    }
+    old, new = (json.loads((d / "config.json").read_text()) for d in (base, out))
+    key = next(k for k in old if old[k] != new[k])
+    assert {**old, key: 5} == new and list(old) == list(new)
+    with safe_open(out / "model.safetensors", "pt") as file:
+        assert file.metadata() == {"format": "pt"}
+    before, after = tensors_of(base), tensors_of(out)
+    for name in after:
+        if "experts" not in name and "gate.weight" not in name:
+            assert torch.equal(before[name], after[name])
+
+
+def test_record_and_card_say_what_was_done(tmp_path: Path) -> None:
+    base, out = tmp_path / "base", tmp_path / "out"
+    saved(base)
+    plan = some_plan(base)
+    prune(base, plan, out, command="reap prune base plan.json out")
+    record = json.loads((out / "reap.json").read_text())
+    assert {n: tuple(v["kept"]) for n, v in record["layers"].items()} == dict(plan.kept)
+    assert record["command"] == "reap prune base plan.json out"
+    assert record["base_model"]["weights"] == plan.model.weights
+    card = (out / "README.md").read_text()
+    front = card.split("---")[1]
+    assert "base_model:" in front and "library_name: transformers" in front
+    assert "vllm serve out" in card and "38% of its experts" in card  # 3 of 8
+    again = prune(out, some_plan(out, keep=4), tmp_path / "twice")
+    assert json.loads((again.out / "reap.base.json").read_text()) == record
+    assert (again.out / "README.base.md").read_text() == card
+    last = prune(again.out, some_plan(again.out, keep=3), tmp_path / "thrice")
+    assert json.loads((last.out / "reap.base.base.json").read_text()) == record
+    assert (last.out / "README.base.base.md").read_text() == card
+
+
+def test_layers_that_no_statistics_exist_for_are_dropped_and_said(tmp_path: Path) -> None:
+    base, out = tmp_path / "base", tmp_path / "out"
+    model = saved(base, "deepseek_v3")
+    extra = {
+        f"model__layers__4__mlp__experts__{i}__up_proj__weight": torch.ones(20, 32)
+        for i in range(8)
+    }
+    add_tensors(base, **extra, model__layers__4__enorm__weight=torch.ones(32))
+    edit_config(base, num_nextn_predict_layers=1)
+    plan = some_plan(base)
+    report = prune(base, plan, out)
+    assert report.dropped_layers == ("model.layers.4",)
+    assert json.loads((out / "config.json").read_text())["num_nextn_predict_layers"] == 0
+    assert json.loads((out / "reap.json").read_text())["dropped_layers"] == ["model.layers.4"]
+    assert not any(n.startswith("model.layers.4.") for n in tensors_of(out))
+    check_same_logits(model, plan, out)
+
+
+def test_progress_hears_of_every_byte_of_tensors_and_files(tmp_path: Path) -> None:
+    saved(tmp_path / "base", shards=True)
+    (tmp_path / "base" / "tokenizer.json").write_bytes(b"12345")
+    seen: list[int] = []
+    report = prune(
+        tmp_path / "base", some_plan(tmp_path / "base"), tmp_path / "out", progress=seen.append
+    )
+    others = sum(
+        (tmp_path / "base" / n).stat().st_size for n in ("tokenizer.json", "generation_config.json")
+    )
+    assert sum(seen) == report.bytes_after + others
+    assert report.bytes_after == sum(t.nbytes for t in tensors_of(tmp_path / "out").values())
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> Path:
+    saved(tmp_path / "base", num_hidden_layers=2)
+    return tmp_path / "base"
+
+
+def refused(base: Path, plan: Plan, match: str, out: Path | None = None, **options: bool) -> None:
+    out = out or base.parent / "out"
+    before = sorted(base.parent.rglob("*"))
+    with pytest.raises(ReapError, match=match) as caught:
+        prune(base, plan, out, **options)
+    assert "\n" not in str(caught.value)
+    assert sorted(base.parent.rglob("*")) == before, "nothing may be left behind"
+
+
+def test_not_a_model_folder(base: Path, tmp_path: Path) -> None:
+    plan = some_plan(base)
+    (tmp_path / "empty").mkdir()
+    refused(tmp_path / "empty", plan, "not a model folder")
+    refused(tmp_path / "nowhere", plan, "not a folder")
+    (tmp_path / "empty" / "config.json").write_text("{}")
+    refused(tmp_path / "empty", plan, "not a model folder")
+    (tmp_path / "empty" / "pytorch_model.bin").write_bytes(b"")
+    refused(tmp_path / "empty", plan, "convert it to safetensors")
+
+
+def test_dense_model(base: Path, tmp_path: Path) -> None:
+    dense = tmp_path / "dense"
+    dense.mkdir()
+    shutil.copy(base / "config.json", dense)
+    save_file({"model.layers.0.mlp.up_proj.weight": torch.ones(4, 4)}, dense / "model.safetensors")
+    refused(dense, some_plan(base), "dense")
+
+
+def test_plan_of_another_model(base: Path, tmp_path: Path) -> None:
+    saved(tmp_path / "other", num_hidden_layers=2, seed=1)
+    refused(base, some_plan(tmp_path / "other"), "another model.*weights")
+    saved(tmp_path / "bigger", num_hidden_layers=3)
+    refused(base, some_plan(tmp_path / "bigger"), "layer")
+
+
+def test_output_that_exists_or_lies_in_the_model(base: Path, tmp_path: Path) -> None:
+    plan = some_plan(base)
+    (tmp_path / "out").mkdir()
+    refused(base, plan, "exists")
+    refused(base, plan, "in one another", out=base)
+    refused(base, plan, "in one another", out=base / "inner")
+    refused(base, plan, "in one another", out=tmp_path, overwrite=True)
+    (tmp_path / "file").write_text("")
+    refused(base, plan, "not a folder", out=tmp_path / "file", overwrite=True)
+    (tmp_path / "out" / ".git").mkdir()
+    refused(base, plan, "repository", overwrite=True)
+
+
+def test_overwrite_replaces_the_folder(base: Path, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "old").write_text("old")
+    prune(base, some_plan(base), tmp_path / "out", overwrite=True)
+    assert not (tmp_path / "out" / "old").exists() and (tmp_path / "out" / "reap.json").exists()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["base", "out"]
+
+
+def test_no_room(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = type("Usage", (), {"free": 1000})
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+    refused(base, some_plan(base), "needs .* GB")
+
+
+def test_unknown_tensor_with_an_expert_axis(base: Path) -> None:
+    add_tensors(base, model__layers__0__mlp__mystery=torch.ones(8, 3))
+    refused(base, some_plan(base), "do not know what 'model.layers.0.mlp.mystery'")
+
+
+def test_missing_expert(base: Path) -> None:
+    tensors = {n: t for n, t in tensors_of(base).items() if ".0.mlp.experts.7." not in n}
+    save_file(tensors, base / "model.safetensors", {"format": "pt"})
+    refused(base, some_plan(base), "7 experts")
+
+
+def test_two_counts_for_one_number(base: Path) -> None:
+    plan = some_plan(base)
+    first = plan.model.layers[0].name
+    kept = {**plan.kept, first: plan.kept[first][:4]}
+    refused(base, Plan(model=plan.model, criterion="random", seed=0, kept=kept), "uniform")
+
+
+def test_config_that_does_not_count(base: Path) -> None:
+    plan = some_plan(base)
+    config = json.loads((base / "config.json").read_text())
+    key = next(k for k in config if re.fullmatch("num_(local_)?experts", k))
+    config["renamed"] = config.pop(key)
+    (base / "config.json").write_text(json.dumps(config))
+    refused(base, plan, "does not say")
+
+
+def test_transformers_own_loader_is_asked(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A config that was not edited fits no pruned tensor, and only building the model can tell."""
+    plan = some_plan(base)
+    monkeypatch.setattr("reap.checkpoint.counts.with_fewer", lambda config, *_: (dict(config), []))
+    refused(base, plan, "wrong shape")
+
+
+def test_links_of_the_hub_cache_are_followed_and_others_are_not(base: Path, tmp_path: Path) -> None:
+    snapshot = tmp_path / "models--org--tiny" / "snapshots" / "abc"
+    blobs = tmp_path / "models--org--tiny" / "blobs"
+    snapshot.mkdir(parents=True)
+    blobs.mkdir()
+    for file in base.iterdir():
+        shutil.copy(file, blobs / f"hash-{file.name}")
+        (snapshot / file.name).symlink_to(f"../../blobs/hash-{file.name}")
+    prune(snapshot, some_plan(snapshot), tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "reap.json").read_text())["base_model_name"] == "org/tiny"
+    assert not any(p.is_symlink() for p in (tmp_path / "out").iterdir())
+    (tmp_path / "secret").write_text("secret")
+    (base / "notes.txt").symlink_to(tmp_path / "secret")
+    refused(base, some_plan(base), "outside the folder", out=tmp_path / "second")
+    (base / "notes.txt").unlink()
+    plan = some_plan(base)
+    shutil.move(base / "model.safetensors", tmp_path / "elsewhere.safetensors")
+    (base / "model.safetensors").symlink_to(tmp_path / "elsewhere.safetensors")
+    refused(base, plan, "outside the folder", out=tmp_path / "second")
+
+
+def test_a_pipe_is_no_shard(base: Path, tmp_path: Path) -> None:
+    plan = some_plan(base)
+    (base / "model.safetensors").unlink()
+    os.mkfifo(base / "model.safetensors")
+    refused(base, plan, "not a regular file")
+
+
+def test_a_folder_that_cannot_be_read(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its files would silently be missing from the pruned model."""
+    plan, real = some_plan(base), os.scandir
+    (base / "locked").mkdir()
+
+    def scandir(path: str) -> object:
+        if str(path).endswith("locked"):
+            raise PermissionError(13, os.strerror(13), path)
+        return real(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    with pytest.raises(ReapError, match="cannot read .*locked: Permission denied"):
+        prune(base, plan, base.parent / "out")
+
+
+def test_top_level_name() -> None:
+    assert reap.prune is prune

@@ -2,11 +2,11 @@ import math
 
 import pytest
 import torch
+from tiny import VOCAB, tiny_model
 
 from reap.errors import ReapError
 from reap.runs.evaluation import evaluate
 from reap.text.batching import Batch
-from tests.tiny import VOCAB, tiny_model
 
 
 def batch(domain, *rows, length=None):

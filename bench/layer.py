@@ -47,8 +47,8 @@ def fit(shape: Shape, dtype: str, settings: Settings) -> Shape | None:
 def _layer(shape: Shape, dtype: str, settings: Settings) -> Iterator[Row]:
     weights = inputs.weights(shape, TORCH[dtype], settings.device)
     modules = {
-        "eager": peers.transformers_experts(*weights.values(), "eager"),
-        "grouped_mm": peers.transformers_experts(*weights.values(), "grouped_mm"),
+        "eager": peers.transformers_experts(**weights, implementation="eager"),
+        "grouped_mm": peers.transformers_experts(**weights, implementation="grouped_mm"),
         "hooks": peers.Hooks(*weights.values()),
         "observer": peers.Observer(*weights.values()),
     }

@@ -23,7 +23,8 @@ from reap.app.console import print_table, reports_errors
 
 MODEL = Path(__file__).parent.parent / "models" / "tiny-qwen3-moe"
 # For minutes, up to the name of its output.
-CALIBRATE = [sys.executable, "-m", "reap", "calibrate", MODEL, "--data", "stdlib:code", "--out"]
+CALIBRATE: list[str | Path] = [sys.executable, "-m", "reap", "calibrate", MODEL]
+CALIBRATE += ["--data", "stdlib:code", "--out"]
 
 
 def invoke(*arguments: object) -> tuple[int, str, str]:

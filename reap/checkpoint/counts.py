@@ -14,8 +14,8 @@ from typing import Any
 
 from reap.checkpoint import surgery
 from reap.errors import ReapError
+from reap.model.config import EXPERT_COUNT_KEYS
 
-KEYS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 DEPTHS = ("num_hidden_layers", "n_layers", "num_layers", "n_layer")
 # How many multi-token-prediction layers follow; zero once they are dropped.
 EXTRA_LAYERS = (
@@ -58,7 +58,7 @@ def places(config: Mapping[str, Any], path: tuple[str, ...] = ()) -> Iterator[Pl
     for key, value in config.items():
         if isinstance(value, dict) and key != QUANTISATION:
             yield from places(value, (*path, key))
-        elif key in KEYS and (
+        elif key in EXPERT_COUNT_KEYS and (
             _is_count(value) or (isinstance(value, list) and value and all(map(_is_count, value)))
         ):
             per_layer = len(path) > 1 and path[-2] == "per_layer_config" and path[-1].isdigit()

@@ -13,6 +13,7 @@ from reap.checkpoint import counts, surgery
 from reap.errors import ReapError
 from reap.files.folder import CONFIG, Folder
 from reap.files.safefile import BITS, Header, Tensor, span
+from reap.model.config import EXPERT_COUNT_KEYS
 from reap.planning.plan import Plan
 
 # Shard of the original -> what it holds afterwards, in the order of the data.
@@ -110,7 +111,7 @@ def _count_places(
             if not places:
                 raise ReapError(
                     f"{CONFIG} does not say that {name} has {info.num_experts} experts "
-                    f"({', '.join(counts.KEYS)})"
+                    f"({', '.join(EXPERT_COUNT_KEYS)})"
                 )
             for place in places:
                 found.setdefault(place, {})[number] = len(plan.kept[name])

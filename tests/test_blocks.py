@@ -45,6 +45,11 @@ def test_a_block_is_what_the_names_show() -> None:
     assert {block.stack for block in blocks.values()} == {"model.layers"}
 
 
+def test_an_expert_that_is_a_tensor_itself() -> None:
+    (block,) = find_blocks(["layers.0.mlp.experts.3"]).values()
+    assert block.experts == (ExpertTensor("layers.0.mlp.experts.3", 3, ""),)
+
+
 def test_a_block_never_changes() -> None:
     blocks = find_blocks(NAMES)
     assert (

@@ -36,6 +36,18 @@ def test_a_list_with_one_count_per_layer() -> None:
     assert new["num_experts"] == [6, 4, 6]
 
 
+def test_a_table_with_a_config_per_layer() -> None:
+    """A number elsewhere in a path is not that of a layer."""
+    config = {
+        "num_experts": 6,
+        "per_layer_config": {"0": {"num_experts": 6}, "1": {"num_experts": 6}},
+    }
+    (place,) = counts.places_of(config, "model.layers.1.mlp.experts", 1, 6)
+    assert place == counts.Place(("per_layer_config", "1"), "num_experts", 1)
+    (place,) = counts.places({"towers": {"1": {"num_experts": 6}}})
+    assert place.layer is None
+
+
 def test_names_of_experts_in_a_quantisation_config() -> None:
     """Lists of modules (compressed-tensors, FP8) and tables by module (AutoRound), at any depth."""
     ignored = [

@@ -118,6 +118,27 @@ def test_a_plan_that_does_not_speak_of_both_modalities_alike(
         built(keeping(*kept, names=names), two_modalities())
 
 
+@pytest.mark.parametrize(
+    ("tail", "shape", "wanted"),
+    [
+        ("gate.weight_1", None, r"\(None, 6\) .* no tensor"),  # the plan's words tell, too
+        ("gate.weight", (EXPERTS, 5), r"\(None, 6\) .* \(6, 5\)"),
+        ("moe_statics.e_score_correction_bias", (EXPERTS, 2), r"\(2, 6\) .* \(6, 2\)"),
+    ],
+)
+def test_routers_of_modalities_with_another_shape(
+    tail: str, shape: tuple[int, ...] | None, wanted: str
+) -> None:
+    shapes = two_modalities()
+    if shape is None:
+        del shapes[f"{LAYER}.{tail}"]
+    else:
+        shapes[f"{LAYER}.{tail}"] = ("F32", shape)
+    removals = built(keeping(KEPT, OTHERS, names=TWO), shapes)
+    with pytest.raises(ReapError, match=f"{LAYER}.{tail}' must have the shape {wanted}"):
+        surgery.edits_of(shapes, removals, ())
+
+
 def test_modalities_are_rows_of_a_table(monkeypatch: pytest.MonkeyPatch) -> None:
     """No function knows their names: a made-up row works, and ERNIE-VL does not without its row."""
     made_up = Modalities(

@@ -200,6 +200,35 @@ def test_text_and_vision_experts_in_one_numbering(tmp_path: Path) -> None:
     assert np.array_equal(new, np.stack([old[0, list(KEPT)], old[1, list(vision)]]))
 
 
+def test_a_router_in_a_module_beside_the_experts(tmp_path: Path) -> None:
+    tensors: dict[str, tuple[str, tuple[int, ...]]] = {
+        "layers.0.mlp.experts.up_proj": ("BF16", (EXPERTS, 3)),
+        "layers.0.moe.gate.weight": ("BF16", (EXPERTS, 4)),
+    }
+    before = checkpoint(tmp_path / "m", tensors)
+    after, _, _ = pruned(tmp_path / "m", plan_for("layers.0.mlp.experts"))
+    for name in tensors:
+        assert np.array_equal(after[name], rows(before[name], EXPERTS, KEPT))
+
+
+@pytest.mark.parametrize("longer", ["gate.weight", "experts.up_proj"])
+@pytest.mark.parametrize("model_type", ["any", "zaya"])
+def test_rows_after_those_of_the_experts(tmp_path: Path, longer: str, model_type: str) -> None:
+    """They stay in the routers of some architectures; anywhere else they are not understood."""
+    shapes = {f"layers.0.mlp.{tail}": (EXPERTS, 4) for tail in ("gate.weight", "experts.up_proj")}
+    name = f"layers.0.mlp.{longer}"
+    shapes[name] = (EXPERTS + 2, 4)
+    before = checkpoint(tmp_path / "m", {n: ("BF16", shape) for n, shape in shapes.items()})
+    plan = plan_for("layers.0.mlp.experts", model_type=model_type)
+    if (longer, model_type) == ("gate.weight", "zaya"):
+        after, _, _ = pruned(tmp_path / "m", plan)
+        stay = (*KEPT, EXPERTS, EXPERTS + 1)
+        assert np.array_equal(after[name], rows(before[name], EXPERTS + 2, stay))
+    else:
+        with pytest.raises(ReapError, match=f"{name}' has shape .* one entry for each of 6"):
+            operate(open_folder(tmp_path / "m"), plan)
+
+
 def test_strided_rows_wider_than_the_buffer(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

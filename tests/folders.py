@@ -15,9 +15,10 @@ from tiny import tiny_model
 from torch import nn
 
 from reap.model.identity import describe_folder
-from reap.model.info import ModelInfo
+from reap.model.info import LayerInfo, ModelInfo
 from reap.planning.plan import Plan
 
+EXPERTS, KEPT = 6, (1, 2, 5)  # of `plan_for`
 COUNT_KEYS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 
 
@@ -51,6 +52,13 @@ def some_plan(
         )  # its encoder and decoder share their experts
         kept[layer.name] = tied.setdefault(number, tuple(ids)) if shared else tuple(ids)
     return Plan(model=model, criterion="random", seed=seed, kept=kept)
+
+
+def plan_for(*names: str, model_type: str = "any", kept: tuple[int, ...] = KEPT) -> Plan:
+    """A plan, of no real model, that keeps `kept` of `EXPERTS` experts in each of these layers."""
+    layers = tuple(LayerInfo(name, EXPERTS, 2) for name in names)
+    model = ModelInfo(model_type, "m", "f", None, layers)
+    return Plan(model=model, criterion="random", seed=0, kept=dict.fromkeys(names, kept))
 
 
 def pruned_in_memory(model: nn.Module, plan: Plan) -> nn.Module:

@@ -183,3 +183,15 @@ def test_blocks_that_the_plan_does_not_speak_of() -> None:
     shapes = block_of() | block_of(module="vision.layers.0.mlp")
     with pytest.raises(ReapError, match="vision.layers.0.mlp has experts that the plan does not"):
         dropped_layers(CONFIG, shapes, find_blocks(shapes), built(plan, shapes))
+
+
+def test_two_stacks_under_one_count_are_pruned_alike_or_not_at_all() -> None:
+    """Layers of one number in two stacks: the last one must not silently decide for both."""
+    other = "encoder.layers.1.mlp"
+    shapes = block_of() | block_of(module=other)
+    names = [f"{LAYER}.experts", f"{other}.experts"]
+    alike = built(keeping((0, 1), (1, 2), names=names), shapes)
+    assert kept_by_place(alike) == {Place((), "num_experts", None): {1: 2}}
+    unlike = built(keeping((0, 1), (0, 1, 2), names=names), shapes)
+    with pytest.raises(ReapError, match="would keep 3 experts and another block of layer 1 2"):
+        kept_by_place(unlike)

@@ -47,7 +47,7 @@ def execute(
 
     each rounded up to a cache line, where R = min(S, 2560 * threads) slots are in the making at a
     time: nothing of size S*H, S*I, E*T or of the weights. Copied are ids that are not int64, gates
-    that are not fp32, either if not contiguous, and hidden states whose rows are not contiguous.
+    that are not fp32, either if not contiguous, and hidden states that are not row-major.
     """
     module, call = native.module(), native.plain(call)
     saliency = native.empty(call)

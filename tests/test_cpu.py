@@ -21,7 +21,7 @@ LARGE = cases.Case("larger than every tile", T=300, K=2, E=3, H=1103, I=557, bia
 # All three paths of a block: few tokens, part of a block, several blocks.
 SKEWED = cases.Case("few and many tokens", T=260, K=2, E=40, H=130, I=70)
 
-# More slots than inner has rows for at up to 3 threads: blocks take the places of earlier ones.
+# More slots than inner has rows for at up to 3 threads: blocks take the buffers of earlier ones.
 LONG = cases.Case("more slots than are in the making", T=2000, K=4, E=70, H=34, I=18)
 
 

@@ -40,7 +40,7 @@ class Call(NamedTuple):
     down_bias: Tensor | None = None  # [E, H] model dtype
     activation: Activation = Activation("silu")
     gated: bool = True  # False: up_proj alone, act(x W) in place of act(g) * u
-    interleaved: bool = False  # gate and up alternate along R: g0, u0, g1, ...; else g, then u
+    interleaved: bool = False  # gate and up alternate along R: g0, u0, ...; else all g, then all u
     transposed: bool = False
     deterministic: bool = False  # the same bits run to run, on backends where that has a price
 
@@ -81,8 +81,13 @@ class Call(NamedTuple):
         return {name: tensor for name, tensor in named.items() if tensor is not None}
 
 
-TENSORS = tuple(n for n, kind in Call.__annotations__.items() if kind in (Tensor, Tensor | None))
-FLAGS = tuple(name for name, kind in Call.__annotations__.items() if kind is bool)
+def _fields_of(*kinds: Any) -> tuple[str, ...]:
+    return tuple(name for name, kind in Call.__annotations__.items() if kind in kinds)
+
+
+# The op's arguments of one kind, in the order of its schema.
+TENSORS = _fields_of(Tensor, Tensor | None)
+FLAGS = _fields_of(bool)
 
 
 class Backend(Protocol):

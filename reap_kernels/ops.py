@@ -63,8 +63,8 @@ def _check_arguments(
     tensors: tuple[Tensor | None, ...], flags: tuple[bool, ...], activation: str, backend: str
 ) -> None:
     """What torch would reject in its own words, or not at all, before the op itself is reached."""
-    named = dict(zip(TENSORS, tensors, strict=True))
-    for name, tensor in named.items():
+    given = dict(zip(TENSORS, tensors, strict=True))
+    for name, tensor in given.items():
         if not isinstance(tensor, Tensor) and not (tensor is None and name.endswith("_bias")):
             raise ValueError(f"{name} is a {type(tensor).__name__}, must be a torch.Tensor")
     for name, text in (("activation", activation), ("backend", backend)):
@@ -74,7 +74,7 @@ def _check_arguments(
         if not isinstance(flag, bool):
             raise ValueError(f"{name} is {flag!r}, must be True or False")
     if torch.is_grad_enabled():
-        for name, tensor in named.items():
+        for name, tensor in given.items():
             if tensor is not None and tensor.requires_grad:
                 raise ValueError(
                     f"{name} requires grad in grad mode, must not: there is no backward, "

@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import cases
+import plain_routing
 import pytest
 import torch
 from cases import Case
@@ -19,7 +20,7 @@ from cases import Case
 from bench import gpu_roofline
 from bench.shapes import Shape
 from reap.statistics.layerstats import LayerStatistics
-from reap_kernels import moe_saliency, ops, routing
+from reap_kernels import moe_saliency, ops
 from reap_kernels import triton as backend
 from reap_kernels.contract import Call, make_call
 from reap_kernels.triton import configs, tune
@@ -51,8 +52,7 @@ def run(inputs: dict, **options):
 
 
 def call_of(inputs: dict, deterministic: bool = False) -> Call:
-    *tensors, activation, gated, interleaved, transposed = inputs.values()
-    return make_call(tuple(tensors), activation, (gated, interleaved, transposed, deterministic))
+    return make_call(**inputs, deterministic=deterministic)
 
 
 @pytest.mark.parametrize(("case", "dtype"), SOME, ids=str)
@@ -131,13 +131,13 @@ def test_same_bits_in_any_order_of_programs(monkeypatch):
 
 
 def test_routing_is_stable_and_its_tiles_cover_every_slot_once():
-    from reap_kernels.triton.routing import route
+    from reap_kernels.triton import routing
 
     case = replace(cases.ROUTINGS[0], T=130, K=3, E=11)  # more than one block of slots
     inputs = cases.make(case, torch.float32, DEVICE)
-    expected = routing.route(inputs["top_k_index"], case.E)
+    expected = plain_routing.route(inputs["top_k_index"], case.E)
     for block_m in (16, 64):
-        tiles = route(call_of(inputs), block_m)
+        tiles = routing.route(call_of(inputs), block_m)
         assert torch.equal(tiles.order.long(), expected.order)
         assert torch.equal(tiles.offsets.long(), expected.offsets)
         number = int(tiles.first_tile[-1])

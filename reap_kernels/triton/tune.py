@@ -50,7 +50,7 @@ def measure(path: str | Path, *tensors: Tensor, **options: Any) -> dict[str, flo
     from reap_kernels import triton as backend
     from reap_kernels.triton import launch
 
-    call = _call(tensors, options)
+    call = make_call(*tensors, **options)
     if reason := backend.available() or backend.unsupported(call):
         raise ValueError(f"nothing to measure: {reason}")
     path, machine = Path(path), _machine(call.hidden_states.device)
@@ -93,14 +93,6 @@ def _with_stages(config: Config, by: int) -> Config:
         return dataclasses.replace(tile, stages=tile.stages + by)
 
     return Config(config.block_m, change(config.gate_up), change(config.down))
-
-
-def _call(tensors: tuple[Tensor, ...], options: dict[str, Any]) -> Call:
-    defaults: dict[str, Any] = {"gated": True, "interleaved": False, "transposed": False}
-    given = defaults | {"deterministic": False, "activation": "silu"} | options
-    biases = (given.pop("gate_up_bias", None), given.pop("down_bias", None))
-    flags = tuple(given[name] for name in (*defaults, "deterministic"))
-    return make_call((*tensors, *biases), given["activation"], flags)
 
 
 def _machine(device: torch.device) -> dict[str, str]:

@@ -77,7 +77,7 @@ def pruned_in_memory(model: nn.Module, plan: Plan) -> nn.Module:
         value = old[name]
         axes = [i for i, (a, b) in enumerate(zip(value.shape, target.shape, strict=True)) if a != b]
         if axes:
-            layer = re.search(r"layers\.\d+\.", name)[0]
+            (layer,) = re.findall(r"layers\.\d+\.", name)
             kept = next(ids for layer_name, ids in plan.kept.items() if layer in layer_name)
             tail = range(experts, value.shape[axes[0]])  # a skip class, shared experts
             value = value.index_select(axes[0], torch.tensor([*kept, *tail]))

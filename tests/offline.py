@@ -111,7 +111,8 @@ def resources(binary) -> dict:
         text = binary.asm["amdgcn"]
 
         def read(name: str) -> int:
-            return int(re.search(rf"\.{name}:\s+(\d+)", text)[1])
+            (number,) = re.findall(rf"\.{name}:\s+(\d+)", text)
+            return int(number)
 
         return {
             "registers": read("vgpr_count"),

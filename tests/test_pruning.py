@@ -215,7 +215,7 @@ def base(tmp_path: Path) -> Path:
     return tmp_path / "base"
 
 
-def refused(base: Path, plan: Plan, match: str, out: Path | None = None, **options: bool) -> None:
+def refused(base: Path, plan: Plan, match: str, out: Path | None = None, **options: Any) -> None:
     out = out or base.parent / "out"
     before = sorted(base.parent.rglob("*"))
     with pytest.raises(ReapError, match=match) as caught:

@@ -182,11 +182,9 @@ def test_text_and_vision_experts_in_one_numbering(tmp_path: Path) -> None:
     )
     after, _, config = pruned(tmp_path / "m", plan)
     assert config == {"moe_num_experts": [3, 3]}
-    for new, old in enumerate([*KEPT, *(EXPERTS + i for i in vision)]):
-        part = "up_proj.weight"
-        assert np.array_equal(
-            after[f"{block}.experts.{new}.{part}"], before[f"{block}.experts.{old}.{part}"]
-        )
+    for number, first in enumerate([*KEPT, *(EXPERTS + i for i in vision)]):
+        now, was = (f"{block}.experts.{i}.up_proj.weight" for i in (number, first))
+        assert np.array_equal(after[now], before[was])
 
     def columns(name: str, kept: tuple[int, ...]) -> np.ndarray:
         return before[f"{block}.{name}"].view(np.float32).reshape(-1, EXPERTS)[:, kept]

@@ -30,11 +30,13 @@ PADDABLE = [t for t in (*model_types(), *OFF_INTERFACE) if t != "diffusion_gemma
 # Types whose experts cannot be replaced by `moe_saliency`, and the reason that the log gives.
 BESIDE = {
     "inkling2": "no known kind",
+    "inkling2_loop": "no known kind",
     "muse_spark": "norm after each expert",
     **{name: "not on transformers' experts interface" for name in OFF_INTERFACE},
 }
-# fp32 sums of fp32 products; bf16 rounds the inner tensor once (2**-9), norms average that out.
-RTOL = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
+# fp32 sums of fp32 products, whose rounding the layers behind magnify (qwen4_exp's to 1.2e-5); bf16
+# rounds the inner tensor once (2**-9), norms average that out.
+RTOL = {torch.float32: 2e-5, torch.bfloat16: 1e-2}
 
 
 def assert_matches(model: nn.Module, inputs: dict[str, Tensor], **options: Any) -> None:

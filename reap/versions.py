@@ -8,7 +8,7 @@ OWN = "0.1.0"
 TESTED = {"transformers": ("5.7.0", "5.24.0"), "torch": ("2.13.0", "2.13.0")}
 
 
-def tested(package: str) -> str:
+def releases(package: str) -> str:
     """The releases of `package` in TESTED, as a sentence has them."""
     return " to ".join(dict.fromkeys(TESTED[package]))
 

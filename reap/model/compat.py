@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from reap.errors import ReapError, first_line
 from reap.model.quiet import quiet
-from reap.versions import tested
+from reap.versions import releases
 
 # Of the experts implementation's name in a configuration.
 EXPERTS_KEY = "_experts_implementation_internal"
@@ -282,8 +282,8 @@ _checking = threading.Lock()  # checks of two threads would remove each other's 
 @cache
 def _fault(check: Callable[[], None]) -> str | None:
     try:
-        # Whatever the caller's modes are, tensors of a check are plain ones.
-        with quiet(), torch.inference_mode(False), torch.device("cpu"):
+        # Whatever the caller's modes are, tensors of a check are plain ones; models draw weights.
+        with quiet(), torch.inference_mode(False), torch.device("cpu"), torch.random.fork_rng([]):
             check()
     except Exception as error:  # whatever a changed name leads to
         return f"{type(error).__name__}: {first_line(error)}"
@@ -308,7 +308,7 @@ def require(work: str) -> None:
     packages = dict.fromkeys(seam.package for seam in faults)
     found = " and ".join(f"{package} {version(package)}" for package in packages)
     what = ", ".join(f"{seam.name} changed ({fault})" for seam, fault in faults.items())
-    remedy = " and ".join(f"{package} {tested(package)}" for package in packages)
+    remedy = " and ".join(f"{package} {releases(package)}" for package in packages)
     rest = ", ".join([*(other for other in WORKS if not changed(other)), FREE])
     raise ReapError(
         f"{work} does not work with {found}: {what}: install {remedy}; what still works: {rest}"

@@ -41,7 +41,8 @@ def poisoned_memory(monkeypatch):
 
 
 def pytest_report_header():
-    return ", ".join(f"{name} {found}" for name, found in installed("transformers", "torch").items())
+    found = installed("transformers", "torch")
+    return ", ".join(f"{package} {release}" for package, release in found.items())
 
 
 def pytest_configure():

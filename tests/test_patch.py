@@ -214,6 +214,26 @@ def test_nested_observation_is_refused() -> None:
     assert stats.tokens == 18
 
 
+class DTensor(nn.Parameter):
+    """Told by its name: nothing else of torch's is needed to see one."""
+
+
+@pytest.mark.parametrize(
+    ("name", "mark"),
+    [
+        ("_is_expert_parallel", True),
+        ("_hf_tp_plan", "moe_tp_experts"),
+        ("down_proj", DTensor(torch.ones(8, 32, 20))),
+    ],
+)
+def test_experts_that_are_split_over_processes_are_refused(name: str, mark: Any) -> None:
+    """Of a part, counts and norms would be wrong and nothing would show it."""
+    model = tiny_model("qwen3_moe")
+    setattr(model.model.layers[2].mlp.experts, name, mark)
+    with pytest.raises(ReapError, match=r"layers\.2.* split over processes"), observe(model):
+        pass
+
+
 def test_domains() -> None:
     model = tiny_model("qwen3_moe")
     code, prose = tiny_inputs(model, seed=1), tiny_inputs(model, seed=2)

@@ -93,9 +93,14 @@ def activation(module: nn.Module) -> Callable[[Tensor], Tensor]:
 
 
 def is_split(module: nn.Module) -> bool:
-    """Whether this process holds a part of the module, by expert or tensor parallelism."""
+    """Whether this process holds a part of the module, by expert or tensor parallelism.
+
+    Parameters are DTensors, and there is a flag. Older releases (5.7) have plain parameters of
+    other shapes and counts, and the plan on the module.
+    """
     distributed = any(type(p).__name__ == "DTensor" for p in module.parameters())
-    return bool(getattr(module, "_is_expert_parallel", False)) or distributed
+    marks = getattr(module, "_is_expert_parallel", False), getattr(module, "_hf_tp_plan", None)
+    return distributed or any(marks)
 
 
 def source(config: Any) -> str:

@@ -5,11 +5,11 @@ NATIVE := $(shell find csrc -type f 2>/dev/null)
 # The supported transformers are written in reap/versions.py. .venv has the newest, which constraints.txt pins.
 OLDEST = $(shell $(BIN)/python -c 'from reap.versions import TESTED; print(TESTED["transformers"][0])')
 # One thread: the models are tiny, and threads that wait for one another cost more than they save.
-ON_OLDEST = OMP_NUM_THREADS=1 PYTHONPATH=.venv/transformers-$(OLDEST) $(BIN)/python -m pytest
+ON_OLDEST = OMP_NUM_THREADS=1 PYTHONPATH=$(CURDIR)/.venv/transformers-$(OLDEST) $(BIN)/python -m pytest
 ON_NEWEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 # What depends on the release: observing and loading models, and checkpoints that it writes and reads.
-BY_RELEASE := $(patsubst %,tests/test_%.py,calibration compat config experts identity layers load measure padding patch \
-	pruning surgery)
+BY_RELEASE := $(patsubst %,tests/test_%.py,calibration compat config experts identity layers load measure padding \
+	patch pruning surgery)
 
 .PHONY: demo test test-slow test-oldest test-versions sanitize lint bench clean
 

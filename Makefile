@@ -1,6 +1,7 @@
 # Every target sets up what it needs: a virtual environment in .venv with the package installed from this tree.
 PYTHON ?= python3
 BIN := .venv/bin
+TRITON := "triton==3.9.0; platform_system == 'Linux' and platform_machine == 'x86_64'"
 NATIVE := $(shell find csrc -type f 2>/dev/null)
 # The supported transformers are written in reap/versions.py. .venv has the newest, which constraints.txt pins.
 OLDEST = $(shell $(BIN)/python -c 'from reap.versions import TESTED; print(TESTED["transformers"][0])')
@@ -50,10 +51,13 @@ lint: .venv/installed
 bench: .venv/installed
 	$(BIN)/python -m bench
 
-# The package is installed editable, so only its metadata and native sources make it stale.
+# The package is installed editable, so only its metadata and native sources make it stale. torch comes first: a
+# build for GPUs brings the one triton that it works with, beside a build for CPUs it is TRITON.
 .venv/installed: pyproject.toml setup.py constraints.txt $(NATIVE)
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed: make PYTHON=python3.12")'
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
+	$(BIN)/python -c 'import triton' 2>/dev/null || $(BIN)/python -m pip install --quiet $(TRITON)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test,lint]'
 	touch $@
 

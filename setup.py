@@ -123,11 +123,11 @@ def call(command: list[str]) -> None:
 
 
 HEADERS = glob("csrc/**/*.h", recursive=True)
-CPU = ("isa", "moe", "team", "portable")
+CPU = ("bindings", "isa", "layer", "portable", "routing", "team")
 extensions = [
     Pybind11Extension(
         "reap_kernels._native",
-        ["csrc/bindings.cpp", *(f"csrc/cpu/{name}.cpp" for name in CPU)],
+        [f"csrc/cpu/{name}.cpp" for name in CPU],
         depends=HEADERS,
         cxx_std=17,
         optional=True,

@@ -8,7 +8,7 @@ from collections.abc import Collection
 from dataclasses import replace
 from enum import Enum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import typer
@@ -29,7 +29,7 @@ SUITES = {
     "prune": "bench.prune",
     "stats": "bench.stats",
 }
-Suite = Enum("Suite", {name: name for name in SUITES}, type=str)
+Suite = Enum("Suite", dict(zip(SUITES, SUITES, strict=True)), type=str)  # type: ignore[misc]
 Device = Enum("Device", {"cpu": "cpu", "cuda": "cuda"}, type=str)
 SHAPES = {**REAL, TINY.name: TINY}
 
@@ -62,7 +62,7 @@ def main(
     # A table in a file or pipe must not be cut to 80 columns.
     console = Console(width=None if sys.stdout.isatty() else 160)
     mode = "smoke" if smoke else "quick" if quick else "full"
-    given = {
+    given: dict[str, Any] = {
         "dtypes": _names("--dtype", dtype, TORCH),
         "shapes": _chosen_shapes(shapes),
         "tokens": _tokens(tokens),

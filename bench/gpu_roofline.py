@@ -268,7 +268,8 @@ def plot(found: list[Roof], path: Path) -> Path:
             )
             for roof in own
         ]
-        axes.scatter(*zip(*points, strict=True), color=color, s=18, label=gpu.name)
+        intensities, rates = zip(*points, strict=True)
+        axes.scatter(intensities, rates, color=color, s=18, label=gpu.name)
     axes.set(xscale="log", yscale="log", xlabel="FLOP per byte of memory traffic")
     axes.set_ylabel("attainable TFLOP/s, bf16")
     axes.set_title(f"MoE layers at T={found[0].work.T:,} ({LABEL})")

@@ -13,13 +13,12 @@ from bench.measure import TORCH, Settings, interleave, rows
 from bench.row import Row
 from bench.shapes import BYTES, TINY, Shape
 from reap_kernels import cpu, ops
-from reap_kernels.contract import Call, make_call
+from reap_kernels.contract import make_call
 
 # An observer that runs every expert on every token is worth waiting for up to here [FLOP].
 OBSERVER_FLOPS = 5e12
 PEERS = ("eager", "grouped_mm", "hooks", "observer")
 IMPLS = (*(f"reap:{backend.NAME}" for backend in ops.LADDER), *PEERS)
-FLAGS = (True, False, False, False)  # gated, interleaved, transposed, deterministic
 
 
 def run(settings: Settings) -> Iterator[Row]:
@@ -47,8 +46,8 @@ def fit(shape: Shape, dtype: str, settings: Settings) -> Shape | None:
 def _layer(shape: Shape, dtype: str, settings: Settings) -> Iterator[Row]:
     weights = inputs.weights(shape, TORCH[dtype], settings.device)
     modules = {
-        "eager": peers.transformers_experts(*weights.values(), "eager"),
-        "grouped_mm": peers.transformers_experts(*weights.values(), "grouped_mm"),
+        "eager": peers.transformers_experts(**weights, implementation="eager"),
+        "grouped_mm": peers.transformers_experts(**weights, implementation="grouped_mm"),
         "hooks": peers.Hooks(*weights.values()),
         "observer": peers.Observer(*weights.values()),
     }
@@ -81,7 +80,7 @@ def backends_here(settings: Settings, dtype: str) -> list[str]:
     """Those that run such layers here; the reference, which is not made for speed, if nothing else
     does."""
     where = (TORCH[dtype], settings.device)
-    probe = _call(inputs.weights(TINY, *where) | inputs.routed(TINY, 1, *where))
+    probe = make_call(**inputs.weights(TINY, *where), **inputs.routed(TINY, 1, *where))
     found: list[str] = []
     for backend in ops.LADDER:
         reason = backend.available() or backend.unsupported(probe)
@@ -98,13 +97,8 @@ def ours(backend: str, given: dict[str, Any]) -> Callable[[], Any]:
 
 def executed(given: dict[str, Any], **options: Any) -> Callable[[], Any]:
     """The CPU kernels with one of `execute`'s options."""
-    call = _call(given)
+    call = make_call(**given)
     return lambda: cpu.execute(call, **options)[0]
-
-
-def _call(given: dict[str, Any]) -> Call:
-    tensors = tuple(given[name] for name in Call._fields[:7])
-    return make_call(tensors, given["activation"], FLAGS)
 
 
 def peer(module: torch.nn.Module, given: dict[str, Any]) -> Callable[[], Any]:

@@ -113,6 +113,8 @@ def interleave(
 def _peak(dtype: str, device: str) -> float | None:
     if device == "cuda":
         return roof.gpu_peak(dtype, torch.cuda.get_device_name())
+    if roof.missing():
+        return None
     return roof.fma_peak(dtype, torch.get_num_threads(), ROOF_SECONDS)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.markup import escape
@@ -11,6 +12,9 @@ from rich.table import Table
 
 from bench.row import Row
 from bench.shapes import BYTES, Shape
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 def line(row: Row) -> str:
@@ -104,16 +108,19 @@ def _roofline(rows: list[Row], bandwidth: float | None, path: Path) -> Path:
     for impl in dict.fromkeys(row.impl for row in rows):
         own = [row for row in rows if row.impl == impl]
         points = [(Shape.parse(row.shape).intensity(row.T, dtype), row.gflops) for row in own]
-        axes.scatter(*zip(*points, strict=True), s=14, label=impl)
-    peaks = [row.gflops / row.fraction_of_peak for row in rows if row.fraction_of_peak]
+        xs, ys = zip(*points, strict=True)
+        axes.scatter(xs, ys, s=14, label=impl)
+    peaks = [
+        row.gflops / row.fraction_of_peak for row in rows if row.gflops and row.fraction_of_peak
+    ]
     low, high = axes.get_xlim()
     if peaks:
         axes.axhspan(min(peaks), max(peaks), color="grey", alpha=0.3, label="FMA peak, all rounds")
         if bandwidth:
             ridge = max(peaks) * 1e9 / bandwidth
-            xs = [max(low, BYTES[dtype] / 8), ridge]
-            ys = [x * bandwidth / 1e9 for x in xs]
-            axes.plot(xs, ys, color="grey", label="read bandwidth")
+            ends = [max(low, BYTES[dtype] / 8), ridge]
+            rates = [x * bandwidth / 1e9 for x in ends]
+            axes.plot(ends, rates, color="grey", label="read bandwidth")
     axes.set(xscale="log", yscale="log", ylabel="GFLOP/s, median")
     axes.set_title(f"{dtype}, {rows[0].machine}")
     axes.set_xlabel("arithmetic intensity at the floor (FLOP per byte)")
@@ -132,7 +139,8 @@ def _speedup(rows: list[Row], path: Path) -> Path:
         for peer, times in row.speedup_vs.items():
             points[row.impl, peer].append((row.T * shape.K / shape.E, times))
     for (impl, peer), pairs in points.items():
-        axes.scatter(*zip(*pairs, strict=True), s=14, label=f"{impl} against {peer}")
+        xs, ys = zip(*pairs, strict=True)
+        axes.scatter(xs, ys, s=14, label=f"{impl} against {peer}")
     axes.axhline(1, color="grey", linewidth=1)
     axes.set(xscale="log", yscale="log", ylabel="times as fast, medians of the same rounds")
     axes.set_xlabel("tokens per expert (T K / E)")
@@ -141,7 +149,7 @@ def _speedup(rows: list[Row], path: Path) -> Path:
     return _save(figure, path)
 
 
-def _save(figure, path: Path) -> Path:
+def _save(figure: Figure, path: Path) -> Path:
     from matplotlib import pyplot as plt
 
     figure.savefig(path, dpi=120)

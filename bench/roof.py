@@ -19,7 +19,7 @@ FLAGS = ("-O3", "-march=native", "-std=c++17", "-shared", "-fPIC", "-pthread")
 
 
 @cache
-def _library() -> ctypes.CDLL | str:
+def _compiled() -> ctypes.CDLL | str:
     """The compiled roofs, or why there are none."""
     compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
     if compiler is None:
@@ -39,17 +39,21 @@ def _library() -> ctypes.CDLL | str:
 
 def missing() -> str | None:
     """Why the roofs cannot be measured here; None if they can."""
-    library = _library()
+    library = _compiled()
     return library if isinstance(library, str) else None
 
 
-def fma_peak(dtype: str, threads: int, seconds: float) -> float | None:
+def _library() -> ctypes.CDLL:
+    library = _compiled()
+    if isinstance(library, str):
+        raise RuntimeError(library)
+    return library
+
+
+def fma_peak(dtype: str, threads: int, seconds: float) -> float:
     """Multiply-adds from registers in independent sums, two FLOPs each [FLOP/s]: of bf16 where the
     processor multiplies that, else of fp32, which every other dtype is widened to."""
-    library = _library()
-    if isinstance(library, str):
-        return None
-    return library.fma_peak(dtype == "bf16", threads, seconds)
+    return _library().fma_peak(dtype == "bf16", threads, seconds)
 
 
 def gpu_peak(dtype: str, name: str) -> float | None:
@@ -59,9 +63,6 @@ def gpu_peak(dtype: str, name: str) -> float | None:
     return next((gpu.flops for gpu in GPUS if gpu.name in name and dtype != "fp32"), None)
 
 
-def read_bandwidth(data: torch.Tensor, threads: int) -> float | None:
+def read_bandwidth(data: torch.Tensor, threads: int) -> float:
     """Sequential reads of `data` [bytes/s]."""
-    library = _library()
-    if isinstance(library, str):
-        return None
-    return library.read_bandwidth(data.data_ptr(), data.nbytes, threads)
+    return _library().read_bandwidth(data.data_ptr(), data.nbytes, threads)

@@ -31,7 +31,7 @@ def run(settings: Settings) -> Iterator[Row]:
 @torch.inference_mode()
 def _shape(shape: Shape, dtype: str, settings: Settings) -> Iterator[Row]:
     weights = inputs.weights(shape, TORCH[dtype])
-    eager = peers.transformers_experts(*weights.values(), "eager")
+    eager = peers.transformers_experts(**weights, implementation="eager")
     backends = layer.backends_here(settings, dtype)
     for T in settings.tokens:
         given = inputs.routed(shape, T, TORCH[dtype]) | weights

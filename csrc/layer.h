@@ -9,7 +9,8 @@ namespace reap {
 enum class Dtype : int { bf16, f16, f32 };
 enum class Activation : int { silu, gelu, gelu_tanh, relu, relu2, swiglu_clamped };
 
-// Rows are outputs of a projection, k runs over its inputs. Strides count elements.
+// Rows are outputs of a projection, k runs over its inputs. Strides count elements. K-major weights have a k_stride
+// of 1, MN-major ones (those of transposed calls) a row_stride of 1.
 struct Weights {
     const char* data;     // [E, rows, k] model dtype, any strides, any alignment
     int64_t expert_stride, row_stride, k_stride;
@@ -23,7 +24,7 @@ struct Layer {
     Activation activation;
     float alpha, limit, offset;      // of swiglu_clamped
     bool gated, interleaved;
-    const char* hidden;              // [T, H] model dtype, elements of a row adjacent
+    const char* hidden;              // [T, H] model dtype, row-major
     int64_t hidden_stride;           // elements from token to token
     Weights gate_up, down;
     const int64_t* top_k_index;      // [T, K] contiguous; outside [0, E) is a slot without expert

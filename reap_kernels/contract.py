@@ -4,7 +4,7 @@ Letters: T tokens, K experts per token, S = T*K slots, E experts, H hidden size,
 expert, R = 2I rows of gate and up (I where there is no gate).
 """
 
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -26,20 +26,23 @@ class Saliency(NamedTuple):
 
 
 class Call(NamedTuple):
-    """One call of the op: the tensors as they came, strides and all, and the parsed options."""
+    """One call of the op: the tensors as they came, strides and all, and the parsed options.
+
+    Fields are in the order of the op's schema, and have the defaults of `moe_saliency`.
+    """
 
     hidden_states: Tensor  # [T, H] model dtype
     gate_up_proj: Tensor  # [E, R, H], or [E, H, R] if transposed, model dtype
     down_proj: Tensor  # [E, H, I], or [E, I, H] if transposed, model dtype
     top_k_index: Tensor  # expert of each slot, >= E for none [T, K] int32 or int64
     top_k_weights: Tensor  # gate of each slot [T, K] bf16, fp16, fp32 (or fp64 in an fp64 model)
-    gate_up_bias: Tensor | None  # [E, R] model dtype
-    down_bias: Tensor | None  # [E, H] model dtype
-    activation: Activation
-    gated: bool  # False: up_proj alone, act(x W) in place of act(g) * u
-    interleaved: bool  # gate and up alternate along R: g0, u0, g1, u1, ...; else all g, then all u
-    transposed: bool
-    deterministic: bool  # the same bits run to run, on backends where that has a price
+    gate_up_bias: Tensor | None = None  # [E, R] model dtype
+    down_bias: Tensor | None = None  # [E, H] model dtype
+    activation: Activation = Activation("silu")
+    gated: bool = True  # False: up_proj alone, act(x W) in place of act(g) * u
+    interleaved: bool = False  # gate and up alternate along R: g0, u0, ...; else all g, then all u
+    transposed: bool = False
+    deterministic: bool = False  # the same bits run to run, on backends where that has a price
 
     @property
     def T(self) -> int:
@@ -74,8 +77,17 @@ class Call(NamedTuple):
     @property
     def tensors(self) -> dict[str, Tensor]:
         """The tensors that are there, by argument name."""
-        named = zip(self._fields[:7], self[:7], strict=True)
-        return {name: tensor for name, tensor in named if tensor is not None}
+        named = {name: getattr(self, name) for name in TENSORS}
+        return {name: tensor for name, tensor in named.items() if tensor is not None}
+
+
+def _fields_of(*kinds: Any) -> tuple[str, ...]:
+    return tuple(name for name, kind in Call.__annotations__.items() if kind in kinds)
+
+
+# The op's arguments of one kind, in the order of its schema.
+TENSORS = _fields_of(Tensor, Tensor | None)
+FLAGS = _fields_of(bool)
 
 
 class Backend(Protocol):
@@ -190,12 +202,10 @@ def _check_shapes(call: Call, tensors: dict[str, Tensor]) -> None:
             )
 
 
-def make_call(
-    tensors: tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None],
-    activation: str,
-    flags: tuple[bool, bool, bool, bool],
-) -> Call:
-    """A checked call, from the op's arguments in the order of Call's fields."""
-    call = Call(*tensors, activations.parse(activation), *flags)
+def make_call(*fields: Any, **named: Any) -> Call:
+    """A checked call, from Call's fields by position or by name; the activation as its text."""
+    call = Call(*fields, **named)
+    if not isinstance(call.activation, Activation):
+        call = call._replace(activation=activations.parse(call.activation))
     check(call)
     return call

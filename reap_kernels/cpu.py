@@ -7,10 +7,6 @@ from reap_kernels.contract import Call, Saliency
 
 NAME = "cpu"
 
-# As in csrc/cpu/layer.h and moe.cpp; and piece_steps of numbers.h, with pairs of bf16 and without.
-_SLAB, _GROUP, _BLOCK_TOKENS, _LINE, _AHEAD = 96, 48, 160, 64, 8
-_PIECE_STEPS = {True: 512, False: 128}
-
 
 def available() -> str | None:
     return native.missing()
@@ -37,20 +33,9 @@ def execute(
 ) -> tuple[Saliency, int]:
     """`run` with an instruction set of `isas()` (None: the best), a number of threads, and with
     norms and peaks left out (they are then 0) to measure their price. Also returns the bytes that
-    were allocated besides the results; MemoryError if they are not to be had, before any work."""
-    module, call = native.module(), native.plain(call)
-    saliency = native.empty(call)
-    layer = native.layer(module, call, saliency)
-    if not norms:
-        layer.norms = layer.peaks = 0
-        saliency.norms.zero_()
-        saliency.peaks.zero_()
-    layer.threads = torch.get_num_threads() if threads is None else threads
-    return saliency, module.run_layer(layer, isa)
+    were allocated besides the results; MemoryError if they are not to be had, before any work.
 
-
-def extra_bytes(call: Call, isa: str | None = None, threads: int | None = None) -> int:
-    """The bytes that `execute` allocates besides its results, one allocation of
+    They are one allocation of
 
       R * I * size          the activated inner tensor, I rounded up to even, in the model dtype
       R * ceil(H/96) * 8    norms and peaks in parts
@@ -61,33 +46,18 @@ def extra_bytes(call: Call, isa: str | None = None, threads: int | None = None) 
                             512) and two of sums (48 by 160)
 
     each rounded up to a cache line, where R = min(S, 2560 * threads) slots are in the making at a
-    time: nothing of size S*H, S*I, E*T or of the weights. Ids that are not int64, gates that are
-    not fp32, either or hidden states whose rows are not adjacent are copied.
+    time: nothing of size S*H, S*I, E*T or of the weights. Copied are ids that are not int64, gates
+    that are not fp32, either if not contiguous, and hidden states that are not row-major.
     """
-    T, K, E, H, I = call.T, call.K, call.E, call.H, call.I  # noqa: E741
-    S, dtype = T * K, call.hidden_states.dtype
-    threads = torch.get_num_threads() if threads is None else threads
-    fp32 = dtype == torch.float32
-    pairs = dtype == torch.bfloat16 and (isa or isas()[0]) == "avx512_bf16"
-    slabs = -(-H // _SLAB)
-    steps = -(-H // 2) if pairs else H if fp32 else max(H, I)
-    scratch = 4 * (
-        steps * _BLOCK_TOKENS + _GROUP * _PIECE_STEPS[pairs] + 2 * _GROUP * _BLOCK_TOKENS
-    )
-    blocks, places = S // _BLOCK_TOKENS + min(S, E), 2 * _AHEAD * threads
-    rows, gaps = (S, blocks) if S <= places * _BLOCK_TOKENS else (places * _BLOCK_TOKENS, places)
-    pieces = (
-        4 * S,  # order
-        32 * blocks,
-        8 * blocks,  # progress
-        8 * (E + 1),  # offsets
-        8 * slabs,  # turns
-        8 * rows * slabs,  # partials
-        0 if fp32 else 4 * T * H,  # sums
-        scratch * threads,
-        rows * (I + I % 2) * dtype.itemsize + gaps * _LINE,  # inner
-    )
-    return sum(-(-piece // _LINE) * _LINE for piece in pieces) + 2 * _LINE
+    module, call = native.module(), native.plain(call)
+    saliency = native.empty(call)
+    layer = native.layer(module, call, saliency)
+    if not norms:
+        layer.norms = layer.peaks = 0
+        saliency.norms.zero_()
+        saliency.peaks.zero_()
+    layer.threads = torch.get_num_threads() if threads is None else threads
+    return saliency, module.run_layer(layer, isa)
 
 
 def isas() -> list[str]:

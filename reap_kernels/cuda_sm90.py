@@ -1,8 +1,8 @@
 """The CUDA backend's kernels for Hopper alone: csrc/cuda/sm90, with TMA, mbarriers and wgmma.
 
 They have been executed on the emulator of the test suite, and never on a GPU: `auto` passes them
-over, they run only where backend="cuda_sm90" asks for them. What the copy engine cannot read
-(memory that is not in multiples of 16 bytes) runs on `cuda`.
+over, they run only where backend="cuda_sm90" asks for them. What TMA cannot read (memory that is
+not in multiples of 16 bytes) runs on `cuda`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ NAME = "cuda_sm90"
 AUTO = False
 ASSERTS_IDS = True
 CAVEAT = "executed on an emulator only, never on a GPU, so only where it is named"
-UNIT = 8  # elements of 16 bits in the 16 bytes that the copy engine counts in
+UNIT = 8  # elements of 16 bits in the 16 bytes that TMA counts in
 
 
 def available() -> str | None:
@@ -41,33 +41,34 @@ def run(call: Call) -> Saliency:
 
 
 def unsupported_layout(call: Call) -> str | None:
-    """What the copy engine cannot read."""
+    """What TMA cannot read."""
     if call.H % UNIT:
         return f"hidden size {call.H}, must be a multiple of {UNIT}"
     x, (rows, k) = call.hidden_states, (2, 1) if call.transposed else (1, 2)
     if x.stride(1) == 1 and (reason := _unaligned("hidden_states", x, 1)):
         return reason
     halves = call.gated and not call.interleaved
-    if halves and _adjacent(call.gate_up_proj, k, rows) == rows and call.I % UNIT:
+    if halves and _contiguous(call.gate_up_proj, k, rows) == rows and call.I % UNIT:
         return (
-            f"inner size {call.I}, must be a multiple of {UNIT} where gate and up are side by side"
+            f"inner size {call.I}, must be a multiple of {UNIT} where gate and up are "
+            "concatenated along the contiguous dimension"
         )
     return _unaligned("gate_up_proj", call.gate_up_proj, k, rows) or _unaligned(
         "down_proj", call.down_proj, k, rows
     )
 
 
-def _adjacent(tensor: Tensor, *dims: int) -> int | None:
-    """The first of the dimensions whose elements are adjacent, as csrc/cuda/sm90 picks it."""
+def _contiguous(tensor: Tensor, *dims: int) -> int | None:
+    """The first of the dimensions that is contiguous, as csrc/cuda/sm90 picks it."""
     return next((d for d in dims if tensor.stride(d) == 1 or tensor.shape[d] == 1), None)
 
 
 def _unaligned(name: str, tensor: Tensor, *dims: int) -> str | None:
-    adjacent = _adjacent(tensor, *dims)
-    others = [d for d in range(tensor.dim()) if d != adjacent and tensor.shape[d] > 1]
-    if adjacent is None or any(tensor.stride(d) % UNIT or not tensor.stride(d) for d in others):
+    contiguous = _contiguous(tensor, *dims)
+    others = [d for d in range(tensor.dim()) if d != contiguous and tensor.shape[d] > 1]
+    if contiguous is None or any(tensor.stride(d) % UNIT or not tensor.stride(d) for d in others):
         return (
-            f"{name} has strides {list(tensor.stride())}, must be adjacent along a row or column "
+            f"{name} has strides {list(tensor.stride())}, must be contiguous along rows or columns "
             f"and have multiples of {UNIT} elsewhere"
         )
     if tensor.data_ptr() % 16:

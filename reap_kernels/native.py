@@ -47,8 +47,8 @@ def module(name: str = "_native") -> ModuleType:
 
 
 def plain(call: Call) -> Call:
-    """The call with rows of hidden_states adjacent within, ids int64 and gates fp32, both
-    contiguous; copies what is not yet like that. A `layer` holds addresses of these tensors."""
+    """The call with row-major hidden_states, ids int64 and gates fp32, both contiguous; copies what
+    is not yet like that. A `layer` holds addresses of these tensors."""
     x = call.hidden_states
     return call._replace(
         hidden_states=x if x.stride(1) == 1 else x.contiguous(),
@@ -87,7 +87,7 @@ def _weights(extension: ModuleType, weight: Tensor, bias: Tensor | None, transpo
     weights.data = weight.data_ptr()
     rows, k = (2, 1) if transposed else (1, 2)
     weights.expert_stride = weight.stride(0)
-    # The stride of a dimension of size 1 means nothing; adjacent is the fast case.
+    # The stride of a dimension of size 1 means nothing; contiguous is the fast case.
     weights.row_stride = weight.stride(rows) if weight.shape[rows] > 1 else 1
     weights.k_stride = weight.stride(k) if weight.shape[k] > 1 else 1
     if bias is not None:

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from reap_kernels import cpu, cuda, cuda_sm90, reference, triton
-from reap_kernels.contract import Backend, Call, Saliency, check_ids, make_call
+from reap_kernels.contract import FLAGS, TENSORS, Backend, Call, Saliency, check_ids, make_call
 
 # "auto" takes the first that is available and supports the call; a new backend is one entry here.
 LADDER: tuple[Backend, ...] = (cpu, triton, cuda, cuda_sm90, reference)
@@ -63,17 +63,18 @@ def _check_arguments(
     tensors: tuple[Tensor | None, ...], flags: tuple[bool, ...], activation: str, backend: str
 ) -> None:
     """What torch would reject in its own words, or not at all, before the op itself is reached."""
-    for name, tensor in zip(Call._fields, tensors, strict=False):
+    given = dict(zip(TENSORS, tensors, strict=True))
+    for name, tensor in given.items():
         if not isinstance(tensor, Tensor) and not (tensor is None and name.endswith("_bias")):
             raise ValueError(f"{name} is a {type(tensor).__name__}, must be a torch.Tensor")
     for name, text in (("activation", activation), ("backend", backend)):
         if not isinstance(text, str):
             raise ValueError(f"{name} is {text!r}, must be a string")
-    for name, flag in zip(Call._fields[8:], flags, strict=True):
+    for name, flag in zip(FLAGS, flags, strict=True):
         if not isinstance(flag, bool):
             raise ValueError(f"{name} is {flag!r}, must be True or False")
     if torch.is_grad_enabled():
-        for name, tensor in zip(Call._fields, tensors, strict=False):
+        for name, tensor in given.items():
             if tensor is not None and tensor.requires_grad:
                 raise ValueError(
                     f"{name} requires grad in grad mode, must not: there is no backward, "
@@ -99,7 +100,7 @@ def _moe_saliency(
 ) -> tuple[Tensor, Tensor, Tensor]:
     required = (hidden_states, gate_up_proj, down_proj, top_k_index, top_k_weights)
     flags = (gated, interleaved, transposed, deterministic)
-    call = make_call((*required, gate_up_bias, down_bias), activation, flags)
+    call = make_call(*required, gate_up_bias, down_bias, activation, *flags)
     chosen = select(call, backend)
     if not getattr(chosen, "ASSERTS_IDS", False):
         check_ids(top_k_index)
@@ -110,8 +111,9 @@ def _moe_saliency(
 
 @_moe_saliency.register_fake
 def _(*arguments):  # type: ignore[no-untyped-def]
-    call = make_call(arguments[:7], arguments[7], arguments[8:12])
-    named(arguments[12])
+    *fields, backend = arguments
+    call = make_call(*fields)
+    named(backend)
     x = call.hidden_states
     norms = x.new_empty((call.T, call.K), dtype=call.accumulator)
     return x.new_empty((call.T, call.H)), norms, torch.empty_like(norms)

@@ -268,6 +268,7 @@ def _eager_activation(z: torch.Tensor, inputs: dict) -> torch.Tensor:
         "relu2": lambda x: F.relu(x).square(),
     }.get(kind)
     if not inputs["gated"]:
+        assert act is not None
         return act(z)
     gate, up = (z[..., ::2], z[..., 1::2]) if inputs["interleaved"] else z.chunk(2, dim=-1)
     if act is not None:

@@ -30,7 +30,7 @@ ROOT = Path(__file__).parent.parent
 CROSS = "aarch64-linux-gnu-g++"
 FLAGS = ["-std=c++17", "-O3", "-Wall", "-Wextra", "-Werror", "-static", "-pthread"]
 FLAGS += ["-DREAP_OWN_THREADS"]  # there is no libgomp to borrow from
-SOURCES = [f"csrc/cpu/{name}.cpp" for name in ("isa", "moe", "team", "portable")]
+SOURCES = [f"csrc/cpu/{name}.cpp" for name in ("isa", "layer", "portable", "routing", "team")]
 
 
 def missing_clang() -> str | None:

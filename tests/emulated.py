@@ -72,12 +72,7 @@ def compiled(sources: Path) -> Path:
 
 def call_of(inputs: dict, deterministic: bool = False) -> Call:
     """From arguments of moe_saliency by name, with its defaults."""
-    flags = {"gated": True, "interleaved": False, "transposed": False} | inputs
-    return make_call(
-        tuple(inputs.get(name) for name in Call._fields[:7]),
-        inputs.get("activation", "silu"),
-        (flags["gated"], flags["interleaved"], flags["transposed"], deterministic),
-    )
+    return make_call(**inputs, deterministic=deterministic)
 
 
 def run(

@@ -15,9 +15,10 @@ from tiny import tiny_model
 from torch import nn
 
 from reap.model.identity import describe_folder
-from reap.model.info import ModelInfo
+from reap.model.info import LayerInfo, ModelInfo
 from reap.planning.plan import Plan
 
+EXPERTS, KEPT = 6, (1, 2, 5)  # of `plan_for`
 COUNT_KEYS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 
 
@@ -53,6 +54,13 @@ def some_plan(
     return Plan(model=model, criterion="random", seed=seed, kept=kept)
 
 
+def plan_for(*names: str, model_type: str = "any", kept: tuple[int, ...] = KEPT) -> Plan:
+    """A plan, of no real model, that keeps `kept` of `EXPERTS` experts in each of these layers."""
+    layers = tuple(LayerInfo(name, EXPERTS, 2) for name in names)
+    model = ModelInfo(model_type, "m", "f", None, layers)
+    return Plan(model=model, criterion="random", seed=0, kept=dict.fromkeys(names, kept))
+
+
 def pruned_in_memory(model: nn.Module, plan: Plan) -> nn.Module:
     """The same removal without any file: a model of the smaller config whose parameters are those
     of `model`,
@@ -69,7 +77,7 @@ def pruned_in_memory(model: nn.Module, plan: Plan) -> nn.Module:
         value = old[name]
         axes = [i for i, (a, b) in enumerate(zip(value.shape, target.shape, strict=True)) if a != b]
         if axes:
-            layer = re.search(r"layers\.\d+\.", name)[0]
+            (layer,) = re.findall(r"layers\.\d+\.", name)
             kept = next(ids for layer_name, ids in plan.kept.items() if layer in layer_name)
             tail = range(experts, value.shape[axes[0]])  # a skip class, shared experts
             value = value.index_select(axes[0], torch.tensor([*kept, *tail]))

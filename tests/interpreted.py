@@ -87,7 +87,8 @@ class Traffic:
         first, last = int(addresses[0]), int(addresses[-1])
         for start, end, size, name in self._ranges:
             if start <= first and last + size <= end:
-                self.bytes[(*name, direction)] += size * addresses.size
+                key = (*name, direction)
+                self.bytes[key] += size * addresses.size
                 return
         raise AssertionError(f"{direction} outside of every argument of {self.launches[-1]}")
 

@@ -88,8 +88,8 @@ def _sites(source: str) -> Iterator[tuple[int, int, str, str]]:
             yield first, last, "(mutant == # || (", "))"
     for found in re.finditer(r"\bmin\(", source):
         end = _closing(source, found.end())
-        first = source[slice(*_split(source, found.end(), end, ",")[0])]
-        yield found.start(), end + 1, f"(mutant == # ? ({first}) : ", ")"
+        argument = source[slice(*_split(source, found.end(), end, ",")[0])]
+        yield found.start(), end + 1, f"(mutant == # ? ({argument}) : ", ")"
     for found in re.finditer(r"\bcp_async16\(", source):
         end = _closing(source, found.end())
         yield *_split(source, found.end(), end, ",")[2], "(mutant == # || (", "))"

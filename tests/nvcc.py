@@ -27,14 +27,14 @@ from reap_kernels.triton import configs
 ROOT = Path(__file__).parent.parent
 SOURCE = ROOT / "csrc/cuda/layer.cu"
 FLAGS = ("-std=c++17", "-O3", "-cubin", "-Werror", "all-warnings")
-LAYOUTS = ("along_k", "along_rows", "any")  # as in csrc/cuda/tiles.cuh
+LAYOUTS = ("k_major", "mn_major", "any")  # as in csrc/cuda/tiles.cuh
 # Triton's config with the tile of our largest kernels: 128 rows by 128 columns by 64, four warps.
 SAME_TILE = configs.Config(128, configs.Tile(64, 64, 4, 3), configs.Tile(128, 64, 4, 3))
 DTYPES = {"__nv_bfloat16": "bf16", "__half": "fp16"}
 
 
 class Kernel(NamedTuple):
-    name: str  # without namespaces and arguments: down_kernel<bf16, 128, along_k>
+    name: str  # without namespaces and arguments: down_kernel<bf16, 128, k_major>
     registers: int
     stack: int  # bytes, as the next two
     local: int

@@ -19,7 +19,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from reap_kernels.contract import Call, Saliency, make_call
+from reap_kernels.contract import FLAGS, Call, Saliency, make_call
 from reap_kernels.triton import configs, down, finish, gate_up, launch, routing, statistics
 
 TYPES = {
@@ -111,7 +111,8 @@ def resources(binary) -> dict:
         text = binary.asm["amdgcn"]
 
         def read(name: str) -> int:
-            return int(re.search(rf"\.{name}:\s+(\d+)", text)[1])
+            (number,) = re.findall(rf"\.{name}:\s+(\d+)", text)
+            return int(number)
 
         return {
             "registers": read("vgpr_count"),
@@ -149,8 +150,8 @@ def call(variant: Variant, T: int = 4096, K: int = 8, E: int = 128) -> Call:
         up, down_proj = empty(E, H, R), empty(E, I, H)
     routed = empty(T, K, dtype=torch.int64), empty(T, K)
     biases = (empty(E, R), empty(E, H)) if variant.bias else (None, None)
-    flags = (variant.gated, variant.interleaved, variant.transposed, variant.deterministic)
-    return make_call((empty(T, H), up, down_proj, *routed, *biases), variant.activation, flags)
+    flags = {name: getattr(variant, name) for name in FLAGS}
+    return make_call(empty(T, H), up, down_proj, *routed, *biases, variant.activation, **flags)
 
 
 def gemms(chip: str, config: configs.Config, variant: Variant) -> Iterator[dict]:

@@ -32,7 +32,7 @@ def test_spaces_and_integers_are_read_alike():
 
 def test_frozen():
     with pytest.raises(AttributeError):
-        parse("silu").kind = "gelu"
+        parse("silu").kind = "gelu"  # type: ignore[misc]
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import itertools
 import json
 import time
 import weakref
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from functools import partial
 
@@ -30,7 +31,7 @@ ROOFED = pytest.mark.skipif(roof.missing() is not None, reason=f"{roof.missing()
 def smoke(tmp_path_factory):
     """All suites once: their rows, the folder, and what was printed."""
     out = tmp_path_factory.mktemp("bench")
-    said = []
+    said: list[str] = []
     settings = replace(PRESETS["smoke"], scratch=out / "scratch", say=said.append)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -172,7 +173,7 @@ def test_layer_on_a_gpu(tmp_path):
     settings = replace(PRESETS["smoke"], device="cuda", dtypes=("bf16",))
     made, refused = run(["layer"], settings, tmp_path, Console(width=160))
     assert not refused and {"eager", "observer"} < {row.impl for row in made}
-    assert all("CUDA" in row.machine and row.extra_bytes >= 0 for row in made)
+    assert all("CUDA" in row.machine and row.extra_bytes is not None for row in made)
 
 
 def test_only_what_is_asked_for(tmp_path):
@@ -206,7 +207,7 @@ def test_price_of_norms_is_of_pairs(monkeypatch, tmp_path):
     monkeypatch.setattr("bench.norms.seconds", seconds)
     monkeypatch.setattr("bench.layer.executed", lambda given, **o: partial(_reference, given, o))
     monkeypatch.setattr("bench.norms.cpu.available", lambda: None)
-    said = []
+    said: list[str] = []
     settings = replace(PRESETS["smoke"], dtypes=("fp32",), tokens=(3,), say=said.append)
     (ours, _), _ = run(["norms"], settings, tmp_path, Console(width=160))
     assert ours.speedup_vs["cpu, norms off"] == pytest.approx(0.8)
@@ -233,9 +234,9 @@ def test_roof_of_a_gpu_is_its_makers():
 
 
 def test_interleave_takes_turns(monkeypatch):
-    turns = []
+    turns: list[str] = []
     monkeypatch.setattr("bench.measure.SAMPLE_SECONDS", 0.0)
-    impls = {name: lambda name=name: turns.append(name) for name in "abc"}
+    impls: dict[str, Callable[[], object]] = {name: partial(turns.append, name) for name in "abc"}
     samples = interleave(impls, None, Settings(rounds=4, seconds=60.0))
     assert all(len(ms) == 4 for ms in samples.ms.values())
     assert [sorted(turns[i : i + 3]) for i in range(0, 12, 3)] == [list("abc")] * 4
@@ -265,6 +266,7 @@ def test_floors_by_hand():
 def test_a_layer_is_scaled_in_experts_and_says_so():
     real = REAL["kimi-k2"]
     fitted = real.fit("bf16", 10 << 30)
+    assert fitted is not None
     assert fitted.weight_bytes("bf16") <= 10 << 30 < 2 * fitted.weight_bytes("bf16")
     assert (fitted.of, fitted.K, fitted.H, fitted.I) == (384, real.K, real.H, real.I)
     assert "E96(of 384)" in str(fitted) and Shape.parse(str(fitted)) == fitted

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,29 +9,15 @@ import pytest
 import torch
 from brute import check
 from tiny import model_types, tiny_inputs, tiny_model
-from torch import Tensor
 
 from reap.errors import ReapError
 from reap.observation.patch import observe
 from reap.runs.calibration import calibrate
-from reap.text.batching import batches
+from reap.text.batching import Batch, batches
 
 
-@dataclass(frozen=True)
-class Rows:
-    """What the loop reads of a `reap.text.batching.Batch`."""
-
-    input_ids: Tensor
-    attention_mask: Tensor
-    domain: str = "code"
-
-    @property
-    def tokens(self) -> int:
-        return int(self.attention_mask.sum())
-
-
-def rows(model: Any, *lengths: int, domain: str = "code", seed: int = 1) -> Rows:
-    return Rows(**tiny_inputs(model, lengths=list(lengths), seed=seed), domain=domain)
+def rows(model: Any, *lengths: int, domain: str = "code", seed: int = 1) -> Batch:
+    return Batch(**tiny_inputs(model, lengths=list(lengths), seed=seed), domain=domain)
 
 
 @pytest.mark.slow
@@ -85,11 +70,11 @@ def test_statistics_can_be_used_after_inference_mode() -> None:
 
 
 @pytest.mark.parametrize(
-    "batches", [[], [Rows(torch.zeros(1, 4).long(), torch.zeros(1, 4).long())]]
+    "batches", [[], [Batch(torch.zeros(1, 4).long(), torch.zeros(1, 4).long(), "code")]]
 )
-def test_no_tokens(batches: list[Rows]) -> None:
+def test_no_tokens(batches: list[Batch]) -> None:
     with pytest.raises(ReapError, match="has no tokens"):
-        calibrate(tiny_model("mixtral"), batches)  # type: ignore[arg-type]
+        calibrate(tiny_model("mixtral"), batches)
 
 
 def test_a_model_without_weights_is_an_error() -> None:

@@ -25,7 +25,8 @@ from reap.versions import TESTED, releases
 
 MODEL = Path(__file__).parent.parent / "models" / "tiny-qwen3-moe"
 # For minutes, up to the name of its output.
-CALIBRATE = [sys.executable, "-m", "reap", "calibrate", MODEL, "--data", "stdlib:code", "--out"]
+CALIBRATE: list[str | Path] = [sys.executable, "-m", "reap", "calibrate", MODEL]
+CALIBRATE += ["--data", "stdlib:code", "--out"]
 
 
 def invoke(*arguments: object) -> tuple[int, str, str]:

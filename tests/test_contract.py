@@ -7,7 +7,7 @@ import torch
 
 from reap_kernels import Saliency, backends, moe_saliency, swiglu_clamped
 from reap_kernels.activations import PLAIN
-from reap_kernels.contract import Call
+from reap_kernels.contract import TENSORS
 
 EMULATED = "cuda on the emulator"
 
@@ -31,7 +31,7 @@ def run(request):
         return value.to("cuda") if on_gpu else value
 
     def run(*tensors, **options):
-        given = dict(zip(Call._fields, tensors, strict=False)) | options
+        given = dict(zip(TENSORS, tensors, strict=False)) | options
         given = {name: adapt(name, value) for name, value in given.items()}
         if backend == EMULATED:
             return emulated.run(given, deterministic=given.pop("deterministic", False))

@@ -1,6 +1,8 @@
 """The CPU engine beyond the processor and the compiler that it was built with, against the truth:
 by g++ for aarch64, executed by an emulator; by clang++, every instruction set that runs here."""
 
+from typing import Any
+
 import cases
 import compilers
 import pytest
@@ -12,7 +14,7 @@ from reap_kernels import native, swiglu_clamped
 FEW = cases.Case("few tokens per expert", T=17, K=2, E=5, bias=True)
 MANY = cases.Case("many tokens per expert", T=90, K=1, E=2, H=131, I=57, bias=True)
 CLAMPED = swiglu_clamped(1.702, 0.7, 1.0)
-LAYOUT = {"interleaved": True, "transposed": True, "activation": CLAMPED}
+LAYOUT: dict[str, Any] = {"interleaved": True, "transposed": True, "activation": CLAMPED}
 CASES = [
     FEW,
     MANY,

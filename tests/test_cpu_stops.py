@@ -15,9 +15,8 @@ import pytest
 ROOT = Path(__file__).parent.parent
 GCC = "g++"  # clang has no names for what is not instrumented
 FLAGS = ["-std=c++17", "-O1", "-Wall", "-Wextra", "-pthread", "-DREAP_OWN_THREADS"]
-# Stops are in moe.cpp, which hands out the tasks, and not where it sorts the slots alone.
-INSTRUMENT = ["-finstrument-functions", "-finstrument-functions-exclude-function-list=route"]
-INSTRUMENT += ["-finstrument-functions-exclude-file-list=/include/"]
+# Stops are in layer.cpp, which hands out the tasks.
+INSTRUMENT = ["-finstrument-functions", "-finstrument-functions-exclude-file-list=/include/"]
 WAIT = re.compile(r"(?<!void )wait_until\(([^;]*), ([^;]*)\);")
 SECONDS = 3  # mutants were found in 0.1 to 3, most in less than 1
 PATIENCE = 60
@@ -53,9 +52,9 @@ def program() -> Path:
             (folder / path).parent.mkdir(parents=True, exist_ok=True)
             (folder / path).write_text(f"extern int mutant;\n{text}")
         compiler = [GCC, *FLAGS, f"-I{folder}"]
-        programs.compile([*compiler, *INSTRUMENT, "-c", "cpu/moe.cpp"], cwd=folder)
-        others = [f"cpu/{file}.cpp" for file in ("isa", "team", "portable")]
-        programs.compile([*compiler, main, *others, "moe.o", "-o", "program"], cwd=folder)
+        programs.compile([*compiler, *INSTRUMENT, "-c", "cpu/layer.cpp"], cwd=folder)
+        others = [f"cpu/{file}.cpp" for file in ("isa", "portable", "routing", "team")]
+        programs.compile([*compiler, main, *others, "layer.o", "-o", "program"], cwd=folder)
 
     return programs.once(ROOT / "build/portable" / name, make) / "program"
 
@@ -78,7 +77,7 @@ def test_no_stop_changes_a_bit():
 
 
 def test_the_engine_has_the_waits_that_are_tested():
-    """In down for its turn, in run_gate_up for its place, in run_down for its inner rows."""
+    """In down for its turn, in run_gate_up for its buffer, in run_down for its inner rows."""
     assert len(sources()[1]) == 6
 
 

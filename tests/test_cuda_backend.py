@@ -20,10 +20,7 @@ FAKE = SimpleNamespace(architectures="sm_80 sm_90a compute_90", device_count=lam
 
 
 def call_of(case=cases.SHAPES[4], dtype=torch.bfloat16, **changes):
-    *tensors, activation, gated, interleaved, transposed = (
-        cases.make(case, dtype) | changes
-    ).values()
-    return make_call(tuple(tensors), activation, (gated, interleaved, transposed, False))
+    return make_call(**cases.make(case, dtype) | changes)
 
 
 def with_gpu(monkeypatch, extension=FAKE, sm=(9, 0)):

@@ -15,7 +15,7 @@ import triton
 pytestmark = pytest.mark.skipif(nvcc.missing() is not None, reason=str(nvcc.missing()))
 
 ARCHS = ("sm_80", "sm_90a", "newest")
-WHOLE = [(rows, layout) for rows, layout in product((32, 64, 128), ("along_k", "along_rows"))]
+WHOLE = [(rows, layout) for rows, layout in product((32, 64, 128), ("k_major", "mn_major"))]
 TILES = [*WHOLE, (64, "any")]
 GEMMS = ("gate_up_kernel", "down_kernel")
 HMMA = {"bf16": "HMMA.16816.F32.BF16", "fp16": "HMMA.16816.F32"}
@@ -95,7 +95,7 @@ def test_main_loop_has_the_claimed_instructions(kernels, gemm, rows, layout, dty
         HMMA[dtype]: steps * strips * 8
     }
     a, b = steps * strips, steps * 4
-    if layout == "along_k":
+    if layout == "k_major":
         loads = {"LDSM.16.M88.4": a + b}
     else:
         loads = {"LDSM.16.M88.4": a, "LDSM.16.MT88.4": b}
@@ -120,7 +120,7 @@ def test_down_adds_without_reading_back(kernels, arch, rows, layout, dtype):
 
 
 @pytest.mark.parametrize("dtype", HMMA)
-@pytest.mark.parametrize(("layout", "least"), (("along_k", 1.0), ("along_rows", 0.9)))
+@pytest.mark.parametrize(("layout", "least"), (("k_major", 1.0), ("mn_major", 0.9)))
 @pytest.mark.parametrize("gemm", GEMMS)
 def test_largest_tiles_issue_mostly_tensor_instructions(kernels, gemm, layout, least, dtype):
     """On chips without the NOPs that sm_120 and sm_121 want between tensor-core instructions."""
@@ -132,7 +132,7 @@ def test_largest_tiles_issue_mostly_tensor_instructions(kernels, gemm, layout, l
 def test_main_loop_beats_tritons_for_the_same_tile():
     ours = {kernel.name: sass.share(kernel.loop) for kernel in nvcc.compiled("sm_80")}
     for theirs in nvcc.triton_tile("sm_80", nvcc.SAME_TILE):
-        mine = ours[f"{theirs['kernel']}<bf16, 128, along_k>"]
+        mine = ours[f"{theirs['kernel']}<bf16, 128, k_major>"]
         assert mine["tensor"] == theirs["loop"]["tensor"], "not the same tile"
         print(theirs["kernel"], "sm_80: ours", mine, "Triton's", theirs["loop"], theirs["spills"])
         assert mine["ratio"] > theirs["loop"]["ratio"]

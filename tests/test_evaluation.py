@@ -2,11 +2,11 @@ import math
 
 import pytest
 import torch
+from tiny import VOCAB, tiny_model
 
 from reap.errors import ReapError
 from reap.runs.evaluation import evaluate
 from reap.text.batching import Batch
-from tests.tiny import VOCAB, tiny_model
 
 
 def batch(domain, *rows, length=None):
@@ -61,7 +61,7 @@ def teacher(model):
 def test_matches_a_computation_by_hand(model, teacher, monkeypatch, chunk):
     monkeypatch.setattr("reap.runs.evaluation._CHUNK", chunk)
     code, prose = rows(0, 9, 5, 2, 7), rows(1, 6, 1)
-    seen = []
+    seen: list[int] = []
     results = evaluate(
         model,
         [batch("code", *code[:3]), batch("prose", *prose), batch("code", code[3])],

@@ -84,7 +84,12 @@ def test_carries_before_a_limb_can_overflow(monkeypatch):
     result = ExactSum(1)
     carried = []
     carry = ExactSum._carry
-    monkeypatch.setattr(ExactSum, "_carry", lambda self: (carried.append(1), carry(self)))
+
+    def counted(self):
+        carried.append(1)
+        carry(self)
+
+    monkeypatch.setattr(ExactSum, "_carry", counted)
     for _ in range(5):
         result.add(torch.zeros(3, dtype=torch.int64), torch.full((3,), -0.1, dtype=torch.float64))
         assert result._pending <= 4

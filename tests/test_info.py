@@ -67,7 +67,7 @@ def test_a_missing_field_is_named():
     ],
 )
 def test_differences_are_named(other, message):
-    assert message in MODEL.difference(other)
+    assert message in str(MODEL.difference(other))
 
 
 def test_names_and_unknown_weights_are_no_difference():

@@ -18,7 +18,8 @@ class Gate(nn.Module):
     def __init__(self, function: Any, **parameters: float) -> None:
         super().__init__()
         self.function = function
-        vars(self).update(parameters)
+        for name, value in parameters.items():
+            setattr(self, name, value)
 
     def _apply_gate(self, gate_up: Tensor) -> Tensor:
         return self.function(*gate_up.chunk(2, -1))

@@ -1,5 +1,6 @@
 """The op around the backends: what it refuses, how it picks, and how it behaves towards torch."""
 
+import inspect
 from types import SimpleNamespace
 
 import cases
@@ -7,6 +8,8 @@ import pytest
 import torch
 
 from reap_kernels import Saliency, backends, moe_saliency, ops, reference
+from reap_kernels.activations import parse
+from reap_kernels.contract import FLAGS, TENSORS, Call
 
 BASE = cases.Case("", T=6, K=2, E=4, H=5, I=3)
 T, K, E, H, I = BASE.T, BASE.K, BASE.E, BASE.H, BASE.I  # noqa: E741
@@ -23,6 +26,15 @@ def zeros(*shape, dtype=F32, device="cpu"):
 
 def ids(*shape, value=0, dtype=torch.int64):
     return torch.full(shape, value, dtype=dtype)
+
+
+def test_a_call_has_the_arguments_of_the_op_in_the_order_of_its_schema():
+    schema = [argument.name for argument in torch.ops.reap.moe_saliency.default._schema.arguments]
+    assert list(Call._fields) == [*TENSORS, "activation", *FLAGS] == schema[:-1]
+    given = inspect.signature(moe_saliency).parameters
+    defaults = {n: p.default for n, p in given.items() if p.default is not inspect.Parameter.empty}
+    assert defaults.pop("backend") == "auto"
+    assert Call._field_defaults == defaults | {"activation": parse(defaults["activation"])}
 
 
 UNGATED = {"gated": False, "gate_up_proj": zeros(E, I, H)}
@@ -314,8 +326,8 @@ def test_the_fake_kernel_refuses_the_same(why):
 )
 def test_opcheck(case):
     arguments = inputs(case)
-    options = (arguments["activation"], arguments["gated"], arguments["interleaved"])
-    positional = (*list(arguments.values())[:7], *options, arguments["transposed"], False, "auto")
+    assert list(arguments) == list(Call._fields[:-1])
+    positional = (*arguments.values(), False, "auto")
     torch.library.opcheck(torch.ops.reap.moe_saliency.default, positional)
 
 

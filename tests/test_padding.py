@@ -119,22 +119,24 @@ def test_which_tokens_are_real(given: dict[str, Any], expected: Tensor | None) -
     assert not model._forward_hooks and not model._forward_pre_hooks
 
 
-class Renamed(Model):
+class Renamed(nn.Module):
     """A decorator still takes the name that an argument had before, and the signature does not."""
 
-    def forward(self, input_ids: Any, attention_mask: Any, cache: Any = None) -> Tensor | None:
-        return self.padding.real(self.tokens, torch.device("cpu"))
+    def __init__(self, padding: Padding) -> None:
+        super().__init__()
+        self.padding = padding
 
-    @functools.wraps(forward)
-    def decorated(self, *args: Any, past_key_values: Any = None, **kwargs: Any) -> Any:
-        return Renamed.written(self, *args, cache=past_key_values, **kwargs)
+    def written(self, input_ids: Any, attention_mask: Any, cache: Any = None) -> Tensor | None:
+        return self.padding.real(6, torch.device("cpu"))
 
-    written, forward = forward, decorated
+    @functools.wraps(written)
+    def forward(self, *args: Any, past_key_values: Any = None) -> Tensor | None:
+        return self.written(*args, cache=past_key_values)
 
 
 def test_an_argument_by_its_old_name() -> None:
     padding = Padding()
-    model = Renamed(padding, tokens=6)
+    model = Renamed(padding)
     with ExitStack() as undo:
         padding.install([model], undo)
         assert model(IDS, GROWN, past_key_values=Cache(2)) is None

@@ -262,9 +262,9 @@ def test_save_and_load(tmp_path):
 def test_a_plan_is_frozen():
     plan = make_plan(stats_of(range(8)), ratio=0.5)
     with pytest.raises(AttributeError):
-        plan.seed = 1
+        plan.seed = 1  # type: ignore[misc]
     with pytest.raises(TypeError):
-        plan.kept["a"] = (0,)
+        plan.kept["a"] = (0,)  # type: ignore[index]
 
 
 def set_kept(ids):

@@ -6,7 +6,9 @@ import json
 import os
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,6 +18,7 @@ from safetensors.torch import save_file
 from tiny import model_types, tiny_inputs
 
 import reap
+from reap.checkpoint import pruning, surgery
 from reap.checkpoint.pruning import prune
 from reap.errors import ReapError
 from reap.planning.plan import Plan
@@ -212,7 +215,7 @@ def base(tmp_path: Path) -> Path:
     return tmp_path / "base"
 
 
-def refused(base: Path, plan: Plan, match: str, out: Path | None = None, **options: bool) -> None:
+def refused(base: Path, plan: Plan, match: str, out: Path | None = None, **options: Any) -> None:
     out = out or base.parent / "out"
     before = sorted(base.parent.rglob("*"))
     with pytest.raises(ReapError, match=match) as caught:
@@ -306,6 +309,23 @@ def test_transformers_own_loader_is_asked(base: Path, monkeypatch: pytest.Monkey
     plan = some_plan(base)
     monkeypatch.setattr("reap.checkpoint.counts.with_fewer", lambda config, *_: (dict(config), []))
     refused(base, plan, "wrong shape")
+
+
+def test_experts_that_do_not_number_from_0_are_caught(
+    base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The written names are held against the removals, not against the edits they came from."""
+    real = surgery.edits_of
+
+    def shifted(*args: Any) -> dict[str, surgery.Edit | None]:
+        return {
+            name: edit and replace(edit, name=edit.name.replace(".experts.0.", ".experts.9."))
+            for name, edit in real(*args).items()
+        }
+
+    monkeypatch.setattr(surgery, "edits_of", shifted)
+    monkeypatch.setattr(pruning, "_check_shapes", lambda *_: None)
+    refused(base, some_plan(base), r"verification failed: .* has the experts \[1, 2, 3, 4, 9\]")
 
 
 def test_links_of_the_hub_cache_are_followed_and_others_are_not(base: Path, tmp_path: Path) -> None:

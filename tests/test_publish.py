@@ -157,7 +157,8 @@ def test_killed_at_every_call(
         out,
         str(int(old is not None)),
     ]
-    child = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    words = list(map(str, command))
+    child = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert child.stdin and child.stdout
 
     ends = []

@@ -6,7 +6,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from reap_kernels import moe_saliency, reference
-from reap_kernels.ops import make_call
+from reap_kernels.contract import make_call
 
 
 @pytest.mark.parametrize("dtype", cases.DTYPES, ids=str)
@@ -37,8 +37,7 @@ def test_no_tensor_of_all_slots_is_made():
 
     case = cases.Case("", T=512, K=4, E=8, H=32, I=16)
     inputs = cases.make(case, torch.bfloat16)
-    flags = (inputs["gated"], inputs["interleaved"], inputs["transposed"], False)
-    call = make_call(tuple(inputs.values())[:7], inputs["activation"], flags)
+    call = make_call(**inputs)
     with Largest() as seen:
         reference.run(call)
     assert case.T * case.H <= seen.numel < case.T * case.K * case.H / 2

@@ -11,7 +11,8 @@ import pytest
 
 pytestmark = pytest.mark.skipif(programs.missing() is not None, reason=str(programs.missing()))
 SOURCES = sorted(Path(__file__).parent.glob("simt/faults_*.h"))
-MODES = ([], ["-DSIMT_UCONTEXT"])  # the switch of stacks by hand, and the portable one
+# The switch of stacks by hand, and the portable one.
+MODES: tuple[list[str], ...] = ([], ["-DSIMT_UCONTEXT"])
 
 
 class Run(NamedTuple):
@@ -87,7 +88,7 @@ FAULTS = {
 @pytest.fixture(scope="module", params=MODES, ids=["assembly", "ucontext"])
 def runs(request):
     """Every run of the program: (name, broken) -> {(seed, mode): Run}."""
-    found = defaultdict(dict)
+    found: defaultdict[tuple, dict] = defaultdict(dict)
     for line in programs.output(programs.build("faults.cpp", *request.param)).splitlines():
         name, broken, seed, mode, *rest = line.decode().split("\t")
         total, read, written, added, kind, at, *words = rest

@@ -167,8 +167,8 @@ def test_box(probe, name):
 
 
 @pytest.mark.parametrize("step", range(4))
-@pytest.mark.parametrize("adjacent", "kn")
-def test_wgmma(probe, adjacent, step):
+@pytest.mark.parametrize("major", ("k", "mn"))
+def test_wgmma(probe, major, step):
     """Each 16 of the 64 k that lie in shared memory: A [64, 64] and behind it B [64, 256]."""
     rng = torch.Generator().manual_seed(step)
     a = torch.randn(64, 64, generator=rng).bfloat16()
@@ -178,7 +178,7 @@ def test_wgmma(probe, adjacent, step):
     def rows(x):  # of 64 elements
         return swizzled(x.reshape(-1, 64).contiguous().view(torch.int16).numpy().view(np.uint16))
 
-    if adjacent == "k":  # a row of 64 k for each column
+    if major == "k":  # a row of 64 k for each column
         image = rows(b.T)
         start, leading, stride = step * 32, 0, 1024
     else:  # boxes of 64 columns, in each a row for each k
@@ -188,7 +188,7 @@ def test_wgmma(probe, adjacent, step):
         [descriptor(step * 32, 0, 1024), descriptor(8192 + start, leading, stride)], np.uint64
     )
     operands = (rows(a), image, descriptors, d_fragment(d.numpy()))
-    got = probe("wgmma", adjacent, operands=operands, result=np.float32).reshape(128, 128)
+    got = probe("wgmma", major, operands=operands, result=np.float32).reshape(128, 128)
     k = slice(16 * step, 16 * step + 16)
     exact = a[:, k].double() @ b[k].double() + d.double()
     np.testing.assert_allclose(got, d_fragment(exact.numpy()), rtol=0, atol=1e-5)

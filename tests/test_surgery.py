@@ -1,4 +1,4 @@
-"""Which bytes go where, on hand-made checkpoints: names, axes, quantised formats, counts."""
+"""Which bytes go where, on hand-made checkpoints: names, axes, quantised formats."""
 
 from __future__ import annotations
 
@@ -8,25 +8,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from folders import EXPERTS, KEPT, plan_for
 
-from reap.checkpoint import counts, surgery
+from reap.checkpoint import surgery
 from reap.checkpoint.operation import layout_of, operate
 from reap.checkpoint.writing import write_shards
 from reap.errors import ReapError
 from reap.files.folder import open_folder
 from reap.files.safefile import BITS, encode_header, read_header, span
-from reap.model.info import LayerInfo, ModelInfo
 from reap.planning.plan import Plan
-
-KEPT = (1, 2, 5)
-EXPERTS = 6
-
-
-def plan_for(*names: str, model_type: str = "any", kept: tuple[int, ...] = KEPT) -> Plan:
-    layers = tuple(LayerInfo(name, EXPERTS, 2) for name in names)
-    model = ModelInfo(model_type, "m", "f", None, layers)
-    return Plan(model=model, criterion="random", seed=0, kept=dict.fromkeys(names, kept))
-
 
 Spec = Mapping[str, tuple[str, tuple[int, ...]]]
 
@@ -192,11 +182,9 @@ def test_text_and_vision_experts_in_one_numbering(tmp_path: Path) -> None:
     )
     after, _, config = pruned(tmp_path / "m", plan)
     assert config == {"moe_num_experts": [3, 3]}
-    for new, old in enumerate([*KEPT, *(EXPERTS + i for i in vision)]):
-        part = "up_proj.weight"
-        assert np.array_equal(
-            after[f"{block}.experts.{new}.{part}"], before[f"{block}.experts.{old}.{part}"]
-        )
+    for number, first in enumerate([*KEPT, *(EXPERTS + i for i in vision)]):
+        now, was = (f"{block}.experts.{i}.up_proj.weight" for i in (number, first))
+        assert np.array_equal(after[now], before[was])
 
     def columns(name: str, kept: tuple[int, ...]) -> np.ndarray:
         return before[f"{block}.{name}"].view(np.float32).reshape(-1, EXPERTS)[:, kept]
@@ -208,6 +196,35 @@ def test_text_and_vision_experts_in_one_numbering(tmp_path: Path) -> None:
     old = before[f"{block}.moe_statics.e_score_correction_bias"].view(np.uint32).reshape(2, EXPERTS)
     new = after[f"{block}.moe_statics.e_score_correction_bias"].view(np.uint32).reshape(2, 3)
     assert np.array_equal(new, np.stack([old[0, list(KEPT)], old[1, list(vision)]]))
+
+
+def test_a_router_in_a_module_beside_the_experts(tmp_path: Path) -> None:
+    tensors: dict[str, tuple[str, tuple[int, ...]]] = {
+        "layers.0.mlp.experts.up_proj": ("BF16", (EXPERTS, 3)),
+        "layers.0.moe.gate.weight": ("BF16", (EXPERTS, 4)),
+    }
+    before = checkpoint(tmp_path / "m", tensors)
+    after, _, _ = pruned(tmp_path / "m", plan_for("layers.0.mlp.experts"))
+    for name in tensors:
+        assert np.array_equal(after[name], rows(before[name], EXPERTS, KEPT))
+
+
+@pytest.mark.parametrize("longer", ["gate.weight", "experts.up_proj"])
+@pytest.mark.parametrize("model_type", ["any", "zaya"])
+def test_rows_after_those_of_the_experts(tmp_path: Path, longer: str, model_type: str) -> None:
+    """They stay in the routers of some architectures; anywhere else they are not understood."""
+    shapes = {f"layers.0.mlp.{tail}": (EXPERTS, 4) for tail in ("gate.weight", "experts.up_proj")}
+    name = f"layers.0.mlp.{longer}"
+    shapes[name] = (EXPERTS + 2, 4)
+    before = checkpoint(tmp_path / "m", {n: ("BF16", shape) for n, shape in shapes.items()})
+    plan = plan_for("layers.0.mlp.experts", model_type=model_type)
+    if (longer, model_type) == ("gate.weight", "zaya"):
+        after, _, _ = pruned(tmp_path / "m", plan)
+        stay = (*KEPT, EXPERTS, EXPERTS + 1)
+        assert np.array_equal(after[name], rows(before[name], EXPERTS + 2, stay))
+    else:
+        with pytest.raises(ReapError, match=f"{name}' has shape .* one entry for each of 6"):
+            operate(open_folder(tmp_path / "m"), plan)
 
 
 def test_strided_rows_wider_than_the_buffer(
@@ -226,99 +243,6 @@ def test_strided_rows_wider_than_the_buffer(
     assert np.array_equal(
         after[name].reshape(7, 3, 2), before[name].reshape(7, EXPERTS, 2)[:, KEPT]
     )
-
-
-@pytest.mark.parametrize(
-    ("layer", "modules", "found"),
-    [
-        ("model.layers.3.mlp.experts", ["language_model.model.layers.3.mlp"], 0),
-        (
-            "model.layers.3.mlp.experts",
-            ["model.layers.2.mlp", "model.layers.3.block_sparse_moe"],
-            1,
-        ),
-        ("model.layers.0.mlp.experts", ["mtp.layers.0.mlp", "model.layers.0.mlp"], 1),
-        (
-            "model.vision_tower.blocks.3.mlp.experts",
-            ["model.layers.3.mlp", "vision.blocks.3.mlp"],
-            1,
-        ),
-        (
-            "thinker.model.layers.3.mlp.experts",
-            ["talker.model.layers.3.mlp", "thinker.model.layers.3.mlp"],
-            1,
-        ),
-        (
-            "model.layers.3.mlp.experts",
-            ["talker.model.layers.3.mlp", "thinker.model.layers.3.mlp"],
-            None,
-        ),
-        ("model.layers.3.mlp.experts", ["model.layers.4.mlp"], None),
-    ],
-)
-def test_layers_find_their_blocks(layer: str, modules: list[str], found: int | None) -> None:
-    blocks = surgery.find_blocks(f"{module}.experts.0.w1.weight" for module in modules)
-    if found is None:
-        with pytest.raises(ReapError, match="ambiguous|no experts for layer"):
-            surgery.resolve(layer, blocks)
-    else:
-        assert surgery.resolve(layer, blocks).module == modules[found]
-
-
-def test_only_the_config_that_counts_these_experts_changes() -> None:
-    config = {
-        "thinker_config": {"text_config": {"num_experts": 6}},
-        "talker_config": {"text_config": {"num_experts": 6}},
-        "quantization_config": {"num_experts": 6},
-    }
-    places = counts.places_of(config, "thinker.model.layers.0.mlp.experts", 0, 6)
-    assert [str(p) for p in places] == ["thinker_config.text_config.num_experts"]
-    new, changes = counts.with_fewer(config, {places[0]: {0: 3}}, drop_extra=False)
-    assert new == {**config, "thinker_config": {"text_config": {"num_experts": 3}}}
-    assert changes == ["thinker_config.text_config.num_experts: 6 -> 3"]
-
-
-def test_a_stale_copy_beside_the_sub_config_changes_too() -> None:
-    config = {
-        "num_experts": 6,
-        "text_config": {"num_experts": 6},
-        "vision_config": {"num_experts": 4},
-    }
-    places = counts.places_of(config, "model.language_model.layers.0.mlp.experts", 0, 6)
-    assert {str(p) for p in places} == {"num_experts", "text_config.num_experts"}
-
-
-def test_a_list_with_one_count_per_layer() -> None:
-    assert not list(counts.places({"num_experts": []}))
-    config = {"num_experts": [6, 8, 6], "num_hidden_layers": 3}
-    (place,) = counts.places_of(config, "model.layers.1.mlp.experts", 1, 8)
-    new, _ = counts.with_fewer(config, {place: {1: 4}}, drop_extra=False)
-    assert new["num_experts"] == [6, 4, 6]
-
-
-def test_names_of_experts_in_a_quantisation_config() -> None:
-    """Lists of modules (compressed-tensors, FP8) and tables by module (AutoRound), at any depth."""
-    ignored = [
-        "lm_head",
-        "m.experts.0.up_proj",
-        "m.experts.5.up_proj",
-        "other.experts.0",
-        "re:.*experts.0",
-        None,
-    ]
-    table = {f"m.experts.{i}.up_proj": {"bits": i} for i in (0, 1, 5)}
-    old = {"ignore": ignored, "extra_config": table, "bits": 4}
-    new = {
-        "ignore": ["lm_head", "m.experts.1.up_proj", "other.experts.0", "re:.*experts.0", None],
-        "extra_config": {"m.experts.0.up_proj": {"bits": 1}, "m.experts.1.up_proj": {"bits": 5}},
-        "bits": 4,
-    }
-    other = {"names": ["m.experts.0.up_proj"], "text_config": {"depth": 1}}
-    config = {**other, "quantization_config": old}
-    expected = {**other, "quantization_config": new}
-    assert counts.with_quantisation(config, {"m": (1, 5)}) == expected
-    nested = counts.with_quantisation({"text_config": config}, {"m": (1, 5)})
-    assert nested == {"text_config": expected}
 
 
 def test_remapped_tables_spread_the_orphans() -> None:

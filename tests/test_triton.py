@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import cases
+import plain_routing
 import pytest
 import torch
 from cases import Case
@@ -19,10 +20,10 @@ from cases import Case
 from bench import gpu_roofline
 from bench.shapes import Shape
 from reap.statistics.layerstats import LayerStatistics
-from reap_kernels import moe_saliency, ops, routing
+from reap_kernels import moe_saliency, ops
 from reap_kernels import triton as backend
 from reap_kernels.contract import Call, make_call
-from reap_kernels.triton import configs, tune
+from reap_kernels.triton import configs, records, tune
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"
@@ -51,8 +52,7 @@ def run(inputs: dict, **options):
 
 
 def call_of(inputs: dict, deterministic: bool = False) -> Call:
-    *tensors, activation, gated, interleaved, transposed = inputs.values()
-    return make_call(tuple(tensors), activation, (gated, interleaved, transposed, deterministic))
+    return make_call(**inputs, deterministic=deterministic)
 
 
 @pytest.mark.parametrize(("case", "dtype"), SOME, ids=str)
@@ -131,13 +131,13 @@ def test_same_bits_in_any_order_of_programs(monkeypatch):
 
 
 def test_routing_is_stable_and_its_tiles_cover_every_slot_once():
-    from reap_kernels.triton.routing import route
+    from reap_kernels.triton import routing
 
     case = replace(cases.ROUTINGS[0], T=130, K=3, E=11)  # more than one block of slots
     inputs = cases.make(case, torch.float32, DEVICE)
-    expected = routing.route(inputs["top_k_index"], case.E)
+    expected = plain_routing.route(inputs["top_k_index"], case.E)
     for block_m in (16, 64):
-        tiles = route(call_of(inputs), block_m)
+        tiles = routing.route(call_of(inputs), block_m)
         assert torch.equal(tiles.order.long(), expected.order)
         assert torch.equal(tiles.offsets.long(), expected.offsets)
         number = int(tiles.first_tile[-1])
@@ -378,21 +378,23 @@ def test_tuned_configs_are_recorded_and_used(monkeypatch, tmp_path):
     other = replace(configs.CHOICES["interpreter"][0].config, block_m=32)
     shipped = configs.CHOICES["interpreter"][0].config
     monkeypatch.setattr(tune, "candidates", lambda call: [shipped, other])
-    monkeypatch.setattr(tune, "_machine", lambda device: {"gpu": "x", "triton": "3"})
-    monkeypatch.setattr(tune, "_records", {})
+    for module in (tune, records):
+        monkeypatch.setattr(module, "machine_of", lambda device: {"gpu": "x", "triton": "3"})
+    monkeypatch.setattr(records, "_records", {})
     times = iter((2.0, 1.0))
     monkeypatch.setattr("triton.testing.do_bench", lambda f: (f(), next(times))[1])
     *tensors, activation, gated, interleaved, transposed = inputs.values()
     path = tmp_path / "tuned.json"
     measured = tune.measure(path, *tensors[:5], activation=activation)
     assert list(measured.values()) == [2.0, 1.0]
-    assert tune.recorded(call) is None  # recorded is not yet used
+    assert records.recorded(call) is None  # recorded is not yet used
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     tune.use(path)
-    assert tune.recorded(call) == other
-    assert tune.recorded(call._replace(top_k_index=inputs["top_k_index"][:, :1])) is None
+    assert records.recorded(call) == other
+    assert records.recorded(call._replace(top_k_index=inputs["top_k_index"][:, :1])) is None
     cases.assert_accurate(run(inputs), inputs)
-    monkeypatch.setattr(tune, "_machine", lambda device: {"gpu": "y", "triton": "3"})
+    for module in (tune, records):
+        monkeypatch.setattr(module, "machine_of", lambda device: {"gpu": "y", "triton": "3"})
     with pytest.raises(ValueError, match="was measured on .*'x'.*measure it again"):
         tune.use(path)
     zero = path.read_text().replace('"block_m": 32', '"block_m": 0')

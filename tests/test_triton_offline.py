@@ -159,10 +159,10 @@ def test_named_it_raises_and_auto_moves_on():
 def test_ids_are_read_by_the_host_only_for_backends_that_do_not_refuse_them(monkeypatch):
     inputs = cases.make(cases.SHAPES[4], torch.float32)
     inputs["top_k_index"][0, 0] = -1
+    ran = Saliency(torch.ones(1, 97), torch.ones(1, 3), torch.zeros(1, 3))
     fake = SimpleNamespace(
         NAME="fake", available=lambda: None, unsupported=lambda call: None, run=lambda call: ran
     )
-    ran = Saliency(torch.ones(1, 97), torch.ones(1, 3), torch.zeros(1, 3))
     monkeypatch.setattr(ops, "LADDER", (fake,))
     with pytest.raises(ValueError, match="holds the id -1"):
         moe_saliency(**inputs)

@@ -19,6 +19,7 @@ import os
 import platform
 import time
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -87,7 +88,7 @@ def load_tokenizer(work: Path) -> PreTrainedTokenizerFast:
     )
 
 
-def take(texts: list[str], characters: int):
+def take(texts: list[str], characters: int) -> Iterator[str]:
     for text in texts:
         if characters <= 0:
             return

@@ -1,6 +1,6 @@
 // The activations on fp32 vectors. NaN goes in, NaN comes out.
 #pragma once
-#include "layer.h"
+#include "job.h"
 
 namespace reap {
 namespace REAP_ISA {

@@ -1,10 +1,12 @@
 // inner -> layer output, norms and peaks: down projection, bias, sum of squares and maximum, gate, add.
 //
 // A task owns SLAB columns of the output for one block. Tasks are handed out block by block, and a slab's
-// blocks add to it in that order (`turns`), so that the sum of a token's experts has one order, whatever
+// blocks add to it in that order (`next_block`), so that the sum of a token's experts has one order, whatever
 // the number of threads. Norms leave as one partial per (slot, slab) in a cell nobody else writes.
 #pragma once
-#include "gate_up.h"
+#include "bias.h"
+#include "row_lanes.h"
+#include "team.h"
 
 namespace reap {
 namespace REAP_ISA {
@@ -91,10 +93,10 @@ template <Dtype D> static void down(const Job& job, int64_t b, int64_t slab, cha
     const Block& block = job.blocks[b];
     const Tiling tiling(block.tokens);
     const Scratch scratch = carve<D>(memory);
-    const bool few = few_tokens(layer, block);
+    const bool k_lanes = takes_k_lanes(layer, block);
     Tokens tokens = {job.inner + block.inner, true};
-    const char* rows[FEW_TOKENS];
-    if (few) {
+    const char* rows[K_LANES_TOKENS];
+    if (k_lanes) {
         for (int i = 0; i < block.tokens; ++i) rows[i] = tokens.data + i * job.inner_width * Number<D>::size;
     } else if (!native<D>) {
         widen_inner<D>(tokens.data, layer.I, tiling, scratch.tokens);
@@ -108,13 +110,13 @@ template <Dtype D> static void down(const Job& job, int64_t b, int64_t slab, cha
         const int count = width - offset < GROUP ? width - offset : GROUP;
         const Group group = plain_group(column + offset, count);
         prefetch_sums(block, offset, count, lanes);
-        const float* c = few ? multiply_few<D>(layer.down, matrix, group, layer.I, rows, tiling, scratch)
+        const float* c = k_lanes ? multiply_k_lanes<D>(layer.down, matrix, group, layer.I, rows, tiling, scratch)
                              : multiply_packed<D>(layer.down, matrix, group, layer.I, tokens, tiling, scratch);
-        if (offset == 0) wait_until(job.turns + slab, b);
+        if (offset == 0) wait_until(job.next_block + slab, b);
         if (job.partials) add_output<D, true>(layer, block, column, offset, count, c, lanes);
         else add_output<D, false>(layer, block, column, offset, count, c, lanes);
     }
-    __atomic_store_n(job.turns + slab, b + 1, __ATOMIC_RELEASE);
+    __atomic_store_n(job.next_block + slab, b + 1, __ATOMIC_RELEASE);
     if (!job.partials) return;
     for (int lane = 0; lane < block.tokens; ++lane) {
         float* cell = job.partials + ((block.row + lane) * job.slabs + slab) * 2;

@@ -4,15 +4,11 @@
 // [steps, tokens of the tile], the packed operand of `down` where the processor multiplies the model dtype.
 #pragma once
 #include "activation.h"
-#include "few_across.h"
+#include "bias.h"
+#include "row_lanes.h"
 
 namespace reap {
 namespace REAP_ISA {
-
-template <Dtype D> static inline vf bias_of(const Weights& w, int64_t expert, int64_t row) {
-    if (!w.bias) return set1(0.0f);
-    return set1(scalar<D>(w.bias + (expert * w.bias_expert_stride + row * w.bias_row_stride) * Number<D>::size));
-}
 
 // Rows of inner as they come out of C: bias, activation, and the product with `up` if there is one.
 template <Dtype D, Activation Act> struct Activated {
@@ -31,9 +27,9 @@ template <Dtype D, Activation Act> struct Activated {
     }
 };
 
-// `count` rows -> tile by tile [steps, tokens of the tile]
+// `count` rows -> tile by tile [steps, tokens of the tile], where `down` has tokens in its lanes
 template <Dtype D, class Rows>
-static void write_across(const Rows& rows, const Tiling& tiling, int count, char* inner) {
+static void write_for_token_lanes(const Rows& rows, const Tiling& tiling, int count, char* inner) {
     constexpr int cell = Number<D>::size * per_step<D>;
     for (int tile = 0; tile < tiling.tiles; ++tile) {
         const int tokens = tiling.tokens_in(tile), begin = tiling.begin(tile) * W;
@@ -52,9 +48,9 @@ static void write_across(const Rows& rows, const Tiling& tiling, int count, char
     }
 }
 
-// `count` rows -> [tokens, inner_width]
+// `count` rows -> row-major [tokens, inner_width], where `down` has k in its lanes
 template <Dtype D, class Rows>
-static void write_along(const Rows& rows, int64_t inner_width, int tokens, int count, char* inner) {
+static void write_for_k_lanes(const Rows& rows, int64_t inner_width, int tokens, int count, char* inner) {
     for (int lane = 0; lane < tokens; lane += W)
         for (int row = 0; row < count; row += W) {
             vf square[W];
@@ -71,8 +67,8 @@ static void write_inner(const Job& job, const Block& block, int64_t first, int c
     const Tiling tiling(block.tokens);
     const Activated<D, Act> rows = {job.layer, block.expert, first, c, tiling.lanes()};
     char* const inner = job.inner + block.inner;
-    if (few_tokens(job.layer, block)) write_along<D>(rows, job.inner_width, block.tokens, count, inner);
-    else write_across<D>(rows, tiling, count, inner);
+    if (takes_k_lanes(job.layer, block)) write_for_k_lanes<D>(rows, job.inner_width, block.tokens, count, inner);
+    else write_for_token_lanes<D>(rows, tiling, count, inner);
 }
 
 template <Dtype D> static void write_inner(const Job& job, const Block& block, int64_t first, int count, const float* c) {
@@ -91,9 +87,9 @@ template <Dtype D> static void gate_up(const Job& job, int64_t b, int64_t part, 
     const Block& block = job.blocks[b];
     const Tiling tiling(block.tokens);
     const Scratch scratch = carve<D>(memory);
-    const bool few = few_tokens(layer, block);
-    const char* rows[FEW_TOKENS];
-    if (few) find_tokens<D>(layer, job.order + block.first, block.tokens, rows);
+    const bool k_lanes = takes_k_lanes(layer, block);
+    const char* rows[K_LANES_TOKENS];
+    if (k_lanes) find_tokens<D>(layer, job.order + block.first, block.tokens, rows);
     else pack_tokens<D>(layer, job.order + block.first, tiling, scratch.tokens);
 
     const char* matrix = layer.gate_up.data + block.expert * layer.gate_up.expert_stride * Number<D>::size;
@@ -104,7 +100,7 @@ template <Dtype D> static void gate_up(const Job& job, int64_t b, int64_t part, 
         const int count = static_cast<int>(layer.I - i < height ? layer.I - i : height);
         const Group group = layer.gated ? gated_group(layer, i, count) : plain_group(i, count);
         const Tokens tokens = {scratch.tokens, false};
-        const float* c = few ? multiply_few<D>(layer.gate_up, matrix, group, layer.H, rows, tiling, scratch)
+        const float* c = k_lanes ? multiply_k_lanes<D>(layer.gate_up, matrix, group, layer.H, rows, tiling, scratch)
                              : multiply_packed<D>(layer.gate_up, matrix, group, layer.H, tokens, tiling, scratch);
         write_inner<D>(job, block, i, count, c);
     }

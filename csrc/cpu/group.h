@@ -9,7 +9,7 @@ namespace REAP_ISA {
 // the positions start[h] + j * stride for j < height, and its products go to the rows h * second + j of C.
 struct Group {
     int64_t row[2];          // output rows at position 0 and, if there are two spans, at GROUP / 2
-    int spans, count;        // spans of adjacent rows; rows in each
+    int spans, count;        // spans of consecutive rows; rows in each
     int start[2], stride, height, second;
     int rows_ahead;          // from here to the same row of the group that follows
 };
@@ -34,7 +34,7 @@ struct Tokens {
 struct Scratch {
     char* tokens;            // packed operand of a block
     float* weights;          // packed weights [GROUP, piece_steps]
-    float* sums[2];          // C, two buffers taking turns [GROUP, BLOCK_TOKENS]
+    float* sums[2];          // C, double-buffered [GROUP, BLOCK_TOKENS]
 };
 
 template <Dtype D> static int64_t token_steps(const Layer& layer) {
@@ -71,24 +71,24 @@ static Rows find_rows(const Weights& w, const char* matrix, const Group& group, 
         return {{half0, half1}, group.stride * row_bytes, 4, group.height, group.second, {half0 + ahead, half1 + ahead}};
     }
 
-    const bool along = w.k_stride == 1;
-    const int64_t row_step = along ? piece_steps<D> : 1;  // floats from position to position
+    const bool k_major = w.k_stride == 1;
+    const int64_t row_step = k_major ? piece_steps<D> : 1;  // floats from position to position
     const int64_t k_rest = k_size - step * per_step<D>;
     for (int span = 0; span < group.spans; ++span) {
         const char* source = piece + group.row[span] * row_bytes;
         float* target = packed + span * (GROUP / 2) * row_step;
-        if (along) pack_along<D>(source, row_bytes, group.count, num_steps, target);
-        else if (w.row_stride == 1) pack_across<D>(source, k_bytes, group.count, k_rest, num_steps, target);
-        else pack_scattered<D>(source, row_bytes, k_bytes, group.count, k_rest, num_steps, target);
+        if (k_major) pack_k_major<D>(source, row_bytes, group.count, num_steps, target);
+        else if (w.row_stride == 1) pack_mn_major<D>(source, k_bytes, group.count, k_rest, num_steps, target);
+        else pack_strided<D>(source, row_bytes, k_bytes, group.count, k_rest, num_steps, target);
     }
     const char* base = reinterpret_cast<const char*>(packed);
     return {{base + group.start[0] * row_step * 4, base + group.start[1] * row_step * 4},
-            group.stride * row_step * 4, along ? 4 : GROUP * 4, group.height, group.second, {base, base}};
+            group.stride * row_step * 4, k_major ? 4 : GROUP * 4, group.height, group.second, {base, base}};
 }
 
-// Returns C, [GROUP, lanes of the block].
+// Returns C, [GROUP, lanes of the block]. Tokens are in the SIMD lanes.
 template <Dtype D>
-static const float* multiply_group(const Weights& w, const char* matrix, const Group& group, int64_t k_size, const Tokens& tokens,
+static const float* multiply_token_lanes(const Weights& w, const char* matrix, const Group& group, int64_t k_size, const Tokens& tokens,
                                    const Tiling& tiling, const Scratch& scratch) {
     constexpr bool dot = Number<D>::dot;
     const int64_t all_steps = steps<D>(k_size);

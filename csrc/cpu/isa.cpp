@@ -9,7 +9,7 @@
 #include <stdexcept>
 #include <string>
 
-#include "moe.h"
+#include "engine.h"
 
 namespace reap {
 

@@ -1,6 +1,6 @@
 // The kernel tables of this build, and which of them the processor can run.
 #pragma once
-#include "layer.h"
+#include "job.h"
 
 namespace reap {
 

@@ -4,19 +4,11 @@
 // functions are static or templates in the instruction set's own namespace, and nothing of std is used.
 #pragma once
 #include "down.h"
+#include "finish.h"
+#include "gate_up.h"
 
 namespace reap {
 namespace REAP_ISA {
-
-template <Dtype D> static void finish(const Job& job, int64_t first, int64_t last) {
-    const Layer& layer = job.layer;
-    if (D == Dtype::f32) return;  // sums are the output
-    for (int64_t cell = first * layer.H; cell < last * layer.H; cell += W) {
-        const int64_t rest = last * layer.H - cell;
-        Number<D>::store(layer.out + cell * Number<D>::size, Number<Dtype::f32>::load(reinterpret_cast<const char*>(job.sums + cell), static_cast<int>(rest < W ? rest : W)),
-                         static_cast<int>(rest < W ? rest : W));
-    }
-}
 
 extern const Kernels kernels[3];
 const Kernels kernels[3] = {  // in the order of Dtype

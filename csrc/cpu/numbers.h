@@ -1,9 +1,9 @@
 // The three model dtypes as vectors of fp32, and the two ways to multiply them.
 //
-// A "step" along k is always four bytes of packed operand: one fp32, or (Dot) two adjacent bf16
+// A "step" along k is always four bytes of packed operand: one fp32, or (Dot) two consecutive bf16
 // that the processor multiplies and adds at once. Everything but the multiplication is then the same.
 #pragma once
-#include "layer.h"
+#include "job.h"
 
 namespace reap {
 namespace REAP_ISA {

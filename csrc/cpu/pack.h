@@ -49,9 +49,9 @@ template <Dtype D> static void pack_tokens(const Layer& layer, const int32_t* sl
 
 constexpr int STEPS_AHEAD = 16;
 
-// Of weights with `bytes` of rows adjacent, what comes STEPS_AHEAD steps later. Every k lies in another page, where
+// Of MN-major weights, the `bytes` of rows that come STEPS_AHEAD steps later. Every k lies in another page, where
 // hardware prefetchers do not follow.
-template <Dtype D> static inline void prefetch_across(const char* w, int64_t k_bytes, int bytes) {
+template <Dtype D> static inline void prefetch_mn_major(const char* w, int64_t k_bytes, int bytes) {
 #pragma GCC unroll 2
     for (int i = 0; i < per_step<D>; ++i) {
         const char* ahead = w + (STEPS_AHEAD * per_step<D> + i) * k_bytes;
@@ -60,20 +60,20 @@ template <Dtype D> static inline void prefetch_across(const char* w, int64_t k_b
     }
 }
 
-// One step of `n` adjacent rows; with `k_rest` of 1, the second bf16 is not there.
-template <Dtype D> static inline vf load_across(const char* w, int64_t k_bytes, int64_t k_rest, int n) {
+// One step of `n` rows of MN-major weights, in the lanes; with `k_rest` of 1, the second bf16 is not there.
+template <Dtype D> static inline vf load_mn_major(const char* w, int64_t k_bytes, int64_t k_rest, int n) {
     if constexpr (!Number<D>::dot) return Number<D>::load(w, n);
     else return pair(Number<D>::load_narrow(w, n), k_rest > 1 ? Number<D>::load_narrow(w + k_bytes, n) : Number<D>::load_narrow(w, 0));
 }
 
-// `count` adjacent output rows by `num_steps` steps of weights that lie with rows adjacent -> [steps, GROUP].
+// `count` rows by `num_steps` steps of MN-major weights -> [steps, GROUP].
 template <Dtype D>
-static void pack_across(const char* w, int64_t k_bytes, int count, int64_t k_rest, int64_t num_steps, float* packed) {
+static void pack_mn_major(const char* w, int64_t k_bytes, int count, int64_t k_rest, int64_t num_steps, float* packed) {
     for (int64_t step = 0; step < num_steps; ++step) {
-        prefetch_across<D>(w, k_bytes, count * Number<D>::size);
+        prefetch_mn_major<D>(w, k_bytes, count * Number<D>::size);
         for (int row = 0; row < count; row += W) {
             const int n = count - row < W ? count - row : W;
-            store_first(packed + row, load_across<D>(w + row * Number<D>::size, k_bytes, k_rest - 2 * step, n), n);
+            store_first(packed + row, load_mn_major<D>(w + row * Number<D>::size, k_bytes, k_rest - 2 * step, n), n);
         }
         w += per_step<D> * k_bytes;
         packed += GROUP;
@@ -82,7 +82,7 @@ static void pack_across(const char* w, int64_t k_bytes, int count, int64_t k_res
 
 // The same for any strides, element by element.
 template <Dtype D>
-static void pack_scattered(const char* w, int64_t row_bytes, int64_t k_bytes, int count, int64_t k_rest, int64_t num_steps, float* packed) {
+static void pack_strided(const char* w, int64_t row_bytes, int64_t k_bytes, int count, int64_t k_rest, int64_t num_steps, float* packed) {
     for (int64_t step = 0; step < num_steps; ++step)
         for (int row = 0; row < count; ++row) {
             const char* p = w + row * row_bytes + step * per_step<D> * k_bytes;
@@ -98,9 +98,9 @@ static void pack_scattered(const char* w, int64_t row_bytes, int64_t k_bytes, in
         }
 }
 
-// `count` rows of 16-bit weights with k adjacent -> fp32 [rows, piece_steps].
+// `count` rows of 16-bit K-major weights -> fp32 [rows, piece_steps].
 template <Dtype D>
-static void pack_along(const char* w, int64_t row_bytes, int count, int64_t num_steps, float* packed) {
+static void pack_k_major(const char* w, int64_t row_bytes, int count, int64_t num_steps, float* packed) {
     for (int row = 0; row < count; ++row)
         for (int64_t k = 0; k < num_steps; k += W) {
             const int n = static_cast<int>(num_steps - k < W ? num_steps - k : W);

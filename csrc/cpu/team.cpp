@@ -10,8 +10,6 @@
 #include <thread>
 #include <vector>
 
-#include "layer.h"
-
 namespace reap {
 
 void yield_processor() { sched_yield(); }

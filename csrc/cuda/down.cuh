@@ -53,7 +53,7 @@ template <int N> __device__ __forceinline__ float2 row_size(const float (&strip)
 }
 
 // One row of a strip: its size to the partials, gate * y to the output. A quad of lanes adds 32
-// adjacent bytes at a time.
+// contiguous bytes at a time.
 template <int N>
 __device__ __forceinline__ void combine_row(const float (&strip)[N][4], int half, float2 size, const Combine& args,
                                             int position, int column) {
@@ -104,12 +104,12 @@ __global__ void __launch_bounds__(THREADS) down_kernel(DownArgs<T> args) {
         return min(i, tile.end - 1 - tile.first) * int64_t(args.inner_pitch);
     };
     const Global<const T> first = args.inner + int64_t(tile.first) * args.inner_pitch;
-    SliceAlongK<T, ROWS> a(first, args.inner_pitch, inner_row);
+    KMajorSlice<T, ROWS> a(first, args.inner_pitch, inner_row);
     auto b = weight_slices<T, LAYOUT>(args.weights, tile.expert, column, args.I);
 
     Accumulators<ROWS> acc;
     start<T, ROWS>(acc, args.weights, tile.expert, column);
-    multiply<T, ROWS, LAYOUT == Layout::along_rows>(acc, a, b, (args.I + STEP - 1) / STEP);
+    multiply<T, ROWS, LAYOUT == Layout::mn_major>(acc, a, b, (args.I + TILE_K - 1) / TILE_K);
 #pragma unroll
     for (int i = 0; i < ROWS / 32; ++i)
         combine_strip(acc[i], args.combine, tile.first + warp_row<ROWS>() + i * 16, tile.end, column + warp_column());

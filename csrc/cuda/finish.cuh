@@ -49,7 +49,7 @@ template <class T> __device__ __forceinline__ void finish_slot(const FinishArgs<
     store_global(args.peaks + slot, peak);
 }
 
-// Four adjacent columns of a token, before rounding.
+// Four consecutive columns of a token, before rounding.
 template <class T> __device__ __forceinline__ float4 sum_columns(const FinishArgs<T>& args, int token, int column) {
     if (!args.deterministic) return load_global(cast<const float4>(args.combined + (token * args.pitch + column)));
     float4 sum{0.0f, 0.0f, 0.0f, 0.0f};

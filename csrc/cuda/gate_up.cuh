@@ -4,7 +4,7 @@
 //
 // Rows of x are gathered by the copies to shared memory. Both halves of a gated activation are in one
 // warp's tile (see Columns). That tile goes once more through shared memory: a lane then has 8
-// adjacent elements of inner, which it stores at once, and the code of the activations is there
+// consecutive elements of inner, which it stores at once, and the code of the activations is there
 // once, in a loop, instead of once per accumulator.
 #pragma once
 #include "tiles.cuh"
@@ -25,7 +25,7 @@ template <class T> struct GateUpArgs {
     int column_tiles, group;
 };
 
-// The fp32 tile of one warp in shared memory, 64 columns in chunks of 4. A chunk's place depends on
+// The fp32 tile of one warp in shared memory, 64 columns in chunks of 4. A chunk is swizzled by
 // its row so that neither fragments (2 columns of 4 rows at a time) nor readers (a chunk of each of
 // 8 lanes, from 1 or 2 rows) meet in a bank.
 struct Staging {
@@ -44,7 +44,7 @@ struct Staging {
                 store_shared(cast<float2>(chunk(row + fragment_row() + half * 8, 2 * j + column / 4) + column % 4),
                              float2{strip[j][2 * half], strip[j][2 * half + 1]});
     }
-    // N adjacent columns.
+    // N consecutive columns.
     template <int N> __device__ __forceinline__ void load(float (&x)[N], int row, int column) const {
 #pragma unroll
         for (int i = 0; i < N; i += 4) {
@@ -103,15 +103,15 @@ __global__ void __launch_bounds__(THREADS) gate_up_kernel(GateUpArgs<T> args) {
     const auto x_row = [&](int i) { return gathered_row(args, tile, i); };
     auto a = [&] {
         if constexpr (LAYOUT == Layout::any)
-            return SliceOfElements<T, ROWS>(args.hidden, args.H, 1, x_row);
+            return StridedSlice<T, ROWS>(args.hidden, args.H, 1, x_row);
         else
-            return SliceAlongK<T, ROWS>(args.hidden, args.H, x_row);
+            return KMajorSlice<T, ROWS>(args.hidden, args.H, x_row);
     }();
     auto b = weight_slices<T, LAYOUT>(args.weights, tile.expert, column, args.H);
 
     Accumulators<ROWS> acc;
     start<T, ROWS>(acc, args.weights, tile.expert, column);
-    multiply<T, ROWS, LAYOUT == Layout::along_rows>(acc, a, b, (args.H + STEP - 1) / STEP);
+    multiply<T, ROWS, LAYOUT == Layout::mn_major>(acc, a, b, (args.H + TILE_K - 1) / TILE_K);
 
     // Other warps may still read the ring's last slice.
     __syncthreads();

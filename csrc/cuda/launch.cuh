@@ -22,18 +22,18 @@ constexpr int WGMMA_ROWS = 128, WGMMA_COLUMNS = 256;  // of the tiles of sm90/
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 inline int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 
-// Whether rows of `size` adjacent elements, `count` of them `stride` apart, can be copied 16 bytes at
-// a time: no copy crosses the end of a row, and offsets in chunks fit 32 bits.
-inline bool even_rows(const char* data, int64_t size, int64_t adjacent, int64_t count, int64_t stride) {
-    return reinterpret_cast<uintptr_t>(data) % CHUNK_BYTES == 0 && adjacent == 1 && size % CHUNK_ELEMENTS == 0 &&
-           stride % CHUNK_ELEMENTS == 0 && count * stride < CHUNK_ELEMENTS * (int64_t(1) << 32);
+// Whether `count` rows of `size` elements can be copied 16 bytes at a time: elements are contiguous, no
+// copy crosses the end of a row, and offsets in chunks fit 32 bits.
+inline bool even_rows(const char* data, int64_t size, int64_t stride, int64_t count, int64_t row_stride) {
+    return reinterpret_cast<uintptr_t>(data) % CHUNK_BYTES == 0 && stride == 1 && size % CHUNK_ELEMENTS == 0 &&
+           row_stride % CHUNK_ELEMENTS == 0 && count * row_stride < CHUNK_ELEMENTS * (int64_t(1) << 32);
 }
 
-// `half`: rows that are adjacent in the result, those of gate where gate and up are concatenated.
+// `half`: rows that are contiguous in the result, those of gate where gate and up are concatenated.
 inline Layout layout_of(const Weights& w, int64_t rows, int64_t half, int64_t k) {
     if (w.expert_stride % CHUNK_ELEMENTS != 0) return Layout::any;
-    if (even_rows(w.data, k, w.k_stride, rows, w.row_stride)) return Layout::along_k;
-    if (even_rows(w.data, half, w.row_stride, k, w.k_stride)) return Layout::along_rows;
+    if (even_rows(w.data, k, w.k_stride, rows, w.row_stride)) return Layout::k_major;
+    if (even_rows(w.data, half, w.row_stride, k, w.k_stride)) return Layout::mn_major;
     return Layout::any;
 }
 
@@ -136,8 +136,8 @@ template <class Visit> void with_constants(Layout layout, int rows, Visit visit)
         if (rows == 64) return visit(constant, integral_constant<int, 64>());
         return visit(constant, integral_constant<int, 128>());
     };
-    if (layout == Layout::along_k) return with_rows(integral_constant<Layout, Layout::along_k>());
-    if (layout == Layout::along_rows) return with_rows(integral_constant<Layout, Layout::along_rows>());
+    if (layout == Layout::k_major) return with_rows(integral_constant<Layout, Layout::k_major>());
+    if (layout == Layout::mn_major) return with_rows(integral_constant<Layout, Layout::mn_major>());
     return visit(integral_constant<Layout, Layout::any>(), integral_constant<int, ANY_ROWS>());
 }
 

@@ -3,7 +3,7 @@
 //
 //     global --cp.async--> ring of STAGES slices in shared memory --ldmatrix--> registers --mma--> fp32
 //
-// A slice is STEP elements along k of all rows of a tile. It lies in rows of 128 bytes, whose
+// A slice is TILE_K elements of k of all rows of a tile. It lies in rows of 128 bytes, whose
 // 16-byte chunks are permuted by the row's number modulo 8: the 8 rows that ldmatrix reads at a time
 // are then in different banks, and so are the 8 chunks of a row that cp.async writes.
 //
@@ -16,7 +16,7 @@
 namespace reap::cuda {
 
 constexpr int COLUMNS = 128;                       // of a tile
-constexpr int STEP = 64;                           // elements along k of a slice
+constexpr int TILE_K = 64;                         // elements of k in a slice
 constexpr int THREADS = 128;
 constexpr int WARP_COLUMNS = COLUMNS / 2;
 constexpr int COLUMN_TILES = WARP_COLUMNS / 8;     // mma tiles side by side in a warp
@@ -25,7 +25,7 @@ constexpr int CHUNK_BYTES = 16;
 constexpr int CHUNK_ELEMENTS = 8;
 constexpr int ROW_CHUNKS = ROW_BYTES / CHUNK_BYTES;
 constexpr int COPY_ROWS = THREADS / ROW_CHUNKS;    // rows that the block copies at a time
-constexpr int PANEL_COLUMNS = ROW_BYTES / 2;       // of weights whose rows are adjacent
+constexpr int PANEL_COLUMNS = ROW_BYTES / 2;       // of MN-major weights
 
 // 96 KB at most, so that every chip from sm_80 runs every tile.
 template <int ROWS> struct Ring {
@@ -83,10 +83,11 @@ struct Columns {
     int count;  // of gate (or all, if up is 0)
     int up;     // weight rows from gate to up where they are concatenated; else 0
 
-    // The weight row of result column n. Past the last column the last `adjacent` rows repeat.
-    __device__ __forceinline__ int weight_row(int n, int adjacent) const {
-        if (up == 0) return min(n, count - adjacent);
-        return min(n / 16 * 8 + n % 8, count - adjacent) + (n & 8 ? up : 0);
+    // The weight row of result column n, the first of `width` that are read at once. Past the last
+    // column the last ones repeat.
+    __device__ __forceinline__ int weight_row(int n, int width) const {
+        if (up == 0) return min(n, count - width);
+        return min(n / 16 * 8 + n % 8, count - width) + (n & 8 ? up : 0);
     }
 };
 
@@ -99,9 +100,9 @@ template <class T> struct Projection {
     Columns columns;
 };
 
-// Which elements of the weights are adjacent and aligned to 16 bytes: those along k, those of
-// neighbouring rows, or none that one could rely on.
-enum class Layout : int { along_k, along_rows, any };
+// Along which dimension the weights are contiguous and aligned to 16 bytes: k, rows, or none that
+// one could rely on.
+enum class Layout : int { k_major, mn_major, any };
 
 __device__ __forceinline__ int chunk_offset(int row, int chunk) {
     return row * ROW_BYTES + ((chunk ^ (row % ROW_CHUNKS)) * CHUNK_BYTES);
@@ -111,14 +112,14 @@ __device__ __forceinline__ int chunk_offset(int row, int chunk) {
 __device__ __forceinline__ int copy_row() { return threadIdx.x / ROW_CHUNKS; }
 __device__ __forceinline__ int copy_chunk() { return threadIdx.x % ROW_CHUNKS; }
 
-// Copies slices with cp.async, of rows with adjacent k. Offsets in chunks reach 64 GB.
-template <class T, int ROWS> struct SliceAlongK {
+// Copies slices of K-major operands with cp.async. Offsets in chunks reach 64 GB.
+template <class T, int ROWS> struct KMajorSlice {
     Global<const char> base;             // advances slice by slice
     uint32_t offset[ROWS / COPY_ROWS];   // of this thread's chunks [16 bytes]
     int left;                            // elements of k from this thread's chunk on, a multiple of 8
 
     // row(i): the element where tile row i starts, counted from `data` and a multiple of 8.
-    template <class Row> __device__ __forceinline__ SliceAlongK(Global<const T> data, int depth, Row row)
+    template <class Row> __device__ __forceinline__ KMajorSlice(Global<const T> data, int depth, Row row)
         : base(cast<const char>(data)), left(depth - copy_chunk() * CHUNK_ELEMENTS) {
 #pragma unroll
         for (int i = 0; i < ROWS / COPY_ROWS; ++i)
@@ -131,27 +132,27 @@ template <class T, int ROWS> struct SliceAlongK {
         for (int i = 0; i < ROWS / COPY_ROWS; ++i)
             cp_async16(to + i * COPY_ROWS * ROW_BYTES, base + int64_t(offset[i]) * CHUNK_BYTES, left > 0);
         base = base + ROW_BYTES;
-        left -= STEP;
+        left -= TILE_K;
     }
 };
 
-// The same of weights whose rows are adjacent: a slice is two panels of STEP values of k by
-// PANEL_COLUMNS weight rows, so that each is in rows of 128 bytes again.
-template <class T> struct SliceAlongRows {
-    static constexpr int PANEL_STEPS = STEP / COPY_ROWS;  // chunks of a thread in one panel
+// The same of MN-major weights: a slice is two panels of TILE_K values of k by PANEL_COLUMNS weight
+// rows, so that each is in rows of 128 bytes again.
+template <class T> struct MNMajorSlice {
+    static constexpr int PANEL_CHUNKS = TILE_K / COPY_ROWS;  // of a thread in one panel
     Global<const char> base;
     int64_t advance;                        // bytes from slice to slice
-    uint32_t offset[2 * PANEL_STEPS];        // of this thread's chunks [16 bytes]
+    uint32_t offset[2 * PANEL_CHUNKS];      // of this thread's chunks [16 bytes]
     int left;                               // values of k from this thread's first on
 
-    __device__ __forceinline__ SliceAlongRows(const Projection<T>& weights, Global<const T> data, int depth, int column)
+    __device__ __forceinline__ MNMajorSlice(const Projection<T>& weights, Global<const T> data, int depth, int column)
         : base(cast<const char>(data)),
-          advance(STEP * weights.k_stride * int64_t(sizeof(T))),
+          advance(TILE_K * weights.k_stride * int64_t(sizeof(T))),
           left(depth - copy_row()) {
 #pragma unroll
-        for (int i = 0; i < 2 * PANEL_STEPS; ++i) {
-            const int n = column + i / PANEL_STEPS * PANEL_COLUMNS + copy_chunk() * CHUNK_ELEMENTS;
-            const int k = copy_row() + i % PANEL_STEPS * COPY_ROWS;
+        for (int i = 0; i < 2 * PANEL_CHUNKS; ++i) {
+            const int n = column + i / PANEL_CHUNKS * PANEL_COLUMNS + copy_chunk() * CHUNK_ELEMENTS;
+            const int k = copy_row() + i % PANEL_CHUNKS * COPY_ROWS;
             const int64_t element = weights.columns.weight_row(n, CHUNK_ELEMENTS) + k * weights.k_stride;
             offset[i] = static_cast<uint32_t>(element / CHUNK_ELEMENTS);
         }
@@ -160,22 +161,22 @@ template <class T> struct SliceAlongRows {
     __device__ __forceinline__ void fill(Shared<char> slice) {
         const Shared<char> to = slice + chunk_offset(copy_row(), copy_chunk());
 #pragma unroll
-        for (int i = 0; i < 2 * PANEL_STEPS; ++i)
+        for (int i = 0; i < 2 * PANEL_CHUNKS; ++i)
             cp_async16(to + i * COPY_ROWS * ROW_BYTES, base + int64_t(offset[i]) * CHUNK_BYTES,
-                       left > i % PANEL_STEPS * COPY_ROWS);
+                       left > i % PANEL_CHUNKS * COPY_ROWS);
         base = base + advance;
-        left -= STEP;
+        left -= TILE_K;
     }
 };
 
 // Slices of rows of any strides and alignment, element by element through the registers.
-template <class T, int ROWS> struct SliceOfElements {
+template <class T, int ROWS> struct StridedSlice {
     Global<const T> row[ROWS / COPY_ROWS];  // where this thread's chunks start
     int64_t stride;
     int left;
 
     template <class Row>
-    __device__ __forceinline__ SliceOfElements(Global<const T> data, int depth, int64_t k_stride, Row start)
+    __device__ __forceinline__ StridedSlice(Global<const T> data, int depth, int64_t k_stride, Row start)
         : stride(k_stride), left(depth - copy_chunk() * CHUNK_ELEMENTS) {
 #pragma unroll
         for (int i = 0; i < ROWS / COPY_ROWS; ++i)
@@ -195,8 +196,8 @@ template <class T, int ROWS> struct SliceOfElements {
             }
         }
 #pragma unroll
-        for (int j = 0; j < ROWS / COPY_ROWS; ++j) row[j] = row[j] + STEP * stride;
-        left -= STEP;
+        for (int j = 0; j < ROWS / COPY_ROWS; ++j) row[j] = row[j] + TILE_K * stride;
+        left -= TILE_K;
     }
 };
 
@@ -205,12 +206,12 @@ template <class T, Layout LAYOUT>
 __device__ __forceinline__ auto weight_slices(const Projection<T>& weights, int expert, int column, int depth) {
     const Global<const T> data = weights.data + expert * weights.expert_stride;
     const auto row = [&](int i) { return weights.columns.weight_row(column + i, 1) * weights.row_stride; };
-    if constexpr (LAYOUT == Layout::along_k)
-        return SliceAlongK<T, COLUMNS>(data, depth, row);
-    else if constexpr (LAYOUT == Layout::along_rows)
-        return SliceAlongRows<T>(weights, data, depth, column);
+    if constexpr (LAYOUT == Layout::k_major)
+        return KMajorSlice<T, COLUMNS>(data, depth, row);
+    else if constexpr (LAYOUT == Layout::mn_major)
+        return MNMajorSlice<T>(weights, data, depth, column);
     else
-        return SliceOfElements<T, COLUMNS>(data, depth, weights.k_stride, row);
+        return StridedSlice<T, COLUMNS>(data, depth, weights.k_stride, row);
 }
 
 // The accumulators start from the bias, or from 0.
@@ -231,24 +232,24 @@ __device__ __forceinline__ void start(Accumulators<ROWS>& acc, const Projection<
         }
 }
 
-// acc += the slice's A [ROWS, STEP] B [STEP, COLUMNS], this warp's part. Calls meanwhile() while its
+// acc += the slice's A [ROWS, TILE_K] B [TILE_K, COLUMNS], this warp's part. Calls meanwhile() while its
 // first operands are on their way to registers.
-template <class T, int ROWS, bool B_ALONG_ROWS, class Meanwhile>
+template <class T, int ROWS, bool B_MN_MAJOR, class Meanwhile>
 __device__ __forceinline__ void multiply_slice(Accumulators<ROWS>& acc, Shared<const char> a, Shared<const char> b,
                                                Meanwhile meanwhile) {
     const int lane = lane_id();
     const int a_row = warp_row<ROWS>() + lane % 16, a_chunk = lane / 16;
     const int b_row = warp_column() + lane % 8 + lane / 16 * 8, b_chunk = lane / 8 % 2;
-    const Shared<const char> panel = b + warp_column() / PANEL_COLUMNS * (STEP * ROW_BYTES);
+    const Shared<const char> panel = b + warp_column() / PANEL_COLUMNS * (TILE_K * ROW_BYTES);
     constexpr int BELOW = 16 * ROW_BYTES;  // 16 rows further down chunks are permuted alike
 #pragma unroll
-    for (int k = 0; k < STEP / 16; ++k) {
+    for (int k = 0; k < TILE_K / 16; ++k) {
         uint32_t left[ROWS / 32][4], right[COLUMN_TILES / 2][4];
 #pragma unroll
         for (int i = 0; i < ROWS / 32; ++i) ldmatrix_x4(left[i], a + chunk_offset(a_row, 2 * k + a_chunk) + i * BELOW);
 #pragma unroll
         for (int j = 0; j < COLUMN_TILES / 2; ++j)
-            if constexpr (B_ALONG_ROWS)
+            if constexpr (B_MN_MAJOR)
                 ldmatrix_x4_trans(right[j], panel + chunk_offset(lane % 16, 2 * j + lane / 16) + k * BELOW);
             else
                 ldmatrix_x4(right[j], b + chunk_offset(b_row, 2 * k + b_chunk) + j * BELOW);
@@ -261,11 +262,11 @@ __device__ __forceinline__ void multiply_slice(Accumulators<ROWS>& acc, Shared<c
     }
 }
 
-// acc += A B over `steps` slices. One barrier per slice serves twice: all copies of this slice have
-// arrived, and no warp still reads the slice before, whose place the next copies take. Past the last
+// acc += A B over a number of slices. One barrier per slice serves twice: all copies of this slice have
+// arrived, and no warp still reads the slice before, whose stage the next copies fill. Past the last
 // slice those bring zeros that nobody reads: cheaper than a branch in the loop.
-template <class T, int ROWS, bool B_ALONG_ROWS, class A, class B>
-__device__ __forceinline__ void multiply(Accumulators<ROWS>& acc, A& a, B& b, int steps) {
+template <class T, int ROWS, bool B_MN_MAJOR, class A, class B>
+__device__ __forceinline__ void multiply(Accumulators<ROWS>& acc, A& a, B& b, int slices) {
     using Ring = cuda::Ring<ROWS>;
     const Shared<char> first = shared_memory(), last = first + (Ring::STAGES - 1) * Ring::STAGE_BYTES;
     const auto fill = [&](Shared<char> stage) {
@@ -277,10 +278,10 @@ __device__ __forceinline__ void multiply(Accumulators<ROWS>& acc, A& a, B& b, in
     for (int i = 0; i < Ring::STAGES - 1; ++i) fill(first + i * Ring::STAGE_BYTES);
 
     Shared<char> reading = first, writing = last;
-    for (int step = 0; step < steps; ++step) {
+    for (int slice = 0; slice < slices; ++slice) {
         cp_async_wait<Ring::STAGES - 2>();
         __syncthreads();
-        multiply_slice<T, ROWS, B_ALONG_ROWS>(acc, reading, reading + Ring::A_BYTES, [&] { fill(writing); });
+        multiply_slice<T, ROWS, B_MN_MAJOR>(acc, reading, reading + Ring::A_BYTES, [&] { fill(writing); });
         writing = reading;
         reading = reading == last ? first : reading + Ring::STAGE_BYTES;
     }

@@ -12,10 +12,10 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from reap.checkpoint import surgery
+from reap.checkpoint.blocks import PER_EXPERT
 from reap.errors import ReapError
+from reap.model.config import EXPERT_COUNT_KEYS
 
-KEYS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 DEPTHS = ("num_hidden_layers", "n_layers", "num_layers", "n_layer")
 # How many multi-token-prediction layers follow; zero once they are dropped.
 EXTRA_LAYERS = (
@@ -23,6 +23,7 @@ EXTRA_LAYERS = (
     "mtp_num_hidden_layers", "n_mtp_layers",
 )  # fmt: skip
 QUANTISATION = "quantization_config"
+PER_LAYER = "per_layer_config"  # layer number -> a config of that layer alone
 Kept = Mapping[str, tuple[int, ...]]  # block -> expert ids kept
 # Words of a config's path that do not tell one stack of layers from another.
 _COMMON = {"config", "text", "llm", "language", "model", "per", "layer"}
@@ -58,10 +59,10 @@ def places(config: Mapping[str, Any], path: tuple[str, ...] = ()) -> Iterator[Pl
     for key, value in config.items():
         if isinstance(value, dict) and key != QUANTISATION:
             yield from places(value, (*path, key))
-        elif key in KEYS and (
+        elif key in EXPERT_COUNT_KEYS and (
             _is_count(value) or (isinstance(value, list) and value and all(map(_is_count, value)))
         ):
-            per_layer = len(path) > 1 and path[-2] == "per_layer_config" and path[-1].isdigit()
+            per_layer = len(path) > 1 and path[-2] == PER_LAYER and path[-1].isdigit()
             yield Place(path, key, int(path[-1]) if per_layer else None)
 
 
@@ -162,7 +163,7 @@ def _renumbered(value: Any, kept: Kept) -> Any:
 
 def _renamed(name: Any, kept: Kept) -> list[Any]:
     """What stands where `name` stood: the expert's new name, nothing if it is gone, or `name`."""
-    match = surgery.PER_EXPERT.fullmatch(name) if isinstance(name, str) else None
+    match = PER_EXPERT.fullmatch(name) if isinstance(name, str) else None
     if match is None or match["module"] not in kept:
         return [name]
     ids, old = kept[match["module"]], int(match["id"])

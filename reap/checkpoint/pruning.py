@@ -16,7 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from reap.checkpoint import card, surgery
+from reap.checkpoint import card
+from reap.checkpoint.blocks import find_blocks
 from reap.checkpoint.operation import Layout, Operation, layout_of, operate, own_tensors
 from reap.checkpoint.publish import staged
 from reap.checkpoint.writing import copy_others, write, write_json, write_shards
@@ -209,7 +210,8 @@ def _verify(written: Folder, operation: Operation, expected: Tensors) -> None:
         )
     if written.config != operation.config:
         raise ReapError("verification failed: config.json is not what was written")
-    for module, block in surgery.find_blocks(found).items():
-        ids = {number for number, _ in block.experts.values()}
-        if module in operation.kept and ids and ids != set(range(operation.kept[module])):
+    kept = {removal.block.module: len(removal.kept) for removal in operation.removals}
+    for module, block in find_blocks(found).items():
+        ids = block.ids
+        if module in kept and ids and ids != set(range(kept[module])):
             raise ReapError(f"verification failed: {module} has the experts {sorted(ids)[:8]}...")

@@ -16,7 +16,7 @@ from __future__ import annotations
 import torch
 
 from reap_kernels.contract import Call, Saliency, check_ids
-from reap_kernels.triton import configs, tune
+from reap_kernels.triton import configs, records
 from reap_kernels.triton.configs import Config
 
 NAME = "triton"
@@ -77,7 +77,7 @@ def _choose(call: Call) -> tuple[Config | None, str | None]:
         name = torch.cuda.get_device_name(device)
         return None, f"no tile config for {name}"
     limit, cache = configs.shared_limit(device, kind), configs.cache_size(device, kind)
-    config = tune.recorded(call) or configs.choose(call, kind, limit, cache)
+    config = records.recorded(call) or configs.choose(call, kind, limit, cache)
     return config, None if config else f"no tile config fits {limit} bytes of shared memory"
 
 

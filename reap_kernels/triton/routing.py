@@ -33,14 +33,7 @@ class Tiles(NamedTuple):
     bound: int  # of the number of row tiles
 
     def arguments(self) -> dict[str, Tensor]:
-        return dict(zip(self._fields[:4], self[:4], strict=True))
-
-
-@triton.jit
-def load_ids(ids, slot, E, S, stride_it, stride_ik, K: tl.constexpr):
-    """Experts of slots; E for those past the last."""
-    token, k = (slot // K).to(tl.int64), (slot % K).to(tl.int64)
-    return tl.load(ids + token * stride_it + k * stride_ik, mask=slot < S, other=E)
+        return {name: value for name, value in self._asdict().items() if name != "bound"}
 
 
 @triton.jit(debug=True)  # keeps the assertion

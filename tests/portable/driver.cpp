@@ -6,7 +6,7 @@
 #include <deque>
 #include <vector>
 
-#include "cpu/moe.h"
+#include "cpu/engine.h"
 
 namespace {
 

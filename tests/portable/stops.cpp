@@ -12,13 +12,13 @@
 #include <random>
 #include <vector>
 
-#include "cpu/moe.h"
+#include "cpu/engine.h"
 
 int mutant = 0;
 
 namespace {
 
-// Many small blocks, so that much of the time goes to what they share: places, sums and norms.
+// Many small blocks, so that much of the time goes to what they share: buffers, sums and norms.
 constexpr int64_t T = 4000, K = 3, E = 4, H = 100, I = 2;
 constexpr int THREADS = 2, ONE_IN = 20;
 constexpr long STOPPED = 1500000;  // nanoseconds

@@ -125,7 +125,7 @@ template <bool broken> __global__ void elected_wait(Args a) {
     }
 }
 
-// --- the copy engine ---
+// --- TMA ---
 
 template <bool broken> __global__ void barrier_not_shown(Args a) {
     if (threadIdx.x == 0) mbarrier_init(barrier(0), 1);

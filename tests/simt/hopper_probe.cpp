@@ -1,8 +1,8 @@
 // One of Hopper's instructions at a time, on operands from standard input, raw:
 //   box          rank, sizes [4], strides [4] elements, box [4], at [4], elements of the tensor, all i64;
 //                the tensor, u16 -> the box in shared memory
-//   wgmma k|n    shared memory [40 KB], descriptors a, b u64, d [128, 128] f32 by thread -> d, with k or
-//                the columns of b adjacent
+//   wgmma k|mn   shared memory [40 KB], descriptors a, b u64, d [128, 128] f32 by thread -> d, with a
+//                K-major or an MN-major b
 #include <cstdio>
 #include <string>
 #include <vector>
@@ -52,7 +52,7 @@ struct Product {
 };
 constexpr int IMAGE = 40 << 10;
 
-template <bool N_ADJACENT> __global__ void multiply(Product args) {
+template <bool B_MN_MAJOR> __global__ void multiply(Product args) {
     for (int i = threadIdx.x; i < IMAGE / 16; i += 128)
         store_shared(cast<uint4>(shared_memory()) + i, load_global(args.image + i));
     fence_proxy_async();
@@ -63,7 +63,7 @@ template <bool N_ADJACENT> __global__ void multiply(Product args) {
     };
     each([](float& x, Global<float> p) { x = load_global(p); });
     wgmma_fence();
-    wgmma_m64n256k16<bf16, N_ADJACENT>(d, args.a, args.b, true);
+    wgmma_m64n256k16<bf16, B_MN_MAJOR>(d, args.a, args.b, true);
     wgmma_commit();
     wgmma_wait<0>();
     each([](float& x, Global<float> p) { store_global(p, x); });
@@ -91,13 +91,13 @@ void run_box(simt::Emulator& emulator) {
     write(image);
 }
 
-void run_wgmma(simt::Emulator& emulator, const std::string& adjacent) {
+void run_wgmma(simt::Emulator& emulator, const std::string& major) {
     const auto image = read<uint4>(IMAGE / 16);
     const auto descriptors = read<uint64_t>(2);
     auto d = read<float>(128 * 128);
     emulator.add_buffer("image", image.data(), IMAGE, false);
     emulator.add_buffer("d", d.data(), d.size() * sizeof(float), true);
-    emulator.launch(adjacent == "n" ? multiply<true> : multiply<false>, 1, 128, IMAGE,
+    emulator.launch(major == "mn" ? multiply<true> : multiply<false>, 1, 128, IMAGE,
                     Product{image.data(), descriptors[0], descriptors[1], d.data()});
     write(d);
 }

@@ -3,9 +3,9 @@
 //
 // A phase of an mbarrier is over after the arrivals it expects and the bytes it was told of. Whoever
 // sees that knows what those who arrived had done before, and what the engines had copied for the
-// phase. In the ISA's words threads work in the generic proxy, and the copy engine and wgmma in the
-// async proxy; a fence.proxy.async has to stand between a write in one and a read in the other,
-// where the writer still is or where the reader already knows of the write.
+// phase. In the ISA's words threads work in the generic proxy, and TMA and wgmma in the async proxy; a
+// fence.proxy.async has to stand between a write in one and a read in the other, where the writer
+// still is or where the reader already knows of the write.
 #pragma once
 #include <map>
 #include <vector>
@@ -21,8 +21,8 @@ struct Mbarrier {
     int64_t bytes = 0;             // announced and not copied yet; below 0: copied, not announced
     uint32_t phase = 0;            // the one that is going on, from 0
     uint32_t maker = 0;            // thread
-    bool shown = false;            // to the copy engine, by a fence of the maker
-    uint32_t engine = 0;           // stamps of the copy engine; the next one: of cp.async
+    bool shown = false;            // to TMA, by a fence of the maker
+    uint32_t engine = 0;           // stamps of TMA; the next one: of cp.async
     View arrivals, released;       // what is known of this phase, and of those that are over
 
     void complete_if_done(Block& block) {

@@ -1,5 +1,5 @@
-// The copy engine of Hopper: boxes of tensors in global memory, with the 128-byte swizzle. See
-// "Tensors" and "cp.async.bulk.tensor" in the PTX ISA, and cuTensorMapEncodeTiled in the driver API.
+// Hopper's TMA: boxes of tensors in global memory, with the 128-byte swizzle. See "Tensors" and
+// "cp.async.bulk.tensor" in the PTX ISA, and cuTensorMapEncodeTiled in the driver API.
 #pragma once
 #include <vector>
 
@@ -31,7 +31,7 @@ TensorMap make_tensor_map(const Box& tensor) {
         if (i > 0 && (map.strides[i] % 16 != 0 || map.strides[i] <= 0 || map.strides[i] >= int64_t{1} << 40))
             refuse("with a stride of " + std::to_string(map.strides[i]) + " bytes");
     }
-    if (map.strides[0] != 2) refuse("whose first elements are not adjacent");
+    if (map.strides[0] != 2) refuse("whose first dimension is not contiguous");
     if (2 * map.box[0] > 128) refuse("with a row of a box wider than the swizzle");
     return map;
 }
@@ -103,7 +103,7 @@ void tma_load(Shared<char> to, const TensorMap& map, Shared<uint64_t> barrier, c
     Mbarrier& mbarrier = detail::mbarrier(barrier, site);
     if (!mbarrier.shown)
         block.fail(Kind::proxy, site, me, detail::shared_address(barrier.offset()),
-                   "no fence has shown this mbarrier to the copy engine");
+                   "no fence has shown this mbarrier to TMA");
     if (map.rank != RANK) block.fail(Kind::launch, site, me, "", "a tensor map of another rank");
     if (to.offset() % 128 != 0)
         block.fail(Kind::misaligned, site, me, detail::shared_address(to.offset()),

@@ -21,10 +21,10 @@ struct Descriptor {
     size_t stride() const { return (bits >> 32 & 0x3fff) << 4; }
     bool supported() const { return bits >> 62 == 1 && (bits >> 49 & 7) == 0; }
 
-    // "Strides": atoms of 8 rows of 128 bytes, swizzled. Rows are rows or columns of the matrix with k
-    // adjacent in them, or k with 64 rows or columns adjacent.
-    size_t element(unsigned mn, unsigned k, bool mn_adjacent) const {
-        const size_t at = mn_adjacent
+    // "Strides": atoms of 8 rows of 128 bytes, swizzled. Such a row holds 64 k of a K-major matrix, or
+    // 64 rows or columns of an MN-major one.
+    size_t element(unsigned mn, unsigned k, bool mn_major) const {
+        const size_t at = mn_major
                               ? mn / 64 * leading() + k / 8 * stride() + k % 8 * 128 + mn % 64 * 2
                               : mn / 8 * stride() + mn % 8 * 128 + k * 2;
         return (start() + at) ^ ((start() + at) >> 7 & 7) << 4;
@@ -44,7 +44,7 @@ struct Operation {
     uint32_t number;            // in its warpgroup, from 1
     uint32_t group;             // of commits
     WgmmaArguments arguments;
-    bool n_adjacent;
+    bool b_mn_major;
     float (*widen)(uint32_t);
     size_t flight;
 };
@@ -123,14 +123,14 @@ inline void check_operands(const Operation& op, Site site) {
     const unsigned first = running->view.warp() % 4 * 16;
     for (unsigned m = first; m < first + 16; ++m)
         for (unsigned k = 0; k < 16; k += 8) check_operand(op.arguments.a.element(m, k, false), now, site);
-    for (unsigned n = 0; n < 256; n += op.n_adjacent ? 8 : 1)
-        for (unsigned k = 0; k < 16; k += op.n_adjacent ? 1 : 8)
-            check_operand(op.arguments.b.element(n, k, op.n_adjacent), now, site);
+    for (unsigned n = 0; n < 256; n += op.b_mn_major ? 8 : 1)
+        for (unsigned k = 0; k < 16; k += op.b_mn_major ? 1 : 8)
+            check_operand(op.arguments.b.element(n, k, op.b_mn_major), now, site);
 }
 
-inline float operand(const Operation& op, const Descriptor& matrix, unsigned mn, unsigned k, bool mn_adjacent) {
+inline float operand(const Operation& op, const Descriptor& matrix, unsigned mn, unsigned k, bool mn_major) {
     uint16_t bits;
-    std::memcpy(&bits, here().shared + matrix.element(mn, k, mn_adjacent), 2);
+    std::memcpy(&bits, here().shared + matrix.element(mn, k, mn_major), 2);
     return op.widen(bits);
 }
 
@@ -145,7 +145,7 @@ inline std::vector<float> fetch_b(const Operation& op) {
     }
     std::vector<float> b(16 * 256);
     for (unsigned n = 0; n < 256; ++n)
-        for (unsigned k = 0; k < 16; ++k) b[k * 256 + n] = operand(op, op.arguments.b, n, k, op.n_adjacent);
+        for (unsigned k = 0; k < 16; ++k) b[k * 256 + n] = operand(op, op.arguments.b, n, k, op.b_mn_major);
     group.fetched.push_back({op.number, 1, b});
     return b;
 }
@@ -186,7 +186,7 @@ inline size_t take_off(WarpMultiplier& warp, void* const* all, bool add, Site si
     return warp.next_flight++;
 }
 
-template <typename T, bool N_ADJACENT>
+template <typename T, bool B_MN_MAJOR>
 void start_wgmma(Warp&, unsigned, void* const* all) {
     const Site site = running->wait.site;
     WarpMultiplier& warp = warp_multiplier();
@@ -203,7 +203,7 @@ void start_wgmma(Warp&, unsigned, void* const* all) {
     else if (!(group.issued[warp.issued] == arguments))
         here().fail(Kind::divergence, site, *running, "", "warps of a wgmma with different operands");
     const size_t flight = take_off(warp, all, arguments.add, site);
-    warp.operations.push_back({++warp.issued, warp.group, arguments, N_ADJACENT, widen<T>, flight});
+    warp.operations.push_back({++warp.issued, warp.group, arguments, B_MN_MAJOR, widen<T>, flight});
     ++warp.flights[flight].operations;
     check_operands(warp.operations.back(), site);
     if (here().options.eager) multiply(warp.operations.back(), warp.flights[flight]);
@@ -244,10 +244,10 @@ inline void wgmma_fence(Site site = Site::here()) {
 }
 
 // "wgmma.mma_async", m64n256k16, both operands in shared memory
-template <typename T, bool N_ADJACENT>
+template <typename T, bool B_MN_MAJOR>
 void wgmma_m64n256k16(float (&d)[4][8][4], uint64_t a, uint64_t b, bool add, Site site = Site::here()) {
     WgmmaArguments mine{&d[0][0][0], {a}, {b}, add};
-    gather("wgmma", site, FULL, mine, detail::start_wgmma<T, N_ADJACENT>);
+    gather("wgmma", site, FULL, mine, detail::start_wgmma<T, B_MN_MAJOR>);
 }
 
 // "wgmma.commit_group": a group even if empty.

@@ -1,5 +1,5 @@
-// ../gate_up.cuh for Hopper: weights come by the copy engine, rows of x by cp.async, which unlike the
-// copy engine can gather them.
+// ../gate_up.cuh for Hopper: weights come by TMA, rows of x by cp.async, which unlike TMA can gather
+// them.
 #pragma once
 #include "../gate_up.cuh"
 #include "pipeline.cuh"
@@ -16,28 +16,28 @@ constexpr int STRIP_BYTES = 16 * BOX * sizeof(float);
 constexpr int STRIPS_AT = (RING_BYTES + 127) / 128 * 128;
 constexpr int GATE_UP_BYTES = STRIPS_AT + CONSUMERS * WARPGROUP / WARP * STRIP_BYTES;
 
-template <class T, bool N_ADJACENT>
+template <class T, bool B_MN_MAJOR>
 __device__ __forceinline__ void load_gate_up(const GateUp<T>& up, const Ring& ring) {
     const GateUpArgs<T>& args = up.args;
-    Turn turn;
+    PipelineState state;
     Tile tile;
     for (int number = blockIdx.x; locate(tile, args.routing, number, args.E, args.column_tiles, args.group, TILE_ROWS);
          number += gridDim.x) {
-        SliceAlongK<T, TILE_ROWS> x(args.hidden, args.H, [&](int i) { return gathered_row(args, tile, i); });
-        for (int k = 0; k < args.H; k += STEP) {
-            const Shared<uint64_t> full = ring.full + turn.stage;
-            wait_empty(ring, turn);
+        KMajorSlice<T, TILE_ROWS> x(args.hidden, args.H, [&](int i) { return gathered_row(args, tile, i); });
+        for (int k = 0; k < args.H; k += TILE_K) {
+            const Shared<uint64_t> full = ring.full + state.stage;
+            wait_empty(ring, state);
             if (threadIdx.x == 0) {
                 mbarrier_arrive_expect(full, B_BYTES);
-                load_weights<N_ADJACENT>(ring.b(turn.stage), up.weights, full, tile.expert, tile.column * TILE_COLUMNS,
+                load_weights<B_MN_MAJOR>(ring.b(state.stage), up.weights, full, tile.expert, tile.column * TILE_COLUMNS,
                                          k, args.pairing == Pairing::halves);
             }
-            x.fill(ring.a(turn.stage));
+            x.fill(ring.a(state.stage));
             cp_async_mbarrier_arrive(full);
-            turn.advance();
+            state.advance();
         }
     }
-    drain(ring, turn);
+    drain(ring, state);
 }
 
 // Strip s of the result, in which gate and up alternate as store_inner() wants them.
@@ -49,15 +49,15 @@ __device__ __forceinline__ void result_strip(float (&strip)[BOX / 8][4], const A
             strip[j][c] = halves ? acc[j % 2 * 2 + s / 2][s % 2 * 4 + j / 2][c] : acc[s][j][c];
 }
 
-template <class T, bool N_ADJACENT>
+template <class T, bool B_MN_MAJOR>
 __device__ __forceinline__ void compute_gate_up(const GateUpArgs<T>& args, const Ring& ring) {
-    Turn turn;
+    PipelineState state;
     Tile tile;
     for (int number = blockIdx.x; locate(tile, args.routing, number, args.E, args.column_tiles, args.group, TILE_ROWS);
          number += gridDim.x) {
         const int column = tile.column * TILE_COLUMNS;
         Accumulators acc;
-        multiply<T, N_ADJACENT, true>(acc, ring, turn, (args.H + STEP - 1) / STEP);
+        multiply<T, B_MN_MAJOR, true>(acc, ring, state, (args.H + TILE_K - 1) / TILE_K);
         add_bias(acc, args.weights, tile.expert, column);
         // From a shuffle, so that the addresses in there are not kept in registers during the main loop.
         const int warp = __shfl_sync(ALL_LANES, (threadIdx.x - WARPGROUP) / WARP, 0);
@@ -74,16 +74,16 @@ __device__ __forceinline__ void compute_gate_up(const GateUpArgs<T>& args, const
     }
 }
 
-template <class T, bool N_ADJACENT>
+template <class T, bool B_MN_MAJOR>
 __global__ void __launch_bounds__(BLOCK, 1) gate_up_kernel(const __grid_constant__ GateUp<T> up) {
 #ifdef REAP_HOPPER
     const Ring ring = make_ring(WARPGROUP + 1);
     if (threadIdx.x < WARPGROUP) {
         release_registers<PRODUCER_REGISTERS>();
-        load_gate_up<T, N_ADJACENT>(up, ring);
+        load_gate_up<T, B_MN_MAJOR>(up, ring);
     } else {
         acquire_registers<CONSUMER_REGISTERS>();
-        compute_gate_up<T, N_ADJACENT>(up.args, ring);
+        compute_gate_up<T, B_MN_MAJOR>(up.args, ring);
     }
 #else
     trap_unless(false);

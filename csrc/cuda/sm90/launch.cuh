@@ -2,9 +2,9 @@
 // GPU: nobody gets them but who asks for the backend `cuda_sm90`.
 //
 // What Layer.wgmma needs, beside what run_layer() does: an sm_90, H a multiple of 8, hidden and both
-// weights at multiples of 16 bytes, elements adjacent along one dimension and all other strides
-// positive multiples of 8; I too, where halves of gate and up are adjacent. The launcher also makes
-// tensor maps, and its kernels are called with sm90's arguments.
+// weights at multiples of 16 bytes, contiguous along one dimension and all other strides positive
+// multiples of 8; I too, where MN-major gate and up are concatenated. The launcher also makes tensor
+// maps, and its kernels are called with sm90's arguments.
 #pragma once
 #include "../launch.cuh"
 #include "down.cuh"
@@ -14,14 +14,14 @@ namespace reap::cuda::sm90 {
 
 static_assert(WGMMA_ROWS == TILE_ROWS && WGMMA_COLUMNS == TILE_COLUMNS);
 
-inline bool n_adjacent(const Weights& w) { return w.k_stride != 1; }
+inline bool b_mn_major(const Weights& w) { return w.k_stride != 1; }
 
 // A box of B: 64 columns by 64 k. The dimensions of the weights by their strides, k or rows first.
 inline TensorBox weight_box(const Weights& w, int64_t experts, int64_t halves, int64_t rows, int64_t k) {
     const int64_t half = rows * w.row_stride;
-    TensorBox box{w.data, 4, {k, rows, halves, experts}, {1, w.row_stride, half, w.expert_stride}, {STEP, BOX, 1, 1}};
-    if (n_adjacent(w))
-        box = {w.data, 4, {rows, halves, k, experts}, {1, half, w.k_stride, w.expert_stride}, {BOX, 1, STEP, 1}};
+    TensorBox box{w.data, 4, {k, rows, halves, experts}, {1, w.row_stride, half, w.expert_stride}, {TILE_K, BOX, 1, 1}};
+    if (b_mn_major(w))
+        box = {w.data, 4, {rows, halves, k, experts}, {1, half, w.k_stride, w.expert_stride}, {BOX, 1, TILE_K, 1}};
     for (int i = 1; i < 4; ++i)  // a stride that nobody needs must be legal
         if (box.sizes[i] == 1) box.strides[i] = round_up(box.sizes[i - 1] * box.strides[i - 1], CHUNK_ELEMENTS);
     return box;
@@ -40,17 +40,17 @@ template <class T> struct Launches : cuda::Launches<T> {
         GateUp<T> up{this->gate_up_args(), {}};
         const int halves = up.args.pairing == Pairing::halves ? 2 : 1;
         up.weights = make_tensor_map(weight_box(layer.gate_up, layer.E, halves, plan.rows / halves, layer.H));
-        const auto kernel = n_adjacent(layer.gate_up) ? gate_up_kernel<T, true> : gate_up_kernel<T, false>;
+        const auto kernel = b_mn_major(layer.gate_up) ? gate_up_kernel<T, true> : gate_up_kernel<T, false>;
         launch("gate_up", kernel, blocks(up.args.column_tiles), BLOCK, GATE_UP_BYTES, up);
     }
 
     template <class Launcher> void down(Launcher& launch, int64_t first_column, int64_t last_column) const {
         Down<T> down{this->down_args(first_column, last_column), {}, {}};
         const auto inner = cast<const char>(work.inner);
-        const TensorBox rows{inner, 2, {layer.I, plan.slots}, {1, plan.inner_pitch}, {STEP, TILE_ROWS}};
+        const TensorBox rows{inner, 2, {layer.I, plan.slots}, {1, plan.inner_pitch}, {TILE_K, TILE_ROWS}};
         down.inner = make_tensor_map(rows);
         down.weights = make_tensor_map(weight_box(layer.down, layer.E, 1, layer.H, layer.I));
-        const auto kernel = n_adjacent(layer.down) ? down_kernel<T, true> : down_kernel<T, false>;
+        const auto kernel = b_mn_major(layer.down) ? down_kernel<T, true> : down_kernel<T, false>;
         launch("down", kernel, blocks(down.args.column_tiles), BLOCK, RING_BYTES, down);
     }
 };

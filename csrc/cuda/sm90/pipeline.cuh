@@ -1,14 +1,14 @@
 // The main loop that both grouped GEMMs share on Hopper: a ring of stages in shared memory between
 // one warpgroup that loads and two that multiply.
 //
-//     producer    wait until empty   load A and B of 64 steps along k        -> full
+//     producer    wait until empty   load A and B of 64 elements of k        -> full
 //     consumers   wait until full    4 wgmmas, done when the next are queued -> empty
 //
 // Blocks are persistent: the producer is ahead in the next tile while the consumers are still in
 // the epilogue of the last. Rows in shared memory are 128 bytes, their 16-byte chunks swizzled by
-// row as the copy engine and wgmma know it ("128-byte swizzling mode") and as chunk_offset() has it.
-// A [128, 64] has k adjacent. B comes in boxes of 64 columns and 64 k, either of which may be
-// adjacent: rows are columns of the product, or k.
+// row as TMA and wgmma know it ("128-byte swizzling mode") and as chunk_offset() has it.
+// A [128, 64] is K-major. B comes in boxes of 64 columns and 64 k, K-major or MN-major: the rows in
+// shared memory are columns of the product, or k.
 #pragma once
 #include "../tiles.cuh"
 #include "ptx.cuh"
@@ -37,7 +37,7 @@ constexpr int CONSUMER_REGISTERS = 232;
 using Accumulators = float[TILE_COLUMNS / BOX][BOX / 8][4];
 
 // A stage of the ring, and the parity of the phase in which its barriers are.
-struct Turn {
+struct PipelineState {
     int stage = 0;
     uint32_t parity = 0;
 
@@ -81,22 +81,22 @@ __device__ __forceinline__ void wait(Shared<uint64_t> barrier, uint32_t parity) 
 }
 
 // Until the consumers have left the stage; in the first round nobody was ever there.
-__device__ __forceinline__ void wait_empty(const Ring& ring, Turn turn) {
-    wait(ring.empty + turn.stage, turn.parity ^ 1);
+__device__ __forceinline__ void wait_empty(const Ring& ring, PipelineState state) {
+    wait(ring.empty + state.stage, state.parity ^ 1);
 }
 
 // For a producer that copies by cp.async: until what it copied has been used, so that no thread ends
 // before its copies have.
-__device__ __forceinline__ void drain(const Ring& ring, Turn turn) {
+__device__ __forceinline__ void drain(const Ring& ring, PipelineState state) {
     for (int i = 0; i < STAGES; ++i) {
-        wait_empty(ring, turn);
-        turn.advance();
+        wait_empty(ring, state);
+        state.advance();
     }
 }
 
 // "Matrix descriptor format" of wgmma: start address, and two strides, in units of 16 bytes. The
-// stride dimension goes from 8 rows in shared memory to the next 8; the leading dimension, where
-// the columns are adjacent, from one box to the next, and is not used where k is.
+// stride dimension goes from 8 rows in shared memory to the next 8; the leading dimension of MN-major
+// operands from one box to the next, of K-major ones it is not used.
 __device__ __forceinline__ uint64_t descriptor(Shared<char> tile) {
     constexpr uint64_t SWIZZLE_128 = uint64_t(1) << 62;
     constexpr uint64_t STRIDE = uint64_t(GROUP_BYTES / 16) << 32;
@@ -104,29 +104,29 @@ __device__ __forceinline__ uint64_t descriptor(Shared<char> tile) {
     return SWIZZLE_128 | STRIDE | LEADING | (shared_address(tile) & 0x3ffff) >> 4;
 }
 
-// acc = A B of this warpgroup's 64 rows, over `steps` > 0 stages. GATHERED: A came by cp.async,
-// which wgmma does not see without a fence; what the copy engine wrote it sees as it is.
-template <class T, bool N_ADJACENT, bool GATHERED>
-__device__ __forceinline__ void multiply(Accumulators& acc, const Ring& ring, Turn& turn, int steps) {
+// acc = A B of this warpgroup's 64 rows, over `slices` > 0 of k. GATHERED: A came by cp.async,
+// which wgmma does not see without a fence; what TMA wrote it sees as it is.
+template <class T, bool B_MN_MAJOR, bool GATHERED>
+__device__ __forceinline__ void multiply(Accumulators& acc, const Ring& ring, PipelineState& state, int slices) {
     constexpr int A_NEXT = 16 * 2 / 16;                    // 16 k further along the rows, in 16 bytes
-    constexpr int B_NEXT = N_ADJACENT ? 16 * ROW_BYTES / 16 : A_NEXT;
+    constexpr int B_NEXT = B_MN_MAJOR ? 16 * ROW_BYTES / 16 : A_NEXT;
     const int group = threadIdx.x / WARPGROUP - 1;
     const bool leader = lane_id() == 0;
     int previous = 0;
-    for (int step = 0; step < steps; ++step) {
-        wait(ring.full + turn.stage, turn.parity);
+    for (int slice = 0; slice < slices; ++slice) {
+        wait(ring.full + state.stage, state.parity);
         if constexpr (GATHERED) fence_proxy_async();
-        const uint64_t a = descriptor(ring.a(turn.stage) + group * 64 * ROW_BYTES);
-        const uint64_t b = descriptor(ring.b(turn.stage));
+        const uint64_t a = descriptor(ring.a(state.stage) + group * 64 * ROW_BYTES);
+        const uint64_t b = descriptor(ring.b(state.stage));
         wgmma_fence();
 #pragma unroll
-        for (int k = 0; k < STEP / 16; ++k)
-            wgmma_m64n256k16<T, N_ADJACENT>(acc, a + k * A_NEXT, b + k * B_NEXT, step > 0 || k > 0);
+        for (int k = 0; k < TILE_K / 16; ++k)
+            wgmma_m64n256k16<T, B_MN_MAJOR>(acc, a + k * A_NEXT, b + k * B_NEXT, slice > 0 || k > 0);
         wgmma_commit();
         wgmma_wait<1>();
-        if (step > 0 && leader) mbarrier_arrive(ring.empty + previous);
-        previous = turn.stage;
-        turn.advance();
+        if (slice > 0 && leader) mbarrier_arrive(ring.empty + previous);
+        previous = state.stage;
+        state.advance();
     }
     wgmma_wait<0>();
     if (leader) mbarrier_arrive(ring.empty + previous);
@@ -138,14 +138,14 @@ __device__ __forceinline__ int consumer_row() { return (threadIdx.x - WARPGROUP)
 // One stage of B, 64 k from `k` on, into four boxes. They are 256 columns of the result from `column`
 // on; where gate and up are concatenated, the first two are 128 columns of the gate and the others
 // those of the up projection, `column` counts both, and the map has a dimension of halves.
-template <bool N_ADJACENT>
+template <bool B_MN_MAJOR>
 __device__ __forceinline__ void load_weights(Shared<char> b, const TensorMap& map, Shared<uint64_t> full, int expert,
                                              int column, int k, bool halves) {
     const int boxes = halves ? 2 : 4;
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
         const int n = (halves ? column / 2 : column) + i % boxes * BOX, half = i / boxes;
-        const int at[4] = {N_ADJACENT ? n : k, N_ADJACENT ? half : n, N_ADJACENT ? k : half, expert};
+        const int at[4] = {B_MN_MAJOR ? n : k, B_MN_MAJOR ? half : n, B_MN_MAJOR ? k : half, expert};
         tma_load(b + i * BOX_BYTES, map, full, at);
     }
 }

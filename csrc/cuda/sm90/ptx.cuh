@@ -1,7 +1,7 @@
 // Instructions that Hopper added (sm_90a), one wrapper each, named with their sections of the PTX
 // ISA. A ring of tiles in shared memory needs three kinds: mbarriers say when a stage is full or
-// empty, the copy engine (TMA) fills it, wgmma reads it. The last two work beside the threads, in
-// what the ISA calls the async proxy.
+// empty, TMA fills it, wgmma reads it. The last two work beside the threads, in what the ISA calls
+// the async proxy.
 #pragma once
 #include <cstdint>
 
@@ -40,9 +40,9 @@ namespace reap::cuda {
 
 using TensorMap = CUtensorMap;
 
-// The map of a tensor for the copy engine. The driver makes it (cuTensorMapEncodeTiled in the CUDA
-// driver API); it is looked up in the driver that is loaded, so that nothing links to one. Touches
-// no GPU, so a stream that is being captured does not mind.
+// The map of a tensor for TMA. The driver makes it (cuTensorMapEncodeTiled in the CUDA driver API); it
+// is looked up in the driver that is loaded, so that nothing links to one. Touches no GPU, so a stream
+// that is being captured does not mind.
 inline TensorMap make_tensor_map(const TensorBox& tensor) {
     using Encode = decltype(&cuTensorMapEncodeTiled);
     static const Encode encode = [] {
@@ -88,7 +88,7 @@ __device__ __forceinline__ void mbarrier_arrive(Shared<uint64_t> barrier) {
                  : "memory");
 }
 
-// "mbarrier.arrive", form with .expect_tx: awaits `bytes` more from the copy engine, and arrives.
+// "mbarrier.arrive", form with .expect_tx: awaits `bytes` more from TMA, and arrives.
 __device__ __forceinline__ void mbarrier_arrive_expect(Shared<uint64_t> barrier, int bytes) {
     asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(
                      shared_address(barrier)),
@@ -119,13 +119,13 @@ __device__ __forceinline__ bool mbarrier_try_wait(Shared<uint64_t> barrier, uint
     return over;
 }
 
-// "membar/fence": orders this thread's view of shared memory before what wgmma and the copy engine
-// do with it. Data written by st.shared or cp.async needs one on its way to wgmma.
+// "membar/fence": orders this thread's view of shared memory before what wgmma and TMA do with it.
+// Data written by st.shared or cp.async needs one on its way to wgmma.
 __device__ __forceinline__ void fence_proxy_async() {
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
 
-// "membar/fence": makes initialised mbarriers visible to the copy engine.
+// "membar/fence": makes initialised mbarriers visible to TMA.
 __device__ __forceinline__ void fence_mbarrier_init() {
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
 }
@@ -185,7 +185,7 @@ __device__ __forceinline__ void wgmma_wait() {
 }
 
 // "wgmma.mma_async": d [64, 256] += a [64, 16] b [16, 256], both operands by descriptor. In shared
-// memory k is adjacent; in b with N_ADJACENT the columns are. Warp w of the warpgroup has rows 16 w
+// memory a is K-major, and so is b without B_MN_MAJOR. Warp w of the warpgroup has rows 16 w
 // and on: d[s][j] is its fragment of the columns 64 s + 8 j, as mma.m16n8k16 has it.
 #define REAP_D1(s, j) "+f"(d[s][j][0]), "+f"(d[s][j][1]), "+f"(d[s][j][2]), "+f"(d[s][j][3])
 #define REAP_D4(s, j) REAP_D1(s, j), REAP_D1(s, j + 1), REAP_D1(s, j + 2), REAP_D1(s, j + 3)
@@ -207,9 +207,9 @@ __device__ __forceinline__ void wgmma_wait() {
         "%128, %129, add, 1, 1, 0, %130;\n"                                                             \
         "}"                                                                                             \
         : REAP_D8(0), REAP_D8(1), REAP_D8(2), REAP_D8(3)                                                \
-        : "l"(a), "l"(b), "n"(static_cast<int>(N_ADJACENT)), "r"(static_cast<int>(add)))
+        : "l"(a), "l"(b), "n"(static_cast<int>(B_MN_MAJOR)), "r"(static_cast<int>(add)))
 
-template <class T, bool N_ADJACENT>
+template <class T, bool B_MN_MAJOR>
 __device__ __forceinline__ void wgmma_m64n256k16(float (&d)[4][8][4], uint64_t a, uint64_t b, bool add) {
     if constexpr (std::is_same_v<T, bf16>)
         REAP_WGMMA("bf16");

@@ -1,4 +1,4 @@
-// A group of weight rows times a few tokens: SIMD lanes run along k, weights and tokens are read where they lie.
+// A group of K-major weight rows times a few tokens: k is in the SIMD lanes, weights and tokens are read where they lie.
 //
 // With tokens in the lanes, most lanes would be empty here; and at this size it is memory that limits: every
 // weight is read once, and as fast as it comes.
@@ -8,10 +8,10 @@
 namespace reap {
 namespace REAP_ISA {
 
-constexpr int FEW_ROWS = 4;      // of a register tile, by up to MAX_V tokens
+constexpr int K_LANES_ROWS = 4;  // of a register tile, by up to MAX_V tokens
 
-static inline bool few_tokens(const Layer& layer, const Block& block) {
-    return block.tokens <= FEW_TOKENS && layer.gate_up.k_stride == 1 && layer.down.k_stride == 1;
+static inline bool takes_k_lanes(const Layer& layer, const Block& block) {
+    return block.tokens <= K_LANES_TOKENS && layer.gate_up.k_stride == 1 && layer.down.k_stride == 1;
 }
 
 template <Dtype D> static void find_tokens(const Layer& layer, const int32_t* slots, int n, const char** rows) {
@@ -19,7 +19,7 @@ template <Dtype D> static void find_tokens(const Layer& layer, const int32_t* sl
 }
 
 template <Dtype D, int R, int N>
-static void multiply_few_tile(const char* w, int64_t row_bytes, const char* const* tokens, int64_t k_size, float* c, int64_t c_stride) {
+static void multiply_k_lanes_tile(const char* w, int64_t row_bytes, const char* const* tokens, int64_t k_size, float* c, int64_t c_stride) {
     vf sums[R * N];
 #pragma GCC unroll 16
     for (int i = 0; i < R * N; ++i) sums[i] = set1(0.0f);
@@ -56,20 +56,20 @@ static void multiply_few_tile(const char* w, int64_t row_bytes, const char* cons
 }
 
 template <Dtype D, int R>
-static void multiply_few_rows(const char* w, int64_t row_bytes, const char* const* tokens, int n, int64_t k_size, float* c, int64_t c_stride) {
+static void multiply_k_lanes_rows(const char* w, int64_t row_bytes, const char* const* tokens, int n, int64_t k_size, float* c, int64_t c_stride) {
     for (int t = 0; t < n; t += MAX_V) {
         switch (n - t < MAX_V ? n - t : MAX_V) {
-            case 1: multiply_few_tile<D, R, 1>(w, row_bytes, tokens + t, k_size, c + t, c_stride); break;
-            case 2: multiply_few_tile<D, R, 2>(w, row_bytes, tokens + t, k_size, c + t, c_stride); break;
-            case 3: multiply_few_tile<D, R, MAX_V < 3 ? 1 : 3>(w, row_bytes, tokens + t, k_size, c + t, c_stride); break;
-            default: multiply_few_tile<D, R, MAX_V>(w, row_bytes, tokens + t, k_size, c + t, c_stride);
+            case 1: multiply_k_lanes_tile<D, R, 1>(w, row_bytes, tokens + t, k_size, c + t, c_stride); break;
+            case 2: multiply_k_lanes_tile<D, R, 2>(w, row_bytes, tokens + t, k_size, c + t, c_stride); break;
+            case 3: multiply_k_lanes_tile<D, R, MAX_V < 3 ? 1 : 3>(w, row_bytes, tokens + t, k_size, c + t, c_stride); break;
+            default: multiply_k_lanes_tile<D, R, MAX_V>(w, row_bytes, tokens + t, k_size, c + t, c_stride);
         }
     }
 }
 
 // Returns C, [GROUP, lanes of the block].
 template <Dtype D>
-static const float* multiply_few(const Weights& w, const char* matrix, const Group& group, int64_t k_size, const char* const* tokens,
+static const float* multiply_k_lanes(const Weights& w, const char* matrix, const Group& group, int64_t k_size, const char* const* tokens,
                                  const Tiling& tiling, const Scratch& scratch) {
     const int64_t row_bytes = w.row_stride * Number<D>::size;
     const int lanes = tiling.lanes();
@@ -78,10 +78,10 @@ static const float* multiply_few(const Weights& w, const char* matrix, const Gro
         const int64_t stride = group.stride * row_bytes;
         float* c = scratch.sums[0] + half * group.second * lanes;
         int row = 0;
-        for (; row + FEW_ROWS <= group.height; row += FEW_ROWS)
-            multiply_few_rows<D, FEW_ROWS>(rows + row * stride, stride, tokens, tiling.tokens, k_size, c + row * lanes, lanes);
+        for (; row + K_LANES_ROWS <= group.height; row += K_LANES_ROWS)
+            multiply_k_lanes_rows<D, K_LANES_ROWS>(rows + row * stride, stride, tokens, tiling.tokens, k_size, c + row * lanes, lanes);
         for (; row < group.height; ++row)
-            multiply_few_rows<D, 1>(rows + row * stride, stride, tokens, tiling.tokens, k_size, c + row * lanes, lanes);
+            multiply_k_lanes_rows<D, 1>(rows + row * stride, stride, tokens, tiling.tokens, k_size, c + row * lanes, lanes);
     }
     return scratch.sums[0];
 }

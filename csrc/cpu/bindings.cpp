@@ -5,8 +5,8 @@
 #include <string>
 #include <vector>
 
-#include "binding.h"
-#include "cpu/moe.h"
+#include "../binding.h"
+#include "engine.h"
 
 namespace py = pybind11;
 using namespace reap;

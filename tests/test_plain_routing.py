@@ -4,9 +4,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from plain_routing import route
 from torch._subclasses.fake_tensor import FakeTensorMode
-
-from reap_kernels.routing import route
 
 
 def by_hand(ids, num_experts):

@@ -11,7 +11,7 @@ namespace reap {
 constexpr int SLAB = 96;             // columns of `out` that one down task owns; see down.h
 constexpr int GROUP = 48;            // weight rows that share one pass over the packed tokens
 constexpr int BLOCK_TOKENS = 160;
-constexpr int FEW_TOKENS = 32;       // up to here a block takes the path of few.h
+constexpr int K_LANES_TOKENS = 32;   // up to here a block takes the path of k_lanes.h
 constexpr int PAD = 16;              // most lanes of any instruction set
 
 struct Block {
@@ -36,19 +36,11 @@ struct Job {
     int64_t inner_width;             // I, rounded up to even
     float* sums;                     // layer output before rounding [T, H] fp32
     float* partials;                 // (sum of squares, max) per slot and slab [rows, slabs, 2] fp32, or null
-    int64_t* turns;                  // slab -> next block that may add to it [slabs]
+    int64_t* next_block;             // slab -> the block that may add to it [slabs]
 };
 
 static inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 static inline int64_t element_size(Dtype dtype) { return dtype == Dtype::f32 ? 4 : 2; }
-
-void yield_processor();
-
-// Until `cell`, which only grows, has reached `value`.
-static inline void wait_until(const int64_t* cell, int64_t value) {
-    for (int spins = 0; __atomic_load_n(cell, __ATOMIC_ACQUIRE) < value; ++spins)
-        if (spins > 64) yield_processor();
-}
 
 // The kernels of one instruction set and model dtype. `scratch` is this thread's, of scratch_bytes(layer).
 struct Kernels {

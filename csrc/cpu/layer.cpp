@@ -1,4 +1,5 @@
-#include "moe.h"
+// The layer on the CPU: its memory, and the order of its tasks.
+#include "engine.h"
 
 #include <sys/mman.h>
 
@@ -10,6 +11,7 @@
 #include <new>
 
 #include "isa.h"
+#include "routing.h"
 #include "team.h"
 
 namespace reap {
@@ -64,11 +66,9 @@ struct Run {
     Job job;
     const Kernels* kernels;
     Arena arena;
-    int32_t* order;
-    Block* blocks;
+    Routing routing;
     bool all_fit;            // inner has a row for every slot
     int64_t row_bytes;       // of inner
-    int64_t* offsets;        // expert -> first sorted position; while sorting: -> next free one [E+1]
     char* scratch;           // one piece per thread
     size_t scratch_bytes;
     std::atomic<int64_t> next{0};
@@ -77,65 +77,45 @@ struct Run {
 void lay_out(Run& run) {
     const Layer& layer = run.job.layer;
     const size_t T = layer.T, S = layer.T * layer.K, H = layer.H, E = layer.E;
+    const size_t blocks = most_blocks(layer);
     Job& job = run.job;
     job.slabs = ceil_div(layer.H, SLAB);
     job.inner_width = ceil_div(layer.I, 2) * 2;
     job.ahead = AHEAD * layer.threads;
-    const size_t places = 2 * static_cast<size_t>(job.ahead), blocks = S / BLOCK_TOKENS + (S < E ? S : E);
-    run.all_fit = S <= places * BLOCK_TOKENS;
-    job.rows = run.all_fit ? S : places * BLOCK_TOKENS;
-    job.order = run.order = run.arena.take<int32_t>(S);
-    job.blocks = run.blocks = run.arena.take<Block>(blocks);
+    const size_t buffers = 2 * static_cast<size_t>(job.ahead);
+    run.all_fit = S <= buffers * BLOCK_TOKENS;
+    job.rows = run.all_fit ? S : buffers * BLOCK_TOKENS;
+    job.order = run.routing.order = run.arena.take<int32_t>(S);
+    job.blocks = run.routing.blocks = run.arena.take<Block>(blocks);
     job.progress = run.arena.take<int64_t>(blocks);
-    run.offsets = run.arena.take<int64_t>(E + 1);
-    job.turns = run.arena.take<int64_t>(static_cast<size_t>(job.slabs));
+    run.routing.offsets = run.arena.take<int64_t>(E + 1);
+    job.next_block = run.arena.take<int64_t>(static_cast<size_t>(job.slabs));
     job.partials = layer.norms ? run.arena.take<float>(static_cast<size_t>(job.rows * job.slabs) * 2) : nullptr;
     job.sums = layer.dtype == Dtype::f32 ? reinterpret_cast<float*>(layer.out) : run.arena.take<float>(T * H);
     run.scratch_bytes = run.kernels->scratch_bytes(layer);
     run.scratch = run.arena.take<char>(run.scratch_bytes * static_cast<size_t>(layer.threads));
     run.row_bytes = job.inner_width * element_size(layer.dtype);
-    job.inner = run.arena.take<char>(static_cast<size_t>(job.rows * run.row_bytes) + (run.all_fit ? blocks : places) * LINE);
+    job.inner = run.arena.take<char>(static_cast<size_t>(job.rows * run.row_bytes) + (run.all_fit ? blocks : buffers) * LINE);
 }
 
-// The block with this number. Its inner and partials have a place of their own, or, where all together are too
-// many, the place of the block 2 * ahead before it. A line between places is for vectors that are read past the
-// end of one: the next is being written meanwhile.
-Block place_block(const Run& run, int64_t number, int64_t expert, int64_t first, int64_t last) {
-    const int64_t place = run.all_fit ? number : number % (2 * run.job.ahead);
-    const int64_t row = run.all_fit ? first : place * BLOCK_TOKENS;
-    const int64_t inner = row * run.row_bytes + place * static_cast<int64_t>(LINE);
-    return {first, row, inner, static_cast<int32_t>(expert), static_cast<int32_t>(last - first)};
-}
-
-// Slots sorted by expert, and each expert's cut into blocks of nearly equal numbers of whole vectors.
-void route(Run& run) {
-    const Layer& layer = run.job.layer;
-    const int64_t S = layer.T * layer.K;
-    const auto present = [&](int64_t id) { return id >= 0 && id < layer.E; };
-    for (int64_t slot = 0; slot < S; ++slot)
-        if (present(layer.top_k_index[slot])) ++run.offsets[layer.top_k_index[slot] + 1];
-    for (int64_t e = 0; e < layer.E; ++e) run.offsets[e + 1] += run.offsets[e];
-
-    int64_t blocks = 0;
-    for (int64_t e = 0; e < layer.E; ++e) {
-        const int64_t begin = run.offsets[e], end = run.offsets[e + 1];
-        const int64_t parts = ceil_div(end - begin, BLOCK_TOKENS);
-        const int64_t vectors = ceil_div(end - begin, PAD);
-        for (int64_t part = 0; part < parts; ++part) {
-            const int64_t first = begin + vectors * part / parts * PAD;
-            const int64_t last = part + 1 == parts ? end : begin + vectors * (part + 1) / parts * PAD;
-            run.blocks[blocks] = place_block(run, blocks, e, first, last);
-            ++blocks;
-        }
+// Each block's part of inner and partials: a buffer of its own, or, where all together are too many, that of the
+// block 2 * ahead before it. A line between buffers is for vectors that are read past the end of one: the next is
+// being written meanwhile.
+void assign_buffers(const Run& run) {
+    for (int64_t number = 0; number < run.job.num_blocks; ++number) {
+        Block& block = run.routing.blocks[number];
+        const int64_t buffer = run.all_fit ? number : number % (2 * run.job.ahead);
+        block.row = run.all_fit ? block.first : buffer * BLOCK_TOKENS;
+        block.inner = block.row * run.row_bytes + buffer * static_cast<int64_t>(LINE);
     }
-    run.job.num_blocks = blocks;
-    for (int64_t slot = 0; slot < S; ++slot)
-        if (present(layer.top_k_index[slot])) run.order[run.offsets[layer.top_k_index[slot]]++] = static_cast<int32_t>(slot);
+}
 
-    // Few blocks: cut the inner size as well, so that every thread has a few tasks. The bits stay the same.
+// Few blocks: cut the inner size as well, so that every thread has a few tasks. The bits stay the same.
+int64_t count_splits(const Layer& layer, int64_t blocks) {
+    if (layer.threads == 1) return 1;
     const int64_t groups = ceil_div(layer.I, layer.gated ? GROUP / 2 : GROUP), wanted = 4 * layer.threads;
     const int64_t splits = blocks ? ceil_div(wanted, blocks) : 1;
-    run.job.inner_splits = layer.threads == 1 ? 1 : splits < groups ? splits : groups;
+    return splits < groups ? splits : groups;
 }
 
 // All slabs' parts of the norms of a block's slots, in the order of the columns.
@@ -157,7 +137,7 @@ void reduce_norms(const Job& job, const Block& block) {
 
 void run_gate_up(const Run& run, int64_t block, int64_t part, char* scratch) {
     const Job& job = run.job;
-    const int64_t before = block - 2 * job.ahead;  // the block that had this one's place
+    const int64_t before = block - 2 * job.ahead;  // the block that had this one's buffer
     if (before >= 0) wait_until(job.progress + before, job.inner_splits + job.slabs + 1);
     run.kernels->gate_up(job, block, part, scratch);
     __atomic_fetch_add(job.progress + block, 1, __ATOMIC_RELEASE);
@@ -216,7 +196,9 @@ size_t run_layer(const Layer& layer, const char* isa) {
         std::memset(layer.norms, 0, static_cast<size_t>(layer.T * layer.K) * sizeof(float));
         std::memset(layer.peaks, 0, static_cast<size_t>(layer.T * layer.K) * sizeof(float));
     }
-    route(run);
+    run.job.num_blocks = route(layer, run.routing);
+    run.job.inner_splits = count_splits(layer, run.job.num_blocks);
+    assign_buffers(run);
     if (layer.dtype == Dtype::f32 && layer.T) run_team(layer.threads, clear, &run);
     run_team(layer.threads, work, &run);
     if (layer.dtype != Dtype::f32) run_team(layer.threads, finish, &run);

@@ -1,16 +1,16 @@
-// The same for weights whose rows are adjacent (transposed ones): SIMD lanes run across the rows, and a step of a
-// token, packed as for a larger block, is in all of them.
+// A group of MN-major weight rows times a few tokens: rows are in the SIMD lanes, and a step of a token, packed as for
+// a larger block, is in all of them.
 #pragma once
-#include "few.h"
+#include "k_lanes.h"
 
 namespace reap {
 namespace REAP_ISA {
 
-constexpr int FEW_ACROSS = 8;      // most tokens of a block
-constexpr int ACROSS_VECTORS = 3;  // of rows in a register tile, or 1,
-constexpr int ACROSS_TOKENS = 4;   // by up to so many tokens
+constexpr int ROW_LANES_TOKENS = 8;   // most tokens of a block
+constexpr int ROW_LANES_VECTORS = 3;  // of rows in a register tile, or 1,
+constexpr int ROW_LANES_TILE = 4;     // by up to so many tokens
 
-struct Across {
+struct RowLanes {
     const char* weights;     // first row at k = 0
     int64_t k_bytes;         // from k to k + 1
     const char* tokens;      // packed operand [steps, lanes]
@@ -20,10 +20,10 @@ struct Across {
 
 // R vectors of rows, `count` lanes of the last one, from k on, times N tokens.
 template <Dtype D, int R, int N>
-static inline void add_across(const char* w, int64_t k_bytes, int64_t k_rest, int count, const char* tokens, vf (&sums)[R][N]) {
+static inline void add_row_lanes(const char* w, int64_t k_bytes, int64_t k_rest, int count, const char* tokens, vf (&sums)[R][N]) {
 #pragma GCC unroll 4
     for (int r = 0; r < R; ++r) {
-        const vf weight = load_across<D>(w + r * W * Number<D>::size, k_bytes, k_rest, r + 1 < R ? W : count);
+        const vf weight = load_mn_major<D>(w + r * W * Number<D>::size, k_bytes, k_rest, r + 1 < R ? W : count);
 #pragma GCC unroll 4
         for (int t = 0; t < N; ++t) sums[r][t] = multiply_add<Number<D>::dot>(weight, broadcast_step(tokens + t * 4), sums[r][t]);
     }
@@ -31,7 +31,7 @@ static inline void add_across(const char* w, int64_t k_bytes, int64_t k_rest, in
 
 // Products of `rows` rows, at most R * W, with N tokens -> [rows, N]. In pieces of k, like a larger block's: one long
 // sum would be less accurate.
-template <Dtype D, int R, int N> static void multiply_across_tile(Across tile, int rows, float* out) {
+template <Dtype D, int R, int N> static void multiply_row_lanes_tile(RowLanes tile, int rows, float* out) {
     constexpr int each = per_step<D>;
     const int count = rows - (R - 1) * W;
     vf sums[R][N] = {};
@@ -41,8 +41,8 @@ template <Dtype D, int R, int N> static void multiply_across_tile(Across tile, i
         for (int i = 0; i < R * N; ++i) piece[i / N][i % N] = set1(0.0f);
         const int64_t stop = k + piece_steps<D> * each < tile.k_size ? k + piece_steps<D> * each : tile.k_size;
         for (; k < stop; k += each) {
-            prefetch_across<D>(tile.weights, tile.k_bytes, R * W * Number<D>::size);
-            add_across<D, R, N>(tile.weights, tile.k_bytes, tile.k_size - k, count, tile.tokens, piece);
+            prefetch_mn_major<D>(tile.weights, tile.k_bytes, R * W * Number<D>::size);
+            add_row_lanes<D, R, N>(tile.weights, tile.k_bytes, tile.k_size - k, count, tile.tokens, piece);
             tile.weights += each * tile.k_bytes;
             tile.tokens += tile.token_stride;
         }
@@ -56,33 +56,33 @@ template <Dtype D, int R, int N> static void multiply_across_tile(Across tile, i
         }
 }
 
-template <Dtype D, int R> static void multiply_across_rows(const Across& tile, int rows, int tokens, float* out) {
+template <Dtype D, int R> static void multiply_row_lanes_vectors(const RowLanes& tile, int rows, int tokens, float* out) {
     switch (tokens) {
-        case 1: return multiply_across_tile<D, R, 1>(tile, rows, out);
-        case 2: return multiply_across_tile<D, R, 2>(tile, rows, out);
-        case 3: return multiply_across_tile<D, R, 3>(tile, rows, out);
-        case 4: return multiply_across_tile<D, R, 4>(tile, rows, out);
+        case 1: return multiply_row_lanes_tile<D, R, 1>(tile, rows, out);
+        case 2: return multiply_row_lanes_tile<D, R, 2>(tile, rows, out);
+        case 3: return multiply_row_lanes_tile<D, R, 3>(tile, rows, out);
+        case 4: return multiply_row_lanes_tile<D, R, 4>(tile, rows, out);
         default: __builtin_unreachable();
     }
 }
 
 // Returns C, [GROUP, lanes of the block], from packed tokens.
 template <Dtype D>
-static const float* multiply_across(const Weights& w, const char* matrix, const Group& group, int64_t k_size, const Tokens& tokens,
+static const float* multiply_row_lanes(const Weights& w, const char* matrix, const Group& group, int64_t k_size, const Tokens& tokens,
                                     const Tiling& tiling, const Scratch& scratch) {
-    static_assert(FEW_ACROSS <= MAX_V * W, "the tokens are one tile");
+    static_assert(ROW_LANES_TOKENS <= MAX_V * W, "the tokens are one tile");
     const int64_t token_stride = 4 * (tokens.exact ? tiling.tokens : tiling.lanes());
     for (int span = 0; span < group.spans; ++span) {
         const char* const weights = matrix + group.row[span] * Number<D>::size;
         for (int row = 0, wide; row < group.count; row += wide) {
-            wide = group.count - row < ACROSS_VECTORS * W ? W : ACROSS_VECTORS * W;
+            wide = group.count - row < ROW_LANES_VECTORS * W ? W : ROW_LANES_VECTORS * W;
             const int rows = group.count - row < wide ? group.count - row : wide;
-            for (int t = 0; t < tiling.tokens; t += ACROSS_TOKENS) {
-                const int n = tiling.tokens - t < ACROSS_TOKENS ? tiling.tokens - t : ACROSS_TOKENS;
-                const Across tile = {weights + row * Number<D>::size, w.k_stride * Number<D>::size, tokens.data + t * 4, token_stride, k_size};
-                float out[ACROSS_VECTORS * W * ACROSS_TOKENS];
-                if (wide == W) multiply_across_rows<D, 1>(tile, rows, n, out);
-                else multiply_across_rows<D, ACROSS_VECTORS>(tile, rows, n, out);
+            for (int t = 0; t < tiling.tokens; t += ROW_LANES_TILE) {
+                const int n = tiling.tokens - t < ROW_LANES_TILE ? tiling.tokens - t : ROW_LANES_TILE;
+                const RowLanes tile = {weights + row * Number<D>::size, w.k_stride * Number<D>::size, tokens.data + t * 4, token_stride, k_size};
+                float out[ROW_LANES_VECTORS * W * ROW_LANES_TILE];
+                if (wide == W) multiply_row_lanes_vectors<D, 1>(tile, rows, n, out);
+                else multiply_row_lanes_vectors<D, ROW_LANES_VECTORS>(tile, rows, n, out);
                 for (int i = 0; i < rows; ++i) {
                     const int position = span * (GROUP / 2) + row + i;
                     const int to = group.stride == 2 ? position % 2 * group.second + position / 2 : position;
@@ -94,13 +94,13 @@ static const float* multiply_across(const Weights& w, const char* matrix, const 
     return scratch.sums[0];
 }
 
-// The same, by the way that suits the layout and the number of tokens.
+// C from packed tokens, by the way that suits the layout and the number of tokens.
 template <Dtype D>
 static const float* multiply_packed(const Weights& w, const char* matrix, const Group& group, int64_t k_size, const Tokens& tokens,
                                     const Tiling& tiling, const Scratch& scratch) {
-    const bool across = w.k_stride != 1 && w.row_stride == 1 && tiling.tokens <= FEW_ACROSS;
-    return across ? multiply_across<D>(w, matrix, group, k_size, tokens, tiling, scratch)
-                  : multiply_group<D>(w, matrix, group, k_size, tokens, tiling, scratch);
+    const bool row_lanes = w.k_stride != 1 && w.row_stride == 1 && tiling.tokens <= ROW_LANES_TOKENS;
+    return row_lanes ? multiply_row_lanes<D>(w, matrix, group, k_size, tokens, tiling, scratch)
+                     : multiply_token_lanes<D>(w, matrix, group, k_size, tokens, tiling, scratch);
 }
 
 }  // namespace REAP_ISA

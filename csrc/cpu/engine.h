@@ -1,6 +1,8 @@
-// The layer on the CPU: routing, memory and the order of tasks. The arithmetic is in kernels.h.
+// What layer.cpp offers to the binding. The arithmetic is in kernels.h, once per instruction set.
 #pragma once
-#include "layer.h"
+#include <cstddef>
+
+#include "../layer.h"
 
 namespace reap {
 

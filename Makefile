@@ -3,8 +3,16 @@ PYTHON ?= python3
 BIN := .venv/bin
 TRITON := "triton==3.9.0; platform_system == 'Linux' and platform_machine == 'x86_64'"
 NATIVE := $(shell find csrc -type f 2>/dev/null)
+# The supported transformers are written in reap/versions.py. .venv has the newest, which constraints.txt pins.
+OLDEST = $(shell $(BIN)/python -c 'from reap.versions import TESTED; print(TESTED["transformers"][0])')
+# One thread: the models are tiny, and threads that wait for one another cost more than they save.
+ON_OLDEST = OMP_NUM_THREADS=1 PYTHONPATH=$(CURDIR)/.venv/transformers-$(OLDEST) $(BIN)/python -m pytest
+ON_NEWEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+# What depends on the release: observing and loading models, and checkpoints that it writes and reads.
+BY_RELEASE := $(patsubst %,tests/test_%.py,calibration compat config experts identity layers load measure padding \
+	patch pruning surgery)
 
-.PHONY: demo test test-slow sanitize lint bench clean
+.PHONY: demo test test-slow test-oldest test-versions sanitize lint bench clean
 
 demo: .venv/installed
 	$(BIN)/python -m reap demo
@@ -14,6 +22,17 @@ test: .venv/installed
 
 test-slow: .venv/installed
 	$(BIN)/python -m pytest -m slow
+
+# What depends on transformers, on the oldest release: `make test` has the newest.
+test-oldest: .venv/installed
+	$(MAKE) .venv/transformers-$(OLDEST)/installed
+	$(ON_OLDEST) $(BY_RELEASE)
+
+# The same with the long sweeps, on the oldest and the newest release.
+test-versions: .venv/installed
+	$(MAKE) .venv/transformers-$(OLDEST)/installed
+	$(ON_OLDEST) -m "slow or not slow" $(BY_RELEASE)
+	$(ON_NEWEST) -m "slow or not slow" $(BY_RELEASE)
 
 # The native kernels under ASan+UBSan (all their tests) and under TSan (those with threads).
 sanitize: .venv/installed
@@ -40,6 +59,14 @@ bench: .venv/installed
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
 	$(BIN)/python -c 'import triton' 2>/dev/null || $(BIN)/python -m pip install --quiet $(TRITON)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test,lint]'
+	touch $@
+
+# Another transformers, with all that it needs but torch; what it narrows itself is not pinned.
+.venv/transformers-%/installed: .venv/installed
+	rm -rf $(@D)
+	mkdir $(@D)
+	grep -vE '^(transformers|tokenizers|huggingface-hub)==' constraints.txt > $(@D)/constraints.txt
+	$(BIN)/python -m pip install --quiet --target $(@D) --constraint $(@D)/constraints.txt transformers==$*
 	touch $@
 
 clean:

@@ -1,5 +1,6 @@
 """What every test gets: fresh memory that is poisoned, and a skip where a GPU is missing. What test
-modules compile starts with the session; programs that they start heed signals."""
+modules compile starts with the session; programs that they start heed signals. The header says
+which releases run."""
 
 import contextlib
 import functools
@@ -8,6 +9,8 @@ import threading
 
 import pytest
 import torch
+
+from reap.versions import installed
 
 _FLOATS = {torch.bfloat16, torch.float16, torch.float32, torch.float64}
 _INTEGERS = {torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64}
@@ -35,6 +38,11 @@ def poisoned_memory(monkeypatch):
         monkeypatch.setattr(torch, name, _poisoned(getattr(torch, name)))
     for name in ("new_empty", "new_empty_strided"):
         monkeypatch.setattr(torch.Tensor, name, _poisoned(getattr(torch.Tensor, name)))
+
+
+def pytest_report_header():
+    found = installed("transformers", "torch")
+    return ", ".join(f"{package} {release}" for package, release in found.items())
 
 
 def pytest_configure():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from contextlib import ExitStack
 from typing import Any
@@ -100,6 +101,9 @@ GROWN = torch.tensor([[1, 1, 1, 1, 1], [0, 1, 1, 1, 1]])  # two tokens in the ca
          GROWN.flip(1)[:, 2:]),
         ({"input_ids": IDS, "attention_mask": GROWN.flip(1), "past_key_values": object()},
          GROWN.flip(1)[:, 2:]),
+        *(({"input_ids": IDS, "attention_mask": GROWN, "use_cache": True, name: Cache(2)}, None)
+          for name in ("cache", "cache_params", "memory")),
+        ({"input_ids": IDS, "attention_mask": MASK, "use_cache": True, "cache": None}, MASK),
     ],
 )  # fmt: skip
 def test_which_tokens_are_real(given: dict[str, Any], expected: Tensor | None) -> None:
@@ -115,6 +119,31 @@ def test_which_tokens_are_real(given: dict[str, Any], expected: Tensor | None) -
     assert not model._forward_hooks and not model._forward_pre_hooks
 
 
+class Renamed(nn.Module):
+    """A decorator still takes the name that an argument had before, and the signature does not."""
+
+    def __init__(self, padding: Padding) -> None:
+        super().__init__()
+        self.padding = padding
+
+    def written(self, input_ids: Any, attention_mask: Any, cache: Any = None) -> Tensor | None:
+        return self.padding.real(6, torch.device("cpu"))
+
+    @functools.wraps(written)
+    def forward(self, *args: Any, past_key_values: Any = None) -> Tensor | None:
+        return self.written(*args, cache=past_key_values)
+
+
+def test_an_argument_by_its_old_name() -> None:
+    padding = Padding()
+    model = Renamed(padding)
+    with ExitStack() as undo:
+        padding.install([model], undo)
+        assert model(IDS, GROWN, past_key_values=Cache(2)) is None
+        with pytest.raises(ReapError, match="after 0 in the cache"):
+            model(IDS, GROWN)
+
+
 @pytest.mark.parametrize(
     ("given", "tokens", "message"),
     [
@@ -125,6 +154,7 @@ def test_which_tokens_are_real(given: dict[str, Any], expected: Tensor | None) -
             "2 in the cache",
         ),
         ({"input_ids": IDS, "attention_mask": GROWN}, 6, "after 0 in the cache"),
+        ({"input_ids": IDS, "attention_mask": GROWN, "use_cache": True}, 6, "after 0 in the cache"),
         ({"input_ids": IDS, "attention_mask": MASK.repeat(2, 1)}, 6, "attention_mask [4, 3]"),
         ({"attention_mask": MASK}, 6, "without input_ids"),
         ({"input_ids": IDS, "attention_mask": MASK}, 4, "experts with 4"),

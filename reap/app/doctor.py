@@ -1,4 +1,5 @@
-"""What this machine offers: versions, devices, and each kernel backend or why it is missing."""
+"""What this machine offers: versions, devices, each kernel backend or why it is missing, and
+whether transformers and torch are as this package needs them."""
 
 from __future__ import annotations
 
@@ -7,7 +8,7 @@ import platform
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from reap.versions import installed
+from reap.versions import TESTED, installed, releases
 
 PACKAGES = ("reap-saliency", "torch", "triton", "transformers", "safetensors", "numpy")
 
@@ -15,7 +16,9 @@ PACKAGES = ("reap-saliency", "torch", "triton", "transformers", "safetensors", "
 @dataclass(frozen=True)
 class Diagnosis:
     """`backends` maps a name to None when usable here, else to the reason; `caveats` says of some
-    how little they have been run. `memory` is in bytes."""
+    how little they have been run. `tested` maps a package to the oldest and newest release that the
+    tests run with, `seams` what we use of it beyond its documentation to None, else to what
+    changed there, what that stops and what to install. `memory` is in bytes."""
 
     versions: dict[str, str | None]
     processor: str
@@ -24,6 +27,8 @@ class Diagnosis:
     devices: tuple[str, ...]
     backends: dict[str, str | None]
     caveats: dict[str, str]
+    tested: dict[str, tuple[str, str]]
+    seams: dict[str, str | None]
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -48,7 +53,19 @@ def diagnose() -> Diagnosis:
         devices=devices,
         backends=reap_kernels.backends(),
         caveats={b.NAME: b.CAVEAT for b in LADDER if hasattr(b, "CAVEAT")},
+        tested=dict(TESTED),
+        seams=_seams(),
     )
+
+
+def _seams() -> dict[str, str | None]:
+    from reap.model import compat
+
+    found: dict[str, str | None] = {seam.name: None for seam in compat.SEAMS}
+    for seam, fault in compat.changed().items():
+        remedy = f"install {seam.package} {releases(seam.package)}"
+        found[seam.name] = f"{fault}: stops {' and '.join(seam.works)}: {remedy}"
+    return found
 
 
 def _processor() -> str:

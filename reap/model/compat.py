@@ -1,13 +1,15 @@
 """Every private name of transformers, accelerate and torch that this package uses, in one place.
 
 Nobody promised these names: a release may change any of them. Each use is a function here, and each
-group of uses a row of SEAMS with a check that takes milliseconds. `require` runs the checks once,
-before work, and says which of them a release changed.
+group of uses a row of SEAMS with a check. `require` runs the checks once, before work, and says
+which of them a release changed. What a check needs in memory beyond transformers is what the work
+itself needs: the classes of one model, for seams that build models.
 """
 
 from __future__ import annotations
 
 import inspect
+import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache, partial
@@ -19,8 +21,8 @@ import torch
 from torch import Tensor, nn
 
 from reap.errors import ReapError, first_line
-
-TESTED = "5.7.0", "5.24.0"  # the oldest and newest transformers that `make test-versions` runs
+from reap.model.quiet import quiet
+from reap.versions import releases
 
 # Of the experts implementation's name in a configuration.
 EXPERTS_KEY = "_experts_implementation_internal"
@@ -91,9 +93,14 @@ def activation(module: nn.Module) -> Callable[[Tensor], Tensor]:
 
 
 def is_split(module: nn.Module) -> bool:
-    """Whether this process holds a part of the module, by expert or tensor parallelism."""
+    """Whether this process holds a part of the module, by expert or tensor parallelism.
+
+    Parameters are DTensors, and there is a flag. Older releases (5.7) have plain parameters of
+    other shapes and counts, and the plan on the module.
+    """
     distributed = any(type(p).__name__ == "DTensor" for p in module.parameters())
-    return bool(getattr(module, "_is_expert_parallel", False)) or distributed
+    marks = getattr(module, "_is_expert_parallel", False), getattr(module, "_hf_tp_plan", None)
+    return distributed or any(marks)
 
 
 def source(config: Any) -> str:
@@ -141,8 +148,10 @@ def load_on_meta(model: nn.Module, state: Mapping[str, Tensor]) -> Loaded:
 
 def is_compiled(model: nn.Module) -> bool:
     """Whether `torch.compile(model)` or `model.compile()` was applied to it or a part of it."""
+    from torch._dynamo import OptimizedModule
+
     return any(
-        hasattr(module, "_orig_mod") or module._compiled_call_impl is not None
+        isinstance(module, OptimizedModule) or module._compiled_call_impl is not None
         for module in model.modules()
     )
 
@@ -153,7 +162,10 @@ def in_backward() -> bool:
 
 
 def is_offloaded(module: nn.Module) -> bool:
-    """Whether accelerate fetches the module's weights when it is called."""
+    """Whether accelerate fetches the module's weights when it is called.
+
+    It has no check: by another name, such a model is refused as one without weights.
+    """
     return hasattr(module, "_hf_hook")
 
 
@@ -162,12 +174,15 @@ class Seam:
     """Names that are used together. `check` raises anything when they are not as needed."""
 
     name: str
+    package: str  # which a change is blamed on
     works: tuple[str, ...]  # what needs them
     check: Callable[[], None]
 
 
 OBSERVING, PRUNING = "observing a model", "pruning a checkpoint"
-WORKS = (OBSERVING, PRUNING)
+LOADING = "loading a model from a folder"
+WORKS = (LOADING, OBSERVING, PRUNING)
+FREE = "scores and plans of existing statistics"  # of these names
 
 
 def _check(fact: bool, what: str) -> None:
@@ -177,7 +192,7 @@ def _check(fact: bool, what: str) -> None:
 
 def _check_experts() -> None:
     """A module of our own on the interface is recognised, and runs what the registry holds."""
-    from transformers import PretrainedConfig
+    from transformers import PreTrainedConfig
     from transformers.integrations.moe import use_experts_implementation
 
     @use_experts_implementation
@@ -188,24 +203,42 @@ def _check_experts() -> None:
         def forward(self, hidden: Tensor, ids: Tensor, gates: Tensor) -> Tensor:
             return hidden
 
-    config = PretrainedConfig()
+    config = PreTrainedConfig()
     module = Probe(config)
     _check(dispatches(module), "a module on it is not recognised")
     _check(EXPERTS_KEY in vars(config), f"a configuration has no {EXPERTS_KEY}")
-    _check(layout(module) == Layout(True, False, False, False, False), "has other flags")
+    _check(layout(module) == Layout(True, False, False, False, False), "a module has other flags")
     x = torch.ones(1, 2)
     functions, name, before = experts_functions(), "reap_probe", vars(config)[EXPERTS_KEY]
     functions[name] = lambda module, hidden, ids, gates: 2 * hidden
     try:
         vars(config)[EXPERTS_KEY] = name
         _check(bool((module(x, x, x) == 2 * x).all()), "a registered function is not called")
-        own = experts_forward(module, before)
+        own, ours = experts_forward(module, before), experts_forward(module, name)
         _check(bool((own(x, x, x) == x).all()), "the module's own forward is not found")
+        _check(bool((ours(x, x, x) == 2 * x).all()), "a registered function is not found")
     finally:
-        del functions[name]
-    gate_up = torch.tensor([[1.0, -2.0]])
+        functions.pop(name, None)
     module.act_fn = nn.ReLU()
-    _check(float(activation(module)(gate_up)) == -2.0, "_apply_gate computes something else")
+    gate = float(activation(module)(torch.tensor([[1.0, -2.0]])))
+    _check(gate == -2.0, f"_apply_gate computes {gate:g} in place of relu(1) * -2")
+
+
+def _check_configurations() -> None:
+    from transformers import PreTrainedConfig
+
+    config = PreTrainedConfig()
+    _check(source(config) == "" and NAME_KEY in dir(config), f"a new one has no empty {NAME_KEY}")
+    set_source(config, Path("folder"))
+    _check(config.name_or_path == "folder", f"{NAME_KEY} is not the name_or_path")
+
+
+def _check_classes() -> None:
+    from transformers import AutoConfig
+
+    config = AutoConfig.for_model("mixtral")
+    names = [getattr(mapped_class(auto, config), "__name__", None) for auto in auto_classes()]
+    _check(names == ["MixtralForCausalLM", None], f"a Mixtral configuration maps to {names}")
 
 
 def _check_loader() -> None:
@@ -225,7 +258,8 @@ def _check_loader() -> None:
         }
         rest = {name: x for name, x in model.state_dict().items() if ".experts." not in name}
         state |= {name.replace(".mlp.", ".block_sparse_moe."): x for name, x in rest.items()}
-        _check(not any(load_on_meta(model, state)), "a whole checkpoint is refused")
+        whole = load_on_meta(model, state)
+        _check(not any(whole), f"of a whole checkpoint it says {tuple(whole)}")
         del state["model.norm.weight"]
         state |= {"odd": torch.empty(1), "lm_head.weight": torch.empty(7, 8)}
         found = load_on_meta(model, state)
@@ -233,52 +267,42 @@ def _check_loader() -> None:
     _check(found == Loaded(*wrong), f"of a damaged checkpoint it says {tuple(found)}")
 
 
-def _check_classes() -> None:
-    from transformers import AutoConfig
-
-    config = AutoConfig.for_model("mixtral")
-    _check(source(config) == "", f"a new configuration has the {NAME_KEY} {source(config)!r}")
-    set_source(config, Path("folder"))
-    _check(source(config) == "folder", f"{NAME_KEY} cannot be set")
-    names = [getattr(mapped_class(auto, config), "__name__", None) for auto in auto_classes()]
-    _check(names[0] == "MixtralForCausalLM", f"a Mixtral configuration maps to {names}")
-
-
 def _check_torch() -> None:
-    seen = []
-    x = torch.ones(1, requires_grad=True)
-    x.register_hook(lambda grad: seen.append(in_backward()))
-    with torch.enable_grad():
-        (2 * x).sum().backward()
-    _check(seen == [True] and not in_backward(), "a backward pass is not recognised")
-    module = nn.Identity()
-    _check(not is_compiled(module), "a module is taken for compiled")
-    module.compile()
-    _check(is_compiled(module), "a compiled module is not recognised")
+    """The names exist. Neither a backward pass nor a compiler is started to see them at work: the
+    first starts threads that forbid to fork, the second changes settings of torch for good."""
+    _check(not is_compiled(nn.Identity()), "a module is taken for compiled")
+    _check(not in_backward(), "a backward pass is seen where there is none")
 
 
 SEAMS = (
-    Seam("transformers' experts interface", (OBSERVING,), _check_experts),
-    Seam("transformers' table of model classes", WORKS, _check_classes),
-    Seam("transformers' loader", (PRUNING,), _check_loader),
-    Seam("torch's compiled modules and backward passes", (OBSERVING,), _check_torch),
+    Seam("transformers' experts interface", "transformers", (OBSERVING,), _check_experts),
+    Seam("transformers' configurations", "transformers", WORKS, _check_configurations),
+    Seam("transformers' model classes", "transformers", (LOADING, PRUNING), _check_classes),
+    Seam("transformers' loader", "transformers", (PRUNING,), _check_loader),
+    Seam("torch's compiled modules and backward passes", "torch", (OBSERVING,), _check_torch),
 )
+_checking = threading.Lock()  # checks of two threads would remove each other's function
 
 
 @cache
 def _fault(check: Callable[[], None]) -> str | None:
     try:
-        with torch.inference_mode(False):
+        # Whatever the caller's modes are, tensors of a check are plain ones; models draw weights.
+        with quiet(), torch.inference_mode(False), torch.device("cpu"), torch.random.fork_rng([]):
             check()
     except Exception as error:  # whatever a changed name leads to
         return f"{type(error).__name__}: {first_line(error)}"
     return None
 
 
-def changed(work: str) -> dict[str, str]:
-    """The seams that `work` needs and that the installed releases changed -> in which way."""
-    faults = {seam.name: _fault(seam.check) for seam in SEAMS if work in seam.works}
-    return {name: fault for name, fault in faults.items() if fault is not None}
+@torch.compiler.disable  # a caller may be compiled
+def changed(*works: str) -> dict[Seam, str]:
+    """The seams that any of these works (or, without, any at all) needs and that the installed
+    releases changed -> in which way."""
+    needed = [seam for seam in SEAMS if set(seam.works) & set(works or WORKS)]
+    with _checking:
+        faults = {seam: _fault(seam.check) for seam in needed}
+    return {seam: fault for seam, fault in faults.items() if fault is not None}
 
 
 def require(work: str) -> None:
@@ -286,11 +310,11 @@ def require(work: str) -> None:
     faults = changed(work)
     if not faults:
         return
-    name, fault = next(iter(faults.items()))
-    others = [other for other in WORKS if other != work and not changed(other)]
+    packages = dict.fromkeys(seam.package for seam in faults)
+    found = " and ".join(f"{package} {version(package)}" for package in packages)
+    what = ", ".join(f"{seam.name} changed ({fault})" for seam, fault in faults.items())
+    remedy = " and ".join(f"{package} {releases(package)}" for package in packages)
+    rest = ", ".join([*(other for other in WORKS if not changed(other)), FREE])
     raise ReapError(
-        f"{work} does not work with transformers {version('transformers')} and torch "
-        f"{version('torch')}: {name} changed ({fault}): install transformers "
-        f"{TESTED[0]} to {TESTED[1]}; what still works: "
-        + ", ".join([*others, "scores and plans of existing statistics"])
+        f"{work} does not work with {found}: {what}: install {remedy}; what still works: {rest}"
     )

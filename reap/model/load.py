@@ -40,6 +40,7 @@ def load_model(folder: Path, *, dtype: str = "auto", device: str = "auto") -> An
     """
     if dtype not in DTYPES:
         raise ReapError(f"dtype is {dtype!r}: it must be one of {', '.join(DTYPES)}")
+    compat.require(compat.LOADING)
     opened = open_folder(folder)  # reads headers alone
     config = read_config(folder)
     autos = (auto for auto in compat.auto_classes() if compat.mapped_class(auto, config))

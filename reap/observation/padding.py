@@ -49,20 +49,18 @@ class Padding(threading.local):
     def install(self, models: Iterable[nn.Module], undo: ExitStack) -> None:
         """Hooks that `undo` removes. `models` are those that contain the experts."""
         for model in models:
-            signature = inspect.signature(type(model).forward)
-            enter = model.register_forward_pre_hook(self._entering(signature), with_kwargs=True)
+            names = list(inspect.signature(type(model).forward).parameters)[1:]
+            enter = model.register_forward_pre_hook(self._entering(names), with_kwargs=True)
             undo.callback(enter.remove)
             # A function, which copies of the model can have: they cannot have what is a thread's.
             leave = model.register_forward_hook(lambda *_: self._leave(), always_call=True)
             undo.callback(leave.remove)
 
-    def _entering(self, signature: inspect.Signature) -> Callable[..., None]:
+    def _entering(self, names: list[str]) -> Callable[..., None]:
         @torch.compiler.disable
         def enter(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            given = dict(signature.bind_partial(model, *args, **kwargs).arguments)
-            for name, parameter in signature.parameters.items():
-                if parameter.kind is inspect.Parameter.VAR_KEYWORD:
-                    given.update(given.pop(name, {}))
+            # Not bound to the signature, which lacks the old names that a decorator still takes.
+            given = {**dict(zip(names, args, strict=False)), **kwargs}
             if any(call.model is model for call in self._calls):
                 # No model runs inside itself: that call was cut short, by an interrupt say.
                 self._calls.clear()
@@ -70,7 +68,7 @@ class Padding(threading.local):
                 _Call(
                     model=model,
                     shape=_token_shape(given),
-                    cached=_cached(given.get("past_key_values")),
+                    cached=_cached(given),
                     mask=given.get("attention_mask"),
                 )
             )
@@ -121,13 +119,24 @@ def _token_shape(given: Mapping[str, Any]) -> tuple[int, int] | None:
     return None
 
 
-def _cached(cache: Any) -> int | None:
-    if cache is None:
-        return 0
+def _cached(given: Mapping[str, Any]) -> int | None:
+    """Tokens in the cache that a call is given; None: it cannot be told, the mask alone judges.
+
+    A cache is told by what it is: what the argument is called differs between releases and models.
+    """
+    caches = [x for x in given.values() if callable(getattr(x, "get_seq_length", None))]
+    if not caches:  # a cache of a kind that we do not know, if any
+        return None if any(map(_may_be_cache, given, given.values())) else 0
     try:
-        return int(cache.get_seq_length())
-    except Exception:  # a cache of another kind: its length is then judged by the mask alone
+        lengths = {int(cache.get_seq_length()) for cache in caches}
+    except Exception:  # one that has no single length
         return None
+    return lengths.pop() if len(lengths) == 1 else None
+
+
+def _may_be_cache(name: str, value: Any) -> bool:
+    """By its name; a flag (`use_cache`) or a tensor of positions holds no tokens."""
+    return ("past" in name or "cache" in name) and not isinstance(value, bool | Tensor | None)
 
 
 def _real(call: _Call) -> Tensor | None:

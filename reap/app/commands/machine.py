@@ -11,11 +11,13 @@ from reap.app.arguments import (
     Json,
 )
 from reap.app.console import print_json, reports_errors
+from reap.versions import releases
 
 
 @reports_errors
 def doctor(json: Json = False) -> None:
-    """Say what this machine offers: versions, devices, and each backend or why it is missing."""
+    """Say what this machine offers: versions, devices, and each backend or why it is missing; and
+    whether transformers and torch are as needed."""
     from reap.app.doctor import diagnose
 
     found = diagnose()
@@ -31,6 +33,12 @@ def doctor(json: Json = False) -> None:
         state = "available" if reason is None else f"not available: {reason}"
         caveat = f" ({found.caveats[name]})" if name in found.caveats else ""
         typer.echo(f"backend {name:10} {state}{caveat}")
+    ranges = ", ".join(f"{package} {releases(package)}" for package in found.tested)
+    changed = {name: what for name, what in found.seams.items() if what is not None}
+    for name, what in changed.items():
+        typer.echo(f"changed        {name}: {what}")
+    state = f"{len(changed)} of {len(found.seams)} changed" if changed else "all as needed"
+    typer.echo(f"private names  {state}; tested with {ranges}")
 
 
 @reports_errors

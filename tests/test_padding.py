@@ -130,8 +130,8 @@ class Renamed(nn.Module):
         return self.padding.real(6, torch.device("cpu"))
 
     @functools.wraps(written)
-    def forward(self, *args: Any, past_key_values: Any = None) -> Tensor | None:
-        return self.written(*args, cache=past_key_values)
+    def forward(self, ids: Any, mask: Any, past_key_values: Any = None) -> Tensor | None:
+        return self.written(ids, mask, past_key_values)
 
 
 def test_an_argument_by_its_old_name() -> None:

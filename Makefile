@@ -12,13 +12,20 @@ ON_NEWEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 BY_RELEASE := $(patsubst %,tests/test_%.py,calibration compat config experts identity layers load measure padding \
 	patch pruning surgery)
 
-.PHONY: demo test test-slow test-oldest test-versions sanitize lint bench clean
+# What starts compilers, or runs what they made: the emulator, mutants, other processors, all of Triton's interpreter.
+COMPILED := $(patsubst %,--ignore-glob=tests/test_%.py,'cuda*' 'simt*' bench cpu_portability cpu_stops fragments triton triton_offline)
+
+.PHONY: demo test test-quick test-slow test-oldest test-versions sanitize lint bench clean
 
 demo: .venv/installed
 	$(BIN)/python -m reap demo
 
 test: .venv/installed
 	$(BIN)/python -m pytest
+
+# Under two minutes, between two edits: no compilers, no sweeps. One thread, as for ON_OLDEST.
+test-quick: .venv/installed
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow and not sweep" -k "not emulator and not compile" $(COMPILED)
 
 test-slow: .venv/installed
 	$(BIN)/python -m pytest -m slow

@@ -89,6 +89,7 @@ def test_accurate(case, dtype, isa):
     cases.assert_accurate(result, inputs)
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("dtype", cases.DTYPES, ids=str)
 @pytest.mark.parametrize("transposed", (False, True))
@@ -199,6 +200,7 @@ def test_weights_on_a_read_only_map(tmp_path, isa):
     assert same_bits(expected, cpu.execute(call_of(inputs), isa=isa)[0])
 
 
+@pytest.mark.sweep
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(
     T=st.integers(0, 70),

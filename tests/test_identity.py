@@ -14,6 +14,7 @@ from reap.errors import ReapError
 from reap.model.identity import describe, describe_folder, fingerprint
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("model_type", model_types())
 def test_a_folder_is_described_as_its_model(model_type: str, tmp_path: Path) -> None:
     model = tiny_model(model_type)

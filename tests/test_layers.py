@@ -121,6 +121,7 @@ def remote_model(block: type[RemoteMoE], experts: int = 8, **options: Any) -> nn
     return model.to(**options).eval()
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("block", [RemoteMoE, Sorted, Dense])
 @torch.no_grad()

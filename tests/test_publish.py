@@ -141,6 +141,7 @@ while code != 0:
 """
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("old", [None, {"old": b"old"}], ids=["new", "overwrite"])
 def test_killed_at_every_call(
     job: tuple[Path, Plan, dict[str, bytes]], tmp_path: Path, old: dict[str, bytes] | None

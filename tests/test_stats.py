@@ -12,6 +12,7 @@ from reap.statistics.layerstats import LayerStatistics
 from reap.statistics.stats import Statistics
 
 
+@pytest.mark.sweep
 @settings(
     deadline=None, max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )

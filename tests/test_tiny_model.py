@@ -47,6 +47,7 @@ def test_loads_without_a_flag(loaded):
     assert sum(p.numel() for p in model.parameters()) == RECORD["parameters"]
 
 
+@pytest.mark.sweep
 def test_predicts_held_out_text_as_recorded(loaded, tokenizer):
     data = batches(
         [f"stdlib:{domain}/heldout" for domain in DOMAINS],

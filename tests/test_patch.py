@@ -28,7 +28,7 @@ OFF_INTERFACE = ("dbrx", "step3p7", "longcat_flash")
 # All but block diffusion, which runs a canvas beside the prompt and has tests of its own.
 PADDABLE = [t for t in (*model_types(), *OFF_INTERFACE) if t != "diffusion_gemma"]
 # Types whose experts cannot be replaced by `moe_saliency`, and the reason that the log gives.
-BESIDE = {
+SLOT_BY_SLOT = {
     "inkling2": "no known kind",
     "inkling2_loop": "no known kind",
     "muse_spark": "norm after each expert",
@@ -73,7 +73,7 @@ def test_every_architecture_with_padding(model_type: str, caplog: Any) -> None:
     said = " ".join(
         record.message for record in caplog.records if "runs as it is" in record.message
     )
-    assert BESIDE[model_type] in said if model_type in BESIDE else not said
+    assert SLOT_BY_SLOT[model_type] in said if model_type in SLOT_BY_SLOT else not said
 
 
 def test_tied_experts_share_their_statistics() -> None:

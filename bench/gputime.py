@@ -9,7 +9,6 @@ host_ms   until that call returns, with nothing queued before it
 from __future__ import annotations
 
 import gc
-import math
 import time
 from collections import defaultdict
 from collections.abc import Callable
@@ -35,9 +34,9 @@ NAME = 96  # characters of a kernel's name
 class Detail:
     """What one implementation took, beside its samples."""
 
-    method: str  # graph or events
-    alone_ms: float = math.nan
-    host_ms: float = math.nan
+    method: str | None = None  # graph or events
+    alone_ms: float | None = None
+    host_ms: float | None = None
     clock_mhz: float | None = None
     power_w: float | None = None
     kernels: dict[str, float] = field(default_factory=dict)  # ms per call
@@ -73,16 +72,16 @@ class _Timer:
 
     def alone(self) -> tuple[float, float]:
         """Medians of one call at a time: by events, and until it returns. [ms]"""
-        begun, events, host = time.perf_counter(), [], []
+        begun = time.perf_counter()
+        events: list[float] = []
+        host: list[float] = []
         while len(events) < MOST_ALONE and (
             len(events) < FEWEST_ALONE or time.perf_counter() - begun < ALONE_SECONDS
         ):
             torch.cuda.synchronize()
-            took: list[float] = []
-            first, last = _between(self.flush, lambda took=took: took.append(_host(self.call)))
+            first, last = _between(self.flush, lambda: host.append(_host(self.call)))
             torch.cuda.synchronize()
             events.append(first.elapsed_time(last))
-            host += took
         return median(events), median(host)
 
 

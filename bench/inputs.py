@@ -33,10 +33,12 @@ def fill(tensor: Tensor, scale: float, start: int = 0) -> Tensor:
     return tensor
 
 
-def weights(shape: Shape, dtype: torch.dtype, device: str = "cpu") -> dict[str, Tensor]:
+def weights(
+    shape: Shape, dtype: torch.dtype, device: str = "cpu", experts: int | None = None
+) -> dict[str, Tensor]:
     """gate_up_proj [E,2I,H] and down_proj [E,H,I], with variance 1/fan-in; a shape with a layout of
-    its `own` has both transposed, and biases."""
-    E, H, I = shape.E, shape.H, shape.I  # noqa: E741
+    its `own` has both transposed, and biases. experts: so many instead of E."""
+    E, H, I = experts or shape.E, shape.H, shape.I  # noqa: E741
     up, down = ((E, H, 2 * I), (E, I, H)) if shape.own else ((E, 2 * I, H), (E, H, I))
 
     def filled(sizes: tuple[int, ...], scale: float, start: int = 0) -> Tensor:

@@ -162,7 +162,7 @@ def rows(
     made = []
     for name, ms in samples.ms.items():
         rate = flops / medians[name] / 1e6 if flops else None  # FLOP / ms / 1e6 = GFLOP/s
-        detail = samples.details.get(name)
+        detail = samples.details.get(name, gputime.Detail())
         made.append(
             Row(
                 bench=bench,
@@ -181,12 +181,12 @@ def rows(
                 else {peer: other / medians[name] for peer, other in peers.items()},
                 routing=routing,
                 floor_ms=floor_ms,
-                method=detail and detail.method,
-                alone_ms=detail and detail.alone_ms,
-                host_ms=detail and detail.host_ms,
-                clock_mhz=detail and detail.clock_mhz,
-                power_w=detail and detail.power_w,
-                kernels=detail.kernels if detail else {},
+                method=detail.method,
+                alone_ms=detail.alone_ms,
+                host_ms=detail.host_ms,
+                clock_mhz=detail.clock_mhz,
+                power_w=detail.power_w,
+                kernels=detail.kernels,
                 machine=machine(samples.device),
                 versions=versions(),
             )

@@ -66,8 +66,7 @@ class Bmm(nn.Module):
         each = ids.numel() // E
         if self.rows is None or self.rows[0].shape[1] != each:
             made = (x.new_empty(E, each, width) for width in (H, self.down.shape[1]))
-            self.rows = tuple(rows.normal_() for rows in made)  # type: ignore[assignment]
-        assert self.rows is not None
+            self.rows = (next(made).normal_(), next(made).normal_())
         torch.bmm(self.rows[0], self.up)
         return torch.bmm(self.rows[1], self.down)
 

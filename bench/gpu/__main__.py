@@ -1,0 +1,111 @@
+"""`python -m bench.gpu`: the stages of `make gpu`, a table, a JSON file, and an exit code."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from bench.gpu import stages, table
+from bench.gpu.stages import Stage
+
+app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
+TEST_PROCESSES = 8
+# Nothing is fetched, and every process finds what the warm-up has compiled.
+ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "TRITON_INTERPRET": "0", "PYTHONUNBUFFERED": "1"}
+QWEN = "qwen3-30b-a3b"
+# Beside ours; what runs every expert in a Python loop takes long, and is for one shape.
+FAST = ("grouped_mm", "bmm", "liger", "deepgemm", "sonicmoe")
+
+
+def plan(out: Path, device: str, *, smoke: bool = False) -> list[Stage]:
+    """All stages. Benches have the machine for themselves; only compilers run side by side."""
+    python = [sys.executable, "-m"]
+
+    def bench(name: str, suite: str, limit: float, *options: str) -> Stage:
+        folder = out / name
+        command = [*python, "bench", suite, "--device", device, "--out", str(folder)]
+        command += ["--smoke"] if smoke else list(options)
+        needs = ("facts",) if device == "cpu" else ("facts", "build")
+        return Stage(name, command, limit, folder / "rows.jsonl", needs, ENVIRONMENT)
+
+    def own(name: str, limit: float, *options: str, needs: tuple[str, ...] = ("facts",)) -> Stage:
+        result = out / f"{name}.json"
+        command = [*python, f"bench.gpu.{name}", *options]
+        return Stage(name, command, limit, result, needs, ENVIRONMENT, beside=name == "build")
+
+    times = ("--dtype", "bf16", "--quick", "--rounds", "5", "--seconds", "0.3")
+    ours = ",".join(
+        f"reap:{name}{mode}" for name in ("triton", "cuda", "cuda_sm90") for mode in ("", "+det")
+    )
+    fast = ",".join((ours, *FAST))
+    large = "deepseek-v3,mixtral-8x7b,gpt-oss-120b-own"
+    backends = "reap:triton,reap:cuda,reap:cuda_sm90"
+    whole = f"{backends},grouped_mm without head"
+    test_limit = 90.0
+    tests = [str(out / "tests.json"), str(test_limit - 5), str(TEST_PROCESSES)]
+    made = [
+        own("facts", 30, device, str(out / "facts.json"), needs=()),
+        own("build", 90, device, str(out / "build.json")),
+        own("warm", 90, device, str(out / "warm.json")),
+        own("tests", test_limit, *tests),
+        bench("layer", "layer", 75, *times, "--shapes", QWEN, "--impls", fast,
+              "--tokens", "1,64,1024,4096,16384", "--routing", "uniform,even"),
+        bench("large", "layer", 60, *times, "--shapes", large, "--impls", fast,
+              "--tokens", "16384"),
+        bench("stats", "stats", 30, *times, "--shapes", QWEN),
+        bench("calibrate", "calibrate", 75, "--dtype", "bf16", "--rounds", "2", "--seconds", "8",
+              "--impls", whole),
+        bench("observers", "layer", 30, *times, "--shapes", QWEN, "--tokens", "1024",
+              "--impls", f"{backends},eager,batched_mm,hooks,observer"),
+    ]  # fmt: skip
+    # On a GPU there is nothing to run: see norms.NOT_ON_A_GPU.
+    return made if device == "cuda" else [*made, bench("norms", "norms", 30)]
+
+
+@app.command()
+def main(
+    device: Annotated[str, typer.Option(help="cuda, or cpu to see that it runs")] = "cuda",
+    out: Annotated[Path, typer.Option(help="folder of logs and results")] = Path("out/gpu"),
+    seconds: Annotated[float, typer.Option(help="in all")] = 360.0,
+    only: Annotated[str | None, typer.Option(help="stages, by comma; facts always")] = None,
+    smoke: Annotated[bool, typer.Option("--smoke", help="tiny shapes, no figures")] = False,
+) -> None:
+    """Build, test and time everything on the GPU of this machine."""
+    if device not in ("cuda", "cpu"):
+        raise typer.BadParameter(f"--device {device!r}: it must be cuda or cpu")
+    folder = out / time.strftime("%Y%m%d-%H%M%S")
+    chosen = plan(folder, device, smoke=smoke)
+    if only is not None:
+        names = {stage.name for stage in chosen}
+        for name in only.split(","):
+            if name not in names:
+                raise typer.BadParameter(f"--only {name!r}: it must be one of {', '.join(names)}")
+        wanted = {"facts", *only.split(",")}
+        # Without the build among them, what has been built before has to do.
+        chosen = [_alone(stage, wanted) for stage in chosen if stage.name in wanted]
+    folder.mkdir(parents=True)
+    report = stages.Report(folder / "gpu.json")
+    report.content["command"] = sys.argv
+    report.content["device"] = device
+    start = time.monotonic()
+    wrong = stages.run(chosen, report, folder / "logs", seconds=seconds)
+    report.content["seconds"] = round(time.monotonic() - start, 1)
+    report.content["wrong"] = wrong
+    report.write()
+    table.show(report.content)
+    print(f"wrote {os.path.relpath(report.path)}")
+    sys.exit(1 if wrong else 0)
+
+
+def _alone(stage: Stage, wanted: set[str]) -> Stage:
+    return replace(stage, needs=tuple(name for name in stage.needs if name in wanted))
+
+
+if __name__ == "__main__":
+    app()

@@ -4,7 +4,7 @@ BIN := .venv/bin
 TRITON := "triton==3.9.0; platform_system == 'Linux' and platform_machine == 'x86_64'"
 NATIVE := $(shell find csrc -type f 2>/dev/null)
 
-.PHONY: demo test test-slow sanitize lint bench clean
+.PHONY: demo test test-slow sanitize lint bench gpu gpu-sanitize clean
 
 demo: .venv/installed
 	$(BIN)/python -m reap demo
@@ -31,6 +31,14 @@ lint: .venv/installed
 
 bench: .venv/installed
 	$(BIN)/python -m bench
+
+# On a machine with a GPU, in its own environment: builds for that chip, tests, times; six minutes at most.
+gpu:
+	$(PYTHON) -m bench.gpu
+
+# After it: memcheck, racecheck, initcheck and synccheck over small calls; three minutes at most.
+gpu-sanitize:
+	$(PYTHON) -m bench.gpu.sanitize
 
 # The package is installed editable, so only its metadata and native sources make it stale. torch comes first: a
 # build for GPUs brings the one triton that it works with, beside a build for CPUs it is TRITON.

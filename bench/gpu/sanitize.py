@@ -1,4 +1,4 @@
-"""`make gpu-sanitize`: compute-sanitizer's four tools over small calls of each backend, side by side.
+"""`make gpu-sanitize`: compute-sanitizer's four tools over small calls of each backend.
 
     python -m bench.gpu.sanitize [--out FOLDER] [--seconds 170]
 
@@ -27,9 +27,10 @@ TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
 # their buffers must be seen as well, or initcheck takes it for uninitialized.
 TRITON = ("count_kernel", "scan_kernel", "place_kernel", "gate_up_kernel", "down_kernel",
           "finish_kernel", "FillFunctor")  # fmt: skip
-KERNELS = {"cuda": ("4reap",), "cuda_sm90": ("4reap",), "triton": TRITON}
+KERNELS = {"cuda": ("reap",), "cuda_sm90": ("reap",), "triton": TRITON}
 FOUND = 86  # the exit code that stands for errors
 SUMMARY = re.compile(r"(?:ERROR|RACECHECK) SUMMARY: (\d+)")
+KINDS = re.compile(r"^=+ (?:Invalid|Uninitialized|Error|Warning|Barrier).*", flags=re.M)
 ENVIRONMENT = {
     # Every tensor has memory of its own, so that a step outside of it is one.
     "PYTORCH_NO_CUDA_MEMORY_CACHING": "1",
@@ -60,13 +61,11 @@ def verdict(code: int | None, log: str) -> tuple[str, str]:
     cases = len(re.findall(r"^done ", log, flags=re.M))
     errors = sum(map(int, SUMMARY.findall(log)))
     if errors or code == FOUND:
-        named = re.findall(
-            r"^=+ (?:Invalid|Uninitialized|Error|Warning|Barrier).*", log, flags=re.M
-        )
+        named = KINDS.findall(log)
         return "errors", f"{errors} errors in {cases} cases: {'; '.join(named[:3])}"
     if code is None:
         return "timeout", f"{cases} cases without an error until then"
-    if code or "all done" not in log:
+    if code or not cases or "all done" not in log:
         last = (log.strip().splitlines() or [""])[-1]
         return "failed", f"ended with {code} after {cases} cases: {last[:300]}"
     return "ok", f"{cases} cases"

@@ -15,57 +15,54 @@ from bench.gpu import stages, table
 from bench.gpu.stages import Stage
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
-TEST_PROCESSES = 8
+TEST_PROCESSES, TEST_SECONDS = 8, 90.0
 # Nothing is fetched, and every process finds what the warm-up has compiled.
 ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "TRITON_INTERPRET": "0", "PYTHONUNBUFFERED": "1"}
 QWEN = "qwen3-30b-a3b"
-# Beside ours; what runs every expert in a Python loop takes long, and is for one shape.
+ROUTINGS = ("--routing", "uniform,even")
+BACKENDS = ("reap:triton", "reap:cuda", "reap:cuda_sm90")
 FAST = ("grouped_mm", "bmm", "liger", "deepgemm", "sonicmoe")
+SLOW = ("eager", "batched_mm", "hooks", "observer")  # at one size: a loop over experts, or worse
 
 
 def plan(out: Path, device: str, *, smoke: bool = False) -> list[Stage]:
-    """All stages. Benches have the machine for themselves; only compilers run side by side."""
+    """All stages, the more important ones first. Benches have the machine for themselves; only
+    compilers run side by side."""
     python = [sys.executable, "-m"]
 
     def bench(name: str, suite: str, limit: float, *options: str) -> Stage:
         folder = out / name
         command = [*python, "bench", suite, "--device", device, "--out", str(folder)]
-        command += ["--smoke"] if smoke else list(options)
-        needs = ("facts",) if device == "cpu" else ("facts", "build")
-        return Stage(name, command, limit, folder / "rows.jsonl", needs, ENVIRONMENT)
+        command += ["--smoke"] if smoke else ["--dtype", "bf16", *options]
+        return Stage(name, command, limit, folder / "rows.jsonl", ("facts",), ENVIRONMENT)
 
     def own(name: str, limit: float, *options: str, needs: tuple[str, ...] = ("facts",)) -> Stage:
         result = out / f"{name}.json"
         command = [*python, f"bench.gpu.{name}", *options]
-        return Stage(name, command, limit, result, needs, ENVIRONMENT, beside=name == "build")
+        env = ENVIRONMENT | {"OMP_NUM_THREADS": "2"}  # there are many processes
+        return Stage(name, command, limit, result, needs, env, beside=name == "build")
 
-    times = ("--dtype", "bf16", "--quick", "--rounds", "5", "--seconds", "0.3")
-    ours = ",".join(
-        f"reap:{name}{mode}" for name in ("triton", "cuda", "cuda_sm90") for mode in ("", "+det")
-    )
-    fast = ",".join((ours, *FAST))
-    large = "deepseek-v3,mixtral-8x7b,gpt-oss-120b-own"
-    backends = "reap:triton,reap:cuda,reap:cuda_sm90"
-    whole = f"{backends},grouped_mm without head"
-    test_limit = 90.0
-    tests = [str(out / "tests.json"), str(test_limit - 5), str(TEST_PROCESSES)]
+    tests = [str(out / "tests.json"), str(TEST_SECONDS - 5), str(TEST_PROCESSES)]
+    short = ("--quick", "--rounds", "5", "--seconds", "0.3")
+    layer = (*short, "--shapes", QWEN, "--tokens")
+    large = ("--shapes", "deepseek-v3,mixtral-8x7b,gpt-oss-120b-own", "--tokens", "16384")
+    modes = [f"{name}{mode}" for name in BACKENDS for mode in ("", "+det")]
+    fast = ("--impls", ",".join((*modes, *FAST)))
+    slow = ("--impls", ",".join((*BACKENDS, *SLOW)))
+    whole = ("--impls", ",".join((*BACKENDS, "grouped_mm without head")))
     made = [
         own("facts", 30, device, str(out / "facts.json"), needs=()),
-        own("build", 90, device, str(out / "build.json")),
-        own("warm", 90, device, str(out / "warm.json")),
-        own("tests", test_limit, *tests),
-        bench("layer", "layer", 75, *times, "--shapes", QWEN, "--impls", fast,
-              "--tokens", "1,64,1024,4096,16384", "--routing", "uniform,even"),
-        bench("large", "layer", 60, *times, "--shapes", large, "--impls", fast,
-              "--tokens", "16384"),
-        bench("stats", "stats", 30, *times, "--shapes", QWEN),
-        bench("calibrate", "calibrate", 75, "--dtype", "bf16", "--rounds", "2", "--seconds", "8",
-              "--impls", whole),
-        bench("observers", "layer", 30, *times, "--shapes", QWEN, "--tokens", "1024",
-              "--impls", f"{backends},eager,batched_mm,hooks,observer"),
-    ]  # fmt: skip
+        own("build", 100, device, str(out / "build.json")),
+        own("warm", 100, device, str(out / "warm.json")),
+        own("tests", TEST_SECONDS, *tests),
+        bench("layer", "layer", 80, *layer, "1,64,1024,4096,16384", *fast, *ROUTINGS),
+        bench("calibrate", "calibrate", 80, "--rounds", "2", *whole),
+        bench("large", "layer", 70, *short, *large, *fast),
+        bench("stats", "stats", 40, *short, "--shapes", QWEN),
+        bench("observers", "layer", 40, *layer, "1024", *slow),
+    ]
     # On a GPU there is nothing to run: see norms.NOT_ON_A_GPU.
-    return made if device == "cuda" else [*made, bench("norms", "norms", 30)]
+    return made if device == "cuda" else [*made, bench("norms", "norms", 30, *short)]
 
 
 @app.command()
@@ -82,7 +79,7 @@ def main(
     folder = out / time.strftime("%Y%m%d-%H%M%S")
     chosen = plan(folder, device, smoke=smoke)
     if only is not None:
-        names = {stage.name for stage in chosen}
+        names = [stage.name for stage in chosen]
         for name in only.split(","):
             if name not in names:
                 raise typer.BadParameter(f"--only {name!r}: it must be one of {', '.join(names)}")

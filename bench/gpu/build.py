@@ -23,7 +23,9 @@ def main(device: str, path: Path) -> int:
     env = {**os.environ, "REAP_CUDA_ARCHS": archs}
     if nvcc := facts.program("nvcc"):
         env.setdefault("CUDA_HOME", str(Path(nvcc).parent.parent))
-    done = subprocess.run([sys.executable, "setup.py", "build_ext", "--inplace"], env=env)
+    done = subprocess.run(
+        [sys.executable, "setup.py", "-q", "build_ext", "--inplace", "-j", "2"], env=env
+    )
     wrong = [f"setup.py ended with {done.returncode}"] if done.returncode else []
     wanted = ("_native", "_cuda") if device == "cuda" else ("_native",)
     for name in wanted:  # they are optional: setup.py succeeds without them

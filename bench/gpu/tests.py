@@ -22,7 +22,7 @@ from typing import Any
 from bench.gpu import stages
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-RESTARTS = 4
+RESTARTS = 6
 MARKED = re.compile(r"\bmark\.gpu\b")
 GOOD = ("passed", "skipped")
 NONE_LEFT = 5  # pytest's exit code

@@ -34,6 +34,7 @@ bench: .venv/installed
 
 # On a machine with a GPU, in its own environment: builds for that chip, tests, times; six minutes at most.
 gpu:
+	$(PYTHON) -m bench.gpu.facts
 	$(PYTHON) -m bench.gpu
 
 # After it: memcheck, racecheck, initcheck and synccheck over small calls; three minutes at most.

@@ -145,6 +145,7 @@ def interleave(
     One that has used up its seconds after three rounds leaves the turn.
     """
     gc.collect()
+    gc.freeze()  # each capture collects: what is there now need not be looked at each time
     torch.cuda.empty_cache()
     flush = torch.empty(_flush_bytes(), dtype=torch.uint8, device="cuda")
     with device.metered() as meter:

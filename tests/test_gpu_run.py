@@ -93,24 +93,35 @@ def test_two_stages_side_by_side_and_a_limit_for_all(tmp_path):
     assert found["c"]["state"] == "timeout" and found["d"]["why"] == "no time is left"
 
 
-def test_stages_of_make_gpu_fit_and_name_what_there_is(tmp_path):
-    chosen = gpu.plan(tmp_path, "cuda")
-    names = [stage.name for stage in chosen]
-    assert names[:4] == ["facts", "build", "warm", "tests"]
-    for stage in chosen:
-        assert importlib.util.find_spec(stage.command[2]) is not None
-        for part in stage.needs:
-            assert part in names[: names.index(stage.name)]
+def words(stage: Stage, **states) -> list[str]:
+    before = {f"small {name}": {"state": state} for name, state in states.items()}
+    return list(stage.command(before) if callable(stage.command) else stage.command)
+
+
+def test_stages_of_make_gpu_name_what_there_is(tmp_path):
     from bench.__main__ import SHAPES, SUITES
     from bench.calibrate import FORWARDS
     from bench.layer import IMPLS
 
-    for stage in chosen[4:]:
-        words = list(stage.command)
-        assert words[3] in SUITES
-        for option, known in (("--impls", IMPLS + FORWARDS), ("--shapes", SHAPES)):
-            if option in words:
-                assert set(words[words.index(option) + 1].split(",")) <= set(known)
+    chosen = gpu.plan(tmp_path, "cuda")
+    names = [stage.name for stage in chosen]
+    assert names[:3] == ["facts", "build", "warm"] and "tests" in names
+    for stage in chosen:
+        assert importlib.util.find_spec(words(stage)[2]) is not None
+        assert set(stage.needs) <= set(names[: names.index(stage.name)])
+        if words(stage)[2] == "bench":
+            assert words(stage)[3] in SUITES
+            for option, known in (("--impls", IMPLS + FORWARDS), ("--shapes", SHAPES)):
+                if option in words(stage):
+                    given = words(stage)[words(stage).index(option) + 1]
+                    assert set(given.split(",")) <= set(known)
+
+
+def test_a_backend_that_ends_its_process_is_not_timed(tmp_path):
+    (layer,) = (stage for stage in gpu.plan(tmp_path, "cuda") if stage.name == "layer")
+    impls = words(layer, cuda="failed", triton="ok")[-1].split(",")
+    assert not {"reap:cuda", "reap:cuda+det"} & set(impls)
+    assert {"reap:triton+det", "reap:cuda_sm90", "grouped_mm"} <= set(impls)
 
 
 def test_make_gpu_on_a_cpu(tmp_path):
@@ -232,9 +243,9 @@ def test_a_build_that_leaves_an_extension_out_is_wrong(monkeypatch, tmp_path):
 def test_warm_up_compiles_every_layer_and_leaves_a_line_for_each(monkeypatch, tmp_path):
     shapes = {job.get("shape") for job in warm.jobs()}
     for stage in gpu.plan(tmp_path, "cuda"):
-        words = list(stage.command)
-        if "--shapes" in words:
-            assert set(words[words.index("--shapes") + 1].split(",")) <= shapes
+        command = words(stage)
+        if "--shapes" in command:
+            assert set(command[command.index("--shapes") + 1].split(",")) <= shapes
     done: list = []
 
     def compile(job, device):
@@ -260,6 +271,7 @@ ROW = {
     "T": 4096, "routing": "even", "ms_median": 1.5, "method": "graph", "alone_ms": 1.7,
     "host_ms": 0.1, "floor_ms": 0.5, "gflops": 7e5, "extra_bytes": 5_000_000, "clock_mhz": 1980,
     "power_w": None,
+    "speedup_vs": {"grouped_mm": 1.25},
     "kernels": {"void reap::cuda::down_kernel<__nv_bfloat16, 128>(x)": 0.4, "gate_up_kernel": 0.9},
 }  # fmt: skip
 
@@ -288,6 +300,7 @@ def test_table_of_a_run_that_is_half_there():
         "layer bf16 qwen3 T=4,096 even",
         "reap:cuda_sm90",
         "3.00",
+        "1.25",
         "gate_up_kernel 0.9, down_kernel",
         "missing nvcc",
         "failed: tests/test_x.py::test_y[a b]",
@@ -299,10 +312,10 @@ def test_table_of_a_run_that_is_half_there():
 
 
 def test_sanitizer_is_told_our_kernels_only():
-    words = sanitize.command("/bin/cs", "racecheck", "cuda_sm90", "--kernel-name arg")
-    assert words[:3] == ["/bin/cs", "--tool", "racecheck"]
-    assert words[words.index("--kernel-name") + 1] == "kns=reap"
-    assert words[-1] == "cuda_sm90" and sys.executable in words
+    command = sanitize.command("/bin/cs", "racecheck", "cuda_sm90", "--kernel-name arg")
+    assert command[:3] == ["/bin/cs", "--tool", "racecheck"]
+    assert command[command.index("--kernel-name") + 1] == "kns=reap"
+    assert command[-1] == "cuda_sm90" and sys.executable in command
     old = sanitize.filters("triton", "  --kernel-regex arg")
     assert old[:2] == ["--kernel-regex", "kns=count_kernel"]
     names = {part for part in sanitize.TRITON if part.endswith("_kernel")}

@@ -124,7 +124,10 @@ def test_host_time_is_until_the_call_returns(cuda):
 
 
 def test_one_that_used_up_its_time_leaves_the_turn(cuda):
-    calls = {"slow": lambda: time.sleep(0.003), "quick": lambda: None}
+    calls: dict[str, Callable[[], object]] = {
+        "slow": lambda: time.sleep(0.003),
+        "quick": lambda: None,
+    }
     samples, _ = gputime.interleave(calls, 6, 0.001, graphs=False)
     assert len(samples["slow"]) == 3
 

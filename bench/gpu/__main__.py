@@ -6,8 +6,9 @@ import os
 import sys
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -18,11 +19,26 @@ app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions
 TEST_PROCESSES, TEST_SECONDS = 8, 90.0
 # Nothing is fetched, and every process finds what the warm-up has compiled.
 ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "TRITON_INTERPRET": "0", "PYTHONUNBUFFERED": "1"}
+MANY = ENVIRONMENT | {"OMP_NUM_THREADS": "2"}  # of the stages with many processes
 QWEN = "qwen3-30b-a3b"
-ROUTINGS = ("--routing", "uniform,even")
 BACKENDS = ("reap:triton", "reap:cuda", "reap:cuda_sm90")
 FAST = ("grouped_mm", "bmm", "liger", "deepgemm", "sonicmoe")
 SLOW = ("eager", "batched_mm", "hooks", "observer")  # at one size: a loop over experts, or worse
+
+
+def _that_work(command: list[str], before: dict[str, dict[str, Any]]) -> list[str]:
+    """The command without backends whose small calls went wrong: one that ends its process would
+    take the times of all others with it."""
+    broken = [
+        f"reap:{name.removeprefix('small ')}"
+        for name, outcome in before.items()
+        if name.startswith("small ") and outcome["state"] != stages.OK
+    ]
+    if "--impls" not in command:
+        return command
+    at = command.index("--impls") + 1
+    impls = [x for x in command[at].split(",") if x.removesuffix("+det") not in broken]
+    return [*command[:at], ",".join(impls), *command[at + 1 :]]
 
 
 def plan(out: Path, device: str, *, smoke: bool = False) -> list[Stage]:
@@ -34,13 +50,18 @@ def plan(out: Path, device: str, *, smoke: bool = False) -> list[Stage]:
         folder = out / name
         command = [*python, "bench", suite, "--device", device, "--out", str(folder)]
         command += ["--smoke"] if smoke else ["--dtype", "bf16", *options]
-        return Stage(name, command, limit, folder / "rows.jsonl", ("facts",), ENVIRONMENT)
+        result = folder / "rows.jsonl"
+        return Stage(name, partial(_that_work, command), limit, result, ("facts",), ENVIRONMENT)
 
     def own(name: str, limit: float, *options: str, needs: tuple[str, ...] = ("facts",)) -> Stage:
         result = out / f"{name}.json"
         command = [*python, f"bench.gpu.{name}", *options]
-        env = ENVIRONMENT | {"OMP_NUM_THREADS": "2"}  # there are many processes
-        return Stage(name, command, limit, result, needs, env, beside=name == "build")
+        return Stage(name, command, limit, result, needs, MANY, beside=name == "build")
+
+    def small(backend: str) -> Stage:
+        command = [*python, "bench.gpu.small", backend]
+        beside = f"reap:{backend}" != BACKENDS[-1]
+        return Stage(f"small {backend}", command, 60, None, ("facts",), MANY, beside=beside)
 
     tests = [str(out / "tests.json"), str(TEST_SECONDS - 5), str(TEST_PROCESSES)]
     short = ("--quick", "--rounds", "5", "--seconds", "0.3")
@@ -54,10 +75,12 @@ def plan(out: Path, device: str, *, smoke: bool = False) -> list[Stage]:
         own("facts", 30, device, str(out / "facts.json"), needs=()),
         own("build", 100, device, str(out / "build.json")),
         own("warm", 100, device, str(out / "warm.json")),
+        *(small(name.removeprefix("reap:")) for name in BACKENDS if device == "cuda"),
         own("tests", TEST_SECONDS, *tests),
-        bench("layer", "layer", 80, *layer, "1,64,1024,4096,16384", *fast, *ROUTINGS),
+        bench("layer", "layer", 80, *layer, "1,64,1024,4096,16384", *fast),
         bench("calibrate", "calibrate", 80, "--rounds", "2", *whole),
         bench("large", "layer", 70, *short, *large, *fast),
+        bench("even", "layer", 40, *layer, "16384", *fast, "--routing", "even"),
         bench("stats", "stats", 40, *short, "--shapes", QWEN),
         bench("observers", "layer", 40, *layer, "1024", *slow),
     ]

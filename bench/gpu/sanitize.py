@@ -52,6 +52,8 @@ def command(program: str, tool: str, backend: str, said: str) -> list[str]:
     options = ["--tool", tool, "--error-exitcode", str(FOUND), "--print-limit", "20"]
     if "--target-processes" in said:  # Triton starts compilers
         options += ["--target-processes", "application-only"]
+    if "--report-api-errors" in said:  # libraries ask for what a driver may not have
+        options += ["--report-api-errors", "no"]
     driver = [sys.executable, "-m", "bench.gpu.small", backend]
     return [program, *options, *filters(backend, said), *driver]
 

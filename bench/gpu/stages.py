@@ -19,11 +19,11 @@ OK, FAILED, TIMEOUT, SKIPPED = "ok", "failed", "timeout", "skipped"
 
 @dataclass(frozen=True)
 class Stage:
-    """A program. What it has found is in `result`, a file of one JSON value or of JSON lines that
-    it writes as it goes."""
+    """A program, or what makes one of the outcomes of the stages before. What it has found is in
+    `result`, a file of one JSON value or of JSON lines that it writes as it goes."""
 
     name: str
-    command: Sequence[str]
+    command: Sequence[str] | Callable[[dict[str, dict[str, Any]]], Sequence[str]]
     limit: float  # seconds
     result: Path | None = None
     needs: tuple[str, ...] = ()  # stages without whose success this one is not started
@@ -60,7 +60,9 @@ class Report:
 class _Running:
     """A stage's processes, in a session of their own, so that all of them can be ended."""
 
-    def __init__(self, stage: Stage, limit: float, logs: Path) -> None:
+    def __init__(
+        self, stage: Stage, limit: float, logs: Path, before: dict[str, dict[str, Any]]
+    ) -> None:
         self.stage, self.limit = stage, limit
         self.log = logs / f"{stage.name}.log"
         self.started = time.monotonic()
@@ -68,7 +70,7 @@ class _Running:
             stage.result.unlink(missing_ok=True)
         with open(self.log, "wb") as output:
             self.process = subprocess.Popen(
-                stage.command,
+                stage.command(before) if callable(stage.command) else stage.command,
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
@@ -152,7 +154,7 @@ def run(
                 continue
             say(f"{stage.name}: at most {min(stage.limit, left):.0f} s")
             try:
-                waiting.append(_Running(stage, min(stage.limit, left), logs))
+                waiting.append(_Running(stage, min(stage.limit, left), logs, report.stages))
             except OSError as error:
                 report.put(stage.name, {"state": FAILED, "tail": str(error), "seconds": 0})
                 say(f"{stage.name}: failed, {error}")

@@ -11,6 +11,10 @@ from rich.table import Table
 
 from bench import norms
 
+FIGURES = (
+    "ms", "x floor", "TFLOP/s", "alone ms", "host ms", "x grouped_mm", "extra MB", "MHz", "W",
+)  # fmt: skip
+
 
 def show(content: dict[str, Any], console: Console | None = None) -> None:
     """Of whatever is there: a stage that failed leaves its lines out."""
@@ -25,7 +29,17 @@ def show(content: dict[str, Any], console: Console | None = None) -> None:
     made = Table(title_justify="left")
     made.add_column("what", no_wrap=True)
     made.add_column("impl", no_wrap=True)
-    for name in ("ms", "x floor", "TFLOP/s", "alone ms", "host ms", "extra MB", "MHz", "W"):
+    for name in (
+        "ms",
+        "x floor",
+        "TFLOP/s",
+        "alone ms",
+        "host ms",
+        "x grouped_mm",
+        "extra MB",
+        "MHz",
+        "W",
+    ):
         made.add_column(name, justify="right", no_wrap=True)
     made.add_column("longest kernels, ms")
     before = None
@@ -65,11 +79,17 @@ def _cells(row: dict[str, Any]) -> list[str]:
         "" if row["gflops"] is None else f"{row['gflops'] / 1e3:,.4g}",
         _number(row["alone_ms"], ".4g"),
         _number(row["host_ms"], ".3g"),
+        _number(_of_grouped(row["speedup_vs"]), ".2f"),
         "" if extra is None else f"{extra / 1e6:,.0f}",
         _number(row["clock_mhz"], ".0f"),
         _number(row["power_w"], ".0f"),
         ", ".join(f"{short(name)} {ms:.3g}" for name, ms in kernels),
     ]
+
+
+def _of_grouped(speedups: dict[str, float]) -> float | None:
+    """How many times as fast as transformers' own, of a layer or of a model without its head."""
+    return speedups.get("grouped_mm", speedups.get("grouped_mm without head"))
 
 
 def _number(value: float | None, form: str) -> str:

@@ -146,6 +146,15 @@ def interleave(
     """
     gc.collect()
     gc.freeze()  # each capture collects: what is there now need not be looked at each time
+    try:
+        return _interleave(impls, rounds, seconds, graphs)
+    finally:
+        gc.unfreeze()
+
+
+def _interleave(
+    impls: dict[str, Callable[[], object]], rounds: int, seconds: float, graphs: bool
+) -> tuple[dict[str, list[float]], dict[str, Detail]]:
     torch.cuda.empty_cache()
     flush = torch.empty(_flush_bytes(), dtype=torch.uint8, device="cuda")
     with device.metered() as meter:

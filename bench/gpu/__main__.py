@@ -61,7 +61,7 @@ def plan(out: Path, device: str, *, smoke: bool = False) -> list[Stage]:
     def small(backend: str) -> Stage:
         command = [*python, "bench.gpu.small", backend]
         beside = f"reap:{backend}" != BACKENDS[-1]
-        return Stage(f"small {backend}", command, 60, None, ("facts",), MANY, beside=beside)
+        return Stage(f"small {backend}", command, 90, None, ("facts",), MANY, beside=beside)
 
     tests = [str(out / "tests.json"), str(TEST_SECONDS - 5), str(TEST_PROCESSES)]
     short = ("--quick", "--rounds", "5", "--seconds", "0.3")

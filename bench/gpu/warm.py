@@ -14,6 +14,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from bench.gpu import small
+
 LAYERS = ("deepseek-v3", "mixtral-8x7b", "gpt-oss-120b-own", "qwen3-30b-a3b")
 # Triton has a kernel of its own for a size that is 1, and one for sizes that 16 does not divide:
 # calibration's probe has few tokens.
@@ -34,7 +36,8 @@ def jobs() -> list[dict[str, Any]]:
         for T in FEW
         for deterministic in (False, True)
     ]
-    return [*large, *few, {"statistics": False}, {"statistics": True}, *_of_tests()]
+    others = [{"small": i} for i in range(len(small.calls()))]
+    return [*large, *few, {"statistics": False}, {"statistics": True}, *others, *_of_tests()]
 
 
 def _of_tests() -> list[dict[str, Any]]:
@@ -63,7 +66,11 @@ def compile(job: dict[str, Any], device: str) -> None:
         statistics = LayerStatistics(128, pairs=job["statistics"], device=device)
         statistics.update(ids, gates, norms, norms)
         return
-    if "case" in job:
+    deterministic = job.get("deterministic", False)
+    if "small" in job:
+        _, moved, deterministic = small.calls()[job["small"]]
+        given = {k: v.to(device) if torch.is_tensor(v) else v for k, v in moved.items()}
+    elif "case" in job:
         table = cases()
         given = table.make(table.CASES[job["case"]], table.DTYPES[job["dtype"]], device)
     else:
@@ -74,7 +81,7 @@ def compile(job: dict[str, Any], device: str) -> None:
             name: weight.expand(shape.E, *weight.shape[1:])
             for name, weight in inputs.weights(shape, torch.bfloat16, device, experts=1).items()
         }
-    moe_saliency(**given, backend=backend, deterministic=job["deterministic"])
+    moe_saliency(**given, backend=backend, deterministic=deterministic)
     if device == "cuda":
         torch.cuda.synchronize()
 

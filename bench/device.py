@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import shutil
 import subprocess
 import threading
@@ -81,13 +83,15 @@ def metered() -> Iterator[Meter]:
     if shutil.which(COMMAND[0]) is None:
         yield meter
         return
+    ours, its = os.openpty()  # to a pipe it may write nothing until pages are full
     process = subprocess.Popen(
         [*COMMAND, "-lms", str(PERIOD_MS)],
-        stdout=subprocess.PIPE,
+        stdin=subprocess.DEVNULL,
+        stdout=its,
         stderr=subprocess.DEVNULL,
-        text=True,
     )
-    thread = threading.Thread(target=_read, args=(process, meter), daemon=True)
+    os.close(its)
+    thread = threading.Thread(target=_read, args=(ours, meter), daemon=True)
     thread.start()
     try:
         yield meter
@@ -97,11 +101,11 @@ def metered() -> Iterator[Meter]:
         thread.join(timeout=5)
 
 
-def _read(process: subprocess.Popen[str], meter: Meter) -> None:
-    assert process.stdout is not None
-    for line in process.stdout:
-        try:
-            clock, power = map(float, line.split(","))
-        except ValueError:
-            continue  # "[N/A]": this GPU does not tell
-        meter.readings.append((time.perf_counter(), clock, power))
+def _read(terminal: int, meter: Meter) -> None:
+    with os.fdopen(terminal, errors="replace") as lines, contextlib.suppress(OSError):
+        for line in lines:  # OSError: the other end is closed
+            try:
+                clock, power = map(float, line.split(","))
+            except ValueError:
+                continue  # "[N/A]": this GPU does not tell
+            meter.readings.append((time.perf_counter(), clock, power))

@@ -23,7 +23,7 @@ MANY = ENVIRONMENT | {"OMP_NUM_THREADS": "2"}  # of the stages with many process
 QWEN = "qwen3-30b-a3b"
 BACKENDS = ("reap:triton", "reap:cuda", "reap:cuda_sm90")
 FAST = ("grouped_mm", "bmm", "liger", "deepgemm", "sonicmoe")
-SLOW = ("eager", "batched_mm", "hooks", "observer")  # at one size: a loop over experts, or worse
+SLOW = ("eager", "batched_mm", "hooks", "observer")  # at few sizes: a loop over experts, or worse
 
 
 def _that_work(command: list[str], before: dict[str, dict[str, Any]]) -> list[str]:
@@ -71,21 +71,23 @@ def plan(out: Path, device: str, *, smoke: bool = False) -> list[Stage]:
     fast = ("--impls", ",".join((*modes, *FAST)))
     slow = ("--impls", ",".join((*BACKENDS, *SLOW)))
     whole = ("--impls", ",".join((*BACKENDS, "grouped_mm without head")))
+    on_gpu = [own("warm", 100, device, str(out / "warm.json"))]
+    on_gpu += [small(name.removeprefix("reap:")) for name in BACKENDS]
     made = [
         own("facts", 30, device, str(out / "facts.json"), needs=()),
         own("build", 100, device, str(out / "build.json")),
-        own("warm", 100, device, str(out / "warm.json")),
-        *(small(name.removeprefix("reap:")) for name in BACKENDS if device == "cuda"),
+        *on_gpu,
         own("tests", TEST_SECONDS, *tests),
         bench("layer", "layer", 80, *layer, "1,64,1024,4096,16384", *fast),
         bench("calibrate", "calibrate", 80, "--rounds", "2", *whole),
         bench("large", "layer", 70, *short, *large, *fast),
         bench("even", "layer", 40, *layer, "16384", *fast, "--routing", "even"),
         bench("stats", "stats", 40, *short, "--shapes", QWEN),
-        bench("observers", "layer", 40, *layer, "1024", *slow),
+        bench("observers", "layer", 40, *layer, "64,1024", *slow),
     ]
-    # On a GPU there is nothing to run: see norms.NOT_ON_A_GPU.
-    return made if device == "cuda" else [*made, bench("norms", "norms", 30, *short)]
+    if device == "cuda":  # where `norms` has nothing to run: see norms.NOT_ON_A_GPU
+        return made
+    return [stage for stage in made if stage not in on_gpu] + [bench("norms", "norms", 30, *short)]
 
 
 @app.command()

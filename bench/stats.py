@@ -37,11 +37,12 @@ def _shape(shape: Shape, dtype: str, settings: Settings) -> Iterator[Row]:
     weights = inputs.weights(shape, TORCH[dtype], settings.device)
     eager = peers.transformers_experts(**weights, implementation="eager")
     backends = layer.backends_here(settings, dtype)
+    backends = [name for name in backends if settings.wants(f"reap:{name}")] or backends
     for T in settings.tokens:
         given = inputs.routed(shape, T, TORCH[dtype], settings.device) | weights
         calls = {f"layer {name}": layer.ours(name, given) for name in backends}
         calls["layer eager"] = layer.peer(eager, given)
-        _, norms, peaks = reap_kernels.moe_saliency(**given)
+        _, norms, peaks = reap_kernels.moe_saliency(**given, backend=backends[0])
         slots = (given["top_k_index"], given["top_k_weights"], norms, peaks)
         _check(_empty(shape), slots)
         for name, pairs in (("reap:update", False), ("reap:update+pairs", True)):

@@ -46,9 +46,9 @@ def plan(out: Path, device: str, *, smoke: bool = False) -> list[Stage]:
     compilers run side by side."""
     python = [sys.executable, "-m"]
 
-    def bench(name: str, suite: str, limit: float, *options: str) -> Stage:
+    def bench(name: str, suites: str, limit: float, *options: str) -> Stage:
         folder = out / name
-        command = [*python, "bench", suite, "--device", device, "--out", str(folder)]
+        command = [*python, "bench", *suites.split(), "--device", device, "--out", str(folder)]
         command += ["--smoke"] if smoke else ["--dtype", "bf16", *options]
         result = folder / "rows.jsonl"
         return Stage(name, partial(_that_work, command), limit, result, ("facts",), ENVIRONMENT)
@@ -66,7 +66,7 @@ def plan(out: Path, device: str, *, smoke: bool = False) -> list[Stage]:
     tests = [str(out / "tests.json"), str(TEST_SECONDS - 5), str(TEST_PROCESSES)]
     short = ("--quick", "--rounds", "5", "--seconds", "0.3")
     layer = (*short, "--shapes", QWEN, "--tokens")
-    large = ("--shapes", "deepseek-v3,mixtral-8x7b,gpt-oss-120b-own", "--tokens", "16384")
+    large = ("--shapes", f"{QWEN},deepseek-v3,mixtral-8x7b,gpt-oss-120b-own", "--tokens", "16384")
     modes = [f"{name}{mode}" for name in BACKENDS for mode in ("", "+det")]
     fast = ("--impls", ",".join((*modes, *FAST)))
     slow = ("--impls", ",".join((*BACKENDS, *SLOW)))
@@ -78,11 +78,9 @@ def plan(out: Path, device: str, *, smoke: bool = False) -> list[Stage]:
         own("build", 100, device, str(out / "build.json")),
         *on_gpu,
         own("tests", TEST_SECONDS, *tests),
-        bench("layer", "layer", 80, *layer, "1,64,1024,4096,16384", *fast),
+        bench("layer", "layer stats", 80, *layer, "1,64,1024,4096", *fast),
         bench("calibrate", "calibrate", 80, "--rounds", "2", *whole),
-        bench("large", "layer", 70, *short, *large, *fast),
-        bench("even", "layer", 40, *layer, "16384", *fast, "--routing", "even"),
-        bench("stats", "stats", 40, *short, "--shapes", QWEN),
+        bench("large", "layer", 100, *short, *large, *fast, "--routing", "uniform,even"),
         bench("observers", "layer", 40, *layer, "64,1024", *slow),
     ]
     if device == "cuda":  # where `norms` has nothing to run: see norms.NOT_ON_A_GPU

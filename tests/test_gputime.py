@@ -4,13 +4,14 @@ has."""
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from bench import device, gputime
-from bench.measure import Settings, interleave, rows
+from bench import device, gputime, inputs, layer, memory, peers
+from bench.measure import PRESETS, Settings, interleave, rows
 
 
 class FakeCuda:
@@ -179,3 +180,37 @@ def test_meter_takes_the_readings_of_its_spans(monkeypatch, tmp_path):
     with device.metered() as meter:
         pass
     assert meter.readings == []
+
+
+def test_layer_suite_as_on_a_gpu(cuda, monkeypatch):
+    """Its own course, with tensors that stay on the CPU: modes, peers that fail, floor, routing."""
+    weights, routed = inputs.weights, inputs.routed
+    monkeypatch.setattr(inputs, "weights", lambda shape, dtype, where="": weights(shape, dtype))
+
+    def on_cpu(shape, T, dtype, where="", *kind):
+        return routed(shape, T, dtype, "cpu", *kind)
+
+    monkeypatch.setattr(inputs, "routed", on_cpu)
+    monkeypatch.setattr(memory, "available", lambda where: 10**10)
+    monkeypatch.setattr(memory, "peak_extra", lambda call, where: (call(), 5))
+    for name in ("get_device_name", "empty_cache"):
+        monkeypatch.setattr(torch.cuda, name, getattr(cuda, name))
+    monkeypatch.setattr(peers, "others", lambda: ["batched_mm", "nonsense"])
+    monkeypatch.setattr(layer, "ON_GPU", (*layer.ON_GPU, "nonsense"))
+    said: list[str] = []
+    settings = replace(
+        PRESETS["smoke"], device="cuda", dtypes=("bf16",), routings=inputs.ROUTINGS, say=said.append
+    )
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        made = list(layer.run(settings))
+    finally:
+        torch.set_num_threads(threads)
+    ours = {row.impl for row in made if row.impl.startswith("reap:")}
+    assert "reap:reference+det" in ours
+    even = {row.impl for row in made if row.routing == "even"}
+    assert even >= {"eager", "grouped_mm", "batched_mm", "hooks", "observer", "bmm"}
+    assert all(row.method and row.floor_ms and row.extra_bytes == 5 for row in made)
+    assert any(line.startswith("layer: skips liger, ") for line in said)
+    assert any(line.startswith("layer: skips nonsense at T=40, ") for line in said)

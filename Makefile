@@ -15,7 +15,7 @@ BY_RELEASE := $(patsubst %,tests/test_%.py,calibration compat config experts ide
 # What starts compilers, or runs what they made: the emulator, mutants, other processors, all of Triton's interpreter.
 COMPILED := $(patsubst %,--ignore-glob=tests/test_%.py,'cuda*' 'simt*' bench cpu_portability cpu_stops fragments triton triton_offline)
 
-.PHONY: demo test test-quick test-slow test-oldest test-versions sanitize lint bench clean
+.PHONY: demo test test-quick test-slow test-oldest test-versions sanitize lint bench gpu gpu-sanitize clean
 
 demo: .venv/installed
 	$(BIN)/python -m reap demo
@@ -57,6 +57,15 @@ lint: .venv/installed
 
 bench: .venv/installed
 	$(BIN)/python -m bench
+
+# On a machine with a GPU, in its own environment: builds for that chip, tests, times; six minutes at most.
+gpu:
+	$(PYTHON) -m bench.gpu.facts
+	$(PYTHON) -m bench.gpu
+
+# After it: memcheck, racecheck, initcheck and synccheck over small calls; three minutes at most.
+gpu-sanitize:
+	$(PYTHON) -m bench.gpu.sanitize
 
 # The package is installed editable, so only its metadata and native sources make it stale. torch comes first: a
 # build for GPUs brings the one triton that it works with, beside a build for CPUs it is TRITON.

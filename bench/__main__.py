@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import sys
 from collections.abc import Collection
 from dataclasses import replace
@@ -14,7 +15,7 @@ import torch
 import typer
 from rich.console import Console
 
-from bench import calibrate, layer, report
+from bench import calibrate, inputs, layer, report
 from bench.gate import WrongResult
 from bench.measure import PRESETS, TORCH, Settings
 from bench.row import Log, Row
@@ -29,6 +30,7 @@ SUITES = {
     "prune": "bench.prune",
     "stats": "bench.stats",
 }
+ON_GPU = ("layer", "norms", "calibrate", "stats")
 Suite = Enum("Suite", dict(zip(SUITES, SUITES, strict=True)), type=str)  # type: ignore[misc]
 Device = Enum("Device", {"cpu": "cpu", "cuda": "cuda"}, type=str)
 SHAPES = {**REAL, TINY.name: TINY}
@@ -47,7 +49,8 @@ def main(
     tokens: Annotated[str | None, typer.Option(help="T of the layer suite, by comma")] = None,
     impls: Annotated[str | None, typer.Option(help="of `layer` and `calibrate`, by comma")] = None,
     isas: Annotated[str | None, typer.Option(help="of `layer`, besides the best; by comma")] = None,
-    device: Annotated[Device, typer.Option(help="of `layer`")] = Device.cpu,
+    routing: Annotated[str | None, typer.Option(help="of `layer`: uniform, even; by comma")] = None,
+    device: Annotated[Device, typer.Option(help="of all but roof and prune")] = Device.cpu,
     threads: Annotated[int | None, typer.Option(min=1, help="torch's own by default")] = None,
     rounds: Annotated[int | None, typer.Option(min=1, help="samples of each")] = None,
     seconds: Annotated[float | None, typer.Option(help="for each impl and size")] = None,
@@ -68,6 +71,7 @@ def main(
         "tokens": _tokens(tokens),
         "impls": _names("--impls", impls, dict.fromkeys(layer.IMPLS + calibrate.FORWARDS)),
         "isas": _names("--isas", isas, () if cpu.available() else cpu.isas()),
+        "routings": _names("--routing", routing, inputs.ROUTINGS),
         "device": device.value,
         "rounds": rounds,
         "seconds": seconds,
@@ -81,7 +85,7 @@ def main(
         torch.set_num_threads(threads)
     names = [suite.value for suite in suites or Suite]
     if device is Device.cuda:
-        names = _on_gpu(names if suites else ["layer"], isas)
+        names = _on_gpu(names if suites else list(ON_GPU), isas)
     _, refused = run(names, settings, out, console)
     if refused:
         raise typer.Exit(1)
@@ -104,14 +108,23 @@ def run(
                 refused.append(suite)
     finally:
         report.tables(log.rows, console)
-        for path in [log.jsonl, log.csv, *report.plots(log.rows, out)]:
+        for path in [log.jsonl, log.csv, *_plots(log.rows, out, settings)]:
             settings.say(f"wrote {path}")
     return log.rows, refused
 
 
+def _plots(rows: list[Row], out: Path, settings: Settings) -> list[Path]:
+    if importlib.util.find_spec("matplotlib") is None:
+        settings.say("no plots: matplotlib is not installed")
+        return []
+    return report.plots(rows, out)
+
+
 def _on_gpu(suites: list[str], isas: str | None) -> list[str]:
-    if suites != ["layer"]:
-        raise typer.BadParameter(f"--device cuda: only `layer` runs there, not {', '.join(suites)}")
+    if wrong := [suite for suite in suites if suite not in ON_GPU]:
+        raise typer.BadParameter(
+            f"--device cuda: only {', '.join(ON_GPU)} run there, not {', '.join(wrong)}"
+        )
     if isas is not None:
         raise typer.BadParameter("--isas are those of --device cpu")
     if not torch.cuda.is_available():

@@ -23,15 +23,16 @@ from bench.shapes import REAL, TINY, Shape
 from reap.text.batching import Batch
 
 REAL_LAYERS, REAL_VOCABULARY = 48, 151_936
-NO_HEAD = "eager without head"
-FORWARDS = (NO_HEAD,)  # beside those of the layer suite
+NO_HEAD, GROUPED_NO_HEAD = "eager without head", "grouped_mm without head"
+FORWARDS = (NO_HEAD, GROUPED_NO_HEAD)  # beside those of the layer suite
 # Observers sum in different orders, so that means of fp32 norms differ by a few fp32 epsilons.
 LUCK = 8 * torch.finfo(torch.float32).eps
 
 
 @dataclass(frozen=True)
 class Size:
-    """`rows` rows of `length` tokens, one row per forward, through `layers` layers of `shape`."""
+    """`rows` rows of `length` tokens, `batch` of them per forward, through `layers` layers of
+    `shape`."""
 
     shape: Shape
     layers: int
@@ -39,6 +40,7 @@ class Size:
     rows: int
     heads: int
     head_dim: int
+    batch: int = 1
 
     @property
     def vocabulary(self) -> int:
@@ -62,7 +64,8 @@ class Size:
         }
 
     def __str__(self) -> str:
-        return f"{self.shape} L{self.layers} vocabulary {self.vocabulary}, rows of {self.length}"
+        rows = f"rows of {self.length}" if self.batch == 1 else f"{self.batch} x {self.length}"
+        return f"{self.shape} L{self.layers} vocabulary {self.vocabulary}, {rows}"
 
 
 def run(settings: Settings) -> Iterator[Row]:
@@ -76,10 +79,15 @@ def run(settings: Settings) -> Iterator[Row]:
 
 
 def _size(dtype: str, settings: Settings) -> Size | None:
-    """Four layers, or as many as fit beside the observer's tensor."""
+    """Four layers, or as many as fit beside the observer's tensor; twelve on a GPU."""
     if settings.smoke:
-        return Size(TINY, layers=2, length=16, rows=2, heads=8, head_dim=8)
+        return Size(TINY, layers=2, length=16, rows=4, heads=8, head_dim=8, batch=2)
     shape, length = REAL["qwen3-30b-a3b"], 2048
+    if settings.device == "cuda":
+        layers = min(12, int(0.5 * memory.available("cuda")) // (shape.weight_bytes(dtype)))
+        batches = {"full": 10, "quick": 4}[settings.mode]
+        made = Size(shape, layers, 4096, rows=8 * batches, heads=32, head_dim=128, batch=8)
+        return made if layers else None
     observed = peers.Observer.bytes_needed(shape.E, length, shape.H)
     room = int(0.8 * memory.available()) - 2 * observed
     layers = min(4, room // (shape.weight_bytes(dtype) * 11 // 10))
@@ -93,10 +101,10 @@ def _size(dtype: str, settings: Settings) -> Size | None:
 def _model(
     size: Size, dtype: str, settings: Settings, theirs: llmcompressor.Result | None
 ) -> Iterator[Row]:
-    model = build(size, TORCH[dtype])
+    model = build(size, TORCH[dtype], settings.device)
     g = torch.Generator().manual_seed(0)
     ids = torch.randint(size.vocabulary, (size.rows, size.length), generator=g)
-    batches = [Batch(row[None], torch.ones_like(row[None]), "bench") for row in ids]
+    batches = [Batch(rows, torch.ones_like(rows), "bench") for rows in ids.split(size.batch)]
     calls: dict[str, Callable[[], Any]] = {
         f"reap:{name}": partial(reap.calibrate, model, batches, backend=name)
         for name in backends_here(settings, dtype)
@@ -104,16 +112,18 @@ def _model(
     for implementation in ("eager", "grouped_mm"):
         calls[implementation] = partial(_forward, model, batches, implementation)
     calls[NO_HEAD] = partial(_forward, model.model, batches, "eager")
+    calls[GROUPED_NO_HEAD] = partial(_forward, model.model, batches, "grouped_mm")
     for name, kind in (("hooks", peers.Hooks), ("observer", peers.Observer)):
-        calls[name] = partial(_replaced, model, batches, _peers(model, kind))
+        if settings.wants(name):
+            calls[name] = partial(_replaced, model, batches, _peers(model, kind))
     calls = {name: call for name, call in calls.items() if settings.wants(name)}
 
-    model(input_ids=ids[:1, :8])  # what libraries set up once is nobody's memory
+    model(input_ids=ids[:1, :8].to(settings.device))  # what libraries set up is nobody's memory
     extra, found = {}, {}
     for name, call in calls.items():
-        found[name], extra[name] = memory.peak_extra(call)
+        found[name], extra[name] = memory.peak_extra(call, settings.device)
     _check(found, dtype)
-    samples = interleave(calls, None, settings)
+    samples = interleave(calls, None, settings, wall=True)
     if theirs is not None:
         samples.ms |= theirs.ms
     shape = str(size)
@@ -121,11 +131,11 @@ def _model(
         yield theirs.stamp(row) if theirs is not None else row
 
 
-def build(size: Size, dtype: torch.dtype) -> nn.Module:
+def build(size: Size, dtype: torch.dtype, device: str = "cpu") -> nn.Module:
     from transformers import AutoModelForCausalLM, Qwen3MoeConfig
     from transformers.initialization import no_init_weights
 
-    with no_init_weights():
+    with no_init_weights(), torch.device(device):
         model = AutoModelForCausalLM.from_config(Qwen3MoeConfig(**size.config), dtype=dtype)
     for index, parameter in enumerate(model.parameters()):
         parameter.requires_grad_(False)
@@ -139,8 +149,9 @@ def build(size: Size, dtype: torch.dtype) -> nn.Module:
 
 def _forward(model: nn.Module, batches: list[Batch], implementation: str) -> None:
     model.set_experts_implementation(implementation)
-    for batch in batches:
-        model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
+    device = next(model.parameters()).device
+    for batch in batches:  # none is padded, so that no mask is the same, as `calibrate` knows too
+        model(input_ids=batch.input_ids.to(device), use_cache=False)
 
 
 def _peers(model: nn.Module, kind: type) -> list[nn.Module]:
@@ -174,7 +185,7 @@ def _check(found: dict[str, Any], dtype: str) -> None:
             continue
         first = result[0] if isinstance(result, list) else result[result.layers[0]]
         count, weighted = (
-            torch.as_tensor(values, dtype=torch.float64)
+            torch.as_tensor(values, dtype=torch.float64).cpu()
             for values in (first.count, first.weighted_sum)
         )
         score: Tensor = weighted / count.clamp(min=1)

@@ -32,35 +32,55 @@ def cases() -> ModuleType:
     return module
 
 
-def check(name: str, result: Saliency | Tensor, inputs: dict[str, Any]) -> None:
-    """Three tokens of a result against their fp64 truth: rows of a layer are independent.
+class Gate:
+    """Three tokens of a layer with their fp64 truth: rows of a layer are independent.
 
-    `inputs` are the arguments of moe_saliency, `result` is what it returns, or `out` alone for an
-    implementation without norms. Raises WrongResult that says what is off, and by how much.
+    `inputs` are the arguments of moe_saliency. The truth is computed once for all results.
     """
-    T = inputs["hidden_states"].shape[0]
-    tokens = torch.tensor(sorted({0, T // 2, T - 1}))
-    per_token = ("hidden_states", "top_k_index", "top_k_weights")
-    sample = inputs | {key: inputs[key][tokens] for key in per_token}
-    if sample["hidden_states"].device.type != "cpu":
-        sample = chosen_experts(sample)
-    if isinstance(result, Tensor):
-        exact = cases().truth(sample)
-        result = Saliency(result[tokens].cpu(), exact.norms.float(), exact.peaks.float())
-    else:
-        result = Saliency(*(tensor[tokens].cpu() for tensor in result))
-    try:
-        cases().assert_accurate(result, sample)
-    except AssertionError as error:
-        shape = list(inputs["gate_up_proj"].shape)
-        raise WrongResult(f"{name} at T={T}, gate_up_proj {shape}: {error}") from error
+
+    def __init__(self, inputs: dict[str, Any]) -> None:
+        self.T, self.shape = len(inputs["hidden_states"]), list(inputs["gate_up_proj"].shape)
+        device = inputs["hidden_states"].device.type
+        self.tokens = torch.tensor(sorted({0, self.T // 2, self.T - 1}), device=device)
+        per_token = ("hidden_states", "top_k_index", "top_k_weights")
+        sample = inputs | {key: inputs[key][self.tokens] for key in per_token}
+        if device != "cpu":
+            sample = chosen_experts(sample)
+        exact, plain = cases().truth(sample, device), cases().plain(sample)
+        self.sample = _on_cpu(sample)
+        self.known = tuple(Saliency(*(x.cpu() for x in result)) for result in (exact, plain))
+
+    def check(self, name: str, result: Saliency | Tensor) -> None:
+        """`result` is what moe_saliency returns, or `out` alone for an implementation without
+        norms. Raises WrongResult that says what is off, and by how much."""
+        if isinstance(result, Tensor):
+            exact = self.known[0]
+            taken = Saliency(self._taken(result), exact.norms.float(), exact.peaks.float())
+        else:
+            taken = Saliency(*map(self._taken, result))
+        try:
+            cases().assert_accurate(taken, self.sample, self.known)
+        except AssertionError as error:
+            where = f"{name} at T={self.T}, gate_up_proj {self.shape}"
+            raise WrongResult(f"{where}: {error}") from error
+
+    def _taken(self, tensor: Tensor) -> Tensor:
+        return tensor[self.tokens.to(tensor.device)].cpu()
+
+
+def check(name: str, result: Saliency | Tensor, inputs: dict[str, Any]) -> None:
+    """A gate for one result."""
+    Gate(inputs).check(name, result)
 
 
 def chosen_experts(sample: dict[str, Any]) -> dict[str, Any]:
-    """The same layer on the CPU, with only the experts that its tokens chose: to fetch all from a
-    GPU for three tokens would take longer than the rest."""
+    """The same layer with only the experts that its tokens chose: to fetch all from a GPU for three
+    tokens would take longer than the rest."""
     experts, ids = sample["top_k_index"].unique(return_inverse=True)
     stacked = ("gate_up_proj", "down_proj", "gate_up_bias", "down_bias")
     picked = {key: sample[key][experts] for key in stacked if sample[key] is not None}
-    moved = sample | picked | {"top_k_index": ids}
-    return {key: x.cpu() if isinstance(x, Tensor) else x for key, x in moved.items()}
+    return sample | picked | {"top_k_index": ids}
+
+
+def _on_cpu(sample: dict[str, Any]) -> dict[str, Any]:
+    return {key: x.cpu() if isinstance(x, Tensor) else x for key, x in sample.items()}

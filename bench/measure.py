@@ -11,7 +11,7 @@ from statistics import median, quantiles
 
 import torch
 
-from bench import roof
+from bench import device, gputime, roof
 from bench.row import Row, machine, versions
 from bench.shapes import REAL, TINY, Shape
 
@@ -35,7 +35,8 @@ class Settings:
     gigabytes: float = 4.0
     impls: tuple[str, ...] = ()  # of `layer` and `calibrate`; none named: all
     isas: tuple[str, ...] = ()  # of `layer`, besides the best
-    device: str = "cpu"  # of `layer`: cpu or cuda
+    routings: tuple[str, ...] = ("uniform",)  # of `layer`: see inputs.ROUTINGS
+    device: str = "cpu"  # cpu or cuda
     scratch: Path = Path("out/bench/scratch")
     llmcompressor: Path | None = None
     say: Callable[[str], None] = field(default=print)
@@ -76,6 +77,7 @@ class Samples:
     ms: dict[str, list[float]]
     peaks: list[float]
     device: str = "cpu"
+    details: dict[str, gputime.Detail] = field(default_factory=dict)  # of a GPU's implementations
 
     @property
     def peak(self) -> float | None:
@@ -83,12 +85,23 @@ class Samples:
 
 
 def interleave(
-    impls: dict[str, Callable[[], object]], dtype: str | None, settings: Settings
+    impls: dict[str, Callable[[], object]],
+    dtype: str | None,
+    settings: Settings,
+    *,
+    wall: bool = False,
+    graphs: bool = True,
 ) -> Samples:
     """Times the implementations in turn, so that a machine that slows down slows all of them down.
 
     Each has run once before. One that has used up its seconds after three rounds leaves the turn.
+    On a GPU as in gputime.py, unless the `wall` clock is asked for; without `graphs` no call is
+    replayed.
     """
+    if settings.device == "cuda" and not wall:
+        ms, details = gputime.interleave(impls, settings.rounds, settings.seconds, graphs=graphs)
+        peak = _peak(dtype, "cuda") if dtype in TORCH else None
+        return Samples(ms, [] if peak is None else [peak], "cuda", details)
     repeats = dict.fromkeys(impls, 1)
     samples = Samples({name: [] for name in impls}, [], settings.device)
     used = dict.fromkeys(impls, 0.0)
@@ -110,9 +123,10 @@ def interleave(
     return samples
 
 
-def _peak(dtype: str, device: str) -> float | None:
-    if device == "cuda":
-        return roof.gpu_peak(dtype, torch.cuda.get_device_name())
+def _peak(dtype: str, where: str) -> float | None:
+    if where == "cuda":
+        gpu = device.known(torch.cuda.get_device_name())
+        return gpu.flops if gpu is not None and dtype != "fp32" else None
     if roof.missing():
         return None
     return roof.fma_peak(dtype, torch.get_num_threads(), ROOF_SECONDS)
@@ -137,6 +151,8 @@ def rows(
     flops: int | None = None,
     extra: dict[str, int | None] | None = None,
     ours: str = "reap",
+    routing: str | None = None,
+    floor_ms: float | None = None,
 ) -> list[Row]:
     """One row per implementation; one whose name starts with `ours` is compared to the others."""
     dtype, shape, T = size
@@ -146,6 +162,7 @@ def rows(
     made = []
     for name, ms in samples.ms.items():
         rate = flops / medians[name] / 1e6 if flops else None  # FLOP / ms / 1e6 = GFLOP/s
+        detail = samples.details.get(name, gputime.Detail())
         made.append(
             Row(
                 bench=bench,
@@ -162,6 +179,14 @@ def rows(
                 speedup_vs={}
                 if name in peers
                 else {peer: other / medians[name] for peer, other in peers.items()},
+                routing=routing,
+                floor_ms=floor_ms,
+                method=detail.method,
+                alone_ms=detail.alone_ms,
+                host_ms=detail.host_ms,
+                clock_mhz=detail.clock_mhz,
+                power_w=detail.power_w,
+                kernels=detail.kernels,
                 machine=machine(samples.device),
                 versions=versions(),
             )

@@ -23,10 +23,17 @@ from reap_kernels import cpu
 
 ON, OFF = "reap:cpu", "cpu, norms off"
 PAIRS = 101
+NOT_ON_A_GPU = (
+    "no backend for GPUs can leave norms and peaks out; the times of their kernels, and of `bmm`, "
+    "bound the price"
+)
 
 
 def run(settings: Settings) -> Iterator[Row]:
     """For the first shape: two rows per size, and the price in words."""
+    if settings.device == "cuda":
+        settings.say(f"norms: skipped, {NOT_ON_A_GPU}")
+        return
     if reason := cpu.available():
         settings.say(f"norms: skipped, {reason}")
         return

@@ -1,6 +1,9 @@
 """What others run today, written from the description of what they compute.
 
-eager, grouped_mm   transformers' own experts: the layer alone, no saliency
+eager, grouped_mm   transformers' own experts: the layer alone, no saliency; on a GPU also what else
+                    it has registered (OTHERS)
+liger               Liger's fused kernels, where liger_kernel is installed: the layer alone
+bmm                 no layer but a roof: both products of as many FLOPs by batched cuBLAS
 hooks               a module per expert, a hook on each, its sums in Python (as llm-compressor does)
 observer            every expert on every token in one fp32 [E, T, H], on top of the eager layer
                     (as the observer of the paper's authors does)
@@ -27,6 +30,45 @@ def transformers_experts(gate_up_proj: Tensor, down_proj: Tensor, implementation
     module.gate_up_proj = nn.Parameter(gate_up_proj, requires_grad=False)
     module.down_proj = nn.Parameter(down_proj, requires_grad=False)
     return module.eval()
+
+
+def others() -> list[str]:
+    """What the installed transformers has registered beside eager and grouped_mm."""
+    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+    return [name for name in ALL_EXPERTS_FUNCTIONS.keys() if name not in ("grouped_mm", "reap")]
+
+
+class Liger(nn.Module):
+    """The forward of Liger's fused mixture of experts; ImportError where it is not installed."""
+
+    def __init__(self, gate_up_proj: Tensor, down_proj: Tensor) -> None:
+        super().__init__()
+        from liger_kernel.ops.fused_moe import LigerFusedMoEFunction
+
+        self.apply_, self.weights = LigerFusedMoEFunction.apply, (gate_up_proj, down_proj)
+
+    def forward(self, x: Tensor, ids: Tensor, gates: Tensor) -> Tensor:
+        return self.apply_(x, *self.weights, ids.to(torch.int32), gates)
+
+
+class Bmm(nn.Module):
+    """Both products of a layer with S/E rows per expert, and nothing else: no routing, gather,
+    activation, norms or combine."""
+
+    def __init__(self, gate_up_proj: Tensor, down_proj: Tensor) -> None:
+        super().__init__()
+        self.up, self.down = gate_up_proj.mT, down_proj.mT
+        self.rows: tuple[Tensor, Tensor] | None = None
+
+    def forward(self, x: Tensor, ids: Tensor, gates: Tensor) -> Tensor:
+        E, H, _ = self.up.shape
+        each = ids.numel() // E
+        if self.rows is None or self.rows[0].shape[1] != each:
+            made = (x.new_empty(E, each, width) for width in (H, self.down.shape[1]))
+            self.rows = (next(made).normal_(), next(made).normal_())
+        torch.bmm(self.rows[0], self.up)
+        return torch.bmm(self.rows[1], self.down)
 
 
 class _Expert(nn.Module):

@@ -20,6 +20,12 @@ if TYPE_CHECKING:
 def line(row: Row) -> str:
     """`layer bf16 qwen3-30b-a3b ... T=1024 reap:cpu 12.3 ms 690 GFLOP/s 83% of peak`."""
     parts = [row.bench, row.dtype, row.shape, f"T={row.T}", row.impl, f"{row.ms_median:.4g} ms"]
+    if row.routing == "even":
+        parts.insert(4, row.routing)
+    if row.host_ms is not None:
+        parts.append(f"alone {row.alone_ms:.4g} ms, host {row.host_ms:.3g} ms")
+    if row.floor_ms is not None:
+        parts.append(f"{row.ms_median / row.floor_ms:.2f}x floor")
     if row.gflops is not None:
         parts.append(f"{row.gflops:.4g} GFLOP/s")
     if row.fraction_of_peak is not None:
@@ -48,13 +54,20 @@ def tables(rows: list[Row], console: Console) -> None:
 
 COLUMNS = (
     "T",
+    "routing",
     "impl",
     "ms",
     "p20-p80",
+    "alone ms",
+    "host ms",
+    "floor ms",
+    "x floor",
     "tokens/s",
     "GFLOP/s",
     "of peak",
     "extra MB",
+    "MHz",
+    "W",
     "times as fast as",
 )
 
@@ -62,15 +75,26 @@ COLUMNS = (
 def _cells(row: Row) -> list[str]:
     return [
         f"{row.T:,}" if row.T else "",
+        row.routing or "",
         row.impl,
         f"{row.ms_median:,.4g}",
         f"{row.ms_p20:,.4g}-{row.ms_p80:,.4g}",
+        _number(row.alone_ms, ".4g") + (" (events)" if row.method == "events" else ""),
+        _number(row.host_ms, ".3g"),
+        _number(row.floor_ms, ".4g"),
+        "" if row.floor_ms is None else f"{row.ms_median / row.floor_ms:.2f}",
         f"{row.T / row.ms_median * 1e3:,.0f}" if row.T else "",
-        "" if row.gflops is None else f"{row.gflops:,.4g}",
+        _number(row.gflops, ",.4g"),
         "" if row.fraction_of_peak is None else f"{row.fraction_of_peak:.0%}",
         "" if row.extra_bytes is None else f"{row.extra_bytes / 1e6:,.1f}",
+        _number(row.clock_mhz, ".0f"),
+        _number(row.power_w, ".0f"),
         ", ".join(f"{peer} {times:.2f}" for peer, times in row.speedup_vs.items()),
     ]
+
+
+def _number(value: float | None, form: str) -> str:
+    return "" if value is None else format(value, form)
 
 
 def plots(rows: list[Row], out: Path) -> list[Path]:

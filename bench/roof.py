@@ -1,5 +1,4 @@
-"""Roofs: of this machine, measured by `peak.cpp`, which is compiled at run time; of a GPU, its
-maker's."""
+"""Roofs of this machine, measured by `peak.cpp`, which is compiled at run time."""
 
 from __future__ import annotations
 
@@ -54,13 +53,6 @@ def fma_peak(dtype: str, threads: int, seconds: float) -> float:
     """Multiply-adds from registers in independent sums, two FLOPs each [FLOP/s]: of bf16 where the
     processor multiplies that, else of fp32, which every other dtype is widened to."""
     return _library().fma_peak(dtype == "bf16", threads, seconds)
-
-
-def gpu_peak(dtype: str, name: str) -> float | None:
-    """Dense 16-bit rate of the GPU that torch calls `name` [FLOP/s]; None for others and fp32."""
-    from bench.gpu_roofline import GPUS
-
-    return next((gpu.flops for gpu in GPUS if gpu.name in name and dtype != "fp32"), None)
 
 
 def read_bandwidth(data: torch.Tensor, threads: int) -> float:

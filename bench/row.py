@@ -25,13 +25,21 @@ class Row:
     dtype: str  # bf16, fp32 or fp16; "-" where no arithmetic is done
     shape: str  # `Shape` as text for layers and models, words elsewhere
     T: int  # tokens per call; 0 where there are none
-    ms_median: float  # per call, over the rounds of one run [ms]
+    routing: str | None  # of the tokens to experts: see inputs.ROUTINGS
+    ms_median: float  # per call, over the rounds of one run; on a GPU its own time [ms]
     ms_p20: float
     ms_p80: float
+    method: str | None  # of a GPU's time: replayed as a "graph", or "events" around the call
+    alone_ms: float | None  # of one call on an idle GPU, by events: what the host does not hide
+    host_ms: float | None  # until a call to a GPU returns
+    floor_ms: float | None  # the slower of the layer's FLOPs and bytes, at the GPU maker's rates
     gflops: float | None  # needed FLOPs (README) / ms_median [GFLOP/s]
     fraction_of_peak: float | None  # gflops / FMA peak measured in the same rounds (README)
     extra_bytes: int | None  # peak resident memory of one call above what was there before it
     speedup_vs: dict[str, float]  # {peer: its ms_median / ours}, from the same rounds
+    clock_mhz: float | None  # of the GPU while it ran
+    power_w: float | None  # of the GPU while this size ran: the driver averages a second
+    kernels: dict[str, float]  # a GPU's longest, by name [ms per call]
     machine: str  # processor, threads, memory
     versions: dict[str, str]  # of what ran
 

@@ -21,6 +21,7 @@ class Shape:
     H: int
     I: int  # noqa: E741
     of: int | None = None
+    own: bool = False  # gpt-oss's own layout, activation and biases; else SwiGLU without bias
 
     def __str__(self) -> str:
         scaled = f"(of {self.of})" if self.of else ""
@@ -75,6 +76,7 @@ REAL = {
         Shape("deepseek-v3", 256, 8, 7168, 2048),
         Shape("minimax-m2", 256, 8, 3072, 1536),
         Shape("gpt-oss-120b", 128, 4, 2880, 2880),
+        Shape("gpt-oss-120b-own", 128, 4, 2880, 2880, own=True),
         Shape("llama-4-scout", 16, 1, 5120, 8192),
         Shape("mixtral-8x7b", 8, 2, 4096, 14336),
         Shape("olmoe", 64, 8, 2048, 1024),

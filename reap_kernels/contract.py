@@ -94,8 +94,8 @@ class Backend(Protocol):
     """What a backend module has.
 
     One that also has ASSERTS_IDS = True refuses ids below 0 itself; for the others the op reads the
-    ids first, which waits for a GPU. One that never ran where users run it says so in CAVEAT;
-    one with AUTO = False runs only where it is named.
+    ids first, which waits for a GPU. One that ran on few of the chips where users run it says in
+    CAVEAT on which.
     """
 
     NAME: str

@@ -58,14 +58,26 @@ def pytest_collection_modifyitems(items):
         return
     skip = pytest.mark.skip(reason="needs a CUDA device, and torch.cuda.is_available() is False")
     for item in items:
-        if "gpu" in item.keywords:
+        if item.get_closest_marker("gpu") is not None:  # keywords have the names of folders, too
             item.add_marker(skip)
+
+
+def to_prepare(items):
+    """Modules of the items that will run and are not for a GPU: those compare with no compiler's
+    work, and must not wait for it."""
+    return list(
+        dict.fromkeys(
+            item.module
+            for item in items
+            if hasattr(item, "module") and item.get_closest_marker("gpu") is None
+        )
+    )
 
 
 def pytest_collection_finish(session):
     """Calls prepare() of each test module that has one, in a thread of its own: compilers run on a
     core that most tests leave idle. One that fails here fails again in the test that needs it."""
-    modules = dict.fromkeys(item.module for item in session.items if hasattr(item, "module"))
+    modules = to_prepare(session.items)
 
     def work():
         for module in modules:

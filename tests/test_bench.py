@@ -17,8 +17,8 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 import reap_kernels
-from bench import gate, inputs, layer, memory, peers, report, roof
-from bench.__main__ import SUITES, app, run
+from bench import device, gate, inputs, layer, memory, peers, report, roof
+from bench.__main__ import ON_GPU, SUITES, app, run
 from bench.measure import PRESETS, Samples, Settings, interleave, rows
 from bench.row import COLUMNS, Log, Row
 from bench.shapes import REAL, TINY, Shape
@@ -148,7 +148,8 @@ def test_a_suite_with_a_wrong_kernel_ends_without_its_rows(monkeypatch, tmp_path
         (["--dtype", "int8"], "'int8': it must be one of bf16, fp32, fp16"),
         (["--isas", "mmx"], "'mmx': it must be one of"),
         (["--device", "tpu"], "'tpu' is not one of"),
-        (["prune", "--device", "cuda"], "only `layer` runs there, not prune"),
+        (["prune", "--device", "cuda"], "only layer, norms, calibrate, stats run there, not prune"),
+        (["--routing", "odd"], "'odd': it must be one of uniform, even"),
         (["--device", "cuda", "--isas", "portable"], "--isas are those of --device cpu"),
         (["--shapes", "gpt-2"], "'gpt-2': it must be one of qwen3-30b-a3b"),
         (["--tokens", "8,-1"], "'8,-1': it must be positive numbers"),
@@ -168,12 +169,17 @@ def test_a_missing_gpu_is_told():
     assert result.exit_code == 2 and "torch finds no GPU" in result.output
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_layer_on_a_gpu(tmp_path):
-    settings = replace(PRESETS["smoke"], device="cuda", dtypes=("bf16",))
-    made, refused = run(["layer"], settings, tmp_path, Console(width=160))
-    assert not refused and {"eager", "observer"} < {row.impl for row in made}
-    assert all("CUDA" in row.machine and row.extra_bytes is not None for row in made)
+@pytest.mark.gpu
+def test_suites_on_a_gpu(tmp_path):
+    settings = replace(PRESETS["smoke"], device="cuda", dtypes=("bf16",), routings=inputs.ROUTINGS)
+    made, refused = run(list(ON_GPU), settings, tmp_path, Console(width=160))
+    layers = [row for row in made if row.bench == "layer"]
+    assert not refused and {"eager", "observer", "bmm"} < {row.impl for row in layers}
+    assert all("CUDA" in row.machine and row.extra_bytes is not None for row in layers)
+    assert {row.routing for row in layers} == set(inputs.ROUTINGS)
+    for row in layers:
+        assert row.method in ("graph", "events") and row.host_ms and row.alone_ms and row.kernels
+    assert {row.bench for row in made} == {"layer", "stats", "calibrate"}
 
 
 def test_only_what_is_asked_for(tmp_path):
@@ -227,10 +233,16 @@ def test_gate_fetches_only_chosen_experts():
         assert torch.equal(mine, whole)
 
 
-def test_roof_of_a_gpu_is_its_makers():
-    assert roof.gpu_peak("bf16", "NVIDIA H100 80GB HBM3") == 989e12
-    assert roof.gpu_peak("fp32", "NVIDIA H100 80GB HBM3") is None
-    assert roof.gpu_peak("bf16", "NVIDIA GeForce GTX 1080") is None
+def test_roofs_of_a_gpu_are_its_makers():
+    h100, shape = "NVIDIA H100 80GB HBM3", REAL["qwen3-30b-a3b"]
+    gpu = device.known(h100)
+    assert gpu is not None and gpu.flops == 989e12
+    assert device.known("NVIDIA GeForce GTX 1080") is None
+    assert device.floor_ms(shape, 16384, "bf16", h100) == pytest.approx(1.25, rel=0.01)
+    few = 1e3 * shape.floor_bytes(1, "bf16") / 3.35e12  # bound by memory
+    assert device.floor_ms(shape, 1, "bf16", h100) == pytest.approx(few)
+    assert device.floor_ms(shape, 1, "fp32", h100) is None
+    assert device.floor_ms(shape, 1, "bf16", "another") is None
 
 
 def test_interleave_takes_turns(monkeypatch):
@@ -324,3 +336,58 @@ def test_a_peer_and_its_weights_go_at_once(kind):
         assert gone() is None
     finally:
         gc.enable()
+
+
+def test_even_routing_gives_every_expert_as_many_slots():
+    ids = inputs.routed(TINY, 40, torch.float32, routing="even")["top_k_index"]
+    assert ids.flatten().bincount().tolist() == [10] * TINY.E
+    assert all(len(set(row)) == TINY.K for row in ids.tolist())
+    assert ids.tolist() != sorted(ids.tolist())
+
+
+def test_gpt_oss_has_a_layout_of_its_own():
+    """Through the gate, in fp32: the biases and the layout are those that both sides see."""
+    shape = replace(TINY, name="own", own=True)
+    with torch.inference_mode():
+        given = inputs.routed(shape, 5, torch.float32) | inputs.weights(shape, torch.float32)
+        assert given["transposed"] and given["interleaved"] and given["down_bias"] is not None
+        gate.check("ours", reap_kernels.moe_saliency(**given, backend="reference"), given)
+    said: list[str] = []
+    settings = replace(PRESETS["smoke"], shapes=(shape,), dtypes=("fp32",), say=said.append)
+    assert {row.impl for row in layer.run(settings)} <= set(layer.OURS)
+    assert "layer: no peers for own, they have another layout" in said
+
+
+def test_both_routings_are_rows():
+    settings = replace(
+        PRESETS["smoke"], dtypes=("fp32",), routings=inputs.ROUTINGS, impls=("reap:reference",),
+        say=lambda line: None,
+    )  # fmt: skip
+    assert [(row.T, row.routing) for row in layer.run(settings)] == [
+        (1, "uniform"), (40, "uniform"), (40, "even"),  # one token has too few slots for all
+    ]  # fmt: skip
+
+
+def test_bmm_is_both_products_of_as_many_rows():
+    weights = inputs.weights(TINY, torch.float32)
+    module = peers.Bmm(*weights.values())
+    given = inputs.routed(TINY, 40, torch.float32)
+    assert layer.peer(module, given)().shape == (TINY.E, 10, TINY.H)
+    assert module.rows is not None and module.rows[1].shape == (TINY.E, 10, TINY.I)
+
+
+def test_a_peer_that_has_no_room_is_a_line(monkeypatch):
+    monkeypatch.setattr("bench.memory.available", lambda device: 10**9)
+    assert "it needs" in str(layer._unbearable("batched_mm", REAL["mixtral-8x7b"], 64, "bf16", ""))
+    assert layer._unbearable("bmm", TINY, 1, "bf16", "") == "there are fewer slots than experts"
+    assert layer._unbearable("eager", TINY, 1, "bf16", "") is None
+
+
+def test_no_matplotlib_no_plots(monkeypatch, tmp_path):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    said: list[str] = []
+    settings = replace(
+        PRESETS["smoke"], dtypes=("fp32",), impls=("reap:reference",), say=said.append
+    )
+    run(["layer"], settings, tmp_path, Console(file=io.StringIO(), width=160))
+    assert "no plots: matplotlib is not installed" in said

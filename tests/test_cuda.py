@@ -1,8 +1,7 @@
 """The CUDA kernels' own source, executed on the emulator in tests/simt: against the truth, in
 several orders of lanes, warps and blocks, with early and late asynchronous copies. What the
 emulator sees (a race, a missing wait, an access outside, a read of what nobody wrote) is an error.
-
-Tests marked `gpu` compare with hardware, where there is some.
+test_cuda_gpu.py runs them on hardware.
 """
 
 import mmap
@@ -15,36 +14,13 @@ import torch
 from cases import Case
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiles import ALIGNED, LAST, ROWS
 
-from reap_kernels import backends, moe_saliency, native, swiglu_clamped
+from reap_kernels import moe_saliency, swiglu_clamped
 
 pytestmark = pytest.mark.skipif(emulated.missing() is not None, reason=str(emulated.missing()))
 DTYPES = (torch.bfloat16, torch.float16)
 NORESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000)  # named from Python 3.11 on
-
-# Sizes in multiples of 8, so that cp.async copies all operands: two column tiles, of which the
-# second is nearly empty; slices along k that end early; row tiles that are full, part full and
-# several per expert. Each number of rows that a tile can have, and each place of gate and up.
-ROWS = {
-    32: {"T": 45, "K": 3, "E": 7, "H": 136, "I": 72},
-    64: {"T": 70, "K": 4, "E": 5, "H": 200, "I": 72},
-    128: {"T": 150, "K": 3, "E": 3, "H": 136, "I": 136},
-}
-ALIGNED = [
-    Case(
-        f"{rows} rows {layout.why}",
-        gated=layout.gated,
-        interleaved=layout.interleaved,
-        transposed=layout.transposed,
-        bias=layout.bias,
-        routing="some_sentinels" if layout.bias else "half_the_experts",
-        **sizes,
-    )
-    for (rows, sizes), layout in product(ROWS.items(), cases.LAYOUTS)
-]
-# The one expert's last tile is partly empty and ends where all arrays of positions end.
-LAST = [Case(f"{name} ends with its arrays", E=1, K=1, T=sizes["T"], H=64, I=64)
-        for name, sizes in ROWS.items()]  # fmt: skip
 
 
 def prepare():
@@ -213,66 +189,3 @@ def test_many_experts_and_many_slots():
                             for k, v in inputs.items()}, backend="reference")  # fmt: skip
     for ours, truth in zip(result, exact, strict=True):
         assert (ours.double() - truth).abs().max() <= 2.0**-10 * truth.abs().max()
-
-
-built = pytest.mark.skipif(native.missing("_cuda") is not None, reason=str(native.missing("_cuda")))
-
-
-@pytest.mark.gpu
-@built
-@pytest.mark.parametrize("deterministic", (False, True))
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("case", cases.CASES + ALIGNED, ids=str)
-def test_on_a_gpu_as_on_the_emulator(case, dtype, deterministic):
-    inputs = cases.make(case, dtype, "cuda")
-    result = moe_saliency(**inputs, backend="cuda", deterministic=deterministic)
-    cases.assert_accurate(result, inputs)
-    others = [emulated.run(cases.make(case, dtype), deterministic=deterministic)]
-    if backends()["triton"] is None:
-        others.append(moe_saliency(**inputs, backend="triton", deterministic=deterministic))
-    for other in others:
-        for ours, theirs in zip(result, other, strict=True):
-            scale = theirs.abs().max().item() if theirs.numel() else 0.0
-            error = (ours.cpu().double() - theirs.cpu().double()).abs()
-            assert (error <= 4 * cases.EPSILON[dtype] * scale).all()
-    if deterministic:
-        again = moe_saliency(**inputs, backend="cuda", deterministic=True)
-        assert same_bits(result, again)
-
-
-@pytest.mark.gpu
-@built
-@pytest.mark.parametrize("case", (ALIGNED[1], ALIGNED[27], cases.LAYOUTS[1]), ids=str)
-def test_in_a_cuda_graph(case):
-    """Captured once, replayed on other values: there is no allocation and no wait inside."""
-    inputs = cases.make(case, torch.bfloat16, "cuda")
-
-    def run():
-        return moe_saliency(**inputs, backend="cuda", deterministic=True)
-
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        run()  # loads the kernels, which a capture must not
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = run()
-    fresh = cases.make(case, torch.bfloat16, "cuda", seed=1)
-    for name in ("hidden_states", "top_k_index", "top_k_weights"):
-        inputs[name].copy_(fresh[name])
-    graph.replay()
-    torch.cuda.synchronize()
-    assert same_bits(captured, run())
-
-
-@pytest.mark.gpu
-@built
-def test_the_host_never_waits():
-    inputs = cases.make(ALIGNED[1], torch.bfloat16, "cuda")
-    moe_saliency(**inputs, backend="cuda")
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        moe_saliency(**inputs, backend="cuda")
-    finally:
-        torch.cuda.set_sync_debug_mode("default")

@@ -11,7 +11,7 @@ import pytest
 import setuptools
 import torch
 
-from reap_kernels import backends, cuda, moe_saliency, native, ops
+from reap_kernels import cuda, moe_saliency, native, ops, triton
 from reap_kernels.contract import make_call
 
 no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="looks at a machine without a GPU")
@@ -134,17 +134,31 @@ def test_named_it_raises_and_auto_moves_on():
     cases.assert_accurate(moe_saliency(**inputs), inputs)
 
 
-def test_auto_prefers_triton_to_what_never_ran_on_a_gpu():
-    names = list(backends())
-    assert names.index("triton") < names.index("cuda") < names.index("reference")
-    assert "never on a GPU" in cuda.CAVEAT
+@no_gpu
+@pytest.mark.parametrize(
+    ("sm", "H", "without", "chosen"),
+    [
+        ((9, 0), 64, None, "cuda_sm90"),
+        ((9, 0), 97, None, "triton"),  # TMA cannot read that
+        ((9, 0), 97, "no triton", "cuda"),
+        ((8, 0), 64, None, "triton"),
+        ((10, 0), 64, None, "triton"),
+        ((10, 0), 64, "no triton", "cuda"),
+    ],
+)
+def test_auto_takes_what_was_the_fastest_on_the_chip(sm, H, without, chosen, monkeypatch):
+    with_gpu(monkeypatch, sm=sm)
+    call = call_of(cases.Case("", H=H, I=64))
+    monkeypatch.setattr(cuda, "unsupported", cuda.unsupported_sizes)  # the tensors are on the CPU
+    monkeypatch.setattr(ops.cpu, "unsupported", lambda call: "tensors are on a GPU")
+    monkeypatch.setattr(triton, "available", lambda: without)
+    monkeypatch.setattr(triton, "unsupported", lambda call: None)
+    assert ops.select(call, "auto").NAME == chosen
 
 
-def test_a_backend_can_keep_out_of_auto(monkeypatch):
-    fake = SimpleNamespace(NAME="fake", AUTO=False, available=lambda: None)
-    monkeypatch.setattr(ops, "LADDER", (fake, ops.reference))
-    assert ops.named("auto") == (ops.reference,)
-    assert ops.named("fake") == (fake,)
+def test_auto_tries_every_backend_and_a_name_one():
+    assert ops.named("auto") == ops.LADDER
+    assert ops.named("cuda") == (cuda,)
 
 
 def test_hands_over_a_layer_a_workspace_and_a_stream():

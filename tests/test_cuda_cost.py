@@ -6,7 +6,7 @@ import emulated
 import pytest
 import torch
 from cases import Case
-from test_cuda import ALIGNED
+from tiles import ALIGNED
 
 from bench.shapes import REAL
 

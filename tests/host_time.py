@@ -1,0 +1,196 @@
+"""What a call costs the host, in microseconds per part: medians, on one thread, no GPU needed.
+
+    python -m tests.host_time
+
+`op` is a layer too small to count; a backend that does nothing shows what is not the backend's.
+`observe` is a padded batch through a model of 8 layers whose experts do nothing; its share is what
+an observed layer costs beyond the op, the statistics and the model itself. `triton` replaces the
+driver and the compiled kernels: launches cost all that they cost up to the driver.
+"""
+
+import logging
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+from unittest import mock
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+sys.path.insert(0, str(Path(__file__).parent))
+
+import cases
+import tiny
+import torch
+
+import reap
+from reap.statistics.layerstats import LayerStatistics
+from reap_kernels import Saliency, cpu, moe_saliency, ops
+from reap_kernels.contract import make_call
+
+LAYERS = 8
+LAYER = cases.Case("", T=4, K=2, E=4, H=8, I=8)
+Times = dict[str, float]  # what is timed -> us
+
+
+def median(call: Callable[[], object], repeats: int, batch: int = 20) -> float:
+    """Of `repeats` times of `batch` calls each, of this thread alone: others may be busy. [us]"""
+    for _ in range(batch):
+        call()
+    times = []
+    for _ in range(repeats):
+        start = time.thread_time()
+        for _ in range(batch):
+            call()
+        times.append((time.thread_time() - start) / batch)
+    return 1e6 * statistics.median(times)
+
+
+@contextmanager
+def empty_backend(result: Saliency) -> Iterator[None]:
+    """The op does all of its own work; what runs is nothing."""
+    nothing = SimpleNamespace(
+        NAME="nothing",
+        ASSERTS_IDS=True,
+        available=lambda: None,
+        unsupported=lambda call: None,
+        run=lambda call: result,
+    )
+    with mock.patch.object(ops, "LADDER", (nothing,)):
+        yield
+
+
+def op(repeats: int) -> Times:
+    inputs = cases.make(LAYER, torch.float32)
+    call, result = make_call(**inputs), moe_saliency(**inputs)
+    with torch.no_grad():
+        times = {
+            "op": median(lambda: moe_saliency(**inputs), repeats),
+            "  make_call": median(lambda: make_call(**inputs), repeats),
+            "  select": median(lambda: ops.select(call, "auto"), repeats),
+            "  cpu.run": median(lambda: cpu.run(call), repeats),
+        }
+        with empty_backend(result):
+            times["  op without a backend"] = median(lambda: moe_saliency(**inputs), repeats)
+    return times
+
+
+def observe(repeats: int) -> Times:
+    """Where the experts do nothing, observed and not."""
+    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+    model = tiny.tiny_model("qwen3_moe", num_hidden_layers=LAYERS)
+    inputs = tiny.tiny_inputs(model, lengths=[9, 5])
+    tokens, experts = inputs["input_ids"].numel(), model.model.layers[0].mlp.experts
+    seen: list[tuple[torch.Tensor, ...]] = []
+    ALL_EXPERTS_FUNCTIONS["nothing"] = lambda self, hidden, *routed: (
+        (seen.append((hidden, *routed)), hidden)[1] if not seen else hidden
+    )
+    try:
+        with torch.inference_mode():
+            model.config._experts_implementation_internal = "nothing"
+            bare = median(lambda: model.model(**inputs), repeats, 2) / LAYERS
+            hidden, ids, gates = seen[0]
+            result = Saliency(hidden.clone(), *(torch.ones(tokens, ids.shape[1]) for _ in range(2)))
+            up, down = experts.gate_up_proj, experts.down_proj
+            mask = inputs["attention_mask"].flatten().bool()
+            layer = LayerStatistics(experts.num_experts)
+            update = median(lambda: layer.update(ids, gates, *result[1:], mask), repeats)
+            real = median(lambda: moe_saliency(hidden, up, down, ids, gates), repeats)
+            with empty_backend(result):
+                own = median(lambda: moe_saliency(hidden, up, down, ids, gates), repeats)
+            with reap.observe(model):
+                full = median(lambda: model.model(**inputs), repeats, 2) / LAYERS
+                with empty_backend(result):
+                    empty = median(lambda: model.model(**inputs), repeats, 2) / LAYERS
+
+            def install() -> None:
+                with reap.observe(model):
+                    pass
+
+            def first() -> None:
+                with reap.observe(model):
+                    model.model(**inputs)
+
+            fixed = median(install, repeats, 1)
+            once = median(first, repeats, 1)
+    finally:
+        del ALL_EXPERTS_FUNCTIONS["nothing"]
+    return {
+        "observed layer beyond a model without experts": full - bare,
+        "  op": real,
+        "  statistics": update,
+        "  share of observe": empty - bare - own - update,
+        "a model observed and not called": fixed,
+        "its first call beyond a later one": once - fixed - full * LAYERS,
+    }
+
+
+@contextmanager
+def no_driver() -> Iterator[None]:
+    """Triton launches on tensors in host memory, as on an sm_90, up to the driver."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.runtime.jit import JITFunction
+
+    kernel = SimpleNamespace(
+        run=lambda *_: None,
+        launch_metadata=lambda *_: None,
+        function=None,
+        packed_metadata=None,
+    )
+
+    def compiled(self, key, signature, device, *_):  # type: ignore[no-untyped-def]
+        self.device_caches[device][0][key] = kernel
+        return kernel
+
+    driver = SimpleNamespace(
+        get_current_device=lambda: 0,
+        get_current_stream=lambda device: 0,
+        get_current_target=lambda: GPUTarget("cuda", 90, 32),
+    )
+    with (
+        mock.patch.object(triton.runtime.driver, "_active", driver),
+        mock.patch.object(JITFunction, "_do_compile", compiled),
+    ):
+        yield
+
+
+def triton(repeats: int) -> Times:
+    from reap_kernels.triton import configs, launch, statistics
+
+    case = cases.Case("", T=64, K=2, E=4, H=64, I=64)
+    call = make_call(**cases.make(case, torch.bfloat16))
+    config = configs.choose(call, "sm_90", configs.SHARED_LIMIT["sm_90"], configs.CACHE["sm_90"])
+    assert config is not None
+    layer = LayerStatistics(4)
+    norms = torch.ones(64, 2)
+    with no_driver(), torch.no_grad():
+        layer._fused = True
+        slots = (call.top_k_index, call.top_k_weights, norms, norms)
+        return {
+            "triton, seven launches": median(lambda: launch.run(call, config), repeats),
+            "  routing": median(lambda: launch.routing.route(call, config.block_m), repeats),
+            "  its choice of a config": median(
+                lambda: configs.choose(call, "sm_90", 1 << 20, 1 << 20), repeats
+            ),
+            "triton's statistics": median(lambda: layer.update(*slots), repeats),
+        }
+
+
+def measure(repeats: int = 51) -> Times:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        return op(repeats) | observe(repeats) | triton(repeats)
+    finally:
+        torch.set_num_threads(threads)
+
+
+if __name__ == "__main__":
+    logging.disable()
+    for part, us in measure().items():
+        print(f"{part:<50} {us:8.1f}")

@@ -160,7 +160,7 @@ def no_driver() -> Iterator[None]:
 
 
 def triton(repeats: int) -> Times:
-    from reap_kernels.triton import configs, launch, statistics
+    from reap_kernels.triton import configs, launch
 
     case = cases.Case("", T=64, K=2, E=4, H=64, I=64)
     call = make_call(**cases.make(case, torch.bfloat16))

@@ -83,7 +83,7 @@ def observe(
     found = find_experts(model)
     for experts in found:
         _check_not_split(experts)
-    stats = Statistics(describe(model), gates=gates, pairs=pairs)
+    stats = Statistics(describe(model, found), gates=gates, pairs=pairs)
     observation = _Observation(stats, {"backend": backend, "deterministic": deterministic})
     with ExitStack() as undo:
         observation.install(model, found, undo)
@@ -130,8 +130,7 @@ class _Observation:
             return
         self._called.add(layer)
         real = self.padding.real(len(ids), ids.device)
-        # Statistics outlive an inference mode that the model may be called in.
-        with self._recording, torch.inference_mode(False), torch.no_grad():
+        with self._recording:
             self.stats.update(layer, ids, gates, measured.norms, measured.peaks, real)
 
     def verdict(self, key: Any, decide: Callable[[], str | None]) -> str | None:

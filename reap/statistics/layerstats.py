@@ -56,7 +56,13 @@ class LayerStatistics:
         self.name = name
         self.gates = gates
         self.device = torch.device(device)
-        E = num_experts
+        # Statistics outlive an inference mode that they may be collected in.
+        with torch.inference_mode(False):
+            self._allocate(pairs)
+        self._fused = self.device.type == "cuda" and triton.available() is None
+
+    def _allocate(self, pairs: bool) -> None:
+        E, device = self.num_experts, self.device
         self._tokens = torch.zeros(1, dtype=torch.int64, device=device)
         self._count = torch.zeros(E, dtype=torch.int64, device=device)
         self._peak = torch.zeros(E, dtype=torch.float32, device=device)
@@ -68,7 +74,6 @@ class LayerStatistics:
         # Slots per expert that cannot be summed, then slots with a negative id. Kept on the device,
         # so that a GPU need not stop at every layer; `check` turns them into an error.
         self._faults = torch.zeros(E + 1, dtype=torch.int64, device=device)
-        self._fused = self.device.type == "cuda" and triton.available() is None
 
     @property
     def pairs(self) -> bool:
@@ -109,6 +114,8 @@ class LayerStatistics:
     def check(self) -> None:
         """ReapError naming the layer and the expert if a slot so far could not be summed."""
         faults = self._faults.tolist()
+        if not any(faults):
+            return
         if faults[-1]:
             raise ReapError(
                 f"layer {self.name}: {faults[-1]} slots have a negative expert id: "

@@ -1,5 +1,7 @@
 """The op: checks, the ladder of backends, and its registration with torch."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -83,7 +85,7 @@ def _check_arguments(
     _refuse_grad(tensors)
 
 
-def _refuse_grad(tensors: tuple[Tensor | None, ...]) -> None:
+def _refuse_grad(tensors: Sequence[Tensor | None]) -> None:
     if not torch.is_grad_enabled():
         return
     for name, tensor in zip(TENSORS, tensors, strict=True):

@@ -3,8 +3,8 @@
     python -m tests.host_time
 
 `op` is a layer too small to count; a backend that does nothing shows what is not the backend's.
-`observe` is a padded batch through a model of 8 layers whose experts do nothing; its share is what
-an observed layer costs beyond the op, the statistics and the model itself. `triton` replaces the
+An observed layer is one of 8 that a padded batch goes through, beyond the same with experts that do
+nothing; the share of `observe` is neither the op's nor the statistics'. `triton` replaces the
 driver and the compiled kernels: launches cost all that they cost up to the driver.
 """
 
@@ -79,53 +79,54 @@ def op(repeats: int) -> Times:
 
 
 def observe(repeats: int) -> Times:
-    """Where the experts do nothing, observed and not."""
+    """Per layer, in a model: caches are as cold as they are there, which a loop would not show."""
     from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
     model = tiny.tiny_model("qwen3_moe", num_hidden_layers=LAYERS)
     inputs = tiny.tiny_inputs(model, lengths=[9, 5])
-    tokens, experts = inputs["input_ids"].numel(), model.model.layers[0].mlp.experts
-    seen: list[tuple[torch.Tensor, ...]] = []
-    ALL_EXPERTS_FUNCTIONS["nothing"] = lambda self, hidden, *routed: (
-        (seen.append((hidden, *routed)), hidden)[1] if not seen else hidden
-    )
+    slots = inputs["input_ids"].numel(), model.config.num_experts_per_tok
+    hidden = torch.ones(slots[0], model.config.hidden_size)
+    result = Saliency(hidden, torch.ones(slots), torch.ones(slots))
+    no_op = mock.patch("reap.observation.measure.fused", lambda *_, **__: result)
+    no_statistics = mock.patch.object(reap.Statistics, "update", lambda *_: None)
+
+    def run() -> None:
+        model.model(**inputs)
+
+    def per_layer() -> float:
+        return median(run, repeats, 2) / LAYERS
+
+    def install() -> None:
+        with reap.observe(model):
+            pass
+
+    def first() -> None:
+        with reap.observe(model):
+            run()
+
+    ALL_EXPERTS_FUNCTIONS["nothing"] = lambda self, hidden, *_: hidden
+    model.config._experts_implementation_internal = "nothing"
     try:
         with torch.inference_mode():
-            model.config._experts_implementation_internal = "nothing"
-            bare = median(lambda: model.model(**inputs), repeats, 2) / LAYERS
-            hidden, ids, gates = seen[0]
-            result = Saliency(hidden.clone(), *(torch.ones(tokens, ids.shape[1]) for _ in range(2)))
-            up, down = experts.gate_up_proj, experts.down_proj
-            mask = inputs["attention_mask"].flatten().bool()
-            layer = LayerStatistics(experts.num_experts)
-            update = median(lambda: layer.update(ids, gates, *result[1:], mask), repeats)
-            real = median(lambda: moe_saliency(hidden, up, down, ids, gates), repeats)
-            with empty_backend(result):
-                own = median(lambda: moe_saliency(hidden, up, down, ids, gates), repeats)
+            bare, installed, once = per_layer(), median(install, 9, 1), median(first, 9, 1)
             with reap.observe(model):
-                full = median(lambda: model.model(**inputs), repeats, 2) / LAYERS
+                full = per_layer()
                 with empty_backend(result):
-                    empty = median(lambda: model.model(**inputs), repeats, 2) / LAYERS
-
-            def install() -> None:
-                with reap.observe(model):
-                    pass
-
-            def first() -> None:
-                with reap.observe(model):
-                    model.model(**inputs)
-
-            fixed = median(install, repeats, 1)
-            once = median(first, repeats, 1)
+                    empty = per_layer()
+                    with no_statistics:
+                        own = per_layer()
+                with no_op, no_statistics:
+                    share = per_layer()
     finally:
         del ALL_EXPERTS_FUNCTIONS["nothing"]
     return {
-        "observed layer beyond a model without experts": full - bare,
-        "  op": real,
-        "  statistics": update,
-        "  share of observe": empty - bare - own - update,
-        "a model observed and not called": fixed,
-        "its first call beyond a later one": once - fixed - full * LAYERS,
+        "an observed layer": full - bare,
+        "  share of observe": share - bare,
+        "  op without a backend": own - share,
+        "  backend": full - empty,
+        "  statistics": empty - own,
+        "a model observed and not called": installed,
+        "  its first call beyond a later one": once - installed - full * LAYERS,
     }
 
 
@@ -143,7 +144,7 @@ def no_driver() -> Iterator[None]:
         packed_metadata=None,
     )
 
-    def compiled(self, key, signature, device, *_):  # type: ignore[no-untyped-def]
+    def compiled(self, key, signature, device, *_):
         self.device_caches[device][0][key] = kernel
         return kernel
 

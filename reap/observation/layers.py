@@ -112,13 +112,18 @@ class Layer:
             )
 
     def check_device(self, kind: str) -> None:
-        """ReapError for a call on the meta device or under autocast."""
+        """ReapError for a call on the meta device, under autocast or into a CUDA graph."""
         if kind == "meta":
             raise self.unobservable("it is on the meta device: load the model's weights")
         if torch.is_autocast_enabled(kind):
             raise ReapError(
                 f"{self.cls} ({self.info.name}) was called under autocast: load the model in the "
                 "dtype that it shall run in, and leave autocast out"
+            )
+        if kind == "cuda" and torch.cuda.is_current_stream_capturing():
+            raise self.unobservable(
+                "a CUDA graph is being captured, and its replays would run without what counts on "
+                "the host: call the model without graphs"
             )
 
     def unobservable(self, reason: str) -> ReapError:

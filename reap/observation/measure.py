@@ -172,8 +172,12 @@ def _exact(
     wide = torch.float64 if hidden.dtype == torch.float32 else torch.float32
     exact = torch.zeros(hidden.shape, dtype=wide, device=hidden.device)
     one = torch.zeros(1, 1, dtype=torch.int64, device=hidden.device)
-    options = {"gated": layout.gated, "interleaved": layout.interleaved}
-    options |= {"transposed": layout.transposed, "activation": activation}
+    options: dict[str, Any] = {
+        "activation": activation,
+        "gated": layout.gated,
+        "interleaved": layout.interleaved,
+        "transposed": layout.transposed,
+    }
     for t in range(len(ids)):
         x = hidden[t : t + 1].to(wide)
         for k in range(ids.shape[1]):

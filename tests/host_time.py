@@ -34,6 +34,7 @@ from reap_kernels.contract import make_call
 LAYERS = 8
 LAYER = cases.Case("", T=4, K=2, E=4, H=8, I=8)
 Times = dict[str, float]  # what is timed -> us
+_launched: list[Callable[..., object]] = []  # kernels outlive the `with` that they are made in
 
 
 def median(call: Callable[[], object], repeats: int, batch: int = 20) -> float:
@@ -131,25 +132,35 @@ def observe(repeats: int) -> Times:
 
 
 @contextmanager
-def no_driver() -> Iterator[None]:
-    """Triton launches on tensors in host memory, as on an sm_90, up to the driver."""
+def no_driver(launched: Callable[..., object] = lambda *_: None) -> Iterator[None]:
+    """Triton launches on tensors in host memory, as on an sm_90, up to the driver, in place of
+    which `launched` gets the grid, four things and the arguments."""
     import triton
     from triton.backends.compiler import GPUTarget
+    from triton.compiler import CompiledKernel
     from triton.runtime.jit import JITFunction
 
-    kernel = SimpleNamespace(
-        run=lambda *_: None,
-        launch_metadata=lambda *_: None,
-        function=None,
-        packed_metadata=None,
-    )
+    class Kernel(CompiledKernel):
+        function = packed_metadata = None
+        run = staticmethod(lambda *given: _launched[-1](*given))
+
+        def __init__(self) -> None:
+            pass
+
+        def __del__(self) -> None:
+            pass
+
+        def _init_handles(self) -> None:
+            pass
+
+        def launch_metadata(self, *_: object) -> None:
+            pass
 
     def compiled(self, key, signature, device, *_):
-        self.device_caches[device][0][key] = kernel
-        return kernel
+        return self.device_caches[device][0].setdefault(key, Kernel())
 
     driver = SimpleNamespace(
-        get_current_device=lambda: 0,
+        get_current_device=lambda: -1,
         get_current_stream=lambda device: 0,
         get_current_target=lambda: GPUTarget("cuda", 90, 32),
     )
@@ -157,27 +168,49 @@ def no_driver() -> Iterator[None]:
         mock.patch.object(triton.runtime.driver, "_active", driver),
         mock.patch.object(JITFunction, "_do_compile", compiled),
     ):
-        yield
+        _launched.append(launched)
+        try:
+            yield
+        finally:
+            _launched.pop()
 
 
 def triton(repeats: int) -> Times:
+    from reap_kernels import triton as backend
     from reap_kernels.triton import configs, launch
+    from reap_kernels.triton.replay import Plans
 
     case = cases.Case("", T=64, K=2, E=4, H=64, I=64)
-    call = make_call(**cases.make(case, torch.bfloat16))
+    inputs = cases.make(case, torch.bfloat16)
+    call = make_call(**inputs)
+    layer = LayerStatistics(4)
+    layer._fused = True
+    slots = (call.top_k_index, call.top_k_weights, torch.ones(64, 2), torch.ones(64, 2))
     config = configs.choose(call, "sm_90", configs.SHARED_LIMIT["sm_90"], configs.CACHE["sm_90"])
     assert config is not None
-    layer = LayerStatistics(4)
-    norms = torch.ones(64, 2)
-    with no_driver(), torch.no_grad():
-        layer._fused = True
-        slots = (call.top_k_index, call.top_k_weights, norms, norms)
+
+    def op() -> object:
+        return moe_saliency(**inputs, backend="triton")
+
+    def first() -> object:
+        with mock.patch.object(launch, "_plans", Plans()):
+            return launch.run(call, config)
+
+    with (
+        no_driver(),
+        torch.no_grad(),
+        mock.patch.object(backend, "available", lambda: None),
+        mock.patch.object(backend, "_interpreting", lambda: True),
+        mock.patch.object(backend, "check_ids", lambda ids: None),
+        mock.patch.object(backend, "_choices", {}),
+        mock.patch.object(configs, "choose", lambda *_: config),
+        mock.patch.object(launch, "_plans", Plans()),
+    ):
         return {
-            "triton, seven launches": median(lambda: launch.run(call, config), repeats),
-            "  routing": median(lambda: launch.routing.route(call, config.block_m), repeats),
-            "  its choice of a config": median(
-                lambda: configs.choose(call, "sm_90", 1 << 20, 1 << 20), repeats
-            ),
+            "triton, the op": median(op, repeats),
+            "  its choice of a config": median(lambda: backend._choose(call), repeats),
+            "  seven launches": median(lambda: launch.run(call, config), repeats),
+            "  the same for the first time": median(first, repeats),
             "triton's statistics": median(lambda: layer.update(*slots), repeats),
         }
 

@@ -55,7 +55,12 @@ def test_the_probe_waits_once(dtype: torch.dtype, monkeypatch: Any) -> None:
 
     reads: list[Tensor] = []
     found = [1.0, 0.1, 0.1]
-    monkeypatch.setattr(Tensor, "tolist", lambda self: (reads.append(self), found)[1])
+
+    def tolist(self: Tensor) -> list[float]:
+        reads.append(self)
+        return found
+
+    monkeypatch.setattr(Tensor, "tolist", tolist)
     weights = [empty(4, 12, 8), empty(4, 8, 6), empty(4, 12), empty(4, 8)]
     call = (empty(5, 8), empty(5, 2, dtype=torch.int64), empty(5, 2))
     layout = Layout(gated=True, biased=True, transposed=False, interleaved=True, post_norm=False)

@@ -353,6 +353,17 @@ def test_a_negative_id_in_gpu_memory_fails_an_assertion():
     assert "holds an id below 0" in done.stderr
 
 
+@pytest.mark.parametrize("deterministic", [False, True])
+@pytest.mark.parametrize("dtype", cases.DTYPES, ids=str)
+@pytest.mark.parametrize("case", [Case("", bias=True), cases.LAYOUTS[7]], ids=str)
+def test_later_calls_give_what_first_calls_give(case, dtype, deterministic):
+    """On a GPU they are launched from a plan: with other tensors, and another call in between."""
+    inputs = [cases.make(case, dtype, DEVICE, seed=seed) for seed in (1, 2)]
+    other = cases.make(replace(case, T=5), dtype, DEVICE)
+    for given in (*inputs, other, *inputs):
+        cases.assert_accurate(run(given, deterministic=deterministic), given)
+
+
 @gpu_only
 def test_the_host_never_waits():
     inputs = cases.make(Case("", bias=True), torch.bfloat16, DEVICE)

@@ -84,7 +84,7 @@ def find_experts(model: nn.Module) -> list[Experts]:
             weights = tuple(id(parameter) for parameter in module.parameters())
             first = names.setdefault(weights or (id(module),), name)
             found[name] = Experts(first, module, block, kind)
-    _check_all_found(inner, set(found))
+    _check_all_found(inner, modules, set(found))
     return list(found.values())
 
 
@@ -122,16 +122,14 @@ def router_of(block: nn.Module) -> nn.Module | None:
     return None
 
 
-def _check_all_found(model: nn.Module, names: set[str]) -> None:
+def _check_all_found(model: nn.Module, modules: dict[str, nn.Module], names: set[str]) -> None:
     missed = []
-    for name, module in model.named_modules():
+    around = {parent for name in names for parent in _parents(name)}
+    for name, module in modules.items():
         looks = LOOKS_LIKE_EXPERTS.search(type(module).__name__) or NAMED_EXPERTS.search(name)
         if not looks or not name or OTHER_TOWERS.search(name) or "shared_expert" in name:
             continue
-        related = any(
-            name == other or name.startswith(other + ".") or other.startswith(name + ".")
-            for other in names
-        )
+        related = name in names or name in around or any(p in names for p in _parents(name))
         if not related and any(True for _ in module.parameters()):
             missed.append((name, type(module).__name__))
     if missed:
@@ -146,6 +144,12 @@ def _check_all_found(model: nn.Module, names: set[str]) -> None:
         raise ReapError(
             f"{type(model).__name__}: the config counts experts, but no module holds any"
         )
+
+
+def _parents(name: str) -> Iterator[str]:
+    """ "a.b.c" -> "a.b", "a" """
+    while name := name.rpartition(".")[0]:
+        yield name
 
 
 def layer_info(experts: Experts, config: Any) -> LayerInfo:

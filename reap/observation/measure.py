@@ -207,7 +207,7 @@ def activation_of(module: nn.Module) -> str | None:
     edges = [0.0, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 1000.0]
     edges += [limit * f for limit in limits if limit < 1e4 for f in (0.5, 0.99, 1.01, 3.0)]
     axis = torch.tensor(sorted({*edges, *(-edge for edge in edges)}), dtype=torch.float64)
-    gate, up = (x.flatten() for x in torch.meshgrid(axis, axis, indexing="ij"))
+    gate, up = torch.cartesian_prod(axis, axis).unbind(1)
 
     candidates = ["silu", "gelu", "gelu_tanh", "relu", "relu2"]
     layout = compat.layout(module)

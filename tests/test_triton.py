@@ -353,6 +353,7 @@ def test_a_negative_id_in_gpu_memory_fails_an_assertion():
     assert "holds an id below 0" in done.stderr
 
 
+@gpu_only
 @pytest.mark.parametrize("deterministic", [False, True])
 @pytest.mark.parametrize("dtype", cases.DTYPES, ids=str)
 @pytest.mark.parametrize("case", [Case("", bias=True), cases.LAYOUTS[7]], ids=str)

@@ -1,5 +1,6 @@
 """The version of this package, and which versions of others are installed and tested."""
 
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 
 OWN = "0.1.0"
@@ -15,10 +16,12 @@ def releases(package: str) -> str:
 
 def installed(*packages: str) -> dict[str, str | None]:
     """The versions of these packages; None for one that is not installed."""
-    found: dict[str, str | None] = {}
-    for package in packages:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            found[package] = None
-    return found
+    return {package: _installed(package) for package in packages}
+
+
+@cache
+def _installed(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None

@@ -15,6 +15,7 @@ from reap_kernels.activations import Activation
 GATE_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 # float64 is for the truth that tests compare against; only `reference` runs it.
 MODEL_DTYPES = (*GATE_DTYPES, torch.float64)
+ID_DTYPES = (torch.int32, torch.int64)
 
 
 class Saliency(NamedTuple):
@@ -74,12 +75,6 @@ class Call(NamedTuple):
         wide = self.hidden_states.dtype == torch.float64
         return torch.float64 if wide else torch.float32
 
-    @property
-    def tensors(self) -> dict[str, Tensor]:
-        """The tensors that are there, by argument name."""
-        named = {name: getattr(self, name) for name in TENSORS}
-        return {name: tensor for name, tensor in named.items() if tensor is not None}
-
 
 def _fields_of(*kinds: Any) -> tuple[str, ...]:
     return tuple(name for name, kind in Call.__annotations__.items() if kind in kinds)
@@ -111,12 +106,13 @@ class Backend(Protocol):
 
 
 def check(call: Call) -> None:
-    """Raises ValueError for the first argument that breaks the contract; reads no tensor's data."""
-    tensors = call.tensors
-    _check_ranks(tensors)
-    _check_kinds(tensors)
+    """Raises ValueError for the first argument that breaks the contract; reads no tensor's data.
+
+    Every call of every layer passes here: what a message needs is put together where one fails.
+    """
+    _check_kinds(call)
     _check_options(call)
-    _check_shapes(call, tensors)
+    _check_shapes(call)
 
 
 def check_ids(top_k_index: Tensor) -> None:
@@ -127,41 +123,33 @@ def check_ids(top_k_index: Tensor) -> None:
         )
 
 
-_RANKS = {"gate_up_proj": 3, "down_proj": 3}
+_RANKS = (2, 3, 3, 2, 2, 2, 2)  # in the order of TENSORS
 
 
 def _shape(tensor: Tensor) -> str:
     return str(list(tensor.shape))
 
 
-def _check_ranks(tensors: dict[str, Tensor]) -> None:
-    for name, tensor in tensors.items():
-        rank = _RANKS.get(name, 2)
+def _check_kinds(call: Call) -> None:
+    """Ranks, dtypes, device and layout."""
+    model, device = call.hidden_states.dtype, call.hidden_states.device
+    same, gates = (model,), MODEL_DTYPES if model == torch.float64 else GATE_DTYPES
+    dtypes = (MODEL_DTYPES, same, same, ID_DTYPES, gates, same, same)
+    for name, tensor, rank, allowed in zip(TENSORS, call, _RANKS, dtypes, strict=False):
+        if tensor is None:
+            continue
         if tensor.dim() != rank:
             raise ValueError(f"{name} has shape {_shape(tensor)}, must have {rank} dimensions")
-
-
-def _check_kinds(tensors: dict[str, Tensor]) -> None:
-    """Dtypes, device and layout."""
-    model = tensors["hidden_states"]
-    for name, tensor in tensors.items():
-        allowed: tuple[torch.dtype, ...] = (model.dtype,)
-        if name == "hidden_states":
-            allowed = MODEL_DTYPES
-        elif name == "top_k_index":
-            allowed = (torch.int32, torch.int64)
-        elif name == "top_k_weights":
-            allowed = MODEL_DTYPES if model.dtype == torch.float64 else GATE_DTYPES
         if tensor.dtype not in allowed:
-            same = " as hidden_states" if allowed == (model.dtype,) else ""
+            as_model = " as hidden_states" if allowed is same else ""
             names = " or ".join(str(dtype).removeprefix("torch.") for dtype in allowed)
             dtype = str(tensor.dtype).removeprefix("torch.")
-            raise ValueError(f"{name} has dtype {dtype}, must be {names}{same}")
-        if tensor.device != model.device:
+            raise ValueError(f"{name} has dtype {dtype}, must be {names}{as_model}")
+        if tensor.device != device:
             raise ValueError(
-                f"{name} is on device {tensor.device}, must be on {model.device} as hidden_states"
+                f"{name} is on device {tensor.device}, must be on {device} as hidden_states"
             )
-        if tensor.layout != torch.strided:
+        if tensor.layout is not torch.strided:
             raise ValueError(f"{name} has layout {tensor.layout}, must be torch.strided")
 
 
@@ -174,17 +162,35 @@ def _check_options(call: Call) -> None:
         raise ValueError("interleaved is True, must be False where gated=False: there is no gate")
 
 
-def _check_shapes(call: Call, tensors: dict[str, Tensor]) -> None:
-    for name, letters in (("hidden_states", "H"), ("top_k_index", "K"), ("gate_up_proj", "EHR")):
-        if any(getattr(call, letter) == 0 for letter in letters):
-            raise ValueError(f"{name} has shape {_shape(tensors[name])}, must not be empty")
-    if call.gated and call.R % 2:
+def _check_shapes(call: Call) -> None:
+    (T, H), K = call.hidden_states.shape, call.K
+    E, R, width = call.gate_up_proj.shape
+    if call.transposed:
+        R, width = width, R
+    if 0 in (H, K, E, R, width):
+        name = "hidden_states" if H == 0 else "top_k_index" if K == 0 else "gate_up_proj"
+        raise ValueError(f"{name} has shape {_shape(getattr(call, name))}, must not be empty")
+    if call.gated and R % 2:
         raise ValueError(
             f"gate_up_proj has shape {_shape(call.gate_up_proj)}, must have as many gate "
-            f"as up rows, not {call.R} in all: pass gated=False if the experts have no gate"
+            f"as up rows, not {R} in all: pass gated=False if the experts have no gate"
         )
+    I = R // 2 if call.gated else R  # noqa: E741
+    weights = ((E, H, R), (E, I, H)) if call.transposed else ((E, R, H), (E, H, I))
+    shapes = ((T, H), *weights, (T, K), (T, K), (E, R), (E, H))
+    for name, tensor, expected in zip(TENSORS, call, shapes, strict=False):
+        if tensor is not None and tensor.shape != expected:
+            raise ValueError(
+                f"{name} has shape {_shape(tensor)}, must be {list(expected)} = "
+                f"[{', '.join(_letters(call)[name])}] "
+                f"(gated={call.gated}, transposed={call.transposed})"
+            )
+
+
+def _letters(call: Call) -> dict[str, tuple[str, ...]]:
+    """The sizes of each tensor that depend on another's, in words."""
     up = "2I" if call.gated else "I"
-    layouts = {
+    return {
         "gate_up_proj": ("E", "H", up) if call.transposed else ("E", up, "H"),
         "down_proj": ("E", "I", "H") if call.transposed else ("E", "H", "I"),
         "top_k_index": ("T", "K"),
@@ -192,14 +198,6 @@ def _check_shapes(call: Call, tensors: dict[str, Tensor]) -> None:
         "gate_up_bias": ("E", up),
         "down_bias": ("E", "H"),
     }
-    sizes = {"T": call.T, "K": call.K, "E": call.E, "H": call.H, "I": call.I, "2I": call.R}
-    for name, dims in layouts.items():
-        expected = [sizes[letter] for letter in dims]
-        if name in tensors and list(tensors[name].shape) != expected:
-            raise ValueError(
-                f"{name} has shape {_shape(tensors[name])}, must be {expected} = "
-                f"[{', '.join(dims)}] (gated={call.gated}, transposed={call.transposed})"
-            )
 
 
 def make_call(*fields: Any, **named: Any) -> Call:

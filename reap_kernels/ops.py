@@ -1,5 +1,7 @@
 """The op: checks, the ladder of backends, and its registration with torch."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -56,65 +58,77 @@ def moe_saliency(
     device-side assertion instead where `triton` runs, and a trap where `cuda` does.
     There is no backward: inputs that require grad need torch.no_grad() or torch.inference_mode().
     """
-    required = (hidden_states, gate_up_proj, down_proj, top_k_index, top_k_weights)
-    tensors = (*required, gate_up_bias, down_bias)
+    tensors = (
+        hidden_states,
+        gate_up_proj,
+        down_proj,
+        top_k_index,
+        top_k_weights,
+        gate_up_bias,
+        down_bias,
+    )
     flags = (gated, interleaved, transposed, deterministic)
     _check_arguments(tensors, flags, activation, backend)
-    return Saliency(*_moe_saliency(*tensors, activation, *flags, backend))
+    return Saliency(*_OP(*tensors, activation, *flags, backend))
 
 
 def _check_arguments(
     tensors: tuple[Tensor | None, ...], flags: tuple[bool, ...], activation: str, backend: str
 ) -> None:
     """What torch would reject in its own words, or not at all, before the op itself is reached."""
-    given = dict(zip(TENSORS, tensors, strict=True))
-    for name, tensor in given.items():
+    for name, tensor in zip(TENSORS, tensors, strict=True):
         if not isinstance(tensor, Tensor) and not (tensor is None and name.endswith("_bias")):
             raise ValueError(f"{name} is a {type(tensor).__name__}, must be a torch.Tensor")
-    for name, text in (("activation", activation), ("backend", backend)):
-        if not isinstance(text, str):
-            raise ValueError(f"{name} is {text!r}, must be a string")
+    if not isinstance(activation, str):
+        raise ValueError(f"activation is {activation!r}, must be a string")
+    if not isinstance(backend, str):
+        raise ValueError(f"backend is {backend!r}, must be a string")
     for name, flag in zip(FLAGS, flags, strict=True):
         if not isinstance(flag, bool):
             raise ValueError(f"{name} is {flag!r}, must be True or False")
-    if torch.is_grad_enabled():
-        for name, tensor in given.items():
-            if tensor is not None and tensor.requires_grad:
-                raise ValueError(
-                    f"{name} requires grad in grad mode, must not: there is no backward, "
-                    "call under torch.no_grad()"
-                )
+    _refuse_grad(tensors)
 
 
-@torch.library.custom_op("reap::moe_saliency", mutates_args=())
-def _moe_saliency(
-    hidden_states: Tensor,
-    gate_up_proj: Tensor,
-    down_proj: Tensor,
-    top_k_index: Tensor,
-    top_k_weights: Tensor,
-    gate_up_bias: Tensor | None,
-    down_bias: Tensor | None,
-    activation: str,
-    gated: bool,
-    interleaved: bool,
-    transposed: bool,
-    deterministic: bool,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    required = (hidden_states, gate_up_proj, down_proj, top_k_index, top_k_weights)
-    flags = (gated, interleaved, transposed, deterministic)
-    call = make_call(*required, gate_up_bias, down_bias, activation, *flags)
+def _refuse_grad(tensors: Sequence[Tensor | None]) -> None:
+    if not torch.is_grad_enabled():
+        return
+    for name, tensor in zip(TENSORS, tensors, strict=True):
+        if tensor is not None and tensor.requires_grad:
+            raise ValueError(
+                f"{name} requires grad in grad mode, must not: there is no backward, "
+                "call under torch.no_grad()"
+            )
+
+
+# Not torch.library.custom_op, which takes ten times as long to get to the implementation.
+_library = torch.library.Library("reap", "DEF")
+_library.define(
+    "moe_saliency(Tensor hidden_states, Tensor gate_up_proj, Tensor down_proj, "
+    "Tensor top_k_index, Tensor top_k_weights, Tensor? gate_up_bias, Tensor? down_bias, "
+    "str activation, bool gated, bool interleaved, bool transposed, bool deterministic, "
+    "str backend) -> (Tensor, Tensor, Tensor)",
+    tags=torch.Tag.pt2_compliant_tag,
+)
+_OP = torch.ops.reap.moe_saliency.default
+
+
+def _run(*arguments):  # type: ignore[no-untyped-def]
+    """The op on real tensors, whoever calls it."""
+    *fields, backend = arguments
+    _refuse_grad(fields[: len(TENSORS)])
+    call = make_call(*fields)
     chosen = select(call, backend)
     if not getattr(chosen, "ASSERTS_IDS", False):
-        check_ids(top_k_index)
+        check_ids(call.top_k_index)
+    kind = call.hidden_states.device.type
+    if not torch.is_autocast_enabled(kind):
+        return chosen.run(call)
     # The dtypes are part of the contract: autocast must not change them under a backend's feet.
-    with torch.autocast(hidden_states.device.type, enabled=False):
-        return tuple(chosen.run(call))
+    with torch.autocast(kind, enabled=False):
+        return chosen.run(call)
 
 
-@_moe_saliency.register_fake
-def _(*arguments):  # type: ignore[no-untyped-def]
+def _fake(*arguments):  # type: ignore[no-untyped-def]
     *fields, backend = arguments
     call = make_call(*fields)
     named(backend)
@@ -123,21 +137,32 @@ def _(*arguments):  # type: ignore[no-untyped-def]
     return x.new_empty((call.T, call.H)), norms, torch.empty_like(norms)
 
 
+# The compiler, which an uncompiled caller may run under, has no business in a backend.
+_library.impl("moe_saliency", torch._compile._disable_dynamo(_run), "CompositeExplicitAutograd")
+torch.library.register_fake("reap::moe_saliency", _fake, lib=_library)
+
+
 def named(backend: str) -> tuple[Backend, ...]:
     """The backends that may run a call: the one of that name, or all of them for "auto"."""
-    candidates = tuple(b for b in LADDER if backend in ("auto", b.NAME))
+    candidates = tuple(b for b in LADDER if _may_run(b, backend))
     if not candidates:
         names = ", ".join(b.NAME for b in LADDER)
         raise ValueError(f"backend is {backend!r}, must be auto or one of {names}")
     return candidates
 
 
+def _may_run(candidate: Backend, backend: str) -> bool:
+    return backend in ("auto", candidate.NAME)
+
+
 def select(call: Call, backend: str) -> Backend:
     """The first candidate that can run the call; ValueError with each one's reason if none can."""
-    reasons = []
-    for candidate in named(backend):
-        reason = candidate.available() or candidate.unsupported(call)
-        if reason is None:
+    for candidate in LADDER:
+        if (
+            _may_run(candidate, backend)
+            and candidate.available() is None
+            and candidate.unsupported(call) is None
+        ):
             return candidate
-        reasons.append(f"{candidate.NAME}: {reason}")
+    reasons = [f"{c.NAME}: {c.available() or c.unsupported(call)}" for c in named(backend)]
     raise ValueError(f"backend is {backend!r}, which cannot run this call: {'; '.join(reasons)}")

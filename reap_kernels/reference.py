@@ -33,10 +33,7 @@ def run(call: Call) -> Saliency:
         token = chosen.any(dim=1).nonzero().squeeze(1)  # row of this expert -> token [n]
         slots = chosen[token]  # [n, K]
 
-        projected = linear(x[token], call.gate_up_proj, call.gate_up_bias, expert, call)
-        inner = activate(projected, call).to(x.dtype)  # [n, I]
-        y = linear(inner, call.down_proj, call.down_bias, expert, call)  # [n, H]
-
+        y = expert_output(x[token], expert, call)  # [n, H]
         norm = torch.linalg.vector_norm(y, dim=1, keepdim=True)
         peak = y.abs().amax(dim=1, keepdim=True)
         norms[token] = torch.where(slots, norm, norms[token])
@@ -46,6 +43,13 @@ def run(call: Call) -> Saliency:
         out[token] += gate * y
 
     return Saliency(out.to(x.dtype), norms, peaks)
+
+
+def expert_output(x: Tensor, expert: int, call: Call) -> Tensor:
+    """f(x) of one expert, [n, H] model dtype -> [n, H] accumulator dtype."""
+    projected = linear(x, call.gate_up_proj, call.gate_up_bias, expert, call)
+    inner = activate(projected, call).to(x.dtype)  # [n, I]
+    return linear(inner, call.down_proj, call.down_bias, expert, call)
 
 
 def linear(x: Tensor, weights: Tensor, biases: Tensor | None, expert: int, call: Call) -> Tensor:

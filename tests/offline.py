@@ -157,7 +157,7 @@ def call(variant: Variant, T: int = 4096, K: int = 8, E: int = 128) -> Call:
 def gemms(chip: str, config: configs.Config, variant: Variant) -> Iterator[dict]:
     _, target, _ = CHIPS[chip]
     made = call(variant)
-    tiles, *_ = routing.allocate(made, config.block_m)
+    tiles, *_ = routing.allocate(made, config.block_m, made.top_k_index.new_empty)
     x, S, width = made.hidden_states, made.T * made.K, launch.slab_width(made, config)
     wide = x.new_empty((S, width), dtype=torch.float32)
     inner = x.new_empty((S, made.I))
@@ -177,7 +177,7 @@ def small_kernels(chip: str) -> Iterator[dict]:
     _, target, _ = CHIPS[chip]
     made = call(VARIANTS[16][0])
     x, ids = made.hidden_states, made.top_k_index
-    tiles, counts, totals = routing.allocate(made, 128)
+    tiles, counts, totals = routing.allocate(made, 128, ids.new_empty)
     shared = routing.arguments(made)
     norms = x.new_empty(ids.shape, dtype=torch.float32)
     result = Saliency(x, norms, norms)

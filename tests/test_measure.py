@@ -1,13 +1,15 @@
-"""Telling a module's activation by what it computes."""
+"""Telling a module's activation by what it computes, and whether the op computes what it does."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import pytest
+import torch
 from torch import Tensor, nn
 
-from reap.observation.measure import activation_of
+from reap.model.compat import Layout
+from reap.observation.measure import _exact, accurate, activation_of, fused
 
 
 class Gate(nn.Module):
@@ -42,3 +44,45 @@ class Gate(nn.Module):
 )  # fmt: skip
 def test_activations_are_told_by_numbers(function: Any, parameters: Any, expected: Any) -> None:
     assert activation_of(Gate(function, **parameters)) == expected
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_probe_waits_once(dtype: torch.dtype, monkeypatch: Any) -> None:
+    """On the meta device, where nothing but the last line has anything to read."""
+
+    def empty(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
+        return torch.empty(*shape, dtype=dtype, device="meta")
+
+    reads: list[Tensor] = []
+    found = [1.0, 0.1, 0.1]
+
+    def tolist(self: Tensor) -> list[float]:
+        reads.append(self)
+        return found
+
+    monkeypatch.setattr(Tensor, "tolist", tolist)
+    weights = [empty(4, 12, 8), empty(4, 8, 6), empty(4, 12), empty(4, 8)]
+    call = (empty(5, 8), empty(5, 2, dtype=torch.int64), empty(5, 2))
+    layout = Layout(gated=True, biased=True, transposed=False, interleaved=True, post_norm=False)
+    assert accurate(weights, layout, lambda x, *_: x, *call, activation="silu")
+    found[2] = 0.2
+    assert not accurate(weights, layout, lambda x, *_: x, *call, activation="silu")
+    found[0] = float("nan")
+    assert accurate(weights, layout, lambda x, *_: x, *call, activation="silu")
+    assert [list(read.shape) for read in reads] == [[3]] * 3
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_exact_output_leaves_slots_without_expert_out(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    weights = [torch.randn(4, 12, 8, dtype=dtype), torch.randn(4, 8, 6, dtype=dtype)]
+    hidden, gates = torch.randn(5, 8, dtype=dtype), torch.rand(5, 2)
+    ids = torch.tensor([[0, 4], [7, 1], [2, 3], [3, 0], [4, 4]])
+    gates[0, 1] = torch.nan
+    layout = Layout(gated=True, biased=False, transposed=False, interleaved=False, post_norm=False)
+    exact = _exact(weights, layout, hidden, ids, gates, "silu")
+    wide = torch.float64 if dtype == torch.float32 else torch.float32
+    weights, hidden = [weight.to(wide) for weight in weights], hidden.to(wide)
+    expected = fused(weights, layout, hidden, ids, gates, backend="reference").out
+    assert exact.dtype == wide
+    torch.testing.assert_close(exact, expected)

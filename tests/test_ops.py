@@ -217,6 +217,32 @@ def test_inputs_that_require_grad(name):
     assert not result.out.requires_grad
 
 
+def test_the_bare_op_is_never_silently_without_gradient():
+    arguments = inputs()
+    arguments["down_proj"].requires_grad_()
+    bare = torch.ops.reap.moe_saliency
+    with pytest.raises(ValueError, match="^down_proj requires grad in grad mode, must not"):
+        bare(*arguments.values(), False, "auto")
+    with torch.no_grad():
+        assert not bare(*arguments.values(), False, "auto")[0].requires_grad
+
+
+def test_compilers_keep_out_of_backends():
+    """Compiled code that falls back to Python compiles what it calls there, but no backend."""
+    arguments, graphs = (*inputs().values(), False, "reference"), []
+
+    def compiler(graph, _):
+        graphs.append(graph)
+        return graph.forward
+
+    @torch.compiler.disable(recursive=False)
+    def fallen_back():
+        return torch.ops.reap.moe_saliency(*arguments)
+
+    torch.compile(lambda: fallen_back(), backend=compiler)()
+    assert not graphs
+
+
 def fake_backend(name, *, available=None, unsupported=None):
     def run(call):
         return reference.run(call)._replace(out=torch.full((call.T, call.H), float(len(name))))

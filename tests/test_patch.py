@@ -16,7 +16,10 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from reap.errors import ReapError
 from reap.model.experts import find_experts
-from reap.observation.patch import observe
+from reap.observation import measure
+from reap.observation.layers import Layer
+from reap.observation.patch import _layers, observe
+from reap.statistics.layerstats import LayerStatistics
 
 # Softmax renormalised or not, sigmoid with groups and bias, interleaved and transposed with biases,
 # a hybrid, no gate half: the rest is in the sweep.
@@ -404,3 +407,38 @@ def test_a_compiled_model(model_type: str, way: str) -> None:
         assert {stats[name].tokens for name in stats.layers} == {sum(lengths)}
         torch.testing.assert_close(run(compiled, inputs), expected)
     assert torch._dynamo.eval_frame._stance.stance == "default"
+
+
+@pytest.mark.parametrize("model_type", MAIN)
+@pytest.mark.parametrize("lengths", [None, [9, 5]], ids=["whole", "padded"])
+def test_no_layer_waits_for_its_device(model_type: str, lengths: Any, monkeypatch: Any) -> None:
+    """On the meta device, where there is nothing to read: any wait for a value is an error."""
+    model = tiny_model(model_type).to("meta")
+    inputs = tiny_inputs(model, lengths=lengths)
+    mask = inputs["attention_mask"].to("meta") if lengths else None
+    ids, gates = (torch.zeros(18, 2, dtype=t, device="meta") for t in (torch.int64, torch.float32))
+    monkeypatch.setattr(Layer, "check_device", lambda self, kind: None)  # which refuses it
+    monkeypatch.setattr(measure, "accurate", lambda *_, **__: True)  # waits once, at the first call
+    monkeypatch.setattr(LayerStatistics, "check", lambda self: None)  # at the end
+    hidden = torch.zeros(18, 32, device="meta")
+    with torch.no_grad(), observe(model, pairs=True) as stats:
+        for experts in find_experts(model):
+            monkeypatch.setattr(
+                type(model),
+                "forward",
+                lambda self, input_ids, attention_mask, experts=experts: experts.module(
+                    hidden, ids, gates
+                ),
+            )
+            out = model(input_ids=inputs["input_ids"], attention_mask=mask)
+            assert out.is_meta and out.shape == hidden.shape
+    assert {part.device.type for part in stats._parts.values()} == {"meta"}
+
+
+def test_a_graph_cannot_be_captured(monkeypatch: Any) -> None:
+    model = tiny_model("qwen3_moe")
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    with observe(model):
+        layer = _layers[find_experts(model)[0].module]
+        with pytest.raises(ReapError, match=r"layers\.0.* graph is being captured"):
+            layer.check_device("cuda")

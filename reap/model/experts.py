@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -73,16 +74,17 @@ def find_experts(model: nn.Module) -> list[Experts]:
     inner = pretrained(model)
     found: dict[str, Experts] = {}
     names: dict[tuple[int, ...], str] = {}  # by the identity of the weights
-    for name, module in inner.named_modules():
+    modules = dict(inner.named_modules())
+    for name, module in modules.items():
         if OTHER_TOWERS.search(name):
             continue
-        block = inner.get_submodule(name.rpartition(".")[0])
         kind = _kind(name, module)
         if kind is not None:
+            block = modules[name.rpartition(".")[0]]
             weights = tuple(id(parameter) for parameter in module.parameters())
             first = names.setdefault(weights or (id(module),), name)
             found[name] = Experts(first, module, block, kind)
-    _check_all_found(inner, set(found))
+    _check_all_found(inner, modules, set(found))
     return list(found.values())
 
 
@@ -91,16 +93,22 @@ def _kind(name: str, module: nn.Module) -> str | None:
         return None
     if compat.dispatches(module):
         return "interface"
-    parameters = list(inspect.signature(type(module).forward).parameters)[1:]
+    parameters = _parameters(type(module).forward)
     if len(parameters) >= 3 and _count(module) and _is_direct(parameters):
         return "direct"
-    if parameters == ["hidden_states"] and type(module).__name__ == "Llama4TextExperts":
+    if parameters == ("hidden_states",) and type(module).__name__ == "Llama4TextExperts":
         return "input_scaled"
     listed = isinstance(module, nn.ModuleList) and len(module) > 1
     return "list" if listed and NAMED_EXPERTS.search(name) else None
 
 
-def _is_direct(parameters: list[str]) -> bool:
+@lru_cache(maxsize=1024)  # a model has thousands of modules of a few classes
+def _parameters(forward: Callable[..., Any]) -> tuple[str, ...]:
+    """The names of a method's parameters, without self."""
+    return tuple(inspect.signature(forward).parameters)[1:]
+
+
+def _is_direct(parameters: tuple[str, ...]) -> bool:
     ids, gates = parameters[1:3]
     return bool(re.search(r"ind|idx|ids|selected_experts", ids)) and "weight" in gates
 
@@ -114,16 +122,14 @@ def router_of(block: nn.Module) -> nn.Module | None:
     return None
 
 
-def _check_all_found(model: nn.Module, names: set[str]) -> None:
+def _check_all_found(model: nn.Module, modules: dict[str, nn.Module], names: set[str]) -> None:
     missed = []
-    for name, module in model.named_modules():
+    around = {parent for name in names for parent in _parents(name)}
+    for name, module in modules.items():
         looks = LOOKS_LIKE_EXPERTS.search(type(module).__name__) or NAMED_EXPERTS.search(name)
         if not looks or not name or OTHER_TOWERS.search(name) or "shared_expert" in name:
             continue
-        related = any(
-            name == other or name.startswith(other + ".") or other.startswith(name + ".")
-            for other in names
-        )
+        related = name in names or name in around or any(p in names for p in _parents(name))
         if not related and any(True for _ in module.parameters()):
             missed.append((name, type(module).__name__))
     if missed:
@@ -138,6 +144,12 @@ def _check_all_found(model: nn.Module, names: set[str]) -> None:
         raise ReapError(
             f"{type(model).__name__}: the config counts experts, but no module holds any"
         )
+
+
+def _parents(name: str) -> Iterator[str]:
+    """ "a.b.c" -> "a.b", "a" """
+    while name := name.rpartition(".")[0]:
+        yield name
 
 
 def layer_info(experts: Experts, config: Any) -> LayerInfo:

@@ -16,7 +16,7 @@ from torch import nn
 from reap.errors import ReapError, first_line
 from reap.model import compat
 from reap.model.config import check_has_experts, config_for, model_classes, read_config, text_config
-from reap.model.experts import find_experts, layer_info, pretrained
+from reap.model.experts import Experts, find_experts, layer_info, pretrained
 from reap.model.info import ModelInfo
 
 # Fields of a configuration that say how a model is run or labelled, not what it is.
@@ -29,16 +29,18 @@ NOT_STRUCTURE = re.compile(
 SAMPLES, SAMPLE_BYTES = 16, 4096  # of each weight file
 
 
-def describe(model: nn.Module) -> ModelInfo:
+def describe(model: nn.Module, experts: list[Experts] | None = None) -> ModelInfo:
     """What identifies `model`, and its MoE layers. Reads no weight, save of files it came from.
+
+    `experts` are those that `find_experts` found in it, if that is known.
 
     `weights` is known when the model was loaded from a local folder that is still there.
     ReapError for a model without MoE layers, and for one with experts that cannot be observed.
     """
     inner = pretrained(model)
-    found = {experts.name: experts for experts in reversed(find_experts(model))}
+    found = {one.name: one for one in reversed(experts or find_experts(model))}
     config, folder = inner.config, compat.source(inner.config)
-    layers = tuple(layer_info(experts, config) for experts in reversed(found.values()))
+    layers = tuple(layer_info(one, config) for one in reversed(found.values()))
     local = bool(folder) and os.path.isdir(folder)
     return ModelInfo(
         model_type=config.model_type,

@@ -46,6 +46,9 @@ class Layer:
         self.activation = None
         if experts.kind == "interface":
             self.activation = measure.activation_of(experts.module)
+            self.layout = compat.layout(experts.module)
+            self.names = measure.weight_names(self.layout)
+        self.options = {**observer.options, "activation": self.activation}
 
     def forward(self, hidden: Tensor, ids: Tensor, gates: Tensor) -> Tensor:
         """In place of the forward of a module on the interface: [T,H], [T,K], [T,K] -> [T,H]."""
@@ -56,32 +59,33 @@ class Layer:
                 "observed experts carry no gradient: call the model under torch.no_grad()"
             )
         with torch.no_grad():
-            reason = self.why_not_fused(hidden, ids, gates)
+            # Read at every call: offloading swaps them.
+            weights = [getattr(module, name, None) for name in self.names]
+            reason = self.why_not_fused(weights, hidden, ids, gates)
             if reason is None:
-                options = {**self.observer.options, "activation": self.activation}
-                weights, layout = measure.weights_of(module), compat.layout(module)
-                measured = measure.fused(weights, layout, hidden, ids, gates, **options)
+                measured = measure.fused(weights, self.layout, hidden, ids, gates, **self.options)
             else:
                 measured = self.slot_by_slot(hidden, ids, gates, reason)
             self.observer.record(self.info.name, ids, gates, measured)
         return measured.out
 
-    def why_not_fused(self, hidden: Tensor, ids: Tensor, gates: Tensor) -> str | None:
+    def why_not_fused(
+        self, weights: list[Any], hidden: Tensor, ids: Tensor, gates: Tensor
+    ) -> str | None:
         """Why the module's own forward must run, None when `moe_saliency` replaces it."""
-        module = self.experts.module
-        reason = measure.why_not_fused(module, hidden.dtype)
+        reason = measure.why_not_fused(self.names, weights, self.layout, hidden.dtype)
         if reason is None and self.activation is None:
             reason = "its activation is of no known kind"
         if reason is not None or len(ids) == 0:
             return reason
-        options = {**self.observer.options, "activation": self.activation}
 
         def compare() -> str | None:
-            if measure.accurate(module, self.own, hidden, ids, gates, **options):
+            probe = (weights, self.layout, self.own, hidden, ids, gates)
+            if measure.accurate(*probe, **self.options):
                 return None
             return "its own forward computes something else, or more accurately"
 
-        key = (type(module), self.activation, hidden.dtype, hidden.device.type)
+        key = (type(self.experts.module), self.activation, hidden.dtype, hidden.device.type)
         return self.observer.verdict(key, compare)
 
     def slot_by_slot(
@@ -108,13 +112,18 @@ class Layer:
             )
 
     def check_device(self, kind: str) -> None:
-        """ReapError for a call on the meta device or under autocast."""
+        """ReapError for a call on the meta device, under autocast or into a CUDA graph."""
         if kind == "meta":
             raise self.unobservable("it is on the meta device: load the model's weights")
         if torch.is_autocast_enabled(kind):
             raise ReapError(
                 f"{self.cls} ({self.info.name}) was called under autocast: load the model in the "
                 "dtype that it shall run in, and leave autocast out"
+            )
+        if kind == "cuda" and torch.cuda.is_current_stream_capturing():
+            raise self.unobservable(
+                "a CUDA graph is being captured, and its replays would run without what counts on "
+                "the host: call the model without graphs"
             )
 
     def unobservable(self, reason: str) -> ReapError:

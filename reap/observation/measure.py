@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -19,14 +20,16 @@ import reap_kernels
 from reap.errors import ReapError
 from reap.model import compat
 from reap.model.compat import Layout
+from reap_kernels import reference
+from reap_kernels.contract import make_call
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 # How far, relative to the exact output, ours may be off beyond 1.2 times the module's own error.
 SLACK = {torch.bfloat16: 1e-4, torch.float16: 1e-4, torch.float32: 1e-3}
 # How far the sum of gate times expert output may be off the module's own output.
 CONSISTENT = {torch.bfloat16: 3e-2, torch.float16: 1e-2, torch.float32: 1e-3}
-PROBE_ELEMENTS = 2048  # of the output are compared, of at most PROBE_TOKENS tokens
-PROBE_TOKENS = 8
+PROBE_ELEMENTS = 2048  # of the output are compared, of tokens with at most PROBE_SLOTS slots
+PROBE_SLOTS = 16
 
 Forward = Callable[[Tensor, Tensor, Tensor], Tensor]  # hidden states, ids [T,K], gates [T,K]
 
@@ -37,27 +40,22 @@ class Measured(NamedTuple):
     peaks: Tensor  # max |f(x)| [T, K] fp32
 
 
-def why_not_fused(module: nn.Module, dtype: torch.dtype) -> str | None:
-    """Why `moe_saliency` cannot stand in for an experts module on the interface, in a few words."""
-    layout = compat.layout(module)
-    for name in weight_names(layout):
-        weight = getattr(module, name, None)
+def weight_names(layout: Layout) -> tuple[str, ...]:
+    """Of a module's weights, then of its biases if it has any."""
+    up = "gate_up_proj" if layout.gated else "up_proj"
+    return (up, "down_proj", f"{up}_bias", "down_proj_bias") if layout.biased else (up, "down_proj")
+
+
+def why_not_fused(
+    names: tuple[str, ...], weights: list[Any], layout: Layout, dtype: torch.dtype
+) -> str | None:
+    """Why `moe_saliency` cannot stand in for a module with these weights, in a few words."""
+    for name, weight in zip(names, weights, strict=True):
         if not isinstance(weight, Tensor) or weight.dtype not in FLOATS:
             return f"{name} is not a tensor of bfloat16, float16 or float32"
         if weight.dtype != dtype:
             return f"it is called with {dtype} and {name} is {weight.dtype}"
     return "it has a norm after each expert" if layout.post_norm else None
-
-
-def weight_names(layout: Layout) -> tuple[str, ...]:
-    up = "gate_up_proj" if layout.gated else "up_proj"
-    return (up, "down_proj", f"{up}_bias", "down_proj_bias") if layout.biased else (up, "down_proj")
-
-
-def weights_of(module: nn.Module) -> list[Tensor]:
-    """The module's weights, then its biases if it has any. Read at every call: offloading swaps
-    them."""
-    return [getattr(module, name) for name in weight_names(compat.layout(module))]
 
 
 def fused(
@@ -132,36 +130,64 @@ def check_sum(total: Tensor, out: Tensor) -> None:
 
 
 def accurate(
-    module: nn.Module, forward: Forward, hidden: Tensor, ids: Tensor, gates: Tensor, **options: Any
+    weights: list[Tensor],
+    layout: Layout,
+    forward: Forward,
+    hidden: Tensor,
+    ids: Tensor,
+    gates: Tensor,
+    **options: Any,
 ) -> bool:
     """Whether `fused` is as close to the exact output as the module's own forward, on a few tokens.
 
     This finds a module whose own forward does more than its flags say: computes in another dtype,
-    say. Exact means computed in fp64 (fp32 for 16-bit models), one expert at a time.
+    say. Exact means computed in fp64 (fp32 for 16-bit models). Waits for the device once.
     """
-    n = max(1, min(PROBE_TOKENS, len(ids), math.ceil(PROBE_ELEMENTS / hidden.shape[-1])))
+    K, H = ids.shape[1], hidden.shape[-1]
+    n = max(1, min(PROBE_SLOTS // K, len(ids), math.ceil(PROBE_ELEMENTS / H)))
     hidden, ids, gates = hidden[:n], ids[:n], gates[:n]
+    exact = _exact(weights, layout, hidden, ids, gates, options["activation"])
+
+    def size(x: Tensor) -> Tensor:
+        return torch.linalg.vector_norm(x)
+
+    own = forward(hidden, ids, gates).to(exact.dtype)
+    ours = fused(weights, layout, hidden, ids, gates, **options).out.to(exact.dtype)
+    scale, error, our_error = torch.stack(
+        [size(exact), size(own - exact), size(ours - exact)]
+    ).tolist()
+    return not math.isfinite(scale) or our_error <= 1.2 * error + SLACK[hidden.dtype] * scale
+
+
+def _exact(
+    weights: list[Tensor],
+    layout: Layout,
+    hidden: Tensor,
+    ids: Tensor,
+    gates: Tensor,
+    activation: str,
+) -> Tensor:
+    """The layer's output [n,H] in a wider dtype. One slot at a time, since wide copies of several
+    experts may not fit, and an expert is looked up on the device, so that nothing waits for it."""
     wide = torch.float64 if hidden.dtype == torch.float32 else torch.float32
     exact = torch.zeros(hidden.shape, dtype=wide, device=hidden.device)
-    weights, layout = weights_of(module), compat.layout(module)
-    for t, k in torch.nonzero(ids < len(weights[0])).tolist():
-        expert = int(ids[t, k])
-        one = [weight[expert : expert + 1].to(wide) for weight in weights]
-        slot = torch.zeros(1, 1, dtype=ids.dtype, device=ids.device)
-        unit = torch.ones(1, 1, dtype=wide, device=ids.device)
+    one = torch.zeros(1, 1, dtype=torch.int64, device=hidden.device)
+    options: dict[str, Any] = {
+        "activation": activation,
+        "gated": layout.gated,
+        "interleaved": layout.interleaved,
+        "transposed": layout.transposed,
+    }
+    for t in range(len(ids)):
         x = hidden[t : t + 1].to(wide)
-        y = fused(one, layout, x, slot, unit, **{**options, "backend": "reference"}).out
-        exact[t] += gates[t, k].to(wide) * y[0]
-
-    def error(out: Tensor) -> float:
-        return float(torch.linalg.vector_norm(out.to(wide) - exact))
-
-    scale = float(torch.linalg.vector_norm(exact))
-    if not math.isfinite(scale):
-        return True
-    own = error(forward(hidden, ids, gates))
-    ours = error(fused(weights, layout, hidden, ids, gates, **options).out)
-    return ours <= 1.2 * own + SLACK[hidden.dtype] * scale
+        for k in range(ids.shape[1]):
+            expert = ids[t, k : k + 1]
+            place = expert.clamp(0, len(weights[0]) - 1)
+            up, down, *biases = (weight.index_select(0, place).to(wide) for weight in weights)
+            call = make_call(x, up, down, one, one.to(wide), *biases, **options)
+            y = gates[t, k] * reference.expert_output(x, 0, call)
+            exact[t] += torch.where(expert < len(weights[0]), y, 0)[0]
+    return exact
 
 
 def activation_of(module: nn.Module) -> str | None:
@@ -181,7 +207,7 @@ def activation_of(module: nn.Module) -> str | None:
     edges = [0.0, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 1000.0]
     edges += [limit * f for limit in limits if limit < 1e4 for f in (0.5, 0.99, 1.01, 3.0)]
     axis = torch.tensor(sorted({*edges, *(-edge for edge in edges)}), dtype=torch.float64)
-    gate, up = (x.flatten() for x in torch.meshgrid(axis, axis, indexing="ij"))
+    gate, up = torch.cartesian_prod(axis, axis).unbind(1)
 
     candidates = ["silu", "gelu", "gelu_tanh", "relu", "relu2"]
     layout = compat.layout(module)
@@ -203,15 +229,18 @@ def activation_of(module: nn.Module) -> str | None:
     if actual.shape != gate.shape:
         return None
     for candidate in candidates:
-        expected = _apply(candidate, gate, up, layout.gated)
+        expected = _expected(candidate, tuple(axis.tolist()), layout.gated)
         if torch.allclose(actual, expected, rtol=1e-5, atol=1e-5):
             return candidate
     return None
 
 
-def _apply(activation: str, gate: Tensor, up: Tensor, gated: bool) -> Tensor:
-    """`activation` of each grid point [N] by the library: one expert with identity weights."""
-    x = torch.stack((gate, up), 1) if gated else gate[:, None]
+@lru_cache(maxsize=256)
+def _expected(activation: str, axis: tuple[float, ...], gated: bool) -> Tensor:
+    """`activation` at the points of the grid of `axis` [N] by the library: one expert with identity
+    weights. The layers of a model share it."""
+    points = torch.cartesian_prod(*[torch.tensor(axis, dtype=torch.float64)] * 2)  # gate, up
+    x = points if gated else points[:, :1]
     eye = torch.eye(x.shape[1], dtype=x.dtype)[None]
     down = torch.ones(1, x.shape[1], 1, dtype=x.dtype)
     ids, gates = torch.zeros(len(x), 1, dtype=torch.int64), torch.ones(len(x), 1)

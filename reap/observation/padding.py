@@ -29,7 +29,7 @@ class _Call:
     shape: tuple[int, int] | None  # [B,q] of its tokens
     cached: int | None  # tokens in the cache before the call; None: it cannot be told
     mask: Any
-    real: Tensor | None = None  # [B*q] bool, once worked out; None where nothing is padded
+    real: Tensor | None = None  # [B*q] bool, once worked out; None if nothing is known to be padded
     known: bool = False
 
     @property
@@ -83,8 +83,9 @@ class Padding(threading.local):
     def real(self, tokens: int, device: torch.device) -> Tensor | None:
         """Which of the `tokens` that experts were just called with are not padding: [T] bool.
 
-        None when all are, or when the model was called without a mask. ReapError when there is
-        padding and it cannot be lined up with the tokens.
+        None when all are, or when the model was called without a mask; on a GPU, where asking would
+        wait for it, perhaps a mask of all. ReapError when there is padding and it cannot be lined
+        up with the tokens.
         """
         masked = next((i for i, call in enumerate(self._calls) if call.mask is not None), None)
         if masked is None:
@@ -94,20 +95,28 @@ class Padding(threading.local):
             call.real, call.known = _real(call), True
         if call.real is None:
             return None
+        misfit = self._misfit(masked, tokens)
+        if misfit is not None:
+            if bool(call.real.all()):
+                return None
+            raise ReapError(f"cannot tell padding: {misfit}: use batches without padding")
+        call.real = call.real.to(device)
+        return call.real
+
+    def _misfit(self, masked: int, tokens: int) -> str | None:
+        """Why call number `masked`, which has a mask, is not of the same tokens as the experts'."""
+        call = self._calls[masked]
         for inner in self._calls[masked:]:
             if inner.shape != call.shape:
                 seen = "no token ids" if inner.shape is None else f"tokens {list(inner.shape)}"
-                raise ReapError(
-                    f"cannot tell padding: {call.cls} was called with tokens "
-                    f"{list(call.shape or ())} and {inner.cls} in it with {seen}: use batches "
-                    "without padding"
+                return (
+                    f"{call.cls} was called with tokens {list(call.shape or ())} and {inner.cls} "
+                    f"in it with {seen}"
                 )
-        if len(call.real) != tokens:
-            raise ReapError(
-                f"cannot tell padding: {call.cls} was called with {len(call.real)} tokens and its "
-                f"experts with {tokens}: use batches without padding"
-            )
-        return call.real.to(device)
+        known = 0 if call.real is None else len(call.real)
+        if known != tokens:
+            return f"{call.cls} was called with {known} tokens and its experts with {tokens}"
+        return None
 
 
 def _token_shape(given: Mapping[str, Any]) -> tuple[int, int] | None:
@@ -148,20 +157,27 @@ def _real(call: _Call) -> Tensor | None:
             f"cannot tell padding: the attention_mask of {call.cls} {what}: "
             "call it with a mask [batch, length], 1 for a token and 0 for padding"
         )
-    if bool(mask.all()):
-        return None
+    misfit, cached = _lined_up(call, mask)
+    if misfit is not None:
+        if bool(mask.all()):
+            return None
+        raise ReapError(f"cannot tell padding: {misfit}: use batches without padding")
+    real = (mask[:, cached:] != 0).flatten()
+    # Elsewhere than on a CPU the answer would make the host wait for all work before it.
+    return None if real.device.type == "cpu" and bool(real.all()) else real
+
+
+def _lined_up(call: _Call, mask: Tensor) -> tuple[str | None, int]:
+    """Why the mask is not of the call's tokens, and how many tokens are in the cache."""
     if call.shape is None:
-        raise ReapError(
-            f"cannot tell padding: {call.cls} was called with an attention_mask "
-            f"{list(mask.shape)} but without input_ids: use batches without padding"
-        )
+        return (
+            f"{call.cls} was called with an attention_mask {list(mask.shape)} but without input_ids"
+        ), 0
     batch, length = call.shape
     cached = mask.shape[1] - length if call.cached is None else call.cached
     if mask.shape[0] != batch or mask.shape[1] != cached + length or cached < 0:
-        raise ReapError(
-            f"cannot tell padding: {call.cls} was called with tokens [{batch}, {length}] after "
-            f"{cached} in the cache, and an attention_mask {list(mask.shape)}: use batches without "
-            "padding"
-        )
-    real = (mask[:, cached:] != 0).flatten()
-    return None if bool(real.all()) else real
+        return (
+            f"{call.cls} was called with tokens [{batch}, {length}] after {cached} in the cache, "
+            f"and an attention_mask {list(mask.shape)}"
+        ), 0
+    return None, cached

@@ -73,17 +73,24 @@ def observe(
     exception; a compiled model runs uncompiled inside the `with`. Layers recomputed by gradient
     checkpointing count once.
 
+    On a GPU no layer makes the host wait: bad ids and numbers are noted there and reported at the
+    end. The first call of each kind of experts waits once, to compare `moe_saliency` with their own
+    forward. A CUDA graph cannot hold an observed layer: the host keeps the domain, tells padding,
+    creates sums where it first needs them and carries between their limbs, none of which a replay
+    would repeat.
+
     ReapError, before any forward: no transformers model, no MoE layers, experts that cannot be
     observed, a model that is being observed, an unknown or unavailable backend. ReapError, in a
-    forward: autocast, no weights (the meta device), padding that cannot be lined up with the
-    experts' tokens, a NaN or infinite norm (on a GPU this one comes at the end).
+    forward: autocast, no weights (the meta device), the capture of a CUDA graph, padding that
+    cannot be lined up with the experts' tokens, a NaN or infinite norm (on a GPU this one comes at
+    the end).
     """
     check_backend(backend)
     compat.require(compat.OBSERVING)
     found = find_experts(model)
     for experts in found:
         _check_not_split(experts)
-    stats = Statistics(describe(model), gates=gates, pairs=pairs)
+    stats = Statistics(describe(model, found), gates=gates, pairs=pairs)
     observation = _Observation(stats, {"backend": backend, "deterministic": deterministic})
     with ExitStack() as undo:
         observation.install(model, found, undo)
@@ -130,8 +137,7 @@ class _Observation:
             return
         self._called.add(layer)
         real = self.padding.real(len(ids), ids.device)
-        # Statistics outlive an inference mode that the model may be called in.
-        with self._recording, torch.inference_mode(False), torch.no_grad():
+        with self._recording:
             self.stats.update(layer, ids, gates, measured.norms, measured.peaks, real)
 
     def verdict(self, key: Any, decide: Callable[[], str | None]) -> str | None:

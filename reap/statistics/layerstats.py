@@ -56,11 +56,18 @@ class LayerStatistics:
         self.name = name
         self.gates = gates
         self.device = torch.device(device)
-        E = num_experts
+        # Statistics outlive an inference mode that they may be collected in.
+        with torch.inference_mode(False):
+            self._allocate(pairs)
+        self._fused = self.device.type == "cuda" and triton.available() is None
+
+    def _allocate(self, pairs: bool) -> None:
+        E, device = self.num_experts, self.device
         self._tokens = torch.zeros(1, dtype=torch.int64, device=device)
         self._count = torch.zeros(E, dtype=torch.int64, device=device)
         self._peak = torch.zeros(E, dtype=torch.float32, device=device)
         self._sums = ExactSum(len(SUMS) * E, device)  # [5*E], one quantity after another
+        self._first_cells = torch.arange(0, len(SUMS) * E, E, device=device)[:, None]
         self._pair_count = self._pair_sums = None
         if pairs:
             self._pair_count = torch.zeros(E * (E - 1) // 2, dtype=torch.int64, device=device)
@@ -68,7 +75,6 @@ class LayerStatistics:
         # Slots per expert that cannot be summed, then slots with a negative id. Kept on the device,
         # so that a GPU need not stop at every layer; `check` turns them into an error.
         self._faults = torch.zeros(E + 1, dtype=torch.int64, device=device)
-        self._fused = self.device.type == "cuda" and triton.available() is None
 
     @property
     def pairs(self) -> bool:
@@ -97,18 +103,19 @@ class LayerStatistics:
         if self._fused:
             self._launch(top_k_index, top_k_weights, norms, peaks, mask)
             return
-        if mask is None:
-            mask = torch.ones(tokens, dtype=torch.bool, device=top_k_index.device)
         rows = max(1, (_CPU_SLOTS if self.device.type == "cpu" else _DEVICE_SLOTS) // max(1, K))
         columns = (top_k_index, top_k_weights, norms, peaks, mask)
-        for piece in zip(*(column.to(self.device).split(rows) for column in columns), strict=True):
-            self._add(*piece)
+        for start in range(0, tokens, rows):
+            some = slice(start, start + rows) if tokens > rows else None
+            self._add(*(self._here(column, some) for column in columns))
         if self.device.type == "cpu":
             self.check()
 
     def check(self) -> None:
         """ReapError naming the layer and the expert if a slot so far could not be summed."""
         faults = self._faults.tolist()
+        if not any(faults):
+            return
         if faults[-1]:
             raise ReapError(
                 f"layer {self.name}: {faults[-1]} slots have a negative expert id: "
@@ -228,14 +235,22 @@ class LayerStatistics:
             self._pair_sums = ExactSum.from_canonical(state["pair_sums"])
         return self
 
+    def _here(self, column: Tensor | None, rows: slice | None) -> Tensor | None:
+        """These rows of it, on this device; None: all."""
+        if column is None:
+            return None
+        return (column if rows is None else column[rows]).to(self.device)
+
     def _add(
-        self, expert: Tensor, weights: Tensor, norms: Tensor, peak: Tensor, mask: Tensor
+        self, expert: Tensor, weights: Tensor, norms: Tensor, peak: Tensor, mask: Tensor | None
     ) -> None:
         """Add the slots of a few tokens: [T,K] four times and [T], on this device."""
         expert, peak = expert.long(), peak.float()
         gate, norm = self._gate(weights.double()), norms.double()
-        self._tokens += mask.sum()
-        counted = mask[:, None] & (expert < self.num_experts) & (gate != 0)  # [T,K] bool
+        counted = (expert < self.num_experts) & (gate != 0)  # [T,K] bool
+        if mask is not None:
+            counted &= mask[:, None]
+        self._tokens += len(expert) if mask is None else mask.sum()
 
         weighted = gate * norm
         # In the order of SUMS, [5,T,K] fp64
@@ -251,8 +266,7 @@ class LayerStatistics:
         self._count.index_add_(0, expert.flatten(), counted.flatten().long())
         peak = torch.where(counted, peak, 0.0)
         self._peak.scatter_reduce_(0, expert.flatten(), peak.flatten(), "amax")
-        first = torch.arange(len(SUMS), device=self.device) * self.num_experts
-        cell = first[:, None] + expert.flatten()  # [5,S] int64
+        cell = self._first_cells + expert.flatten()  # [5,S] int64
         self._sums.add(cell.flatten(), values.flatten())
         self._add_pairs(expert, values[SUMS.index("weighted_sum")], counted)
 

@@ -4,69 +4,95 @@ import torch
 import triton
 from torch import Tensor
 
-from reap_kernels.contract import Call, Saliency
+from reap_kernels.contract import TENSORS, Call, Saliency
 from reap_kernels.triton import down, finish, gate_up, routing
 from reap_kernels.triton.configs import Config, Tile
+from reap_kernels.triton.replay import Plans, Recorder
 from reap_kernels.triton.routing import Tiles
+from reap_kernels.triton.signature import signature_of
 
 # Tokens per program of the last kernel, and the columns that it handles at a time.
 FINISH_TOKENS, FINISH_COLUMNS = 4, 1024
+
+_plans = Plans()
 
 
 def run(call: Call, config: Config) -> Saliency:
     """The call's result. Seven launches with atomic combine (six if the model is fp32); with the
     deterministic one two more for every slab but the first, and no zeroing."""
-    x, S = call.hidden_states, call.T * call.K
+    key = signature_of(call)
+    plan = _plans.get(key, config)
+    if plan is not None:
+        return Saliency(*plan.run(call[: len(TENSORS)])[:3])
+    if call.transposed:  # a plan knows tensors by themselves, so views come first
+        up, down_proj = call.gate_up_proj.mT, call.down_proj.mT
+        call = call._replace(gate_up_proj=up, down_proj=down_proj, transposed=False)
+    recorder = Recorder(call[: len(TENSORS)])
+    result = launch(call, config, recorder)
+    _plans.put(key, config, recorder.plan())
+    return result
+
+
+def launch(call: Call, config: Config, recorder: Recorder) -> Saliency:
+    x, S, f32 = call.hidden_states, call.T * call.K, torch.float32
     result = Saliency(
-        x.new_empty((call.T, call.H)),
-        x.new_empty((call.T, call.K), dtype=torch.float32),
-        x.new_empty((call.T, call.K), dtype=torch.float32),
+        recorder.empty(call.T, call.H, dtype=x.dtype),
+        recorder.empty(call.T, call.K, dtype=f32),
+        recorder.empty(call.T, call.K, dtype=f32),
     )
     if S == 0:
         return result
-    tiles = routing.route(call, config.block_m)
+    tiles = routing.route(call, config.block_m, recorder)
 
-    inner = x.new_empty((S, call.I))
-    grid = (gate_up.programs(call, tiles, config),)
-    gate_up.gate_up_kernel[grid](
-        **gate_up.arguments(call, tiles, inner, config), **options(config.gate_up)
+    inner = recorder.empty(S, call.I, dtype=x.dtype)
+    recorder.launch(
+        gate_up.gate_up_kernel,
+        (gate_up.programs(call, tiles, config),),
+        gate_up.arguments(call, tiles, inner, config),
+        **options(config.gate_up),
     )
-    partials = (triton.cdiv(call.H, config.down.block_n), S)
-    buffers = {
-        "inner": inner,  # [S, I]
-        "squares": x.new_empty(partials, dtype=torch.float32),
-        "peaks": x.new_empty(partials, dtype=torch.float32),
-    }
-    combine(call, tiles, buffers, result, config)
+    combine(call, tiles, inner, result, config, recorder)
     return result
 
 
 def combine(
-    call: Call, tiles: Tiles, buffers: dict[str, Tensor], result: Saliency, config: Config
+    call: Call,
+    tiles: Tiles,
+    inner: Tensor,
+    result: Saliency,
+    config: Config,
+    recorder: Recorder,
 ) -> None:
     """The down projection and everything after it, in one piece or slab by slab."""
-    x, width = call.hidden_states, slab_width(call, config)
+    width, f32 = slab_width(call, config), torch.float32
     if call.deterministic:
-        combined = x.new_empty((call.T * call.K, width), dtype=torch.float32)
-    elif x.dtype == torch.float32:
-        combined = result.out.zero_()
+        combined = recorder.empty(call.T * call.K, width, dtype=f32)
+    elif call.hidden_states.dtype == f32:
+        combined = result.out
     else:
-        combined = torch.zeros((call.T, call.H), dtype=torch.float32, device=x.device)
+        combined = recorder.empty(call.T, call.H, dtype=f32)
+    if not call.deterministic:
+        recorder.zero(combined)
 
-    multiply = down.arguments(call, tiles, buffers | {"combined": combined}, config)
+    partials = (triton.cdiv(call.H, config.down.block_n), call.T * call.K)
+    squares, peaks = (recorder.empty(*partials, dtype=f32) for _ in range(2))
+    buffers = {"inner": inner, "squares": squares, "peaks": peaks, "combined": combined}
+    multiply = down.arguments(call, tiles, buffers, config)
     add = finish.arguments(call, tiles, result) | {
         "combined": combined,
-        "squares": buffers["squares"],
-        "partial_peaks": buffers["peaks"],
+        "squares": squares,
+        "partial_peaks": peaks,
         "CAST": combined is not result.out,
     }
     for first in range(0, call.H, width):
         slab = {"first_column": first, "W": min(width, call.H - first)}
         grid = (tiles.bound * triton.cdiv(slab["W"], config.down.block_n),)
-        down.down_kernel[grid](**multiply, **slab, **options(config.down))
+        recorder.launch(down.down_kernel, grid, multiply | slab, **options(config.down))
         last = first + width >= call.H
-        finish.finish_kernel[(triton.cdiv(call.T, FINISH_TOKENS),)](
-            **add, **slab, **finish_sizes(call), tiles=len(buffers["squares"]) if last else 0
+        recorder.launch(
+            finish.finish_kernel,
+            (triton.cdiv(call.T, FINISH_TOKENS),),
+            add | slab | finish_sizes(call) | {"tiles": partials[0] if last else 0},
         )
 
 

@@ -10,6 +10,7 @@ ceil(n / BLOCK_M) row tiles, of which the last is partly masked. The host knows 
 number of tiles; the programs above the true number return at once.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -18,6 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from reap_kernels.contract import Call
+from reap_kernels.triton.replay import Recorder
 from reap_kernels.triton.tiles import strides
 
 BLOCK = 128  # slots per program: their mutual order is found by comparing all pairs
@@ -127,27 +129,28 @@ def place_kernel(
         tl.store(order + position, slot, mask=slot < S)
 
 
-def route(call: Call, block_m: int) -> Tiles:
+def route(call: Call, block_m: int, recorder: Recorder) -> Tiles:
     """The slots of a call grouped by expert, in tiles of at most block_m rows."""
-    tiles, counts, totals = allocate(call, block_m)
+    tiles, counts, totals = allocate(call, block_m, recorder.empty)
     shared, blocks = arguments(call), counts.shape[1]
-    count_kernel[(blocks,)](counts=counts, **shared, sanitize_overflow=False)
-    scan_kernel[(call.E + 1,)](counts, totals, blocks, BLOCK=256)
-    place_kernel[(max(blocks, call.E),)](
-        before=counts, totals=totals, BLOCK_M=block_m, **tiles.arguments(), **shared
-    )
+    recorder.launch(count_kernel, (blocks,), {"counts": counts, **shared}, sanitize_overflow=False)
+    scanned = {"counts": counts, "totals": totals, "blocks": blocks, "BLOCK": 256}
+    recorder.launch(scan_kernel, (call.E + 1,), scanned)
+    placed = {"before": counts, "totals": totals, "BLOCK_M": block_m, **tiles.arguments()}
+    recorder.launch(place_kernel, (max(blocks, call.E),), placed | shared)
     return tiles
 
 
-def allocate(call: Call, block_m: int) -> tuple[Tiles, Tensor, Tensor]:
+def allocate(
+    call: Call, block_m: int, empty: Callable[..., Tensor]
+) -> tuple[Tiles, Tensor, Tensor]:
     """Tiles, counts [E+1, blocks] and totals [E+1], of any content."""
     S, E = call.T * call.K, call.E
     bound = min(S, (S + E * (block_m - 1)) // block_m)
     order, offsets, first_tile, tile_expert, totals = (
-        call.top_k_index.new_empty(size, dtype=torch.int32)
-        for size in (S, E + 1, E + 1, bound, E + 1)
+        empty(size, dtype=torch.int32) for size in (S, E + 1, E + 1, bound, E + 1)
     )
-    counts = totals.new_empty((E + 1, triton.cdiv(S, BLOCK)))
+    counts = empty(E + 1, triton.cdiv(S, BLOCK), dtype=torch.int32)
     return Tiles(order, offsets, first_tile, tile_expert, bound), counts, totals
 
 

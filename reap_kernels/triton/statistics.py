@@ -16,10 +16,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from reap_kernels.triton.replay import Plans, Recorder
+from reap_kernels.triton.signature import signature
 from reap_kernels.triton.tiles import strides
 
 LIMIT = tl.constexpr(2.0**288)  # of an addend that can be summed
 BLOCK = 128
+
+_SLOTS = ("ids", "gates", "norms", "peaks")
+_plans = Plans()
 
 
 class Accumulators(NamedTuple):
@@ -188,12 +193,24 @@ def accumulate(
     T, K = slots[0].shape
     if T == 0:
         return
+    given = (*slots, mask, *accumulators)
+    key = slots[0].device, signature(given), renormalized
+    plan = _plans.get(key, None)
     with torch.cuda.device_of(slots[0]):
-        statistics_kernel[(triton.cdiv(T, BLOCK), K)](
-            **arguments(slots, mask, accumulators, renormalized),
+        if plan is not None:
+            plan.run(given)
+            return
+        named = arguments(slots, mask, accumulators, renormalized)
+        # Views of another dtype stand for what they view.
+        recorder = Recorder([named[name] for name in (*_SLOTS, "mask", *Accumulators._fields)])
+        recorder.launch(
+            statistics_kernel,
+            (triton.cdiv(T, BLOCK), K),
+            named,
             num_warps=4,
             enable_fp_fusion=False,  # every addend is rounded as torch rounds it
         )
+    _plans.put(key, None, recorder.plan())
 
 
 def arguments(
@@ -203,23 +220,19 @@ def arguments(
     renormalized: bool,
 ) -> dict:
     """The kernel's arguments by name."""
-    ids, gates, norms, peaks = slots
     fields = accumulators._asdict() | {"peak": accumulators.peak.view(torch.int32)}
     return {
-        "ids": ids,
-        "gates": gates,
-        "norms": norms,
-        "peaks": peaks,
+        **dict(zip(_SLOTS, slots, strict=True)),
         "mask": None if mask is None else mask.view(torch.uint8),
         **fields,
-        "T": ids.shape[0],
+        "T": slots[0].shape[0],
         "E": accumulators.count.shape[0],
-        **strides("stride_it stride_ik", ids),
-        **strides("stride_gt stride_gk", gates),
-        **strides("stride_nt stride_nk", norms),
-        **strides("stride_pt stride_pk", peaks),
+        **strides("stride_it stride_ik", slots[0]),
+        **strides("stride_gt stride_gk", slots[1]),
+        **strides("stride_nt stride_nk", slots[2]),
+        **strides("stride_pt stride_pk", slots[3]),
         **strides("stride_mt", mask),
-        "K": ids.shape[1],
+        "K": slots[0].shape[1],
         "RENORMALIZED": renormalized,
         "BLOCK": BLOCK,
     }

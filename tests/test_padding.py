@@ -78,7 +78,9 @@ class Outer(Model):
         super().__init__(padding, 0)
         self.inner, self.passed = inner, {"input_ids": None}
 
-    def forward(self, input_ids: Any = None, attention_mask: Any = None) -> Tensor | None:
+    def forward(  # type: ignore[override]
+        self, input_ids: Any = None, attention_mask: Any = None
+    ) -> Tensor | None:
         return self.inner(**self.passed)
 
 

@@ -373,7 +373,7 @@ def test_an_unknown_backend_is_an_error_before_anything_runs(backend: Any) -> No
 
 def test_something_else_than_a_model() -> None:
     for thing in (nn.Linear(2, 2), "a/path", None):
-        with pytest.raises(ReapError, match="must be a transformers model"), observe(thing):  # type: ignore[arg-type]
+        with pytest.raises(ReapError, match="must be a transformers model"), observe(thing):
             pass
 
 

@@ -1,6 +1,7 @@
 """Cases that fill, part-fill and overflow the tiles of csrc/cuda."""
 
 from itertools import product
+from typing import Any
 
 import cases
 from cases import Case
@@ -8,7 +9,7 @@ from cases import Case
 # Sizes in multiples of 8, so that cp.async copies all operands: two column tiles, of which the
 # second is nearly empty; slices along k that end early; row tiles that are full, part full and
 # several per expert. Each number of rows that a tile can have, and each place of gate and up.
-ROWS = {
+ROWS: dict[int, dict[str, Any]] = {
     32: {"T": 45, "K": 3, "E": 7, "H": 136, "I": 72},
     64: {"T": 70, "K": 4, "E": 5, "H": 200, "I": 72},
     128: {"T": 150, "K": 3, "E": 3, "H": 136, "I": 136},

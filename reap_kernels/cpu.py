@@ -49,14 +49,14 @@ def execute(
     time: nothing of size S*H, S*I, E*T or of the weights. Copied are ids that are not int64, gates
     that are not fp32, either if not contiguous, and hidden states that are not row-major.
     """
-    module, call = native.module(), native.plain(call)
+    module, call = native.module(), native.plain(call, wide=True)
     saliency = native.empty(call)
     layer = native.layer(module, call, saliency)
     if not norms:
-        layer.norms = layer.peaks = 0
+        layer.without_norms()
         saliency.norms.zero_()
         saliency.peaks.zero_()
-    layer.threads = torch.get_num_threads() if threads is None else threads
+    layer.on_cpu(torch.get_num_threads() if threads is None else threads)
     return saliency, module.run_layer(layer, isa)
 
 

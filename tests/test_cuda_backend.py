@@ -151,24 +151,37 @@ def test_hands_over_a_layer_a_workspace_and_a_stream():
     """The protocol of `execute`, on an extension that writes down what it is given."""
     given = {}
 
+    class Layer:
+        def __init__(self, *fields):
+            given["fields"] = fields
+
+        def on_gpu(self, *where):
+            given["where"] = where
+
     def run_layer(layer, workspace, stream):
-        given.update(vars(layer), workspace=workspace, stream=stream)
+        given.update(workspace=workspace, stream=stream)
 
     fake = SimpleNamespace(
-        Layer=SimpleNamespace, Weights=SimpleNamespace,
-        Dtype=SimpleNamespace(bf16="bf16"), Activation=SimpleNamespace(silu="silu"),
+        Layer=Layer, Weights=lambda *fields: fields,
+        Dtype=SimpleNamespace(bf16="bf16", f32="f32"), Activation=SimpleNamespace(silu="silu"),
         workspace_bytes=lambda layer: 512, run_layer=run_layer,
     )  # fmt: skip
     call = call_of(cases.SHAPES[0])
     chip = cuda.Chip(device=3, sm=90, processors=132, cache=50 << 20)
     result = cuda.execute(fake, call, chip, 77)
-    assert (given["device"], given["sm"], given["processors"], given["cache_bytes"]) == chip
+    assert given["where"] == (False, False, *chip)
     assert given["stream"] == 77 and given["workspace"] % 64 == 0
-    assert (given["dtype"], given["activation"], given["wgmma"]) == ("bf16", "silu", False)
-    assert given["hidden"] == call.hidden_states.data_ptr()
-    assert given["hidden_stride"] == call.H and given["deterministic"] is False
-    assert given["gate_up"].expert_stride == call.R * call.H
-    assert (given["out"], given["norms"]) == (result.out.data_ptr(), result.norms.data_ptr())
+    sizes, kinds, rest = given["fields"][:5], given["fields"][5:12], given["fields"][12:]
+    assert sizes == (call.T, call.K, call.E, call.H, call.I)
+    assert kinds == ("bf16", "silu", *call.activation[1:], True, False)
+    x, hidden_stride, gate_up, down, ids, wide, gates, dtype, *results = rest
+    assert (x, hidden_stride) == (call.hidden_states.data_ptr(), call.H)
+    up = call.gate_up_proj
+    assert gate_up == (up.data_ptr(), call.R * call.H, call.H, 1, 0, 0, 0)
+    assert down[1:] == (call.H * call.I, call.I, 1, 0, 0, 0)
+    assert (ids, wide) == (call.top_k_index.data_ptr(), True)
+    assert (gates, dtype) == (call.top_k_weights.data_ptr(), "f32")
+    assert results == [tensor.data_ptr() for tensor in result]
     assert [r.shape for r in result] == [(33, 97), (33, 3), (33, 3)]
 
 

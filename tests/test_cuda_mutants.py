@@ -38,7 +38,12 @@ RUNS = [
         Case("more slots of a token than threads", T=1, K=130, E=2, H=8, I=8, routing="repeats"),
         True,
     ),
+    (
+        Case("int32 ids, bf16 gates", T=9, K=2, E=3, H=24, I=8, ids=torch.int32, gates=None),
+        False,
+    ),
     (Case("chunks of slots", T=700, K=2, E=5, H=8, I=8, routing="some_sentinels"), True),
+    (Case("many slots", T=2080, K=2, E=5, H=8, I=8, routing="some_sentinels"), True),
     (case(32, "concatenated"), False),
     (case(32, "concatenated transposed biased", routing="some_sentinels"), True),
     (case(32, "ungated transposed"), False),

@@ -44,6 +44,7 @@ struct Settings {
     int at = 1;                    // which of its calls
     int error = 0;                 // cudaError_t, or CUresult of cuTensorMapEncodeTiled
     bool encodes = true;           // whether the driver has cuTensorMapEncodeTiled
+    bool records = true;           // false: every call succeeds at once, to measure what is around it
     std::map<std::string, size_t> arguments;  // kernel, without template arguments -> bytes of its parameter
 };
 
@@ -83,7 +84,8 @@ int failure(const std::string& function) {
     return now ? all.settings.error : 0;
 }
 
-cudaError_t call(const std::string& function) {
+cudaError_t call(const char* function) {
+    if (!runtime().settings.records) return cudaSuccess;
     const std::lock_guard<std::mutex> guard(runtime().mutex);
     const auto error = static_cast<cudaError_t>(failure(function));
     if (error != cudaSuccess) last = error;
@@ -107,6 +109,7 @@ CUresult encode(CUtensorMap* map, CUtensorMapDataType type, cuuint32_t rank, voi
                 CUtensorMapInterleave interleave, CUtensorMapSwizzle swizzle, CUtensorMapL2promotion promotion,
                 CUtensorMapFloatOOBfill fill) {
     Runtime& all = runtime();
+    if (!all.settings.records) return CUDA_SUCCESS;
     const std::lock_guard<std::mutex> guard(all.mutex);
     if (const int error = failure("cuTensorMapEncodeTiled")) return static_cast<CUresult>(error);
     *map = CUtensorMap{};
@@ -149,6 +152,7 @@ cudaError_t __cudaLaunchKernel(cudaKernel_t kernel, dim3 grid, dim3 block, void*
                                cudaStream_t stream) {
     if (const cudaError_t error = call("launch")) return error;
     Runtime& all = runtime();
+    if (!all.settings.records) return cudaSuccess;
     const std::lock_guard<std::mutex> guard(all.mutex);
     const void* host = kernel;
     const std::string& name = all.kernels.at(host);
@@ -164,6 +168,7 @@ cudaError_t __cudaLaunchKernel(cudaKernel_t kernel, dim3 grid, dim3 block, void*
 
 cudaError_t cudaFuncSetAttribute(const void* host, cudaFuncAttribute attribute, int value) {
     if (const cudaError_t error = call("cudaFuncSetAttribute")) return error;
+    if (!runtime().settings.records) return cudaSuccess;
     const std::lock_guard<std::mutex> guard(runtime().mutex);
     if (attribute == cudaFuncAttributeMaxDynamicSharedMemorySize) runtime().allowed[host] = value;
     return cudaSuccess;
@@ -188,6 +193,7 @@ cudaError_t cudaGetDriverEntryPointByVersion(const char*, void** function, unsig
 }
 const char* cudaGetErrorName(cudaError_t error) {
     switch (error) {
+        case cudaErrorInvalidValue: return "cudaErrorInvalidValue";
         case cudaErrorInvalidConfiguration: return "cudaErrorInvalidConfiguration";
         case cudaErrorInsufficientDriver: return "cudaErrorInsufficientDriver";
         case cudaErrorInvalidDevice: return "cudaErrorInvalidDevice";
@@ -228,15 +234,15 @@ PYBIND11_MODULE(recorder, m) {
         .def_readonly("steps", &Map::steps);
     m.def(
         "reset",
-        [](std::string fails, int at, int error, bool encodes, std::map<std::string, size_t> arguments) {
+        [](std::string fails, int at, int error, bool encodes, bool records, std::map<std::string, size_t> arguments) {
             Runtime& all = runtime();
             const std::lock_guard<std::mutex> guard(all.mutex);
-            all.settings = {std::move(fails), at, error, encodes, std::move(arguments)};
+            all.settings = {std::move(fails), at, error, encodes, records, std::move(arguments)};
             all.calls.clear(), all.launches.clear(), all.maps.clear(), all.order.clear(), all.allowed.clear();
-            device = 0;
+            device = 0, last = cudaSuccess;
         },
         "Forgets what was recorded, and says what fails from now on.", py::kw_only(), py::arg("fails") = "",
-        py::arg("at") = 1, py::arg("error") = 0, py::arg("encodes") = true,
+        py::arg("at") = 1, py::arg("error") = 0, py::arg("encodes") = true, py::arg("records") = true,
         py::arg("arguments") = std::map<std::string, size_t>());
     m.def("launches", [] { return runtime().launches; });
     m.def("maps", [] { return runtime().maps; });

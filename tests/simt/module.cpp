@@ -48,8 +48,8 @@ void add_buffers(simt::Emulator& emulator, const Layer& layer, char* workspace) 
     input("gate_up_bias", layer.gate_up.bias, bias_extent(layer.gate_up, layer.E, rows));
     input("down", layer.down.data, extent(layer.down, layer.E, layer.H, layer.I));
     input("down_bias", layer.down.bias, bias_extent(layer.down, layer.E, layer.H));
-    input("top_k_index", layer.top_k_index, slots * sizeof(int64_t));
-    input("top_k_weights", layer.top_k_weights, slots * sizeof(float));
+    input("top_k_index", layer.top_k_index, slots * (layer.wide_ids ? sizeof(int64_t) : sizeof(int32_t)));
+    input("top_k_weights", layer.top_k_weights, slots * (layer.gates == Dtype::f32 ? 4 : 2));
     const auto output = [&](const char* name, void* data, size_t bytes) {
         emulator.add_buffer(name, data, bytes, true, false);
     };

@@ -1,9 +1,13 @@
-// `Layer` as a Python class: raw addresses, sizes and strides, nothing of torch. Every extension module
-// that takes a Layer has a class of its own (module_local): they can be loaded side by side.
+// A `Layer` on its way from Python, and nothing of torch: one bytes object of 8-byte numbers, which
+// costs a tenth of an object with as many attributes.
 #pragma once
 #include <pybind11/pybind11.h>
 
 #include <cstdint>
+#include <cstring>
+#include <stdexcept>
+#include <string_view>
+#include <type_traits>
 
 #include "layer.h"
 
@@ -11,56 +15,68 @@ namespace reap {
 
 namespace py = pybind11;
 
-template <class T> T* pointer(uintptr_t address) { return reinterpret_cast<T*>(address); }
+// Takes one number after the other: doubles for floats, int64 for all else. An address of 0 is null.
+class Numbers {
+public:
+    explicit Numbers(std::string_view bytes) : left(bytes) {}
 
-// From the fields that every engine takes, in their order. One call with many arguments costs a tenth
-// of as many assignments; an address of 0 is null.
-inline Layer make_layer(int64_t T, int64_t K, int64_t E, int64_t H, int64_t I, Dtype dtype, Activation activation,
-                        float alpha, float limit, float offset, bool gated, bool interleaved, uintptr_t hidden,
-                        int64_t hidden_stride, const Weights& gate_up, const Weights& down, uintptr_t top_k_index,
-                        bool wide_ids, uintptr_t top_k_weights, Dtype gates, uintptr_t out, uintptr_t norms,
-                        uintptr_t peaks) {
+    template <class... Fields> Numbers& read(Fields&... fields) {
+        (read_one(fields), ...);
+        return *this;
+    }
+    Numbers& read(Weights& w) {
+        return read(w.data, w.expert_stride, w.row_stride, w.k_stride, w.bias, w.bias_expert_stride, w.bias_row_stride);
+    }
+    void end() const { require(left.empty()); }
+
+private:
+    std::string_view left;
+
+    static void require(bool right) {
+        if (!right) throw std::invalid_argument("a layer with the wrong number of fields: this is another build's");
+    }
+    template <class T> void read_one(T& field) {
+        std::conditional_t<std::is_floating_point_v<T>, double, int64_t> number;
+        require(left.size() >= sizeof number);
+        std::memcpy(&number, left.data(), sizeof number);
+        left.remove_prefix(sizeof number);
+        if constexpr (std::is_pointer_v<T>)
+            field = reinterpret_cast<T>(static_cast<uintptr_t>(number));
+        else
+            field = static_cast<T>(number);
+    }
+};
+
+// In the order of reap_kernels/native.py: layer().
+inline Layer read_layer(std::string_view bytes) {
     Layer layer{};
-    layer.T = T, layer.K = K, layer.E = E, layer.H = H, layer.I = I;
-    layer.dtype = dtype, layer.activation = activation;
-    layer.alpha = alpha, layer.limit = limit, layer.offset = offset;
-    layer.gated = gated, layer.interleaved = interleaved;
-    layer.hidden = pointer<const char>(hidden), layer.hidden_stride = hidden_stride;
-    layer.gate_up = gate_up, layer.down = down;
-    layer.top_k_index = pointer<const void>(top_k_index), layer.wide_ids = wide_ids;
-    layer.top_k_weights = pointer<const void>(top_k_weights), layer.gates = gates;
-    layer.out = pointer<char>(out), layer.norms = pointer<float>(norms), layer.peaks = pointer<float>(peaks);
+    Numbers(bytes)
+        .read(layer.T, layer.K, layer.E, layer.H, layer.I, layer.dtype, layer.activation, layer.gated, layer.interleaved)
+        .read(layer.hidden, layer.hidden_stride)
+        .read(layer.gate_up)
+        .read(layer.down)
+        .read(layer.top_k_index, layer.wide_ids, layer.top_k_weights, layer.gates)
+        .read(layer.out, layer.norms, layer.peaks)
+        .read(layer.threads, layer.deterministic, layer.wgmma)
+        .read(layer.device, layer.sm, layer.processors, layer.cache_bytes)
+        .read(layer.alpha, layer.limit, layer.offset)
+        .end();
     return layer;
 }
 
+// The numbers of the enumerations in there, by their names.
 inline void bind_layer(py::module_& m) {
-    py::enum_<Dtype>(m, "Dtype", py::module_local())
-        .value("bf16", Dtype::bf16)
-        .value("f16", Dtype::f16)
-        .value("f32", Dtype::f32);
-    py::enum_<Activation>(m, "Activation", py::module_local())
-        .value("silu", Activation::silu)
-        .value("gelu", Activation::gelu)
-        .value("gelu_tanh", Activation::gelu_tanh)
-        .value("relu", Activation::relu)
-        .value("relu2", Activation::relu2)
-        .value("swiglu_clamped", Activation::swiglu_clamped);
-
-    py::class_<Weights>(m, "Weights", py::module_local())
-        .def(py::init([](uintptr_t data, int64_t expert_stride, int64_t row_stride, int64_t k_stride, uintptr_t bias,
-                         int64_t bias_expert_stride, int64_t bias_row_stride) {
-            return Weights{pointer<const char>(data), expert_stride,      row_stride,     k_stride,
-                           pointer<const char>(bias), bias_expert_stride, bias_row_stride};
-        }));
-    py::class_<Layer>(m, "Layer", py::module_local())
-        .def(py::init(&make_layer))
-        .def("without_norms", [](Layer& layer) { layer.norms = layer.peaks = nullptr; })
-        .def("on_cpu", [](Layer& layer, int threads) { layer.threads = threads; })
-        .def("on_gpu", [](Layer& layer, bool deterministic, bool wgmma, int device, int sm, int processors,
-                          int64_t cache_bytes) {
-            layer.deterministic = deterministic, layer.wgmma = wgmma;
-            layer.device = device, layer.sm = sm, layer.processors = processors, layer.cache_bytes = cache_bytes;
-        });
+    py::dict dtypes, activations;
+    const auto number = [](auto value) { return static_cast<int>(value); };
+    dtypes["bf16"] = number(Dtype::bf16), dtypes["f16"] = number(Dtype::f16), dtypes["f32"] = number(Dtype::f32);
+    activations["silu"] = number(Activation::silu);
+    activations["gelu"] = number(Activation::gelu);
+    activations["gelu_tanh"] = number(Activation::gelu_tanh);
+    activations["relu"] = number(Activation::relu);
+    activations["relu2"] = number(Activation::relu2);
+    activations["swiglu_clamped"] = number(Activation::swiglu_clamped);
+    m.attr("dtypes") = dtypes;
+    m.attr("activations") = activations;
 }
 
 }  // namespace reap

@@ -51,12 +51,11 @@ def execute(
     """
     module, call = native.module(), native.plain(call, wide=True)
     saliency = native.empty(call)
-    layer = native.layer(module, call, saliency)
+    threads = torch.get_num_threads() if threads is None else threads
+    layer = native.layer(module, call, saliency, threads=threads, norms=norms)
     if not norms:
-        layer.without_norms()
         saliency.norms.zero_()
         saliency.peaks.zero_()
-    layer.on_cpu(torch.get_num_threads() if threads is None else threads)
     return saliency, module.run_layer(layer, isa)
 
 

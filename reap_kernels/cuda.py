@@ -68,10 +68,12 @@ def unsupported_sizes(call: Call) -> str | None:
     width = max(call.H, call.R)
     if width > MAX_SIZE:
         return f"a projection has {width} rows or columns, must be at most {MAX_SIZE}"
-    # Of the smallest tiles, 32 rows by 128 columns; and 2048 zeros, four bytes each, per thread's store.
+    # Of the smallest tiles, 32 rows by 128 columns, and of 8192 sums that are zeroed.
     tiles = min(slots, slots // 32 + call.E) * (width // 128 + 1)
     if (blocks := tiles + call.T * (call.H + 8) // 8192 + 1) > MAX_BLOCKS:
-        return f"{blocks} blocks for {slots} slots, at most {MAX_BLOCKS}: pass fewer tokens at a time"
+        return (
+            f"{blocks} blocks for {slots} slots, at most {MAX_BLOCKS}: pass fewer tokens at a time"
+        )
     return None
 
 
@@ -98,8 +100,7 @@ def execute(
     result = native.empty(call)
     if call.T == 0:
         return result
-    layer = native.layer(extension, call, result)
-    layer.on_gpu(call.deterministic, wgmma, *chip)
+    layer = native.layer(extension, call, result, wgmma=wgmma, chip=chip)
     size = extension.workspace_bytes(layer)
     workspace = torch.empty(size, dtype=torch.uint8, device=call.hidden_states.device)
     extension.run_layer(layer, workspace.data_ptr(), stream)

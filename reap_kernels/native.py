@@ -2,8 +2,8 @@
 
 import shutil
 from importlib import import_module
+from struct import Struct
 from types import ModuleType
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -47,8 +47,8 @@ def module(name: str = "_native") -> ModuleType:
 
 
 def plain(call: Call, *, wide: bool) -> Call:
-    """The call with row-major hidden_states, ids and gates both contiguous and, if `wide`, int64 and
-    fp32; copies what is not yet like that. A `layer` holds addresses of these tensors."""
+    """The call with row-major hidden_states, ids and gates both contiguous and, if `wide`, int64
+    and fp32; copies what is not yet like that. A `layer` holds addresses of these tensors."""
     x, ids, gates = call.hidden_states, call.top_k_index, call.top_k_weights
     rows = x if x.stride(1) == 1 else x.contiguous()
     numbers, factors = ids.contiguous(), gates.contiguous()
@@ -62,47 +62,61 @@ def plain(call: Call, *, wide: bool) -> Call:
 def empty(call: Call) -> Saliency:
     """Results of a call in fresh, contiguous memory."""
     x, slots = call.hidden_states, call.top_k_index.shape
-    norms = x.new_empty(slots, dtype=torch.float32)
-    return Saliency(x.new_empty(x.shape), norms, torch.empty_like(norms))
+    norms = torch.empty(slots, dtype=torch.float32, device=x.device)
+    out = torch.empty_like(x, memory_format=torch.contiguous_format)
+    return Saliency(out, norms, torch.empty_like(norms))
 
 
-def layer(extension: ModuleType, call: Call, result: Saliency) -> Any:
-    """csrc/layer.h's Layer of a `plain` call, without what only one engine takes. Keeps no tensor
-    alive."""
+# Of `layer`: sizes, options, addresses and strides; three parameters of the activation.
+NUMBERS = Struct("=39q3d")
+
+
+def layer(
+    extension: ModuleType,
+    call: Call,
+    result: Saliency,
+    *,
+    norms: bool = True,
+    threads: int = 0,
+    wgmma: bool = False,
+    chip: tuple[int, int, int, int] = (0, 0, 0, 0),
+) -> bytes:
+    """csrc/layer.h's Layer of a `plain` call, as csrc/binding.h reads it. Keeps no tensor alive."""
     x, ids, gates = call.hidden_states, call.top_k_index, call.top_k_weights
-    up, (kind, alpha, limit, offset) = call.gate_up_proj, call.activation
+    up, (kind, *parameters) = call.gate_up_proj, call.activation
     rows = up.shape[2 if call.transposed else 1]
-    dtypes = extension.Dtype
-    return extension.Layer(
+    return NUMBERS.pack(
         *ids.shape,
         up.shape[0],
         x.shape[1],
         rows // 2 if call.gated else rows,
-        getattr(dtypes, DTYPES[x.dtype]),
-        getattr(extension.Activation, kind),
-        alpha,
-        limit,
-        offset,
+        extension.dtypes[DTYPES[x.dtype]],
+        extension.activations[kind],
         call.gated,
         call.interleaved,
         x.data_ptr(),
         x.stride(0),
-        _weights(extension, up, call.gate_up_bias, call.transposed),
-        _weights(extension, call.down_proj, call.down_bias, call.transposed),
+        *_weights(up, call.gate_up_bias, call.transposed),
+        *_weights(call.down_proj, call.down_bias, call.transposed),
         ids.data_ptr(),
         ids.dtype == torch.int64,
         gates.data_ptr(),
-        getattr(dtypes, DTYPES[gates.dtype]),
+        extension.dtypes[DTYPES[gates.dtype]],
         result.out.data_ptr(),
-        result.norms.data_ptr(),
-        result.peaks.data_ptr(),
+        result.norms.data_ptr() if norms else 0,
+        result.peaks.data_ptr() if norms else 0,
+        threads,
+        call.deterministic,
+        wgmma,
+        *chip,
+        *parameters,
     )
 
 
-def _weights(extension: ModuleType, weight: Tensor, bias: Tensor | None, transposed: bool) -> Any:
+def _weights(weight: Tensor, bias: Tensor | None, transposed: bool) -> tuple[int, ...]:
     shape, strides = weight.shape, weight.stride()
     rows, k = (2, 1) if transposed else (1, 2)
-    return extension.Weights(
+    return (
         weight.data_ptr(),
         strides[0],
         # The stride of a dimension of size 1 means nothing; contiguous is the fast case.

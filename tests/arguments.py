@@ -1,6 +1,6 @@
 """The kernels' parameters as csrc/cuda declares them, for tests that read what a launch was given.
 
-    given(launch).routing.E          # of a launch that tests/cudart.py recorded
+given(launch).routing.E          # of a launch that tests/cudart.py recorded
 """
 
 import ctypes

@@ -87,7 +87,6 @@ def test_clang(case, dtype):
     call = native.plain(call_of(inputs), wide=True)
     for isa in compilers.clang().available_isas():
         result = native.empty(call)
-        layer = native.layer(compilers.clang(), call, result)
-        layer.on_cpu(3)
+        layer = native.layer(compilers.clang(), call, result, threads=3)
         compilers.clang().run_layer(layer, isa)
         cases.assert_accurate(result, inputs)

@@ -151,38 +151,36 @@ def test_hands_over_a_layer_a_workspace_and_a_stream():
     """The protocol of `execute`, on an extension that writes down what it is given."""
     given = {}
 
-    class Layer:
-        def __init__(self, *fields):
-            given["fields"] = fields
-
-        def on_gpu(self, *where):
-            given["where"] = where
-
     def run_layer(layer, workspace, stream):
-        given.update(workspace=workspace, stream=stream)
+        given.update(numbers=native.NUMBERS.unpack(layer), workspace=workspace, stream=stream)
 
     fake = SimpleNamespace(
-        Layer=Layer, Weights=lambda *fields: fields,
-        Dtype=SimpleNamespace(bf16="bf16", f32="f32"), Activation=SimpleNamespace(silu="silu"),
+        dtypes={"bf16": 70, "f32": 72}, activations={"silu": 80},
         workspace_bytes=lambda layer: 512, run_layer=run_layer,
     )  # fmt: skip
     call = call_of(cases.SHAPES[0])
     chip = cuda.Chip(device=3, sm=90, processors=132, cache=50 << 20)
     result = cuda.execute(fake, call, chip, 77)
-    assert given["where"] == (False, False, *chip)
     assert given["stream"] == 77 and given["workspace"] % 64 == 0
-    sizes, kinds, rest = given["fields"][:5], given["fields"][5:12], given["fields"][12:]
-    assert sizes == (call.T, call.K, call.E, call.H, call.I)
-    assert kinds == ("bf16", "silu", *call.activation[1:], True, False)
-    x, hidden_stride, gate_up, down, ids, wide, gates, dtype, *results = rest
-    assert (x, hidden_stride) == (call.hidden_states.data_ptr(), call.H)
-    up = call.gate_up_proj
-    assert gate_up == (up.data_ptr(), call.R * call.H, call.H, 1, 0, 0, 0)
-    assert down[1:] == (call.H * call.I, call.I, 1, 0, 0, 0)
-    assert (ids, wide) == (call.top_k_index.data_ptr(), True)
-    assert (gates, dtype) == (call.top_k_weights.data_ptr(), "f32")
-    assert results == [tensor.data_ptr() for tensor in result]
+    x, up, down = call.hidden_states, call.gate_up_proj, call.down_proj
+    assert given["numbers"] == (
+        *(call.T, call.K, call.E, call.H, call.I, 70, 80, True, False),
+        *(x.data_ptr(), call.H),
+        *(up.data_ptr(), call.R * call.H, call.H, 1, 0, 0, 0),
+        *(down.data_ptr(), call.H * call.I, call.I, 1, 0, 0, 0),
+        *(call.top_k_index.data_ptr(), True, call.top_k_weights.data_ptr(), 72),
+        *(tensor.data_ptr() for tensor in result),
+        *(0, False, False, *chip),
+        *call.activation[1:],
+    )
     assert [r.shape for r in result] == [(33, 97), (33, 3), (33, 3)]
+
+
+@built
+def test_an_extension_of_another_build_is_told_by_the_number_of_fields():
+    for size in (0, native.NUMBERS.size - 8, native.NUMBERS.size + 8):
+        with pytest.raises(ValueError, match="wrong number of fields"):
+            native.module("_cuda").workspace_bytes(bytes(size))
 
 
 def test_no_token_launches_nothing():

@@ -163,7 +163,9 @@ def check_routing(seen: Recorded) -> None:
     assert told.ids.wide == (call.top_k_index.dtype == torch.int64)
     assert (told.E, told.S) == (call.E, slots)
     assert told.tile_rows == tile_rows(seen.named("gate_up")[0])
-    assert told.chunk % 32 == 0 and (told.chunks - 1) * told.chunk < slots <= told.chunks * told.chunk
+    assert (
+        told.chunk % 32 == 0 and (told.chunks - 1) * told.chunk < slots <= told.chunks * told.chunk
+    )
     table = 4 * (call.E + 1)
     if names == ["route"]:
         assert routing[0].grid[0] == 1 and routing[0].block[0] == 32 * told.chunks
@@ -509,3 +511,51 @@ def test_on_the_current_stream_of_its_device(monkeypatch):
     assert cuda.launch(moved, wgmma=False) == wanted and contexts == [] and asked == [device]
     now = 0
     assert cuda.launch(moved, wgmma=False) == wanted and contexts == [device] and now == 0
+
+
+def meta(*shape: int, strides: tuple[int, ...] | None = None) -> torch.Tensor:
+    """Of any size: there is no memory."""
+    reach = sum((n - 1) * s for n, s in zip(shape, strides, strict=True)) + 1 if strides else 0
+    if strides is None:
+        return torch.empty(shape, dtype=torch.bfloat16, device="meta")
+    return torch.empty(reach, dtype=torch.bfloat16, device="meta").as_strided(shape, strides)
+
+
+def test_sizes_past_the_limits_have_a_reason():
+    def reason(**sizes):
+        return cuda.unsupported_sizes(meta_call(Case("", **({"T": 1, "K": 1, "E": 1} | sizes))))
+
+    assert reason(H=64, I=1 << 29) is None
+    assert reason(H=64, I=(1 << 29) + 1) == (
+        "a projection has 1073741826 rows or columns, must be at most 1073741824"
+    )
+    assert "1073741832 rows or columns" in reason(H=(1 << 30) + 8, I=8)
+    assert reason(T=1 << 27, K=8, E=4096, H=4096, I=1024) is None
+    assert reason(T=1 << 27, K=8, E=4096, H=4096, I=1 << 15) == (
+        "17282764801 blocks for 1073741824 slots, at most 2147483647: pass fewer tokens at a time"
+    )
+    assert reason(T=1, E=4096, H=8, I=8) is None
+    assert reason(T=1, E=4097, H=8, I=8) == "4097 experts, at most 4096"
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "strides", "reason"),
+    [
+        ("hidden_states", (33, 136), (1 << 31, 1), "hidden_states has strides [2147483648, 1], "
+         "must reach less than 64 GB"),
+        ("down_proj", (4, 136, 136), (1 << 38, 136, 1), "must reach less than 2^40 bytes"),
+        ("down_proj", (4, 136, 136), (136 * 128, 128, 1), "must not overlap"),
+        ("gate_up_proj", (4, 272, 136), (8, 136, 1), "must not overlap"),
+        ("gate_up_proj", (4, 272, 136), (1 << 36, 136, 1), None),
+        ("gate_up_proj", (4, 272, 136), (136, 4 * 136, 1), None),  # experts side by side
+    ],
+    ids=str,
+)  # fmt: skip
+def test_strides_that_no_map_can_have_are_a_reason(name, shape, strides, reason):
+    call = meta_call(Case("", **SIZES["small"]))._replace(**{name: meta(*shape, strides=strides)})
+    said = cuda_sm90.unsupported_layout(call)
+    assert said is None if reason is None else reason in said
+    assert cuda.unsupported_sizes(call) is None  # the general kernels read any
+    check(call, CHIPS[90], ANY)
+    if reason is None:
+        check(call, CHIPS[90], HOPPER)

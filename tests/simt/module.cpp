@@ -138,11 +138,13 @@ PYBIND11_MODULE(MODULE, m) {
         py::kw_only(), py::arg("seed") = 0, py::arg("eager") = false, py::arg("profile") = false,
         py::arg("shared_limit") = 99 << 10, py::arg("access_limit") = 1 << 24,
         py::arg("cache_bytes") = 0, py::arg("together") = 1, py::arg("mutant") = 0);
-    m.def("workspace_bytes", &cuda::workspace_size, py::arg("layer"));
+    m.def(
+        "workspace_bytes", [](std::string_view layer) { return cuda::workspace_size(read_layer(layer)); },
+        py::arg("layer"));
     m.def(
         "run_layer",
-        [](const Layer& layer, uintptr_t workspace, uintptr_t) {
-            py::dict counters = run(layer, reinterpret_cast<char*>(workspace));
+        [](std::string_view layer, uintptr_t workspace, uintptr_t) {
+            py::dict counters = run(read_layer(layer), reinterpret_cast<char*>(workspace));
             if (!counted) counted = new py::dict;
             *counted = counters;
         },

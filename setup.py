@@ -43,6 +43,8 @@ SANITIZE = {
 }
 CUDA_ARCHS = "sm_80 sm_90a compute_90"
 NVCC_FLAGS = "-c -O3 -std=c++17 --threads 0 -Xcompiler -fPIC,-fvisibility=hidden"
+# Host code that calls device code; where a template does, nvcc says nothing and puts exit(1) there.
+NVCC_FLAGS += " -Werror cross-execution-space-call"
 
 
 class Build(build_ext):

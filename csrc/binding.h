@@ -1,9 +1,13 @@
-// `Layer` as a Python class: raw addresses, sizes and strides, nothing of torch. Every extension module
-// that takes a Layer has a class of its own (module_local): they can be loaded side by side.
+// A `Layer` on its way from Python, and nothing of torch: one bytes object of 8-byte numbers, which
+// costs a tenth of an object with as many attributes.
 #pragma once
 #include <pybind11/pybind11.h>
 
 #include <cstdint>
+#include <cstring>
+#include <stdexcept>
+#include <string_view>
+#include <type_traits>
 
 #include "layer.h"
 
@@ -11,66 +15,68 @@ namespace reap {
 
 namespace py = pybind11;
 
-// A pointer member as a Python integer; 0 is null.
-template <class C, class T> void def_address(py::class_<C>& type, const char* name, T* C::*member) {
-    type.def_property(
-        name, [member](const C& self) { return reinterpret_cast<uintptr_t>(self.*member); },
-        [member](C& self, uintptr_t address) { self.*member = reinterpret_cast<T*>(address); });
+// Takes one number after the other: doubles for floats, int64 for all else. An address of 0 is null.
+class Numbers {
+public:
+    explicit Numbers(std::string_view bytes) : left(bytes) {}
+
+    template <class... Fields> Numbers& read(Fields&... fields) {
+        (read_one(fields), ...);
+        return *this;
+    }
+    Numbers& read(Weights& w) {
+        return read(w.data, w.expert_stride, w.row_stride, w.k_stride, w.bias, w.bias_expert_stride, w.bias_row_stride);
+    }
+    void end() const { require(left.empty()); }
+
+private:
+    std::string_view left;
+
+    static void require(bool right) {
+        if (!right) throw std::invalid_argument("a layer with the wrong number of fields: this is another build's");
+    }
+    template <class T> void read_one(T& field) {
+        std::conditional_t<std::is_floating_point_v<T>, double, int64_t> number;
+        require(left.size() >= sizeof number);
+        std::memcpy(&number, left.data(), sizeof number);
+        left.remove_prefix(sizeof number);
+        if constexpr (std::is_pointer_v<T>)
+            field = reinterpret_cast<T>(static_cast<uintptr_t>(number));
+        else
+            field = static_cast<T>(number);
+    }
+};
+
+// In the order of reap_kernels/native.py: layer().
+inline Layer read_layer(std::string_view bytes) {
+    Layer layer{};
+    Numbers(bytes)
+        .read(layer.T, layer.K, layer.E, layer.H, layer.I, layer.dtype, layer.activation, layer.gated, layer.interleaved)
+        .read(layer.hidden, layer.hidden_stride)
+        .read(layer.gate_up)
+        .read(layer.down)
+        .read(layer.top_k_index, layer.wide_ids, layer.top_k_weights, layer.gates)
+        .read(layer.out, layer.norms, layer.peaks)
+        .read(layer.threads, layer.deterministic, layer.wgmma)
+        .read(layer.device, layer.sm, layer.processors, layer.cache_bytes)
+        .read(layer.alpha, layer.limit, layer.offset)
+        .end();
+    return layer;
 }
 
+// The numbers of the enumerations in there, by their names.
 inline void bind_layer(py::module_& m) {
-    py::enum_<Dtype>(m, "Dtype", py::module_local())
-        .value("bf16", Dtype::bf16)
-        .value("f16", Dtype::f16)
-        .value("f32", Dtype::f32);
-    py::enum_<Activation>(m, "Activation", py::module_local())
-        .value("silu", Activation::silu)
-        .value("gelu", Activation::gelu)
-        .value("gelu_tanh", Activation::gelu_tanh)
-        .value("relu", Activation::relu)
-        .value("relu2", Activation::relu2)
-        .value("swiglu_clamped", Activation::swiglu_clamped);
-
-    py::class_<Weights> weights(m, "Weights", py::module_local());
-    weights.def(py::init<>())
-        .def_readwrite("expert_stride", &Weights::expert_stride)
-        .def_readwrite("row_stride", &Weights::row_stride)
-        .def_readwrite("k_stride", &Weights::k_stride)
-        .def_readwrite("bias_expert_stride", &Weights::bias_expert_stride)
-        .def_readwrite("bias_row_stride", &Weights::bias_row_stride);
-    def_address(weights, "data", &Weights::data);
-    def_address(weights, "bias", &Weights::bias);
-
-    py::class_<Layer> layer(m, "Layer", py::module_local());
-    layer.def(py::init<>())
-        .def_readwrite("T", &Layer::T)
-        .def_readwrite("K", &Layer::K)
-        .def_readwrite("E", &Layer::E)
-        .def_readwrite("H", &Layer::H)
-        .def_readwrite("I", &Layer::I)
-        .def_readwrite("dtype", &Layer::dtype)
-        .def_readwrite("activation", &Layer::activation)
-        .def_readwrite("alpha", &Layer::alpha)
-        .def_readwrite("limit", &Layer::limit)
-        .def_readwrite("offset", &Layer::offset)
-        .def_readwrite("gated", &Layer::gated)
-        .def_readwrite("interleaved", &Layer::interleaved)
-        .def_readwrite("hidden_stride", &Layer::hidden_stride)
-        .def_readwrite("gate_up", &Layer::gate_up)
-        .def_readwrite("down", &Layer::down)
-        .def_readwrite("threads", &Layer::threads)
-        .def_readwrite("deterministic", &Layer::deterministic)
-        .def_readwrite("device", &Layer::device)
-        .def_readwrite("sm", &Layer::sm)
-        .def_readwrite("processors", &Layer::processors)
-        .def_readwrite("cache_bytes", &Layer::cache_bytes)
-        .def_readwrite("wgmma", &Layer::wgmma);
-    def_address(layer, "hidden", &Layer::hidden);
-    def_address(layer, "top_k_index", &Layer::top_k_index);
-    def_address(layer, "top_k_weights", &Layer::top_k_weights);
-    def_address(layer, "out", &Layer::out);
-    def_address(layer, "norms", &Layer::norms);
-    def_address(layer, "peaks", &Layer::peaks);
+    py::dict dtypes, activations;
+    const auto number = [](auto value) { return static_cast<int>(value); };
+    dtypes["bf16"] = number(Dtype::bf16), dtypes["f16"] = number(Dtype::f16), dtypes["f32"] = number(Dtype::f32);
+    activations["silu"] = number(Activation::silu);
+    activations["gelu"] = number(Activation::gelu);
+    activations["gelu_tanh"] = number(Activation::gelu_tanh);
+    activations["relu"] = number(Activation::relu);
+    activations["relu2"] = number(Activation::relu2);
+    activations["swiglu_clamped"] = number(Activation::swiglu_clamped);
+    m.attr("dtypes") = dtypes;
+    m.attr("activations") = activations;
 }
 
 }  // namespace reap

@@ -27,8 +27,10 @@ struct Layer {
     const char* hidden;              // [T, H] model dtype, row-major
     int64_t hidden_stride;           // elements from token to token
     Weights gate_up, down;
-    const int64_t* top_k_index;      // [T, K] contiguous; outside [0, E) is a slot without expert
-    const float* top_k_weights;      // [T, K] contiguous
+    const void* top_k_index;         // [T, K] contiguous; outside [0, E) is a slot without expert
+    bool wide_ids;                   // int64, else int32; true on cpu
+    const void* top_k_weights;       // [T, K] contiguous
+    Dtype gates;                     // of top_k_weights; f32 on cpu
     char* out;                       // [T, H] model dtype, contiguous
     float* norms;                    // [T, K] fp32, or null: neither norms nor peaks
     float* peaks;                    // [T, K] fp32, or null with norms

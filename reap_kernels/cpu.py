@@ -49,14 +49,13 @@ def execute(
     time: nothing of size S*H, S*I, E*T or of the weights. Copied are ids that are not int64, gates
     that are not fp32, either if not contiguous, and hidden states that are not row-major.
     """
-    module, call = native.module(), native.plain(call)
+    module, call = native.module(), native.plain(call, wide=True)
     saliency = native.empty(call)
-    layer = native.layer(module, call, saliency)
+    threads = torch.get_num_threads() if threads is None else threads
+    layer = native.layer(module, call, saliency, threads=threads, norms=norms)
     if not norms:
-        layer.norms = layer.peaks = 0
         saliency.norms.zero_()
         saliency.peaks.zero_()
-    layer.threads = torch.get_num_threads() if threads is None else threads
     return saliency, module.run_layer(layer, isa)
 
 

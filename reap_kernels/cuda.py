@@ -25,6 +25,8 @@ CAVEAT = (
 DTYPES = (torch.bfloat16, torch.float16)
 MAX_EXPERTS = 1 << 12  # one block counts and scans them
 MAX_SLOTS = 1 << 30  # positions are int32
+MAX_SIZE = 1 << 30  # so are coordinates along H and I
+MAX_BLOCKS = (1 << 31) - 1  # of a launch
 
 
 class Chip(NamedTuple):
@@ -63,8 +65,18 @@ def unsupported_sizes(call: Call) -> str | None:
         return f"hidden_states has dtype {dtype}, must be bfloat16 or float16"
     if call.E > MAX_EXPERTS:
         return f"{call.E} experts, at most {MAX_EXPERTS}"
-    if call.T * call.K > MAX_SLOTS:
-        return f"{call.T * call.K} slots, at most {MAX_SLOTS}: pass fewer tokens at a time"
+    slots = call.T * call.K
+    if slots > MAX_SLOTS:
+        return f"{slots} slots, at most {MAX_SLOTS}: pass fewer tokens at a time"
+    width = max(call.H, call.R)
+    if width > MAX_SIZE:
+        return f"a projection has {width} rows or columns, must be at most {MAX_SIZE}"
+    # Of the smallest tiles, 32 rows by 128 columns, and of 8192 sums that are zeroed.
+    tiles = min(slots, slots // 32 + call.E) * (width // 128 + 1)
+    if (blocks := tiles + call.T * (call.H + 8) // 8192 + 1) > MAX_BLOCKS:
+        return (
+            f"{blocks} blocks for {slots} slots, at most {MAX_BLOCKS}: pass fewer tokens at a time"
+        )
     return None
 
 
@@ -75,23 +87,23 @@ def run(call: Call) -> Saliency:
 
 def launch(call: Call, *, wgmma: bool) -> Saliency:
     """On the call's device and torch's current stream there, with either set of kernels."""
-    with torch.cuda.device_of(call.hidden_states):
-        where, stream = chip(torch.cuda.current_device()), torch.cuda.current_stream().cuda_stream
-        return execute(native.module("_cuda"), call, where, stream, wgmma=wgmma)
+    device = call.hidden_states.device
+    if torch.cuda.current_device() != device.index:  # seldom, and asking is cheaper than a context
+        with torch.cuda.device(device):
+            return launch(call, wgmma=wgmma)
+    stream = torch.cuda.current_stream(device).cuda_stream
+    return execute(native.module("_cuda"), call, chip(device.index), stream, wgmma=wgmma)
 
 
 def execute(
     extension: ModuleType, call: Call, chip: Chip, stream: int, *, wgmma: bool = False
 ) -> Saliency:
     """`launch` on any module with the functions of csrc/cuda/bindings.cpp."""
-    call = native.plain(call)
+    call = native.plain(call, wide=False)
     result = native.empty(call)
     if call.T == 0:
         return result
-    layer = native.layer(extension, call, result)
-    layer.deterministic = call.deterministic
-    layer.device, layer.sm, layer.processors, layer.cache_bytes = chip
-    layer.wgmma = wgmma
+    layer = native.layer(extension, call, result, wgmma=wgmma, chip=chip)
     size = extension.workspace_bytes(layer)
     workspace = torch.empty(size, dtype=torch.uint8, device=call.hidden_states.device)
     extension.run_layer(layer, workspace.data_ptr(), stream)

@@ -19,6 +19,8 @@ CAVEAT = (
     "was the fastest"
 )
 UNIT = 8  # elements of 16 bits in the 16 bytes that TMA counts in
+MAX_REACH = 1 << 39  # elements: strides of tensor maps are below 2^40 bytes
+MAX_GATHERED = 1 << 35  # elements: rows of x are found by 32-bit offsets of 16 bytes
 
 
 def available() -> str | None:
@@ -49,6 +51,8 @@ def unsupported_layout(call: Call) -> str | None:
     x, (rows, k) = call.hidden_states, (2, 1) if call.transposed else (1, 2)
     if x.stride(1) == 1 and (reason := _unaligned("hidden_states", x, 1)):
         return reason
+    if call.T * x.stride(0) >= MAX_GATHERED:
+        return f"hidden_states has strides {list(x.stride())}, must reach less than 64 GB"
     halves = call.gated and not call.interleaved
     if halves and _contiguous(call.gate_up_proj, k, rows) == rows and call.I % UNIT:
         return (
@@ -73,6 +77,14 @@ def _unaligned(name: str, tensor: Tensor, *dims: int) -> str | None:
             f"{name} has strides {list(tensor.stride())}, must be contiguous along rows or columns "
             f"and have multiples of {UNIT} elsewhere"
         )
+    others.sort(key=tensor.stride)
+    filled = tensor.shape[contiguous]
+    for d in others:
+        if tensor.stride(d) < filled:
+            return f"{name} has strides {list(tensor.stride())}, must not overlap"
+        filled = tensor.stride(d) * tensor.shape[d]
+    if filled >= MAX_REACH:
+        return f"{name} has strides {list(tensor.stride())}, must reach less than 2^40 bytes"
     if tensor.data_ptr() % 16:
         return f"{name} starts at {tensor.data_ptr():#x}, must be a multiple of 16"
     return None

@@ -2,8 +2,8 @@
 
 import shutil
 from importlib import import_module
+from struct import Struct
 from types import ModuleType
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -46,51 +46,81 @@ def module(name: str = "_native") -> ModuleType:
     return found
 
 
-def plain(call: Call) -> Call:
-    """The call with row-major hidden_states, ids int64 and gates fp32, both contiguous; copies what
-    is not yet like that. A `layer` holds addresses of these tensors."""
-    x = call.hidden_states
-    return call._replace(
-        hidden_states=x if x.stride(1) == 1 else x.contiguous(),
-        top_k_index=call.top_k_index.to(torch.int64).contiguous(),
-        top_k_weights=call.top_k_weights.to(torch.float32).contiguous(),
-    )
+def plain(call: Call, *, wide: bool) -> Call:
+    """The call with row-major hidden_states, ids and gates both contiguous and, if `wide`, int64
+    and fp32; copies what is not yet like that. A `layer` holds addresses of these tensors."""
+    x, ids, gates = call.hidden_states, call.top_k_index, call.top_k_weights
+    rows = x if x.stride(1) == 1 else x.contiguous()
+    numbers, factors = ids.contiguous(), gates.contiguous()
+    if wide:
+        numbers, factors = numbers.to(torch.int64), factors.to(torch.float32)
+    if rows is x and numbers is ids and factors is gates:
+        return call
+    return call._replace(hidden_states=rows, top_k_index=numbers, top_k_weights=factors)
 
 
 def empty(call: Call) -> Saliency:
     """Results of a call in fresh, contiguous memory."""
-    x = call.hidden_states
-    norms = x.new_empty((call.T, call.K), dtype=torch.float32)
-    return Saliency(x.new_empty((call.T, call.H)), norms, torch.empty_like(norms))
+    x, slots = call.hidden_states, call.top_k_index.shape
+    norms = torch.empty(slots, dtype=torch.float32, device=x.device)
+    out = torch.empty_like(x, memory_format=torch.contiguous_format)
+    return Saliency(out, norms, torch.empty_like(norms))
 
 
-def layer(extension: ModuleType, call: Call, result: Saliency) -> Any:
-    """csrc/layer.h's Layer of a `plain` call, without what only one engine takes. Keeps no tensor
-    alive."""
-    layer = extension.Layer()
-    layer.T, layer.K, layer.E, layer.H, layer.I = call.T, call.K, call.E, call.H, call.I
-    layer.dtype = getattr(extension.Dtype, DTYPES[call.hidden_states.dtype])
-    layer.activation = getattr(extension.Activation, call.activation.kind)
-    _, layer.alpha, layer.limit, layer.offset = call.activation
-    layer.gated, layer.interleaved = call.gated, call.interleaved
-    layer.hidden, layer.hidden_stride = call.hidden_states.data_ptr(), call.hidden_states.stride(0)
-    layer.gate_up = _weights(extension, call.gate_up_proj, call.gate_up_bias, call.transposed)
-    layer.down = _weights(extension, call.down_proj, call.down_bias, call.transposed)
-    layer.top_k_index = call.top_k_index.data_ptr()
-    layer.top_k_weights = call.top_k_weights.data_ptr()
-    layer.out, layer.norms, layer.peaks = (tensor.data_ptr() for tensor in result)
-    return layer
+# Of `layer`: sizes, options, addresses and strides; three parameters of the activation.
+NUMBERS = Struct("=39q3d")
 
 
-def _weights(extension: ModuleType, weight: Tensor, bias: Tensor | None, transposed: bool) -> Any:
-    weights = extension.Weights()
-    weights.data = weight.data_ptr()
+def layer(
+    extension: ModuleType,
+    call: Call,
+    result: Saliency,
+    *,
+    norms: bool = True,
+    threads: int = 0,
+    wgmma: bool = False,
+    chip: tuple[int, int, int, int] = (0, 0, 0, 0),
+) -> bytes:
+    """csrc/layer.h's Layer of a `plain` call, as csrc/binding.h reads it. Keeps no tensor alive."""
+    x, ids, gates = call.hidden_states, call.top_k_index, call.top_k_weights
+    up, (kind, *parameters) = call.gate_up_proj, call.activation
+    rows = up.shape[2 if call.transposed else 1]
+    return NUMBERS.pack(
+        *ids.shape,
+        up.shape[0],
+        x.shape[1],
+        rows // 2 if call.gated else rows,
+        extension.dtypes[DTYPES[x.dtype]],
+        extension.activations[kind],
+        call.gated,
+        call.interleaved,
+        x.data_ptr(),
+        x.stride(0),
+        *_weights(up, call.gate_up_bias, call.transposed),
+        *_weights(call.down_proj, call.down_bias, call.transposed),
+        ids.data_ptr(),
+        ids.dtype == torch.int64,
+        gates.data_ptr(),
+        extension.dtypes[DTYPES[gates.dtype]],
+        result.out.data_ptr(),
+        result.norms.data_ptr() if norms else 0,
+        result.peaks.data_ptr() if norms else 0,
+        threads,
+        call.deterministic,
+        wgmma,
+        *chip,
+        *parameters,
+    )
+
+
+def _weights(weight: Tensor, bias: Tensor | None, transposed: bool) -> tuple[int, ...]:
+    shape, strides = weight.shape, weight.stride()
     rows, k = (2, 1) if transposed else (1, 2)
-    weights.expert_stride = weight.stride(0)
-    # The stride of a dimension of size 1 means nothing; contiguous is the fast case.
-    weights.row_stride = weight.stride(rows) if weight.shape[rows] > 1 else 1
-    weights.k_stride = weight.stride(k) if weight.shape[k] > 1 else 1
-    if bias is not None:
-        weights.bias = bias.data_ptr()
-        weights.bias_expert_stride, weights.bias_row_stride = bias.stride()
-    return weights
+    return (
+        weight.data_ptr(),
+        strides[0],
+        # The stride of a dimension of size 1 means nothing; contiguous is the fast case.
+        strides[rows] if shape[rows] > 1 else 1,
+        strides[k] if shape[k] > 1 else 1,
+        *((0, 0, 0) if bias is None else (bias.data_ptr(), *bias.stride())),
+    )

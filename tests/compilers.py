@@ -106,7 +106,7 @@ def aarch64(call: Call, threads: int) -> Saliency:
     """`cpu.execute` on an emulated processor."""
     emulator = _emulator()
     assert emulator is not None
-    call = native.plain(call)
+    call = native.plain(call, wide=True)
     result = native.empty(call)
     program = [emulator, str(compiled_for_aarch64() / "driver")]
     done = subprocess.run(program, input=_encoded(call, threads), capture_output=True)
@@ -125,25 +125,25 @@ def aarch64(call: Call, threads: int) -> Saliency:
 # As in csrc/layer.h.
 _Dtype = IntEnum("_Dtype", "bf16 f16 f32", start=0)
 _Activation = IntEnum("_Activation", "silu gelu gelu_tanh relu relu2 swiglu_clamped", start=0)
-_Weights = functools.partial(SimpleNamespace, bias_expert_stride=0, bias_row_stride=0)
-_RECORDS = SimpleNamespace(
-    Layer=SimpleNamespace, Weights=_Weights, Dtype=_Dtype, Activation=_Activation
+_NUMBERS = SimpleNamespace(
+    dtypes=_Dtype.__members__,
+    activations=_Activation.__members__,
 )
 
 
 def _encoded(call: Call, threads: int) -> bytes:
     """What driver.cpp reads: `Layer` in its order, each tensor as its bytes behind their number."""
-    layer = native.layer(_RECORDS, call, native.empty(call))  # type: ignore[arg-type]
-    parts: list[Tensor | int | float | None] = [layer.T, layer.K, layer.E, layer.H, layer.I]
-    parts += [layer.dtype, layer.activation, layer.alpha, layer.limit, layer.offset]
-    parts += [layer.gated, layer.interleaved, threads]
-    parts += [layer.hidden_stride, call.hidden_states]
+    layer = native.layer(_NUMBERS, call, native.empty(call))  # type: ignore[arg-type]
+    numbers = native.NUMBERS.unpack(layer)
+    sizes, flags, parameters = numbers[:7], numbers[7:9], numbers[-3:]
+    hidden_stride, gate_up, down = numbers[10], numbers[11:18], numbers[18:25]
+    parts: list[Tensor | int | float | None] = [*sizes, *parameters, *flags, threads]
+    parts += [hidden_stride, call.hidden_states]
     for weights, data, bias in (
-        (layer.gate_up, call.gate_up_proj, call.gate_up_bias),
-        (layer.down, call.down_proj, call.down_bias),
+        (gate_up, call.gate_up_proj, call.gate_up_bias),
+        (down, call.down_proj, call.down_bias),
     ):
-        parts += [weights.expert_stride, weights.row_stride, weights.k_stride]
-        parts += [weights.bias_expert_stride, weights.bias_row_stride, data, bias]
+        parts += [*weights[1:4], *weights[5:], data, bias]
     parts += [call.top_k_index, call.top_k_weights]
     return b"".join(map(_written, parts))
 

@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-FILES = ("routing.cuh", "tiles.cuh", "gate_up.cuh", "down.cuh", "finish.cuh")
+FILES = ("routing.cuh", "tiles.cuh", "gate_up.cuh", "down.cuh", "finish.cuh", "zero.cuh")
 SM90_FILES = ("sm90/pipeline.cuh", "sm90/gate_up.cuh", "sm90/down.cuh")
 STATEMENT = re.compile(
     r"__syncthreads\(\);|__syncwarp\(\);|cp_async_wait<(?P<groups>[^;]*)>\(\);|cp_async_commit\(\);"

@@ -26,7 +26,7 @@ from reap_kernels.triton import configs
 
 ROOT = Path(__file__).parent.parent
 SOURCE = ROOT / "csrc/cuda/layer.cu"
-FLAGS = ("-std=c++17", "-O3", "-cubin", "-Werror", "all-warnings")
+FLAGS = ("-std=c++17", "-O3", "-cubin", "-Werror", "all-warnings,cross-execution-space-call")
 LAYOUTS = ("k_major", "mn_major", "any")  # as in csrc/cuda/tiles.cuh
 # Triton's config with the tile of our largest kernels: 128 rows by 128 columns by 64, four warps.
 SAME_TILE = configs.Config(128, configs.Tile(64, 64, 4, 3), configs.Tile(128, 64, 4, 3))
@@ -102,12 +102,13 @@ def _kernels(cubin: Path) -> list[Kernel]:
         ["c++filt"], input="\n".join(used), capture_output=True, text=True, check=True
     )
     return [
-        Kernel(_short(name), of["REG"], of["STACK"], of["LOCAL"], of["SHARED"], sections[mangled])
+        Kernel(short(name), of["REG"], of["STACK"], of["LOCAL"], of["SHARED"], sections[mangled])
         for name, (mangled, of) in zip(names.stdout.splitlines(), used.items(), strict=True)
     ]  # fmt: skip
 
 
-def _short(name: str) -> str:
+def short(name: str) -> str:
+    """A demangled name as `Kernel` has it."""
     name = re.sub(r"\(reap::cuda::Layout\)(\d)", lambda found: LAYOUTS[int(found[1])], name)
     name = name.removeprefix("void ").partition("(")[0].replace("reap::cuda::", "")
     for long, short in DTYPES.items():

@@ -86,10 +86,9 @@ def test_clang_makes_every_instruction_set():
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_clang(case, dtype):
     inputs = cases.make(case, dtype)
-    call = native.plain(call_of(inputs))
+    call = native.plain(call_of(inputs), wide=True)
     for isa in compilers.clang().available_isas():
         result = native.empty(call)
-        layer = native.layer(compilers.clang(), call, result)
-        layer.threads = 3
+        layer = native.layer(compilers.clang(), call, result, threads=3)
         compilers.clang().run_layer(layer, isa)
         cases.assert_accurate(result, inputs)

@@ -166,24 +166,35 @@ def test_hands_over_a_layer_a_workspace_and_a_stream():
     given = {}
 
     def run_layer(layer, workspace, stream):
-        given.update(vars(layer), workspace=workspace, stream=stream)
+        given.update(numbers=native.NUMBERS.unpack(layer), workspace=workspace, stream=stream)
 
     fake = SimpleNamespace(
-        Layer=SimpleNamespace, Weights=SimpleNamespace,
-        Dtype=SimpleNamespace(bf16="bf16"), Activation=SimpleNamespace(silu="silu"),
+        dtypes={"bf16": 70, "f32": 72}, activations={"silu": 80},
         workspace_bytes=lambda layer: 512, run_layer=run_layer,
     )  # fmt: skip
     call = call_of(cases.SHAPES[0])
     chip = cuda.Chip(device=3, sm=90, processors=132, cache=50 << 20)
     result = cuda.execute(fake, call, chip, 77)
-    assert (given["device"], given["sm"], given["processors"], given["cache_bytes"]) == chip
     assert given["stream"] == 77 and given["workspace"] % 64 == 0
-    assert (given["dtype"], given["activation"], given["wgmma"]) == ("bf16", "silu", False)
-    assert given["hidden"] == call.hidden_states.data_ptr()
-    assert given["hidden_stride"] == call.H and given["deterministic"] is False
-    assert given["gate_up"].expert_stride == call.R * call.H
-    assert (given["out"], given["norms"]) == (result.out.data_ptr(), result.norms.data_ptr())
+    x, up, down = call.hidden_states, call.gate_up_proj, call.down_proj
+    assert given["numbers"] == (
+        *(call.T, call.K, call.E, call.H, call.I, 70, 80, True, False),
+        *(x.data_ptr(), call.H),
+        *(up.data_ptr(), call.R * call.H, call.H, 1, 0, 0, 0),
+        *(down.data_ptr(), call.H * call.I, call.I, 1, 0, 0, 0),
+        *(call.top_k_index.data_ptr(), True, call.top_k_weights.data_ptr(), 72),
+        *(tensor.data_ptr() for tensor in result),
+        *(0, False, False, *chip),
+        *call.activation[1:],
+    )
     assert [r.shape for r in result] == [(33, 97), (33, 3), (33, 3)]
+
+
+@built
+def test_an_extension_of_another_build_is_told_by_the_number_of_fields():
+    for size in (0, native.NUMBERS.size - 8, native.NUMBERS.size + 8):
+        with pytest.raises(ValueError, match="wrong number of fields"):
+            native.module("_cuda").workspace_bytes(bytes(size))
 
 
 def test_no_token_launches_nothing():

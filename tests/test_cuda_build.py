@@ -68,7 +68,7 @@ def test_every_instantiation_is_there(kernels):
         f"{kernel}<{dtype}, {rows}, {layout}>"
         for kernel, dtype, (rows, layout) in product(GEMMS, HMMA, TILES)
     } | {f"finish_kernel<{dtype}>" for dtype in HMMA}
-    wanted |= {"zero_kernel", "count_kernel", "scan_kernel", "place_kernel"}
+    wanted |= {"route_kernel", "count_kernel", "scan_kernel", "place_kernel"}
     assert wanted == {name for name in kernels if not name.startswith("sm90::")}
 
 

@@ -21,7 +21,8 @@ PYBIND11_MODULE(_native, m, py::mod_gil_not_used()) {
     });
     m.def(
         "run_layer",
-        [](const Layer& layer, const std::optional<std::string>& isa) {
+        [](std::string_view numbers, const std::optional<std::string>& isa) {
+            const Layer layer = read_layer(numbers);
             py::gil_scoped_release release;
             return run_layer(layer, isa ? isa->c_str() : nullptr);
         },

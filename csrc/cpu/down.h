@@ -36,7 +36,7 @@ static void fill_lanes(const Job& job, const Block& block, int64_t column, Lanes
     for (int lane = 0; lane < block.tokens; ++lane) {
         const int64_t slot = job.order[block.first + lane];
         lanes.sums[lane] = job.sums + slot / job.layer.K * job.layer.H + column;
-        lanes.gate[lane] = job.layer.top_k_weights[slot];
+        lanes.gate[lane] = static_cast<const float*>(job.layer.top_k_weights)[slot];
     }
 }
 

@@ -10,9 +10,10 @@ size_t most_blocks(const Layer& layer) {
 // A stable counting sort. Blocks of an expert have nearly equal numbers of whole vectors.
 int64_t route(const Layer& layer, const Routing& routing) {
     const int64_t S = layer.T * layer.K;
+    const auto ids = static_cast<const int64_t*>(layer.top_k_index);
     const auto present = [&](int64_t id) { return id >= 0 && id < layer.E; };
     for (int64_t slot = 0; slot < S; ++slot)
-        if (present(layer.top_k_index[slot])) ++routing.offsets[layer.top_k_index[slot] + 1];
+        if (present(ids[slot])) ++routing.offsets[ids[slot] + 1];
     for (int64_t e = 0; e < layer.E; ++e) routing.offsets[e + 1] += routing.offsets[e];
 
     int64_t blocks = 0;
@@ -27,7 +28,7 @@ int64_t route(const Layer& layer, const Routing& routing) {
         }
     }
     for (int64_t slot = 0; slot < S; ++slot)
-        if (present(layer.top_k_index[slot])) routing.order[routing.offsets[layer.top_k_index[slot]]++] = static_cast<int32_t>(slot);
+        if (present(ids[slot])) routing.order[routing.offsets[ids[slot]]++] = static_cast<int32_t>(slot);
     return blocks;
 }
 

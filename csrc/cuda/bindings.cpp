@@ -14,10 +14,13 @@ PYBIND11_MODULE(_cuda, m, py::mod_gil_not_used()) {
     m.attr("architectures") = REAP_CUDA_ARCHS;
     bind_layer(m);
     m.def("device_count", &cuda::device_count);
-    m.def("workspace_bytes", &cuda::workspace_bytes, py::arg("layer"));
+    m.def(
+        "workspace_bytes", [](std::string_view layer) { return cuda::workspace_bytes(read_layer(layer)); },
+        py::arg("layer"));
     m.def(
         "run_layer",
-        [](const Layer& layer, uintptr_t workspace, uintptr_t stream) {
+        [](std::string_view numbers, uintptr_t workspace, uintptr_t stream) {
+            const Layer layer = read_layer(numbers);
             py::gil_scoped_release release;
             cuda::run_layer(layer, reinterpret_cast<void*>(workspace), reinterpret_cast<void*>(stream));
         },

@@ -13,10 +13,22 @@ namespace reap::cuda {
 
 constexpr int PARTIAL_COLUMNS = WARP_COLUMNS;
 
+// What the router left, in its dtype.
+struct Gates {
+    Global<const char> data;  // [S]
+    Dtype dtype;
+
+    __device__ __forceinline__ float at(int slot) const {
+        if (dtype == Dtype::f32) return load_global(cast<const float>(data) + slot);
+        if (dtype == Dtype::f16) return widen(load_global(cast<const f16>(data) + slot));
+        return widen(load_global(cast<const bf16>(data) + slot));
+    }
+};
+
 // Where y goes, seen from a sorted position.
 struct Combine {
     Global<const int32_t> order;  // sorted position -> slot [S]
-    Global<const float> gates;    // [S]
+    Gates gates;
     Global<float> combined;       // [T, pitch], or the slab [S, pitch]
     Global<float2> partials;      // 64 columns, sorted position -> sum of y^2, max |y| [ceil(H / 64), S]
     int64_t pitch;                // a multiple of 8, past whose real columns anything may be written
@@ -60,7 +72,7 @@ __device__ __forceinline__ void combine_row(const float (&strip)[N][4], int half
     if (fragment_column() == 0)
         store_global(args.partials + (int64_t(column / PARTIAL_COLUMNS) * args.S + position), size);
     const int slot = load_global(args.order + position);
-    const float gate = load_global(args.gates + slot);
+    const float gate = args.gates.at(slot);
     const int row = args.deterministic ? slot : slot / args.K;
     const Global<float> cell = args.combined + (row * args.pitch + (column - args.first_column) + fragment_column());
 #pragma unroll

@@ -10,15 +10,10 @@ namespace reap::cuda {
 
 constexpr int FINISH_THREADS = 128;
 
-struct ZeroArgs {
-    Global<float4> data;
-    int64_t count;
-};
-
 template <class T> struct FinishArgs {
     Global<const float> combined;    // [T, pitch], or the slab [S, pitch]
     Global<const float2> partials;   // sum of y^2, max |y| [parts, S]
-    Global<const int64_t> ids;       // [S]
+    Ids ids;                         // [S]
     Global<const int32_t> order;     // sorted position -> slot [S]
     Global<const int32_t> offsets;   // [E] ends the slots that have an expert [E+1]
     Global<T> out;                   // [T, H]
@@ -29,11 +24,6 @@ template <class T> struct FinishArgs {
     int first_column, last_column;   // of the slab
     bool deterministic;
 };
-
-__global__ void __launch_bounds__(FINISH_THREADS) zero_kernel(ZeroArgs args) {
-    const int64_t i = int64_t(blockIdx.x) * FINISH_THREADS + threadIdx.x;
-    if (i < args.count) store_global(args.data + i, float4{0.0f, 0.0f, 0.0f, 0.0f});
-}
 
 // Norm and peak of the slot at a sorted position.
 template <class T> __device__ __forceinline__ void finish_slot(const FinishArgs<T>& args, int position) {
@@ -55,7 +45,7 @@ template <class T> __device__ __forceinline__ float4 sum_columns(const FinishArg
     float4 sum{0.0f, 0.0f, 0.0f, 0.0f};
     for (int k = 0; k < args.K; ++k) {
         const int slot = token * args.K + k;
-        if (load_global(args.ids + slot) >= args.E) continue;
+        if (args.ids.at(slot) >= args.E) continue;
         const float4 y = load_global(cast<const float4>(args.combined + (slot * args.pitch + column)));
         sum.x += y.x, sum.y += y.y, sum.z += y.z, sum.w += y.w;
     }

@@ -8,6 +8,7 @@
 // once, in a loop, instead of once per accumulator.
 #pragma once
 #include "tiles.cuh"
+#include "zero.cuh"
 
 namespace reap::cuda {
 
@@ -23,6 +24,8 @@ template <class T> struct GateUpArgs {
     Pairing pairing;
     int K, E, H, I, pitch;
     int column_tiles, group;
+    int tiles;               // a bound; blocks from there on have shares of the zeros
+    Zero zero;
 };
 
 // The fp32 tile of one warp in shared memory, 64 columns in chunks of 4. A chunk is swizzled by
@@ -96,8 +99,10 @@ template <class T> __device__ __forceinline__ int64_t gathered_row(const GateUpA
 
 template <class T, int ROWS, Layout LAYOUT>
 __global__ void __launch_bounds__(THREADS) gate_up_kernel(GateUpArgs<T> args) {
+    const int number = blockIdx.x;
+    if (number >= args.tiles) return zero_share(args.zero, number - args.tiles, threadIdx.x, THREADS);
     Tile tile;
-    if (!locate(tile, args.routing, blockIdx.x, args.E, args.column_tiles, args.group, ROWS)) return;
+    if (!locate(tile, args.routing, number, args.E, args.column_tiles, args.group, ROWS)) return;
     const int column = tile.column * COLUMNS;
 
     const auto x_row = [&](int i) { return gathered_row(args, tile, i); };

@@ -1,5 +1,5 @@
-// One layer as launches: zero, count, scan, place, gate_up, down, finish; in deterministic mode no
-// zero, and down and finish once per slab. On the host, for any launcher:
+// One layer as launches: route, or count, scan and place if there are many slots; gate_up, down,
+// finish; in deterministic mode down and finish once per slab. On the host, for any launcher:
 //
 //     launch("name of the kernel", kernel, blocks, threads, bytes of shared memory, arguments)
 #pragma once
@@ -17,6 +17,7 @@
 namespace reap::cuda {
 
 constexpr int ANY_ROWS = 64;  // of tiles whose operands come through registers
+constexpr int WITHOUT_ASKING = 48 << 10;  // bytes of shared memory that a kernel always has
 constexpr int WGMMA_ROWS = 128, WGMMA_COLUMNS = 256;  // of the tiles of sm90/
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -39,7 +40,9 @@ inline Layout layout_of(const Weights& w, int64_t rows, int64_t half, int64_t k)
 
 // How a layer is cut: everything that the host decides.
 struct Plan {
-    int64_t slots, chunks;
+    int64_t slots;
+    bool one_block;           // sorts all slots
+    int64_t chunk, chunks;    // slots per warp that sorts them, and the number of such warps
     int64_t rows;             // of gate_up_proj
     int tile_rows;            // of both GEMMs, which share one table of row tiles
     int tile_columns;
@@ -55,7 +58,11 @@ struct Plan {
 inline Plan make_plan(const Layer& layer) {
     Plan plan;
     plan.slots = layer.T * layer.K;
-    plan.chunks = ceil_div(plan.slots, CHUNK);
+    const int64_t tables = WITHOUT_ASKING / sizeof(int32_t) / (layer.E + 1);  // in the block's shared memory
+    plan.chunk = round_up(ceil_div(plan.slots, std::min<int64_t>(ROUTE_WARPS, tables - 1)), WARP);
+    plan.one_block = plan.chunk <= ROUTE_CHUNK;
+    if (!plan.one_block) plan.chunk = CHUNK;
+    plan.chunks = ceil_div(plan.slots, plan.chunk);
     plan.rows = layer.gated ? 2 * layer.I : layer.I;
     const bool halves = layer.gated && !layer.interleaved;
     plan.gate_up = layout_of(layer.gate_up, plan.rows, halves ? layer.I : plan.rows, layer.H);
@@ -152,12 +159,13 @@ template <class T> struct Launches {
 
     template <class Launcher> void route(Launcher& launch) const {
         RoutingArgs args;
-        args.ids = layer.top_k_index;
+        args.ids = ids();
         args.counts = work.counts, args.totals = work.totals, args.order = work.order, args.offsets = work.offsets;
         args.first_tile = work.first_tile, args.tile_expert = work.tile_expert;
-        args.E = layer.E, args.S = plan.slots, args.chunks = plan.chunks;
+        args.E = layer.E, args.S = plan.slots, args.chunk = plan.chunk, args.chunks = plan.chunks;
         args.tile_rows = plan.tile_rows;
         const int shared = (layer.E + 1) * sizeof(int32_t);
+        if (plan.one_block) return launch("route", route_kernel, 1, plan.chunks * WARP, (plan.chunks + 1) * shared, args);
         launch("count", count_kernel, plan.chunks, WARP, shared, args);
         launch("scan", scan_kernel, layer.E + 1, WARP, 0, args);
         launch("place", place_kernel, std::max(plan.chunks, layer.E), WARP, shared, args);
@@ -179,14 +187,16 @@ template <class T> struct Launches {
         // Of inner: of its padding too.
         args.column_tiles = ceil_div(layer.gated ? 2 * plan.inner_pitch : plan.inner_pitch, plan.tile_columns);
         args.group = group_of(layer, plan, layer.H);
+        args.tiles = plan.row_tiles * args.column_tiles;
+        args.zero = {cast<float4>(work.combined), layer.deterministic ? 0 : plan.combined_rows * plan.pitch / 4};
         return args;
     }
 
     template <class Launcher> void gate_up(Launcher& launch) const {
         const GateUpArgs<T> args = gate_up_args();
+        const int64_t shares = ceil_div(args.zero.count, THREADS * ZERO_STEPS);
         with_constants(plan.gate_up, plan.tile_rows, [&](auto layout, auto rows) {
-            launch("gate_up", gate_up_kernel<T, rows(), layout()>, plan.row_tiles * args.column_tiles, THREADS,
-                   Ring<rows()>::BYTES, args);
+            launch("gate_up", gate_up_kernel<T, rows(), layout()>, args.tiles + shares, THREADS, Ring<rows()>::BYTES, args);
         });
     }
 
@@ -196,7 +206,7 @@ template <class T> struct Launches {
         args.weights = projection<T>(layer.down, {static_cast<int>(layer.H), 0});
         args.routing = routing();
         args.combine.order = work.order;
-        args.combine.gates = layer.top_k_weights;
+        args.combine.gates = {static_cast<const char*>(layer.top_k_weights), layer.gates};
         args.combine.combined = work.combined;
         args.combine.partials = work.partials;
         args.combine.pitch = plan.pitch;
@@ -218,17 +228,11 @@ template <class T> struct Launches {
         });
     }
 
-    template <class Launcher> void zero(Launcher& launch) const {
-        const int64_t count = plan.combined_rows * plan.pitch / 4;
-        launch("zero", zero_kernel, ceil_div(count, FINISH_THREADS), FINISH_THREADS, 0,
-               ZeroArgs{cast<float4>(work.combined), count});
-    }
-
     template <class Launcher> void finish(Launcher& launch, int64_t first_column, int64_t last_column) const {
         FinishArgs<T> args;
         args.combined = work.combined;
         args.partials = work.partials;
-        args.ids = layer.top_k_index;
+        args.ids = ids();
         args.order = work.order, args.offsets = work.offsets;
         args.out = reinterpret_cast<T*>(layer.out);
         args.norms = layer.norms, args.peaks = layer.peaks;
@@ -240,6 +244,7 @@ template <class T> struct Launches {
         launch("finish", finish_kernel<T>, std::max(layer.T, ceil_div(plan.slots, FINISH_THREADS)), FINISH_THREADS, 0, args);
     }
 
+    Ids ids() const { return {static_cast<const char*>(layer.top_k_index), layer.wide_ids}; }
     Routing routing() const { return {work.order, work.offsets, work.first_tile, work.tile_expert}; }
 
     Gate gate() const {
@@ -253,7 +258,6 @@ template <class Launches, class Launcher> void run(Launcher& launch, const Layer
     const Launches launches(layer, memory);
     launches.route(launch);
     launches.gate_up(launch);
-    if (!layer.deterministic) launches.zero(launch);
     for (int64_t first = 0; first < layer.H; first += launches.plan.slab) {
         const int64_t last = std::min(first + launches.plan.slab, layer.H);
         launches.down(launch, first, last);

@@ -1,19 +1,12 @@
 // The engine's launches on a CUDA stream.
 #include <cuda_runtime.h>
 
-#include <stdexcept>
-#include <string>
-
+#include "check.h"
 #include "engine.h"
 #include "sm90/launch.cuh"
 
 namespace reap::cuda {
 namespace {
-
-void check(cudaError_t error, const char* what) {
-    if (error == cudaSuccess) return;
-    throw std::runtime_error(std::string(cudaGetErrorName(error)) + ": " + cudaGetErrorString(error) + " in " + what);
-}
 
 struct StreamLauncher {
     cudaStream_t stream;
@@ -21,7 +14,7 @@ struct StreamLauncher {
     template <class Args>
     void operator()(const char* name, void (*kernel)(Args), int64_t blocks, int threads, int shared_bytes, Args args) {
         if (blocks > std::numeric_limits<int>::max()) check(cudaErrorInvalidConfiguration, name);
-        if (shared_bytes > 48 << 10)  // more must be asked for
+        if (shared_bytes > WITHOUT_ASKING)
             check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes), name);
         kernel<<<static_cast<unsigned>(blocks), threads, shared_bytes, stream>>>(args);
         check(cudaGetLastError(), name);

@@ -22,7 +22,7 @@ using f16 = __half;
 template <class T> using Global = T*;
 template <class T> using Shared = T*;
 
-template <class U, class T> __device__ __forceinline__ U* cast(T* p) { return reinterpret_cast<U*>(p); }
+template <class U, class T> __host__ __device__ __forceinline__ U* cast(T* p) { return reinterpret_cast<U*>(p); }
 
 // An array within a buffer; the emulator gives it bounds and a name of its own.
 template <class U> U* slice(char* whole, size_t offset, size_t /*count*/, const char* /*name*/) {

@@ -72,8 +72,8 @@ int main() {
     layer.hidden = tensor();
     layer.gate_up = weights();
     layer.down = weights();
-    layer.top_k_index = reinterpret_cast<const int64_t*>(tensor());
-    layer.top_k_weights = reinterpret_cast<const float*>(tensor());
+    layer.top_k_index = tensor();
+    layer.top_k_weights = tensor();
 
     Memory out, norms, peaks;
     layer.out = poisoned<char>(out, layer.T * layer.H * (layer.dtype == reap::Dtype::f32 ? 4 : 2));

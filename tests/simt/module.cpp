@@ -48,8 +48,8 @@ void add_buffers(simt::Emulator& emulator, const Layer& layer, char* workspace) 
     input("gate_up_bias", layer.gate_up.bias, bias_extent(layer.gate_up, layer.E, rows));
     input("down", layer.down.data, extent(layer.down, layer.E, layer.H, layer.I));
     input("down_bias", layer.down.bias, bias_extent(layer.down, layer.E, layer.H));
-    input("top_k_index", layer.top_k_index, slots * sizeof(int64_t));
-    input("top_k_weights", layer.top_k_weights, slots * sizeof(float));
+    input("top_k_index", layer.top_k_index, slots * (layer.wide_ids ? sizeof(int64_t) : sizeof(int32_t)));
+    input("top_k_weights", layer.top_k_weights, slots * (layer.gates == Dtype::f32 ? 4 : 2));
     const auto output = [&](const char* name, void* data, size_t bytes) {
         emulator.add_buffer(name, data, bytes, true, false);
     };
@@ -138,11 +138,13 @@ PYBIND11_MODULE(MODULE, m) {
         py::kw_only(), py::arg("seed") = 0, py::arg("eager") = false, py::arg("profile") = false,
         py::arg("shared_limit") = 99 << 10, py::arg("access_limit") = 1 << 24,
         py::arg("cache_bytes") = 0, py::arg("together") = 1, py::arg("mutant") = 0);
-    m.def("workspace_bytes", &cuda::workspace_size, py::arg("layer"));
+    m.def(
+        "workspace_bytes", [](std::string_view layer) { return cuda::workspace_size(read_layer(layer)); },
+        py::arg("layer"));
     m.def(
         "run_layer",
-        [](const Layer& layer, uintptr_t workspace, uintptr_t) {
-            py::dict counters = run(layer, reinterpret_cast<char*>(workspace));
+        [](std::string_view layer, uintptr_t workspace, uintptr_t) {
+            py::dict counters = run(read_layer(layer), reinterpret_cast<char*>(workspace));
             if (!counted) counted = new py::dict;
             *counted = counters;
         },

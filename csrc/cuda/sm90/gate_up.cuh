@@ -72,6 +72,9 @@ __device__ __forceinline__ void compute_gate_up(const GateUpArgs<T>& args, const
             __syncwarp();
         }
     }
+    constexpr int MULTIPLIERS = CONSUMERS * WARPGROUP;
+    for (int64_t share = blockIdx.x; share * MULTIPLIERS * ZERO_STEPS < args.zero.count; share += gridDim.x)
+        zero_share(args.zero, share, threadIdx.x - WARPGROUP, MULTIPLIERS);
 }
 
 template <class T, bool B_MN_MAJOR>

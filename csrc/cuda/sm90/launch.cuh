@@ -29,7 +29,16 @@ inline TensorBox weight_box(const Weights& w, int64_t experts, int64_t halves, i
 
 template <class T> struct Launches : cuda::Launches<T> {
     using cuda::Launches<T>::layer, cuda::Launches<T>::plan, cuda::Launches<T>::work;
-    using cuda::Launches<T>::Launches;
+    TensorMap up, inner, down_weights;
+
+    // Makes all maps, so that nothing is launched if the driver refuses one.
+    Launches(const Layer& layer, Global<char> memory) : cuda::Launches<T>(layer, memory) {
+        const int64_t halves = layer.gated && !layer.interleaved ? 2 : 1;
+        up = make_tensor_map(weight_box(layer.gate_up, layer.E, halves, plan.rows / halves, layer.H));
+        inner = make_tensor_map(TensorBox{cast<const char>(work.inner), 2, {layer.I, plan.slots}, {1, plan.inner_pitch},
+                                          {TILE_K, TILE_ROWS}});
+        down_weights = make_tensor_map(weight_box(layer.down, layer.E, 1, layer.H, layer.I));
+    }
 
     // Blocks are persistent: one for each processor, and no more than there can be tiles.
     int64_t blocks(int column_tiles) const {
@@ -37,21 +46,15 @@ template <class T> struct Launches : cuda::Launches<T> {
     }
 
     template <class Launcher> void gate_up(Launcher& launch) const {
-        GateUp<T> up{this->gate_up_args(), {}};
-        const int halves = up.args.pairing == Pairing::halves ? 2 : 1;
-        up.weights = make_tensor_map(weight_box(layer.gate_up, layer.E, halves, plan.rows / halves, layer.H));
+        const GateUp<T> args{this->gate_up_args(), up};
         const auto kernel = b_mn_major(layer.gate_up) ? gate_up_kernel<T, true> : gate_up_kernel<T, false>;
-        launch("gate_up", kernel, blocks(up.args.column_tiles), BLOCK, GATE_UP_BYTES, up);
+        launch("gate_up", kernel, blocks(args.args.column_tiles), BLOCK, GATE_UP_BYTES, args);
     }
 
     template <class Launcher> void down(Launcher& launch, int64_t first_column, int64_t last_column) const {
-        Down<T> down{this->down_args(first_column, last_column), {}, {}};
-        const auto inner = cast<const char>(work.inner);
-        const TensorBox rows{inner, 2, {layer.I, plan.slots}, {1, plan.inner_pitch}, {TILE_K, TILE_ROWS}};
-        down.inner = make_tensor_map(rows);
-        down.weights = make_tensor_map(weight_box(layer.down, layer.E, 1, layer.H, layer.I));
+        const Down<T> args{this->down_args(first_column, last_column), inner, down_weights};
         const auto kernel = b_mn_major(layer.down) ? down_kernel<T, true> : down_kernel<T, false>;
-        launch("down", kernel, blocks(down.args.column_tiles), BLOCK, RING_BYTES, down);
+        launch("down", kernel, blocks(args.args.column_tiles), BLOCK, RING_BYTES, args);
     }
 };
 

@@ -36,6 +36,8 @@ struct TensorBox {
 #include <string>
 #include <type_traits>
 
+#include "../check.h"
+
 namespace reap::cuda {
 
 using TensorMap = CUtensorMap;
@@ -48,9 +50,8 @@ inline TensorMap make_tensor_map(const TensorBox& tensor) {
     static const Encode encode = [] {
         void* found = nullptr;
         cudaDriverEntryPointQueryResult result{};
-        const cudaError_t error = cudaGetDriverEntryPointByVersion(
-            "cuTensorMapEncodeTiled", &found, 12000, cudaEnableDefault, &result);
-        if (error != cudaSuccess) throw std::runtime_error(cudaGetErrorName(error));
+        check(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &found, 12000, cudaEnableDefault, &result),
+              "cudaGetDriverEntryPointByVersion");
         if (result != cudaDriverEntryPointSuccess)
             throw std::runtime_error("the CUDA driver has no cuTensorMapEncodeTiled: update it");
         return reinterpret_cast<Encode>(found);

@@ -73,11 +73,11 @@ def plan(out: Path, device: str, *, smoke: bool = False) -> list[Stage]:
     whole = ("--impls", ",".join((*BACKENDS, "grouped_mm without head")))
     on_gpu = [own("warm", 100, device, str(out / "warm.json"))]
     on_gpu += [small(name.removeprefix("reap:")) for name in BACKENDS]
+    on_gpu += [own("tests", TEST_SECONDS, *tests)]
     made = [
         own("facts", 30, device, str(out / "facts.json"), needs=()),
         own("build", 100, device, str(out / "build.json")),
         *on_gpu,
-        own("tests", TEST_SECONDS, *tests),
         bench("layer", "layer stats", 80, *layer, "1,64,1024,4096", *fast),
         bench("calibrate", "calibrate", 80, "--rounds", "2", *whole),
         bench("large", "layer", 100, *short, *large, *fast, "--routing", "uniform,even"),

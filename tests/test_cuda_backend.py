@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import cases
 import pytest
@@ -129,7 +130,9 @@ def test_unsupported_calls_say_why(monkeypatch):
 @no_gpu
 def test_named_it_raises_and_auto_moves_on():
     inputs = cases.make(cases.SHAPES[4], torch.bfloat16)
-    with pytest.raises(ValueError, match=f"cannot run this call: cuda: {cuda.available()[:40]}"):
+    with pytest.raises(
+        ValueError, match=f"cannot run this call: cuda: {str(cuda.available())[:40]}"
+    ):
         moe_saliency(**inputs, backend="cuda")
     cases.assert_accurate(moe_saliency(**inputs), inputs)
 
@@ -163,12 +166,12 @@ def test_auto_tries_every_backend_and_a_name_one():
 
 def test_hands_over_a_layer_a_workspace_and_a_stream():
     """The protocol of `execute`, on an extension that writes down what it is given."""
-    given = {}
+    given: dict[str, Any] = {}
 
     def run_layer(layer, workspace, stream):
         given.update(numbers=native.NUMBERS.unpack(layer), workspace=workspace, stream=stream)
 
-    fake = SimpleNamespace(
+    fake: Any = SimpleNamespace(
         dtypes={"bf16": 70, "f32": 72}, activations={"silu": 80},
         workspace_bytes=lambda layer: 512, run_layer=run_layer,
     )  # fmt: skip
@@ -198,13 +201,14 @@ def test_an_extension_of_another_build_is_told_by_the_number_of_fields():
 
 
 def test_no_token_launches_nothing():
-    result = cuda.execute(SimpleNamespace(), call_of(cases.SHAPES[3]), None, 0)
+    nothing: Any = None
+    result = cuda.execute(nothing, call_of(cases.SHAPES[3]), nothing, 0)
     assert [r.shape for r in result] == [(0, 97), (0, 3), (0, 3)]
 
 
 @built
 def test_the_extension_imports_without_torch_and_without_a_driver():
-    path = native.module("_cuda").__file__
+    path = str(native.module("_cuda").__file__)
     code = (
         "import importlib.util, sys; "
         f"spec = importlib.util.spec_from_file_location('_cuda', {path!r}); "
@@ -248,7 +252,7 @@ def build_cuda(monkeypatch, tmp_path, nvcc: str) -> str | None:
 
 def test_nvcc_compiles_every_source_for_the_architectures_asked_for(monkeypatch, tmp_path):
     monkeypatch.setenv("REAP_CUDA_ARCHS", "sm_86 compute_90")
-    log = build_cuda(monkeypatch, tmp_path, "exit 0").splitlines()
+    log = str(build_cuda(monkeypatch, tmp_path, "exit 0")).splitlines()
     assert "-shared -cudart static" in log[-1]
     for line in log[:-1]:
         assert "arch=compute_86,code=sm_86 " in line and "arch=compute_90,code=compute_90 " in line

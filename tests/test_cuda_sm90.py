@@ -6,6 +6,7 @@ from collections import Counter
 from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import cases
 import emulated
@@ -27,7 +28,7 @@ SHARED = 227 << 10  # of a block on an sm_90 [bytes]
 DTYPES = (torch.bfloat16, torch.float16)
 
 # Two tiles of columns, the second nearly empty; slices of k that end early.
-SIZES = {"T": 33, "K": 3, "E": 4, "H": 136, "I": 136}
+SIZES: dict[str, Any] = {"T": 33, "K": 3, "E": 4, "H": 136, "I": 136}
 CASES = [
     Case(
         layout.why,
@@ -136,7 +137,7 @@ MUTANTS = [
     if mutant.file in mutants.SM90_FILES
 ]
 # The ring goes round within a tile, blocks have several tiles, and the last rows are not real.
-DEEP = {"T": 20, "K": 2, "E": 3, "H": 392, "I": 328}
+DEEP: dict[str, Any] = {"T": 20, "K": 2, "E": 3, "H": 392, "I": 328}
 RUNS = [
     Case("mutant", **DEEP),
     Case("mutant", interleaved=True, transposed=True, bias=True, **SIZES),
@@ -230,16 +231,16 @@ def test_it_says_why_it_is_missing(monkeypatch):
 
 def test_needs_its_own_chip_and_machine_code(monkeypatch):
     monkeypatch.setattr(cuda, "available", lambda: None)
-    monkeypatch.setattr(native, "module", lambda name: SimpleNamespace(architectures=built))
     built = "sm_80 sm_90a compute_90"
+    monkeypatch.setattr(native, "module", lambda name: SimpleNamespace(architectures=built))
     assert cuda_sm90.available() is None
     built = "sm_80 compute_90"
     assert cuda_sm90.available() == "the extension is built for sm_80 compute_90, not sm_90a"
 
     call = emulated.call_of(cases.make(Case("fits", **SIZES), torch.bfloat16))
     monkeypatch.setattr(cuda, "unsupported", lambda call: None)
-    monkeypatch.setattr(cuda, "chip", lambda device: emulated.CHIP._replace(sm=sm))
     sm = 90
+    monkeypatch.setattr(cuda, "chip", lambda device: emulated.CHIP._replace(sm=sm))
     assert cuda_sm90.unsupported(call) is None
     sm = 100
     assert cuda_sm90.unsupported(call) == "the GPU is an sm_100, must be an sm_90"
@@ -255,7 +256,7 @@ def test_reasons():
     for case in CASES:
         assert unsupported(case) is None
     assert "hidden size 97, must be a multiple of 8" in unsupported(Case("odd"))
-    odd = {"H": 24, "I": 35, "E": 4}
+    odd: dict[str, Any] = {"H": 24, "I": 35, "E": 4}
     assert "down_proj has strides [840, 35, 1], must be" in unsupported(Case("odd inner", **odd))
     side = unsupported(Case("transposed", transposed=True, **odd))
     assert side == (

@@ -176,6 +176,7 @@ def test_hands_over_a_layer_a_workspace_and_a_stream():
         workspace_bytes=lambda layer: 512, run_layer=run_layer,
     )  # fmt: skip
     call = call_of(cases.SHAPES[0])
+    call = call._replace(top_k_index=call.top_k_index.contiguous())  # others are copied
     chip = cuda.Chip(device=3, sm=90, processors=132, cache=50 << 20)
     result = cuda.execute(fake, call, chip, 77)
     assert given["stream"] == 77 and given["workspace"] % 64 == 0

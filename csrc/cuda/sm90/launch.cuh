@@ -3,8 +3,9 @@
 //
 // What Layer.wgmma needs, beside what run_layer() does: an sm_90, H a multiple of 8, hidden and both
 // weights at multiples of 16 bytes, contiguous along one dimension and all other strides positive
-// multiples of 8; I too, where MN-major gate and up are concatenated. The launcher also makes tensor
-// maps, and its kernels are called with sm90's arguments.
+// multiples of 8 that do not overlap and reach less than 2^40 bytes, those of hidden 64 GB; I a
+// multiple of 8 too, where MN-major gate and up are concatenated. The launcher also makes tensor maps,
+// and its kernels are called with sm90's arguments.
 #pragma once
 #include "../launch.cuh"
 #include "down.cuh"

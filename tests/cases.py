@@ -21,6 +21,9 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 # Relative to the size of the tensor: half of one rounding to the model dtype (its eps / 4), and in
 # fp32, where all errors come from the order of the sums, two eps.
 EPSILON = {torch.bfloat16: 2.0**-9, torch.float16: 2.0**-12, torch.float32: 2.0**-22}
+# In tensors of fewer elements the worst one may be lucky in `plain` by a whole rounding: of 300 seeds
+# of one such case the specification itself failed with one.
+FEW_ELEMENTS = 4096
 
 
 @dataclass(frozen=True)
@@ -175,7 +178,8 @@ def assert_accurate(
         for measure in (_root_mean_square, _worst):
             scale = measure(exact) or 1.0
             error = measure(ours.cpu().double() - exact) / scale
-            bound = measure(theirs.cpu().double() - exact) / scale + EPSILON[dtype]
+            luck = 2 if measure is _worst and exact.numel() < FEW_ELEMENTS else 1
+            bound = measure(theirs.cpu().double() - exact) / scale + luck * EPSILON[dtype]
             assert error <= bound, f"{name}: {measure.__name__} error {error:.3g} > {bound:.3g}"
 
 

@@ -21,8 +21,8 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 # Relative to the size of the tensor: half of one rounding to the model dtype (its eps / 4), and in
 # fp32, where all errors come from the order of the sums, two eps.
 EPSILON = {torch.bfloat16: 2.0**-9, torch.float16: 2.0**-12, torch.float32: 2.0**-22}
-# In tensors of fewer elements the worst one may be lucky in `plain` by a whole rounding: of 300 seeds
-# of one such case the specification itself failed with one.
+# In tensors of fewer elements the worst one may be lucky in `plain` by a whole rounding: of 300
+# seeds of one such case the specification itself failed with one.
 FEW_ELEMENTS = 4096
 
 

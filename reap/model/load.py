@@ -17,6 +17,8 @@ from reap.model.quiet import quiet
 from reap.model.shapes import loading_problems
 
 DTYPES = ("auto", "bfloat16", "float16", "float32")
+# Ordinary text: of this any tokenizer makes several different tokens.
+_ORDINARY = "def f(x): return 10\nThe ACGT of genes; la vie, жизнь, 生命."
 ACCELERATED = ("balanced", "balanced_low_0", "sequential")  # over devices: by accelerate alone
 
 
@@ -25,9 +27,25 @@ def load_tokenizer(folder: Path) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(folder)
+        tokenizer = AutoTokenizer.from_pretrained(folder)
     except Exception as error:
         raise ReapError(f"{folder} has no tokenizer that loads: {first_line(error)}") from error
+    check_tokenizer(tokenizer, str(folder))
+    return tokenizer
+
+
+def check_tokenizer(tokenizer: Any, name: str = "") -> None:
+    """ReapError for one that makes nothing of ordinary text, or one token again and again. Of a
+    folder without tokenizer files transformers makes such a one, and says nothing."""
+    ids = list(tokenizer(_ORDINARY, add_special_tokens=False)["input_ids"])
+    special = {*(getattr(tokenizer, "all_special_ids", None) or ())}
+    unknown = getattr(tokenizer, "unk_token_id", None)
+    if len({*ids} - special - {unknown}) < 2:
+        whose = name or getattr(tokenizer, "name_or_path", "") or "this model"
+        raise ReapError(
+            f"{whose} has no tokenizer: the {type(tokenizer).__name__} that transformers loads "
+            "makes no tokens of ordinary text: add the model's tokenizer files"
+        )
 
 
 def load_model(folder: Path, *, dtype: str = "auto", device: str = "auto") -> Any:

@@ -16,10 +16,12 @@ from reap.app.arguments import (
     Dtype,
     Json,
     MaxTokens,
+    MaxTokensPerSource,
     Model,
     Overwrite,
     Pack,
     SeqLen,
+    SkipBad,
     refuse_existing,
     rows_of,
     save_statistics,
@@ -33,10 +35,12 @@ def calibrate(
     data: Data,
     out: Annotated[Path, typer.Option(help="the statistics file to write")],
     max_tokens: MaxTokens = None,
+    max_tokens_per_source: MaxTokensPerSource = None,
     seq_len: SeqLen = None,
     batch_size: BatchSize = 1,
     domain: Domain = None,
     pack: Pack = True,
+    skip_bad: SkipBad = False,
     gates: Annotated[str, typer.Option(help="applied or renormalized")] = "applied",
     pairs: Annotated[bool, typer.Option("--pairs", help="also record pair matrices")] = False,
     backend: Backend = "auto",
@@ -60,9 +64,15 @@ def calibrate(
     sources = [parse_spec(spec) for spec in data]  # before a model is downloaded
     folder = resolve_model(model)
     describe_folder(folder)  # a model without experts is refused before its weights are loaded
-    options = {"batch_size": batch_size, "max_tokens": max_tokens, "packing": pack}
+    options = {
+        "batch_size": batch_size,
+        "max_tokens": max_tokens,
+        "max_tokens_per_source": max_tokens_per_source,
+        "packing": pack,
+        "skip_bad": skip_bad,
+    }
     rows = rows_of(folder, sources, seq_len, domain=domain, **options)
     loaded = load_model(folder, dtype=dtype, device=device)
     with progress("calibrating", lambda: rows.expected, "tokens") as advance:
         stats = run(loaded, rows, gates=gates, pairs=pairs, backend=backend, progress=advance)
-    save_statistics(stats, out, overwrite, json)
+    save_statistics(stats, out, overwrite, json, rows.notes())

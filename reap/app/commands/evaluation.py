@@ -14,9 +14,11 @@ from reap.app.arguments import (
     Dtype,
     Json,
     MaxTokens,
+    MaxTokensPerSource,
     Model,
     Pack,
     SeqLen,
+    SkipBad,
     rows_of,
 )
 from reap.app.console import print_json, print_table, progress, reports_errors
@@ -28,10 +30,12 @@ def evaluate(
     data: Data,
     teacher: Annotated[str | None, typer.Option(help="a model to compare with")] = None,
     max_tokens: MaxTokens = None,
+    max_tokens_per_source: MaxTokensPerSource = None,
     seq_len: SeqLen = None,
     batch_size: BatchSize = 1,
     domain: Domain = None,
     pack: Pack = True,
+    skip_bad: SkipBad = False,
     dtype: Dtype = "auto",
     device: Device = "auto",
     json: Json = False,
@@ -45,7 +49,13 @@ def evaluate(
     sources = [parse_spec(spec) for spec in data]
     folder = resolve_model(model)
     original = resolve_model(teacher) if teacher else None
-    options = {"batch_size": batch_size, "max_tokens": max_tokens, "packing": pack}
+    options = {
+        "batch_size": batch_size,
+        "max_tokens": max_tokens,
+        "max_tokens_per_source": max_tokens_per_source,
+        "packing": pack,
+        "skip_bad": skip_bad,
+    }
     rows = rows_of(folder, sources, seq_len, domain=domain, **options)
     student = load_model(folder, dtype=dtype, device=device)
     reference = load_model(original, dtype=dtype, device=device) if original else None
@@ -53,6 +63,8 @@ def evaluate(
         results = run(student, rows, teacher=reference, progress=advance)
     if json:
         print_json({name: result.to_json() for name, result in results.items()})
+        for note in rows.notes():
+            typer.echo(note, err=True)
         return
     columns = ["domain", "tokens", "loss (nats/token)", "perplexity"]
     table = [
@@ -64,3 +76,5 @@ def evaluate(
         for row, r in zip(table, results.values(), strict=True):
             row += [f"{r.kl:.4f}", f"{r.agreement:.1%}"]
     print_table(str(folder), columns, table)
+    for note in rows.notes():
+        typer.echo(note)

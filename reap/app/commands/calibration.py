@@ -28,6 +28,8 @@ from reap.app.arguments import (
 )
 from reap.app.console import progress, reports_errors
 
+PARTIAL = ".partial.safetensors"  # behind the output's name
+
 
 @reports_errors
 def calibrate(
@@ -46,6 +48,9 @@ def calibrate(
     backend: Backend = "auto",
     dtype: Dtype = "auto",
     device: Device = "auto",
+    deterministic: Annotated[
+        bool, typer.Option("--deterministic", help="the same bits in every run, also on a GPU")
+    ] = False,
     overwrite: Overwrite = False,
     json: Json = False,
 ) -> None:
@@ -56,6 +61,7 @@ def calibrate(
     from reap.model.load import load_model
     from reap.observation.patch import check_backend
     from reap.runs.calibration import calibrate as run
+    from reap.runs.partial import Partial
     from reap.statistics.layerstats import check_gates
     from reap.text.sources import parse_spec
 
@@ -71,8 +77,20 @@ def calibrate(
         "packing": pack,
         "skip_bad": skip_bad,
     }
+    partial = Partial(out.with_name(out.name + PARTIAL))
     rows = rows_of(folder, sources, seq_len, domain=domain, **options)
+    partial.refuse_other(rows.describe())
     loaded = load_model(folder, dtype=dtype, device=device)
-    with progress("calibrating", lambda: rows.expected, "tokens") as advance:
-        stats = run(loaded, rows, gates=gates, pairs=pairs, backend=backend, progress=advance)
-    save_statistics(stats, out, overwrite, json, rows.notes())
+    with partial.kept():
+        with progress("calibrating", lambda: rows.expected, "tokens") as advance:
+            stats = run(
+                loaded,
+                rows,
+                gates=gates,
+                pairs=pairs,
+                backend=backend,
+                deterministic=deterministic,
+                progress=advance,
+                partial=partial,
+            )
+        save_statistics(stats, out, overwrite, json, rows.notes())

@@ -16,14 +16,14 @@ from reap.text.batching import batches, parse_spec
 END = 256
 
 
-def make_tokenizer(**options):
+def make_tokenizer(cls=PreTrainedTokenizerFast, **options):
     """One token per byte, then <end> and <pad>."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(models.BPE({byte: i for i, byte in enumerate(alphabet)}, []))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens(["<end>", "<pad>"])
-    return PreTrainedTokenizerFast(
+    return cls(
         tokenizer_object=tokenizer,
         eos_token="<end>",
         pad_token="<pad>",
@@ -178,6 +178,28 @@ def test_what_is_not_used_once_is_counted(here):
     assert "a.jsonl: 2 rows left out as bad (a.jsonl, line 4: " in line and "line 5" in line
     assert "1 row left out as empty; 1 row used that came before" in line
     assert "src/d.txt: holds a zero byte" in files
+
+
+def test_documents_that_are_cut_or_have_no_tokens_are_counted(here):
+    (here / "a.jsonl").write_text("\n".join(json.dumps({"text": "x" * n}) for n in (9, 3, 5, 4)))
+    (here / "b.txt").write_text("y" * 1000)
+    rows = batches(["a.jsonl", "b.txt"], TOKENIZER, seq_len=4, packing=False)
+    list(rows)
+    assert [source["cut"] for source in rows.describe()["sources"]] == [2, 1]
+    assert rows.notes()[0] == "a.jsonl: 2 rows cut to the row's length"
+    rows = batches("a.jsonl", TOKENIZER, seq_len=4)
+    list(rows)
+    assert rows.notes() == []
+
+    class Drops(PreTrainedTokenizerFast):
+        def __call__(self, text, **options):
+            return super().__call__(text.strip(), **options)
+
+    (here / "a.jsonl").write_text('{"text": "x"}\n{"text": "  "}')
+    for packing in (True, False):
+        rows = batches("a.jsonl", make_tokenizer(Drops), packing=packing)
+        list(rows)
+        assert rows.describe()["sources"][0]["empty"] == 1
 
 
 def test_nothing_but_bad_rows_is_no_text(here):

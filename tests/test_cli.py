@@ -291,6 +291,14 @@ MISTAKES = {
     "fewer than top-k": ("plan {w}/one.st --keep 1 --out {w}/x.json", "picks 2 per token"),
     "not a plan": ("prune {m} {w}/a.txt {w}/x", "a.txt"),
     "existing folder": ("prune {m} {w}/plan.json {w}", "--overwrite"),
+    "statistics twice": (
+        "combine {w}/one.st {w}/../{n}/one.st --out {w}/x.st",
+        "the same statistics",
+    ),
+    "data twice": (
+        "calibrate {m} --data {w}/a.txt --data {w}/a.txt --out {w}/x.st",
+        "give it once",
+    ),
     "combine with nothing": ("combine {w}/none.st --out {w}/x.st", "none.st"),
     "teacher is missing": ("evaluate {m} --data {w}/a.txt --teacher {w}/none", "none"),
 }
@@ -300,7 +308,7 @@ MISTAKES = {
 def test_mistake_is_one_line(work, mistake):
     line, named = MISTAKES[mistake]
     before = sorted(path.name for path in work.iterdir())
-    assert named in refused(*line.format(w=work, m=MODEL).split())
+    assert named in refused(*line.format(w=work, m=MODEL, n=work.name).split())
     assert sorted(path.name for path in work.iterdir()) == before
 
 

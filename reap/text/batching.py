@@ -95,7 +95,7 @@ def batches(
     streams = []
     for source in sources:
         tally = Tally(skip_bad, seen)
-        rows = packer.rows(read(source, tokenizer, seed, tally))
+        rows = packer.rows(read(source, tokenizer, seed, tally), tally)
         streams.append(_Stream(source, rows, tally, max_tokens_per_source))
     return Batches(streams, packer, batch_size, max_tokens, max_tokens_per_source, seed)
 
@@ -275,14 +275,21 @@ class Packer:
     seq_len: int
     packing: bool
 
-    def rows(self, texts: Iterable[Text]) -> Iterator[Row]:
-        """Rows of 1 to `seq_len` ids."""
+    def rows(self, texts: Iterable[Text], tally: Tally | None = None) -> Iterator[Row]:
+        """Rows of 1 to `seq_len` ids. The tally counts documents that were cut, or gave none."""
+        tally = Tally() if tally is None else tally
         pending: list[int] = []
-        starts, share = True, 0.0
+        starts, share, length = True, 0.0, 0  # the last is of this document, as far as it is read
         for piece in texts:
-            if self.packing or len(pending) < self.seq_len:
-                pending += self._encode(piece, starts)
+            if self.packing or len(pending) <= self.seq_len:
+                ids = self._encode(piece, starts)
+                length += len(ids)
+                pending += ids
             starts = piece.ends
+            if piece.ends:
+                tally.empty += length == 0
+                tally.cut += not self.packing and length > self.seq_len
+                length = 0
             if self.packing:
                 whole = len(pending) - len(pending) % self.seq_len
                 for end in range(self.seq_len, whole + 1, self.seq_len):

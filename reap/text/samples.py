@@ -62,7 +62,8 @@ class Tally:
 
     skip_bad: bool = False
     seen: set[bytes] = field(default_factory=set)
-    empty: int = 0  # rows whose text is "", and empty files
+    empty: int = 0  # rows whose text is "" or has no tokens, and empty files
+    cut: int = 0  # rows of which the beginning was used, as asked for
     bad: int = 0  # left out by skip_bad
     repeated: int = 0  # used, although the same text came before
     tools_unused: int = 0  # used without their tools, which the chat template does not show
@@ -91,6 +92,7 @@ class Tally:
         """As JSON."""
         return {
             "empty": self.empty,
+            "cut": self.cut,
             "bad": self.bad,
             "repeated": self.repeated,
             "tools_unused": self.tools_unused,
@@ -104,6 +106,8 @@ class Tally:
             said.append(f"{_rows(self.bad)} left out as bad ({'; '.join(self.named)}{more})")
         if self.empty:
             said.append(f"{_rows(self.empty)} left out as empty")
+        if self.cut:
+            said.append(f"{_rows(self.cut)} cut to the row's length")
         if self.repeated:
             said.append(f"{_rows(self.repeated)} used that came before: they count again")
         if self.tools_unused:

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from reap.app.console import print_json, progress
+from reap.app.console import print_json
+from reap.app.longruns import reported
 from reap.errors import ReapError
 
 if TYPE_CHECKING:
@@ -52,7 +53,9 @@ Overwrite = Annotated[bool, typer.Option("--overwrite", help="replace an existin
 Json = Annotated[bool, typer.Option("--json", help="print one JSON document")]
 
 
-def rows_of(folder: Path, data: list[Source], seq_len: int | None, **options: Any) -> Batches:
+def rows_of(
+    folder: Path, data: list[Source], seq_len: int | None, quiet: bool, **options: Any
+) -> Batches:
     """The text of `data` as batches for the model in `folder`; `options` are those of `batches`.
 
     It is read here, while no model is loaded and nothing is lost by a bad row; only of more text
@@ -65,8 +68,8 @@ def rows_of(folder: Path, data: list[Source], seq_len: int | None, **options: An
     tokenizer = load_tokenizer(folder)
     rows = batches(data, tokenizer, seq_len=row_length(folder, seq_len), **options)
     if any(source.kind != "stdlib" for source in data):
-        with progress("reading", lambda: rows.expected, "tokens") as advance:
-            if not rows.read_ahead(advance):
+        with reported("reading", lambda: rows.expected, "tokens", quiet) as advance:
+            if not rows.read_ahead(advance) and not quiet:
                 typer.echo("reap: long text: its beginning was checked, not all of it", err=True)
     return rows
 

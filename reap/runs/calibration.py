@@ -45,7 +45,7 @@ def calibrate(
     base = pretrained(model).base_model
     options = {"use_cache": False} if _takes_use_cache(base) else {}
     device = _input_device(base)
-    run = {"run": _what_runs(base, backend, deterministic)}
+    run = {"run": what_runs(base, backend, deterministic)}
     recorded = batches if isinstance(batches, Batches) else None
     if partial is not None and recorded is None:
         raise ReapError("a run can be taken up again only with batches of reap.batches")
@@ -79,7 +79,7 @@ def calibrate(
     return total
 
 
-def _what_runs(model: nn.Module, backend: str, deterministic: bool) -> dict[str, Any]:
+def what_runs(model: nn.Module, backend: str, deterministic: bool) -> dict[str, Any]:
     """What, beside the text and the versions, decides the bits of the statistics."""
     weights = list(model.parameters())
     if backend == "auto":

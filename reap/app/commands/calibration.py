@@ -26,7 +26,8 @@ from reap.app.arguments import (
     rows_of,
     save_statistics,
 )
-from reap.app.console import progress, reports_errors
+from reap.app.console import reports_errors
+from reap.app.longruns import announce, reported
 
 PARTIAL = ".partial.safetensors"  # behind the output's name
 
@@ -61,6 +62,7 @@ def calibrate(
     from reap.model.load import load_model
     from reap.observation.patch import check_backend
     from reap.runs.calibration import calibrate as run
+    from reap.runs.calibration import what_runs
     from reap.runs.partial import Partial
     from reap.statistics.layerstats import check_gates
     from reap.text.sources import parse_spec
@@ -78,11 +80,14 @@ def calibrate(
         "skip_bad": skip_bad,
     }
     partial = Partial(out.with_name(out.name + PARTIAL))
-    rows = rows_of(folder, sources, seq_len, domain=domain, **options)
+    rows = rows_of(folder, sources, seq_len, json, domain=domain, **options)
     partial.refuse_other(rows.describe())
     loaded = load_model(folder, dtype=dtype, device=device)
+    about = what_runs(loaded, backend, deterministic)
+    where = f"{model} in {about['dtype']} on {about['device']}, backend {about['backend']}"
+    announce(where, rows.expected, json)
     with partial.kept():
-        with progress("calibrating", lambda: rows.expected, "tokens") as advance:
+        with reported("calibrating", lambda: rows.expected, "tokens", json) as advance:
             stats = run(
                 loaded,
                 rows,

@@ -21,7 +21,8 @@ from reap.app.arguments import (
     SkipBad,
     rows_of,
 )
-from reap.app.console import print_json, print_table, progress, reports_errors
+from reap.app.console import print_json, print_table, reports_errors
+from reap.app.longruns import reported
 
 
 @reports_errors
@@ -56,10 +57,10 @@ def evaluate(
         "packing": pack,
         "skip_bad": skip_bad,
     }
-    rows = rows_of(folder, sources, seq_len, domain=domain, **options)
+    rows = rows_of(folder, sources, seq_len, json, domain=domain, **options)
     student = load_model(folder, dtype=dtype, device=device)
     reference = load_model(original, dtype=dtype, device=device) if original else None
-    with progress("evaluating", lambda: rows.expected, "tokens") as advance:
+    with reported("evaluating", lambda: rows.expected, "tokens", json) as advance:
         results = run(student, rows, teacher=reference, progress=advance)
     if json:
         print_json({name: result.to_json() for name, result in results.items()})

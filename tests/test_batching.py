@@ -202,6 +202,24 @@ def test_documents_that_are_cut_or_have_no_tokens_are_counted(here):
         assert rows.describe()["sources"][0]["empty"] == 1
 
 
+def test_text_of_special_tokens_alone(here):
+    (here / "a.txt").write_text("<end>" * 9 + "<pad>")
+    (here / "b.txt").write_text("<end>" * 9 + "x")
+    with pytest.raises(ReapError, match="a.txt' holds no text: its first 11 tokens are all"):
+        list(batches("a.txt", TOKENIZER))
+    assert len(list(batches("b.txt", TOKENIZER, seq_len=4))) == 3
+    (here / "c.txt").write_text("<end>" * 2000 + "x")
+    with pytest.raises(ReapError, match="first 1,024 tokens"):
+        list(batches("c.txt", TOKENIZER, seq_len=4))
+
+
+def test_a_dangling_link_is_named(here):
+    (here / "src").mkdir()
+    os.symlink("nowhere", here / "src/a.txt")
+    with pytest.raises(ReapError, match="src/a.txt: cannot be read"):
+        list(batches("src", TOKENIZER))
+
+
 def test_nothing_but_bad_rows_is_no_text(here):
     (here / "a.jsonl").write_text('{"txt": "?"}')
     with pytest.raises(ReapError, match="holds no text: 1 row left out as bad .a.jsonl, line 1"):

@@ -270,6 +270,7 @@ MISTAKES = {
         "calibrate no/model --data {w}/a.txt --backend quantum --out {w}/x",
         "quantum",
     ),
+    "dtype before a download": ("evaluate no/model --data {w}/a.txt --dtype int3", "bfloat16"),
     "no output folder": ("calibrate {m} --data {w}/a.txt --out {w}/no/x.st", "create the folder"),
     "rows too long": (
         "calibrate {m} --data {w}/a.txt --seq-len 512 --out {w}/x.st",

@@ -38,14 +38,23 @@ def check_tokenizer(tokenizer: Any, name: str = "") -> None:
     """ReapError for one that makes nothing of ordinary text, or one token again and again. Of a
     folder without tokenizer files transformers makes such a one, and says nothing."""
     ids = list(tokenizer(_ORDINARY, add_special_tokens=False)["input_ids"])
-    special = {*(getattr(tokenizer, "all_special_ids", None) or ())}
-    unknown = getattr(tokenizer, "unk_token_id", None)
-    if len({*ids} - special - {unknown}) < 2:
+    if len({*ids} - special_ids(tokenizer)) < 2:
         whose = name or getattr(tokenizer, "name_or_path", "") or "this model"
         raise ReapError(
             f"{whose} has no tokenizer: the {type(tokenizer).__name__} that transformers loads "
             "makes no tokens of ordinary text: add the model's tokenizer files"
         )
+
+
+def special_ids(tokenizer: Any) -> set[int]:
+    """Tokens that stand for no text: of a sequence's ends, padding and so on, and the unknown."""
+    return {*(getattr(tokenizer, "all_special_ids", None) or ())}
+
+
+def check_dtype(dtype: str) -> None:
+    """ReapError for one that `load_model` does not know."""
+    if dtype not in DTYPES:
+        raise ReapError(f"dtype is {dtype!r}: it must be one of {', '.join(DTYPES)}")
 
 
 def load_model(folder: Path, *, dtype: str = "auto", device: str = "auto") -> Any:
@@ -56,8 +65,7 @@ def load_model(folder: Path, *, dtype: str = "auto", device: str = "auto") -> An
     Raises ReapError for damaged or missing weight files, and for weights that the model needs and
     the files do not have.
     """
-    if dtype not in DTYPES:
-        raise ReapError(f"dtype is {dtype!r}: it must be one of {', '.join(DTYPES)}")
+    check_dtype(dtype)
     compat.require(compat.LOADING)
     opened = open_folder(folder)  # reads headers alone
     config = read_config(folder)

@@ -19,12 +19,13 @@ import torch
 from torch import Tensor
 
 from reap.errors import ReapError
-from reap.model.load import check_tokenizer
+from reap.model.load import check_tokenizer, special_ids
 from reap.text.samples import Tally, Text
 from reap.text.sources import Source, check_distinct, parse_spec, read, require_datasets
 
 __all__ = ["Batch", "Batches", "Packer", "Source", "batches", "parse_spec"]
 
+_SEEN_ENOUGH = 1024  # tokens of a source, among which one has to be of text
 READ_AHEAD = 1 << 26  # tokens, of 4 bytes each
 
 
@@ -91,12 +92,13 @@ def batches(
     check_distinct(sources, seed)
     check_tokenizer(tokenizer)
     packer = Packer(tokenizer, seq_len, packing)
+    special = tuple(special_ids(tokenizer))
     seen: set[bytes] = set()
     streams = []
     for source in sources:
         tally = Tally(skip_bad, seen)
         rows = packer.rows(read(source, tokenizer, seed, tally), tally)
-        streams.append(_Stream(source, rows, tally, max_tokens_per_source))
+        streams.append(_Stream(source, rows, tally, max_tokens_per_source, special))
     return Batches(streams, packer, batch_size, max_tokens, max_tokens_per_source, seed)
 
 
@@ -214,6 +216,8 @@ class _Stream:
     rows: Iterator[Row]
     tally: Tally
     cap: int | None = None  # tokens
+    special: tuple[int, ...] = ()  # ids that no text has of its own
+    plain: int = 0  # tokens that are none of these
     read: int = 0  # tokens, of which `tokens` in `row_count` rows were handed out
     tokens: int = 0
     row_count: int = 0
@@ -241,9 +245,15 @@ class _Stream:
             budget = None if budget is None else budget - len(ids)
             rows.append(np.array(ids, "<i4"))
             self.read += len(ids)
+            self.plain += len(ids) - int(np.isin(rows[-1], self.special).sum())
         if not self.read:
             why = "".join(f": {line}" for line in self.tally.lines())
             raise ReapError(f"data {self.source.spec!r} holds no text{why}")
+        if not self.plain and (len(rows) < count or self.read >= _SEEN_ENOUGH):
+            raise ReapError(
+                f"data {self.source.spec!r} holds no text: its first {self.read:,} tokens are all "
+                "special or unknown to the tokenizer"
+            )
         return rows
 
     def hand_out(self, rows: list[_Ids]) -> None:

@@ -14,7 +14,6 @@ import itertools
 import math
 import os
 import re
-import stat
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -160,7 +159,7 @@ def _digests(source: Source, seed: int) -> tuple[bytes, ...]:
 
 def _regular(source: Source, seed: int) -> list[Path]:
     """Its files that can be read twice."""
-    return [path for path in _paths(source, seed) if stat.S_ISREG(path.stat().st_mode)]
+    return [path for path in _paths(source, seed) if path.is_file()]
 
 
 def read(source: Source, tokenizer: Any, seed: int, tally: Tally | None = None) -> Iterator[Text]:

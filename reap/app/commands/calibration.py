@@ -59,7 +59,7 @@ def calibrate(
     refuse_existing(out, overwrite)
     from reap.files.hub import resolve_model
     from reap.model.identity import describe_folder
-    from reap.model.load import load_model
+    from reap.model.load import check_dtype, load_model
     from reap.observation.patch import check_backend
     from reap.runs.calibration import calibrate as run
     from reap.runs.calibration import what_runs
@@ -69,6 +69,7 @@ def calibrate(
 
     check_gates(gates)
     check_backend(backend)
+    check_dtype(dtype)
     sources = [parse_spec(spec) for spec in data]  # before a model is downloaded
     folder = resolve_model(model)
     describe_folder(folder)  # a model without experts is refused before its weights are loaded

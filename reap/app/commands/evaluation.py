@@ -43,10 +43,11 @@ def evaluate(
 ) -> None:
     """Measure loss and perplexity, and with --teacher KL divergence and top-1 agreement."""
     from reap.files.hub import resolve_model
-    from reap.model.load import load_model
+    from reap.model.load import check_dtype, load_model
     from reap.runs.evaluation import evaluate as run
     from reap.text.sources import parse_spec
 
+    check_dtype(dtype)
     sources = [parse_spec(spec) for spec in data]
     folder = resolve_model(model)
     original = resolve_model(teacher) if teacher else None

@@ -10,20 +10,20 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from reap.errors import ReapError
-from reap.text import sources
+from reap.text import localfiles, sources
 from reap.text.batching import batches, parse_spec
 
 END = 256
 
 
-def make_tokenizer(**options):
+def make_tokenizer(cls=PreTrainedTokenizerFast, **options):
     """One token per byte, then <end> and <pad>."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(models.BPE({byte: i for i, byte in enumerate(alphabet)}, []))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens(["<end>", "<pad>"])
-    return PreTrainedTokenizerFast(
+    return cls(
         tokenizer_object=tokenizer,
         eos_token="<end>",
         pad_token="<pad>",
@@ -69,6 +69,8 @@ def here(tmp_path, monkeypatch):
         ("org/name=2", "hub", "name", 2),
         ("hf:org/name/config:test=2", "hub", "name", 2),
         ("day=1/*.jsonl", "files", "day=1", 1),  # a share holds no slash
+        ("notes.txt:body=3", "files", "notes", 3),
+        ("src/*.jsonl:body", "files", "src", 1),
     ],
 )
 def test_spec(here, spec, kind, domain, weight):
@@ -83,6 +85,7 @@ def test_spec(here, spec, kind, domain, weight):
     "spec, message",
     [
         ("missing.txt", "no such file"),
+        ("missing.jsonl:body", "no such file"),
         ("data/missing.jsonl", "no such file"),
         ("../up/name", "no such file"),
         ("org/name/config", "no such file"),  # rather a folder's name that is mistyped
@@ -128,11 +131,143 @@ def test_lines_of_json_are_known_by_suffix(here, name):
     assert all_text([name], TOKENIZER, packing=False) == ["one", "two"]
 
 
-def test_an_array_is_not_read_as_prose(here):
-    for array in ('[\n{"text": "a"}\n]', '[{"text": "a"}]'):
-        (here / "a.json").write_text(array)
-        with pytest.raises(ReapError, match="a.json, line 1: "):
-            list(batches("a.json", TOKENIZER))
+def test_the_same_text_twice_is_refused(here, monkeypatch):
+    """Under another name, in an overlapping folder, or as a copy; a column of its own is not."""
+    (here / "src").mkdir()
+    for name in ("a.jsonl", "copy.jsonl", "src/b.txt"):
+        (here / name).write_text('{"text": "one", "more": "two"}')
+    (here / "src/b.txt").write_text("other text")
+    os.symlink("a.jsonl", "link.jsonl")
+    for one, two in [
+        ("a.jsonl", "./a.jsonl=2"),
+        ("a.jsonl", "link.jsonl"),
+        ("a.jsonl", "copy.jsonl"),
+        ("src", "src/b.txt"),
+        ("src", "src/*.txt"),
+        ("stdlib:code", "stdlib:code=2"),
+    ]:
+        with pytest.raises(ReapError) as error:
+            batches([one, two], TOKENIZER)
+        assert repr(one) in str(error.value) and repr(two) in str(error.value)
+    both = ["a.jsonl:text", "link.jsonl:more", "src", "stdlib:code", "stdlib:code/heldout"]
+    assert batches(both, TOKENIZER)
+    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace())
+    with pytest.raises(ReapError, match="'org/name' and 'hf:org/name:train' both hold org/name"):
+        batches(["org/name", "hf:org/name:train"], TOKENIZER)
+
+
+def test_what_is_not_used_once_is_counted(here):
+    """Rows that are empty, bad or repeated, also across sources and in files as a whole."""
+    rows = ['{"text": "one"}', '{"text": ""}', '{"text": "one"}', '{"txt": "?"}', '{"text"', ""]
+    (here / "a.jsonl").write_text("\n".join(rows))
+    (here / "src").mkdir()
+    for name, content in {"a": b"two", "b": b"two", "c": b"", "d": b"\0", "e": b"one"}.items():
+        (here / f"src/{name}.txt").write_bytes(content)
+    with pytest.raises(ReapError, match="line 4"):
+        list(batches("a.jsonl", TOKENIZER))
+    read = batches(["a.jsonl", "src"], TOKENIZER, packing=False, skip_bad=True)
+    assert sorted(row for batch in read for row in text_of(batch)) == ["one"] * 3 + ["two"] * 2
+    counts = [
+        {name: source[name] for name in ("rows", "empty", "bad", "repeated")}
+        for source in read.describe()["sources"]
+    ]
+    assert counts[0] == {"rows": 2, "empty": 1, "bad": 2, "repeated": 1}
+    # Whether the file or the line came first, one of the two repeats the other.
+    assert counts[1] == {"rows": 3, "empty": 1, "bad": 1, "repeated": 2}
+    line, files = read.notes()
+    assert "a.jsonl: 2 rows left out as bad (a.jsonl, line 4: " in line and "line 5" in line
+    assert "1 row left out as empty; 1 row used that came before" in line
+    assert "src/d.txt: holds a zero byte" in files
+
+
+def test_documents_that_are_cut_or_have_no_tokens_are_counted(here):
+    (here / "a.jsonl").write_text("\n".join(json.dumps({"text": "x" * n}) for n in (9, 3, 5, 4)))
+    (here / "b.txt").write_text("y" * 1000)
+    rows = batches(["a.jsonl", "b.txt"], TOKENIZER, seq_len=4, packing=False)
+    list(rows)
+    assert [source["cut"] for source in rows.describe()["sources"]] == [2, 1]
+    assert rows.notes()[0] == "a.jsonl: 2 rows cut to the row's length"
+    rows = batches("a.jsonl", TOKENIZER, seq_len=4)
+    list(rows)
+    assert rows.notes() == []
+
+    class Drops(PreTrainedTokenizerFast):
+        def __call__(self, text, **options):
+            return super().__call__(text.strip(), **options)
+
+    (here / "a.jsonl").write_text('{"text": "x"}\n{"text": "  "}')
+    for packing in (True, False):
+        rows = batches("a.jsonl", make_tokenizer(Drops), packing=packing)
+        list(rows)
+        assert rows.describe()["sources"][0]["empty"] == 1
+
+
+def test_text_of_special_tokens_alone(here):
+    (here / "a.txt").write_text("<end>" * 9 + "<pad>")
+    (here / "b.txt").write_text("<end>" * 9 + "x")
+    with pytest.raises(ReapError, match="a.txt' holds no text: its first 11 tokens are all"):
+        list(batches("a.txt", TOKENIZER))
+    assert len(list(batches("b.txt", TOKENIZER, seq_len=4))) == 3
+    (here / "c.txt").write_text("<end>" * 2000 + "x")
+    with pytest.raises(ReapError, match="first 1,024 tokens"):
+        list(batches("c.txt", TOKENIZER, seq_len=4))
+
+
+def test_a_dangling_link_is_named(here):
+    (here / "src").mkdir()
+    os.symlink("nowhere", here / "src/a.txt")
+    with pytest.raises(ReapError, match="src/a.txt: cannot be read"):
+        list(batches("src", TOKENIZER))
+
+
+def test_nothing_but_bad_rows_is_no_text(here):
+    (here / "a.jsonl").write_text('{"txt": "?"}')
+    with pytest.raises(ReapError, match="holds no text: 1 row left out as bad .a.jsonl, line 1"):
+        list(batches("a.jsonl", TOKENIZER, skip_bad=True))
+
+
+def test_a_cap_per_source(here):
+    (here / "a.txt").write_text("a" * 300)
+    (here / "b.txt").write_text("b" * 50)
+    read = batches(
+        ["a.txt=9", "b.txt"], TOKENIZER, seq_len=16, batch_size=3, max_tokens_per_source=90
+    )
+    list(read)
+    assert [source["tokens"] for source in read.describe()["sources"]] == [90, 51]
+    assert read.expected == 141
+
+
+def test_reading_ahead_changes_nothing(here):
+    """But when errors show, and how far the source is read."""
+    (here / "a.jsonl").write_text("\n".join(json.dumps({"text": "x" * n}) for n in range(1, 40)))
+
+    def read(ahead):
+        rows = batches(["a.jsonl", "stdlib:code=2"], TOKENIZER, seq_len=16, max_tokens=500)
+        seen: list[int] = []
+        if ahead is not None:
+            assert rows.read_ahead(seen.append, ahead) == (ahead > 500)
+            assert rows.tokens == 0 and sum(seen) >= min(ahead, 500)
+        got = [(batch.domain, batch.input_ids.tolist()) for batch in rows]
+        return got, rows.describe()
+
+    assert read(None) == read(100) == read(1000)
+    with open("a.jsonl", "a") as file:
+        file.write("\nbad")
+    rows = batches("a.jsonl", TOKENIZER, seq_len=16)
+    assert next(rows).tokens == 16
+    with pytest.raises(ReapError, match="line 40"):
+        rows.read_ahead()
+
+
+@pytest.mark.parametrize("special", [True, False])
+def test_a_tokenizer_that_makes_nothing_of_text(special):
+    """Which is what transformers makes of a folder that has none."""
+    empty = Tokenizer(models.BPE({}, []))
+    if not special:
+        empty = Tokenizer(models.WordLevel({"<end>": 0, "<unk>": 1}, unk_token="<unk>"))
+    hollow = PreTrainedTokenizerFast(tokenizer_object=empty, eos_token="<end>", unk_token="<unk>")
+    with pytest.raises(ReapError, match="makes no tokens of ordinary text"):
+        batches("stdlib:code", hollow)
 
 
 def test_expected_tokens(here):
@@ -244,7 +379,7 @@ def test_folder_and_glob(here):
 
 
 def test_large_file_is_read_in_blocks_and_only_as_far_as_needed(here, monkeypatch):
-    monkeypatch.setattr(sources, "_BLOCK", 1000)
+    monkeypatch.setattr(localfiles, "_BLOCK", 1000)
     line = "0123456789" * 7 + "\n"
     (here / "big.txt").write_text(line * 400 + "\0")  # the zero byte is in the last block
     some = batches(["big.txt"], TOKENIZER, seq_len=71, max_tokens=7100)

@@ -18,9 +18,13 @@ import typer
 from typer.testing import CliRunner
 
 from reap.app.cli import app
+from reap.app.commands.calibration import PARTIAL
 from reap.app.commands.scores import _ranked
 from reap.app.console import print_table, reports_errors
+from reap.errors import ReapError
 from reap.model import compat
+from reap.statistics.stats import Statistics
+from reap.text import batching
 from reap.versions import TESTED, releases
 
 MODEL = Path(__file__).parent.parent / "models" / "tiny-qwen3-moe"
@@ -248,7 +252,8 @@ def test_a_bar_on_a_terminal_until_ctrl_c(tmp_path):
         process.wait()
         os.close(leader)
     assert b"tokens/s" in seen and b"reap: interrupted" in seen
-    assert list(tmp_path.iterdir()) == []
+    assert [path.name for path in tmp_path.iterdir()] == ["x.st.partial.safetensors"]
+    assert b"x.st.partial.safetensors: the same command goes on from there" in seen
 
 
 # Each line: what the user typed, and what the answer must name. {w} is the work folder.
@@ -265,6 +270,7 @@ MISTAKES = {
         "calibrate no/model --data {w}/a.txt --backend quantum --out {w}/x",
         "quantum",
     ),
+    "dtype before a download": ("evaluate no/model --data {w}/a.txt --dtype int3", "bfloat16"),
     "no output folder": ("calibrate {m} --data {w}/a.txt --out {w}/no/x.st", "create the folder"),
     "rows too long": (
         "calibrate {m} --data {w}/a.txt --seq-len 512 --out {w}/x.st",
@@ -286,6 +292,14 @@ MISTAKES = {
     "fewer than top-k": ("plan {w}/one.st --keep 1 --out {w}/x.json", "picks 2 per token"),
     "not a plan": ("prune {m} {w}/a.txt {w}/x", "a.txt"),
     "existing folder": ("prune {m} {w}/plan.json {w}", "--overwrite"),
+    "statistics twice": (
+        "combine {w}/one.st {w}/../{n}/one.st --out {w}/x.st",
+        "the same statistics",
+    ),
+    "data twice": (
+        "calibrate {m} --data {w}/a.txt --data {w}/a.txt --out {w}/x.st",
+        "give it once",
+    ),
     "combine with nothing": ("combine {w}/none.st --out {w}/x.st", "none.st"),
     "teacher is missing": ("evaluate {m} --data {w}/a.txt --teacher {w}/none", "none"),
 }
@@ -295,7 +309,7 @@ MISTAKES = {
 def test_mistake_is_one_line(work, mistake):
     line, named = MISTAKES[mistake]
     before = sorted(path.name for path in work.iterdir())
-    assert named in refused(*line.format(w=work, m=MODEL).split())
+    assert named in refused(*line.format(w=work, m=MODEL, n=work.name).split())
     assert sorted(path.name for path in work.iterdir()) == before
 
 
@@ -330,6 +344,78 @@ def test_nan_weights_name_layer_and_expert(work, tmp_path):
     line = refused("calibrate", folder, *arguments)
     assert "layers.1" in line and "expert 3" in line
     assert not (tmp_path / "x.st").exists()
+
+
+def test_an_interrupted_run_goes_on(work, tmp_path, monkeypatch):
+    """After a late error of any kind the same command has the bits of a run in one, and another
+    command is refused before the model loads."""
+    data = ("--data", work / "a.txt", "--seq-len", 64, "--max-tokens", 1024)
+    command = ("calibrate", MODEL, *data, "--out", tmp_path / "x.st")
+    kept = tmp_path / "x.st.partial.safetensors"
+    run_json("calibrate", MODEL, *data, "--out", tmp_path / "whole.st")
+    monkeypatch.setattr("reap.runs.partial._SHARE", math.inf)  # every batch is remembered
+    left = "what was measured so far, {} tokens, is in " + str(kept) + ": the same command goes on"
+    check = batching.check_ids
+    for error, after, tokens in [
+        (ReapError("late"), 3, 192),
+        (KeyboardInterrupt(), 0, 192),
+        (torch.OutOfMemoryError("late"), 9, 768),
+    ]:
+
+        def late(model, batch, error=error, countdown=iter(range(after, -1, -1))):  # noqa: B008
+            if next(countdown) == 0:
+                raise error
+            check(model, batch)
+
+        monkeypatch.setattr("reap.runs.calibration.check_ids", late)
+        assert left.format(tokens) in refused(*command)
+    monkeypatch.setattr("reap.runs.calibration.check_ids", check)
+    partial = Statistics.load(kept)
+    assert partial.tokens == 768 and partial.data[0]["partial"] == {"batches": 12}
+    line = refused(*command, "--batch-size", 2)
+    assert "batch_size was 1, and is 2" in line and "the same command" not in line
+    line = refused(*command, "--dtype", "float32")
+    assert "run was" in line and "the same command" not in line
+    run_json(*command)
+    assert not kept.exists()
+    whole, pieces = (Statistics.load(tmp_path / name) for name in ("whole.st", "x.st"))
+    assert whole.digest() == pieces.digest() and whole.data == pieces.data
+
+
+def test_an_output_that_appears_meanwhile_loses_nothing(work, tmp_path, monkeypatch):
+    command = ("calibrate", MODEL, "--data", work / "a.txt", "--max-tokens", 512)
+    save = Statistics.save
+
+    def late(stats, path, **options):
+        if not str(path).endswith(PARTIAL):
+            path.write_text("another program's")
+        save(stats, path, **options)
+
+    monkeypatch.setattr(Statistics, "save", late)
+    monkeypatch.setattr("reap.runs.partial._SHARE", math.inf)
+    line = refused(*command, "--out", tmp_path / "x.st")
+    assert "exists" in line and "512 tokens, is in" in line
+    monkeypatch.undo()
+    assert run_json(*command, "--out", tmp_path / "x.st", "--overwrite")["tokens"] == 512
+
+
+def test_bad_rows_are_refused_before_the_model_loads(work, tmp_path, monkeypatch):
+    rows = [{"text": "def f(x): return x"}] * 3 + [{"words": "?"}]
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    for command in ("evaluate", "calibrate"):
+        more = ("--out", tmp_path / "x.st") if command == "calibrate" else ()
+        arguments = (command, MODEL, "--data", tmp_path / "a.jsonl", *more)
+        code, out, _ = invoke(*arguments, "--skip-bad")
+        assert code == 0 and "a.jsonl: 1 row left out as bad" in out and "line 4" in out
+        assert "2 rows used that came before" in out
+        with monkeypatch.context() as patch:
+            patch.setattr("reap.model.load.load_model", None)
+            assert "line 4" in refused(*arguments, *(["--overwrite"] if more else []))
+    noted = run_json(*arguments, "--skip-bad", "--overwrite")["notes"]
+    assert len(noted) == 1 and "line 4" in noted[0]
+    (data,) = Statistics.load(tmp_path / "x.st").data
+    assert data["run"]["dtype"] == "bfloat16" and data["run"]["device"] == "cpu"
+    assert data["batch_size"] == 1 and not data["run"]["deterministic"]
 
 
 def test_debug_shows_the_traceback(work):

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from reap.app.console import print_json
+from reap.app.longruns import reported
 from reap.errors import ReapError
 
 if TYPE_CHECKING:
@@ -24,13 +26,19 @@ Data = Annotated[
     typer.Option(
         "--data",
         metavar="SPEC[=WEIGHT]",
-        help="a .txt or .jsonl file, a folder or glob of sources, stdlib:code, stdlib:prose, "
-        "hf:org/name; repeat for a mix",
+        help="a text, .jsonl, .json or .parquet file (also FILE:COLUMN, .gz, .zst), a folder or "
+        "glob of sources, stdlib:code, stdlib:prose, hf:org/name; repeat for a mix",
     ),
 ]
 Domains = Annotated[list[str] | None, typer.Option("--domain", help="only this; repeat for more")]
 Domain = Annotated[str | None, typer.Option(help="one name for all of this data")]
 MaxTokens = Annotated[int | None, typer.Option(min=1, help="stop after this many tokens")]
+MaxTokensPerSource = Annotated[
+    int | None, typer.Option(min=1, help="take at most this many tokens of each --data")
+]
+SkipBad = Annotated[
+    bool, typer.Option("--skip-bad", help="leave out and count rows that cannot be used")
+]
 SeqLen = Annotated[
     int | None, typer.Option(min=2, help="tokens per row; 2048, or the model's limit if lower")
 ]
@@ -45,14 +53,25 @@ Overwrite = Annotated[bool, typer.Option("--overwrite", help="replace an existin
 Json = Annotated[bool, typer.Option("--json", help="print one JSON document")]
 
 
-def rows_of(folder: Path, data: list[Source], seq_len: int | None, **options: Any) -> Batches:
-    """The text of `data` as batches for the model in `folder`; `options` are those of `batches`."""
+def rows_of(
+    folder: Path, data: list[Source], seq_len: int | None, quiet: bool, **options: Any
+) -> Batches:
+    """The text of `data` as batches for the model in `folder`; `options` are those of `batches`.
+
+    It is read here, while no model is loaded and nothing is lost by a bad row; only of more text
+    than memory should hold, and of the standard library's, which has none, not all is.
+    """
     from reap.model.config import row_length
     from reap.model.load import load_tokenizer
     from reap.text.batching import batches
 
     tokenizer = load_tokenizer(folder)
-    return batches(data, tokenizer, seq_len=row_length(folder, seq_len), **options)
+    rows = batches(data, tokenizer, seq_len=row_length(folder, seq_len), **options)
+    if any(source.kind != "stdlib" for source in data):
+        with reported("reading", lambda: rows.expected, "tokens", quiet) as advance:
+            if not rows.read_ahead(advance) and not quiet:
+                typer.echo("reap: long text: its beginning was checked, not all of it", err=True)
+    return rows
 
 
 def load_statistics(path: Path, domains: list[str] | None) -> Statistics:
@@ -62,16 +81,21 @@ def load_statistics(path: Path, domains: list[str] | None) -> Statistics:
     return loaded.select(*domains) if domains else loaded
 
 
-def save_statistics(stats: Statistics, out: Path, overwrite: bool, as_json: bool) -> None:
-    """Write a statistics file and say what is in it."""
+def save_statistics(
+    stats: Statistics, out: Path, overwrite: bool, as_json: bool, notes: Sequence[str] = ()
+) -> None:
+    """Write a statistics file and say what is in it, and what of the text is not."""
     stats.save(out, overwrite=overwrite)
     tokens, layers, domains = stats.tokens, len(stats.layers), list(stats.domains)
     if as_json:
-        print_json({"out": str(out), "tokens": tokens, "layers": layers, "domains": domains})
+        printed = {"out": str(out), "tokens": tokens, "layers": layers, "domains": domains}
+        print_json(printed | {"notes": list(notes)})
         return
     typer.echo(
         f"{out}: {tokens:,} tokens through {layers} MoE layers, domains {', '.join(domains)}"
     )
+    for note in notes:
+        typer.echo(note)
 
 
 def refuse_existing(out: Path, overwrite: bool, *, folder: bool = False) -> None:

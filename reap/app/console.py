@@ -40,6 +40,7 @@ def reports_errors(command: Command) -> Command:
             if debug:
                 raise
             code, line = _explain(error)
+            line = "; ".join([line, *getattr(error, "__notes__", ())])
             typer.echo("reap: " + " ".join(line.split()), err=True)
             raise typer.Exit(code) from None
 

@@ -17,6 +17,8 @@ from reap.model.quiet import quiet
 from reap.model.shapes import loading_problems
 
 DTYPES = ("auto", "bfloat16", "float16", "float32")
+# Ordinary text: of this any tokenizer makes several different tokens.
+_ORDINARY = "def f(x): return 10\nThe ACGT of genes; la vie, жизнь, 生命."
 ACCELERATED = ("balanced", "balanced_low_0", "sequential")  # over devices: by accelerate alone
 
 
@@ -25,9 +27,34 @@ def load_tokenizer(folder: Path) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(folder)
+        tokenizer = AutoTokenizer.from_pretrained(folder)
     except Exception as error:
         raise ReapError(f"{folder} has no tokenizer that loads: {first_line(error)}") from error
+    check_tokenizer(tokenizer, str(folder))
+    return tokenizer
+
+
+def check_tokenizer(tokenizer: Any, name: str = "") -> None:
+    """ReapError for one that makes nothing of ordinary text, or one token again and again. Of a
+    folder without tokenizer files transformers makes such a one, and says nothing."""
+    ids = list(tokenizer(_ORDINARY, add_special_tokens=False)["input_ids"])
+    if len({*ids} - special_ids(tokenizer)) < 2:
+        whose = name or getattr(tokenizer, "name_or_path", "") or "this model"
+        raise ReapError(
+            f"{whose} has no tokenizer: the {type(tokenizer).__name__} that transformers loads "
+            "makes no tokens of ordinary text: add the model's tokenizer files"
+        )
+
+
+def special_ids(tokenizer: Any) -> set[int]:
+    """Tokens that stand for no text: of a sequence's ends, padding and so on, and the unknown."""
+    return {*(getattr(tokenizer, "all_special_ids", None) or ())}
+
+
+def check_dtype(dtype: str) -> None:
+    """ReapError for one that `load_model` does not know."""
+    if dtype not in DTYPES:
+        raise ReapError(f"dtype is {dtype!r}: it must be one of {', '.join(DTYPES)}")
 
 
 def load_model(folder: Path, *, dtype: str = "auto", device: str = "auto") -> Any:
@@ -38,8 +65,7 @@ def load_model(folder: Path, *, dtype: str = "auto", device: str = "auto") -> An
     Raises ReapError for damaged or missing weight files, and for weights that the model needs and
     the files do not have.
     """
-    if dtype not in DTYPES:
-        raise ReapError(f"dtype is {dtype!r}: it must be one of {', '.join(DTYPES)}")
+    check_dtype(dtype)
     compat.require(compat.LOADING)
     opened = open_folder(folder)  # reads headers alone
     config = read_config(folder)

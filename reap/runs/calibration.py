@@ -10,10 +10,12 @@ from typing import Any
 import torch
 from torch import nn
 
+import reap_kernels
 from reap.errors import ReapError
 from reap.model import compat
 from reap.model.experts import pretrained
 from reap.observation.patch import observe
+from reap.runs.partial import Partial
 from reap.statistics.stats import Statistics
 from reap.text.batching import Batch, Batches, check_ids
 
@@ -27,19 +29,26 @@ def calibrate(
     backend: str = "auto",
     deterministic: bool = False,
     progress: Callable[[int], None] | None = None,
+    partial: Partial | None = None,
 ) -> Statistics:
     """Run `batches` through `model` and return the statistics of its experts, by domain.
 
     A batch has input_ids and attention_mask, both [B,L] int64, domain (str) and tokens (int, the
-    padding left out); of `reap.batches` the statistics also record which text it was. The
-    language-model head does not run: nothing here needs logits. `progress` is called after each
-    batch with its number of tokens. The other options are those of `observe`, and so are the
-    errors; ReapError also for batches without a single token, and for a token that the model does
-    not embed. The model is in eval mode meanwhile, and left as it was found, whatever happens.
+    padding left out); of `reap.batches` the statistics also record which text it was, and what ran
+    it. The language-model head does not run: nothing here needs logits. `progress` is called after
+    each batch with its number of tokens. `partial` takes up what an earlier run measured, and keeps
+    what this one did when it ends early inside `partial.kept`. The other options are those of
+    `observe`, and so are the errors; ReapError also for batches without a single token, and for a
+    token that the model does not embed. The model is in eval mode meanwhile, and left as it was
+    found, whatever happens.
     """
     base = pretrained(model).base_model
     options = {"use_cache": False} if _takes_use_cache(base) else {}
     device = _input_device(base)
+    run = {"run": what_runs(base, backend, deterministic)}
+    recorded = batches if isinstance(batches, Batches) else None
+    if partial is not None and recorded is None:
+        raise ReapError("a run can be taken up again only with batches of reap.batches")
     with (
         observe(
             model, gates=gates, pairs=pairs, backend=backend, deterministic=deterministic
@@ -47,6 +56,10 @@ def calibrate(
         _eval_mode(model),
         torch.inference_mode(),
     ):
+        if partial is not None and recorded is not None:
+            for batch in partial.take_up(stats, recorded, run):
+                if progress is not None:
+                    progress(batch.tokens)
         for batch in batches:
             check_ids(base, batch)
             # Without padding no mask is the same, and lets attention take its causal fast path.
@@ -54,13 +67,36 @@ def calibrate(
             mask = batch.attention_mask.to(device) if padded else None
             with stats.domain(batch.domain):
                 base(input_ids=batch.input_ids.to(device), attention_mask=mask, **options)
+            if partial is not None and recorded is not None:
+                partial.mark(stats, batch.domain, recorded, run)
             if progress is not None:
                 progress(batch.tokens)
-    if isinstance(batches, Batches):
-        stats.data.append(batches.describe())
-    if stats.tokens == 0:
+    total = stats if partial is None else partial.total(stats)
+    if recorded is not None:
+        total.data = [recorded.describe() | run]
+    if total.tokens == 0:
         raise ReapError("the calibration data has no tokens: nothing was observed")
-    return stats
+    return total
+
+
+def what_runs(model: nn.Module, backend: str, deterministic: bool) -> dict[str, Any]:
+    """What, beside the text and the versions, decides the bits of the statistics."""
+    weights = list(model.parameters())
+    if backend == "auto":
+        available = [name for name, reason in reap_kernels.backends().items() if reason is None]
+        backend = f"auto of {', '.join(available)}"
+    return {
+        "dtype": ", ".join(sorted({str(w.dtype).removeprefix("torch.") for w in weights})),
+        "device": ", ".join(sorted({_device_name(w.device) for w in weights})),
+        "backend": backend,
+        "deterministic": deterministic,
+    }
+
+
+def _device_name(device: torch.device) -> str:
+    return (
+        f"{device} ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else str(device)
+    )
 
 
 def _takes_use_cache(model: nn.Module) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections import Counter
 from collections.abc import Iterator
@@ -120,6 +121,15 @@ class Statistics:
             self._check_domain(domain)
         chosen = self._like(self.model)
         chosen._parts = {key: part for key, part in self._copies() if key[0] in domains}
+        return chosen
+
+    def snapshot(self, domain: str) -> Statistics:
+        """A copy of one domain as it is now, on its devices; waits for none of them."""
+        chosen = self._like(self.model)
+        with torch.inference_mode(False):  # later sums are not made in one
+            chosen._parts = {
+                key: copy.deepcopy(part) for key, part in self._parts.items() if key[0] == domain
+            }
         return chosen
 
     def check(self) -> None:

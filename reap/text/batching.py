@@ -9,7 +9,8 @@ from __future__ import annotations
 import hashlib
 import math
 import platform
-from collections.abc import Iterable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, NamedTuple
 
@@ -18,9 +19,14 @@ import torch
 from torch import Tensor
 
 from reap.errors import ReapError
-from reap.text.sources import Source, Text, parse_spec, read, require_datasets
+from reap.model.load import check_tokenizer, special_ids
+from reap.text.samples import Tally, Text
+from reap.text.sources import Source, check_distinct, parse_spec, read, require_datasets
 
 __all__ = ["Batch", "Batches", "Packer", "Source", "batches", "parse_spec"]
+
+_SEEN_ENOUGH = 1024  # tokens of a source, among which one has to be of text
+READ_AHEAD = 1 << 26  # tokens, of 4 bytes each
 
 
 @dataclass(frozen=True)
@@ -55,21 +61,26 @@ def batches(
     seq_len: int = 2048,
     batch_size: int = 1,
     max_tokens: int | None = None,
+    max_tokens_per_source: int | None = None,
     packing: bool = True,
     seed: int = 0,
     domain: str | None = None,
+    skip_bad: bool = False,
 ) -> Batches:
     """Batches over the specs' text, once, as `Batches` describes. `domain` replaces the names that
     the specs give to theirs. Specs are checked here, before any text is read. ReapError for a bad
-    spec or option, and later for text that cannot be read."""
+    spec or option, for text that two specs name and for a tokenizer that makes nothing of text,
+    and later for text that cannot be read; with `skip_bad` bad rows and files are left out and
+    counted."""
     if isinstance(specs, str | Source):
         specs = [specs]
     if not specs:
         raise ReapError("no data: give at least one source, for example stdlib:code")
-    limits = {"seq_len": seq_len, "batch_size": batch_size}
-    if max_tokens is not None:
-        limits["max_tokens"] = max_tokens
+    limits = {"seq_len": seq_len, "batch_size": batch_size, "max_tokens": max_tokens}
+    limits["max_tokens_per_source"] = max_tokens_per_source
     for name, value in limits.items():
+        if value is None:
+            continue
         if not hasattr(value, "__index__") or value < 1:  # 2e6 would fail only when it is reached
             raise ReapError(f"{name} is {value!r}: it has to be a whole number of at least 1")
     sources = [parse_spec(spec) if isinstance(spec, str) else spec for spec in specs]
@@ -78,15 +89,24 @@ def batches(
     for source in sources:
         if source.kind == "hub":
             require_datasets(source)
+    check_distinct(sources, seed)
+    check_tokenizer(tokenizer)
     packer = Packer(tokenizer, seq_len, packing)
-    streams = [_Stream(source, packer.rows(read(source, tokenizer, seed))) for source in sources]
-    return Batches(streams, packer, batch_size, max_tokens, seed)
+    special = tuple(special_ids(tokenizer))
+    seen: set[bytes] = set()
+    streams = []
+    for source in sources:
+        tally = Tally(skip_bad, seen)
+        rows = packer.rows(read(source, tokenizer, seed, tally), tally)
+        streams.append(_Stream(source, rows, tally, max_tokens_per_source, special))
+    return Batches(streams, packer, batch_size, max_tokens, max_tokens_per_source, seed)
 
 
 class Batches(Iterator[Batch]):
     """Iterates once. `max_tokens` is met exactly by cutting the last row, where there is enough
-    text; a source that runs out leaves its share to the others, and `describe` says how many tokens
-    each of them gave. The same arguments give the same batches."""
+    text; a source that runs out, or has given `max_tokens_per_source`, leaves its share to the
+    others, and `describe` says how many tokens each of them gave. The same arguments give the same
+    batches."""
 
     def __init__(
         self,
@@ -94,6 +114,7 @@ class Batches(Iterator[Batch]):
         packer: Packer,
         batch_size: int,
         max_tokens: int | None,
+        max_tokens_per_source: int | None,
         seed: int,
     ) -> None:
         self._streams = streams
@@ -101,7 +122,9 @@ class Batches(Iterator[Batch]):
         self._packer = packer
         self._batch_size = batch_size
         self._max_tokens = max_tokens
+        self._max_tokens_per_source = max_tokens_per_source
         self._seed = seed
+        self._ahead: deque[tuple[_Stream, list[_Ids]]] = deque()  # read and not handed out
 
     @property
     def tokens(self) -> int:
@@ -118,28 +141,66 @@ class Batches(Iterator[Batch]):
             bounds.append(round(total))
         return min(bounds, default=None)
 
+    def read_ahead(
+        self, progress: Callable[[int], None] | None = None, limit: int = READ_AHEAD
+    ) -> bool:
+        """Read what will be handed out, up to `limit` tokens, and hold it: what is wrong with the
+        text shows now. False when there is more. `progress` is called with tokens as they come."""
+        while sum(stream.read for stream in self._streams) - self.tokens < limit:
+            found = self._take()
+            if found is None:
+                return True
+            self._ahead.append(found)
+            if progress is not None:
+                progress(sum(map(len, found[1])))
+        return False
+
     def __next__(self) -> Batch:
-        left = None if self._max_tokens is None else self._max_tokens - self.tokens
+        found = self._ahead.popleft() if self._ahead else self._take()
+        if found is None:
+            raise StopIteration
+        stream, rows = found
+        stream.hand_out(rows)
+        return Batch(*self._packer.pad(rows), stream.source.domain)
+
+    def _take(self) -> tuple[_Stream, list[_Ids]] | None:
+        """The next batch's rows, and where they are from."""
+        read = sum(stream.read for stream in self._streams)
+        left = None if self._max_tokens is None else self._max_tokens - read
         while self._open and left != 0:
-            stream = min(self._open, key=lambda stream: stream.tokens / stream.source.weight)
+            stream = min(self._open, key=lambda stream: stream.read / stream.source.weight)
             rows = stream.take(self._batch_size, left)
             if rows:
-                return Batch(*self._packer.pad(rows), stream.source.domain)
+                return stream, rows
             self._open.remove(stream)
-        raise StopIteration
+        return None
 
     def describe(self) -> dict[str, Any]:
         """What was read so far, as JSON: the options, all tokens, and per source its spec, rows,
         tokens and the sha256 over the tokens handed out (per row its length, then its ids, int32
-        little endian). Complete once the iteration has ended."""
+        little endian), and how many of its rows were empty, bad (and left out), repeated or without
+        place for their tools. Complete once the iteration has ended."""
         return {
             "seq_len": self._packer.seq_len,
+            "batch_size": self._batch_size,
             "packing": self._packer.packing,
             "max_tokens": self._max_tokens,
+            "max_tokens_per_source": self._max_tokens_per_source,
             "seed": self._seed,
             "tokens": self.tokens,
             "sources": [stream.describe() for stream in self._streams],
         }
+
+    def notes(self) -> list[str]:
+        """A line per source whose rows were not all used once, as far as it has been read."""
+        return [
+            f"{stream.source.spec}: {'; '.join(stream.tally.lines())}"
+            for stream in self._streams
+            if stream.tally.lines()
+        ]
+
+
+_Ids = Any  # a row: [n] int32 in numpy, which holds a token in 4 bytes
 
 
 class Row(NamedTuple):
@@ -153,6 +214,11 @@ class Row(NamedTuple):
 class _Stream:
     source: Source
     rows: Iterator[Row]
+    tally: Tally
+    cap: int | None = None  # tokens
+    special: tuple[int, ...] = ()  # ids that no text has of its own
+    plain: int = 0  # tokens that are none of these
+    read: int = 0  # tokens, of which `tokens` in `row_count` rows were handed out
     tokens: int = 0
     row_count: int = 0
     share: float = math.nan
@@ -161,25 +227,40 @@ class _Stream:
     @property
     def expected(self) -> float:
         """Tokens of the whole source, if the rest is like what was read; NaN if it is unknown."""
-        return self.tokens / self.share if self.share else math.nan
+        total = self.read / self.share if self.share else math.nan
+        return total if self.cap is None or math.isnan(total) else min(total, self.cap)
 
-    def take(self, count: int, budget: int | None) -> list[list[int]]:
+    def take(self, count: int, budget: int | None) -> list[_Ids]:
         """Up to `count` rows of at most `budget` tokens together; none when the source has ended,
         which is a ReapError if it never gave any."""
-        rows: list[list[int]] = []
+        if self.cap is not None:
+            left = self.cap - self.read
+            budget = left if budget is None else min(left, budget)
+        rows: list[_Ids] = []
         while len(rows) < count and budget != 0:
             ids, self.share = next(self.rows, ([], 1.0))
             if not ids:
                 break
             ids = ids[:budget]
             budget = None if budget is None else budget - len(ids)
-            rows.append(ids)
+            rows.append(np.array(ids, "<i4"))
+            self.read += len(ids)
+            self.plain += len(ids) - int(np.isin(rows[-1], self.special).sum())
+        if not self.read:
+            why = "".join(f": {line}" for line in self.tally.lines())
+            raise ReapError(f"data {self.source.spec!r} holds no text{why}")
+        if not self.plain and (len(rows) < count or self.read >= _SEEN_ENOUGH):
+            raise ReapError(
+                f"data {self.source.spec!r} holds no text: its first {self.read:,} tokens are all "
+                "special or unknown to the tokenizer"
+            )
+        return rows
+
+    def hand_out(self, rows: list[_Ids]) -> None:
+        for ids in rows:
             self.tokens += len(ids)
             self.row_count += 1
-            self.digest.update(np.array([len(ids), *ids], "<i4").tobytes())
-        if not self.row_count:
-            raise ReapError(f"data {self.source.spec!r} holds no text")
-        return rows
+            self.digest.update(np.array([len(ids)], "<i4").tobytes() + ids.tobytes())
 
     def describe(self) -> dict[str, Any]:
         """The source's part of `Batches.describe`; the standard library's with its version."""
@@ -190,6 +271,7 @@ class _Stream:
             "rows": self.row_count,
             "tokens": self.tokens,
             "sha256": self.digest.hexdigest(),
+            **self.tally.counts(),
         }
 
 
@@ -203,14 +285,21 @@ class Packer:
     seq_len: int
     packing: bool
 
-    def rows(self, texts: Iterable[Text]) -> Iterator[Row]:
-        """Rows of 1 to `seq_len` ids."""
+    def rows(self, texts: Iterable[Text], tally: Tally | None = None) -> Iterator[Row]:
+        """Rows of 1 to `seq_len` ids. The tally counts documents that were cut, or gave none."""
+        tally = Tally() if tally is None else tally
         pending: list[int] = []
-        starts, share = True, 0.0
+        starts, share, length = True, 0.0, 0  # the last is of this document, as far as it is read
         for piece in texts:
-            if self.packing or len(pending) < self.seq_len:
-                pending += self._encode(piece, starts)
+            if self.packing or len(pending) <= self.seq_len:
+                ids = self._encode(piece, starts)
+                length += len(ids)
+                pending += ids
             starts = piece.ends
+            if piece.ends:
+                tally.empty += length == 0
+                tally.cut += not self.packing and length > self.seq_len
+                length = 0
             if self.packing:
                 whole = len(pending) - len(pending) % self.seq_len
                 for end in range(self.seq_len, whole + 1, self.seq_len):
@@ -233,7 +322,7 @@ class Packer:
             ids.append(end)
         return ids
 
-    def pad(self, rows: list[list[int]]) -> tuple[Tensor, Tensor]:
+    def pad(self, rows: list[_Ids]) -> tuple[Tensor, Tensor]:
         """(input_ids, attention_mask), both [B, L] int64. L is `seq_len` when packing, else the
         longest row's length."""
         length = self.seq_len if self.packing else max(map(len, rows))
@@ -243,6 +332,6 @@ class Packer:
         ids = torch.full((len(rows), length), fill, dtype=torch.int64)
         mask = torch.zeros_like(ids)
         for index, row in enumerate(rows):
-            ids[index, : len(row)] = torch.tensor(row)
+            ids[index, : len(row)] = torch.from_numpy(row.astype(np.int64))
             mask[index, : len(row)] = 1
         return ids, mask

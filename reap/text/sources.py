@@ -1,8 +1,8 @@
 """Where text comes from: specs that a user can type, and the documents behind them.
 
-notes.txt   chats.jsonl   src   "src/**/*.py"   stdlib:code   stdlib:prose/heldout
-hf:org/name:split:column   hf:org/name/config   and any of them with a share of the tokens:
-stdlib:code=3
+notes.txt   chats.jsonl   rows.parquet:column   src   "src/**/*.py"   stdlib:code
+stdlib:prose/heldout   hf:org/name:split:column   hf:org/name/config   and any of them with a share
+of the tokens: stdlib:code=3
 """
 
 from __future__ import annotations
@@ -11,53 +11,34 @@ import glob
 import hashlib
 import importlib
 import itertools
-import json
 import math
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from reap.errors import ReapError, first_line
 from reap.files.hub import HUB_ID
-from reap.text import stdlib_text
+from reap.text import localfiles, stdlib_text
+from reap.text.samples import Tally, Text, sample_text
 
-JSON_LINES = (".jsonl", ".ndjson")
-NAMED_JSON_LINES = (*JSON_LINES, ".json")  # a file by name; in a folder .json may be anything
-TEXT_SUFFIXES = frozenset(
-    ".txt .md .rst .tex .py .pyi .pyx .c .h .cc .cpp .cxx .hpp .cu .cuh .rs .go .java .kt .scala"
-    " .js .jsx .ts .tsx .css .html .rb .php .pl .lua .r .jl .m .swift .cs .fs .hs .ml .clj .ex"
-    " .erl .sh .sql .proto .cmake .toml .yaml .yml".split()
-)
 _HUB_ID_CONFIG = re.compile(HUB_ID.pattern + r"(/[\w.-]+)?")
-_BLOCK = 1 << 20  # characters of a text file that are tokenized at a time
 _SHUFFLED = 1024  # samples of a hub data set that are held while shuffling
 
 
 @dataclass(frozen=True)
 class Source:
     """One parsed spec. `kind` is "files", "stdlib" or "hub"; `weight` is its share of the tokens
-    relative to the other sources; `domain` names its statistics."""
+    relative to the other sources; `domain` names its statistics; `column` is that of files."""
 
     spec: str
     kind: str
     target: str
     domain: str
     weight: float = 1.0
-
-
-class Text(NamedTuple):
-    """A piece of a document. `where` names it in errors, `ends` marks the document's last piece,
-    `templated` text already carries its special tokens. `share`, of its file and then of its
-    source, is what has been read when this piece has: up to 1, NaN where it cannot be told."""
-
-    text: str
-    where: str
-    ends: bool = True
-    templated: bool = False
-    share: float = math.nan
+    column: str = ""
 
 
 def parse_spec(spec: str) -> Source:
@@ -83,11 +64,12 @@ def parse_spec(spec: str) -> Source:
                 "stdlib:prose, with /heldout for the held-out part"
             )
         return Source(spec, "stdlib", target, domain, weight)
-    if os.path.exists(target) or glob.has_magic(target):
-        return Source(spec, "files", target, _local_domain(target), weight)
+    local, column = _split_column(target)
+    if os.path.exists(local) or glob.has_magic(local):
+        return Source(spec, "files", local, _local_domain(local), weight, column)
     hub = target.removeprefix("hf:")
     data_set = hub.split(":")[0]
-    looks_local = Path(target).suffix.lower() in (*NAMED_JSON_LINES, *TEXT_SUFFIXES)
+    looks_local = localfiles.has_rows(data_set) or localfiles.is_known(data_set)
     explicit = target.startswith("hf:")
     hub_id = _HUB_ID_CONFIG if explicit else HUB_ID  # three names are rather a mistyped path
     if hub_id.fullmatch(data_set) and (explicit or not looks_local):
@@ -96,6 +78,16 @@ def parse_spec(spec: str) -> Source:
         f"data {spec!r}: there is no such file or folder, and it is neither stdlib:code, "
         "stdlib:prose nor a hub data set (hf:org/name)"
     )
+
+
+def _split_column(target: str) -> tuple[str, str]:
+    """A local name and the column behind its colon; a name may hold a colon itself."""
+    name, _, column = target.rpartition(":")
+    if not name or not column or os.path.exists(target) or glob.glob(target, recursive=True):
+        return target, ""
+    if os.path.exists(name) or (glob.has_magic(name) and not glob.has_magic(column)):
+        return name, column
+    return target, ""
 
 
 def _local_domain(target: str) -> str:
@@ -108,16 +100,82 @@ def _local_domain(target: str) -> str:
     return Path(*fixed).resolve().name
 
 
-def read(source: Source, tokenizer: Any, seed: int) -> Iterator[Text]:
+def check_distinct(sources: Sequence[Source], seed: int) -> None:
+    """ReapError for text that two sources name: the same file under any name, or equal files."""
+    owners: dict[Any, Source] = {}
+    for source in sources:
+        for key, what in _contents(source, seed):
+            other = owners.setdefault(key, source)
+            if other is not source:
+                raise ReapError(
+                    f"data {other.spec!r} and {source.spec!r} both hold {what}: give it once, "
+                    "with a weight (=2) if it is to count more"
+                )
+    sizes: dict[Any, list[Source]] = {}
+    for source in sources:
+        if source.kind == "files":
+            sizes.setdefault((source.column, _sizes(source, seed)), []).append(source)
+    for alike in (group for (_, size), group in sizes.items() if len(group) > 1 and any(size)):
+        digests: dict[Any, Source] = {}
+        for source in alike:
+            other = digests.setdefault(_digests(source, seed), source)
+            if other is not source:
+                raise ReapError(
+                    f"data {other.spec!r} and {source.spec!r} hold the same text: give it once, "
+                    "with a weight (=2) if it is to count more"
+                )
+
+
+def _contents(source: Source, seed: int) -> Iterator[tuple[Any, str]]:
+    """What a source reads, as a key that is the same under any name, and how to call it."""
+    if source.kind == "hub":
+        name, split, column = (*source.target.split(":"), "", "")[:3]
+        yield (name, split or "train", column or "text"), name
+    elif source.kind == "stdlib":
+        yield source.target, source.target
+    else:
+        for path in _regular(source, seed):
+            about = path.stat()
+            yield (about.st_dev, about.st_ino, source.column), str(path)
+
+
+def _sizes(source: Source, seed: int) -> tuple[int, ...]:
+    return tuple(sorted(path.stat().st_size for path in _regular(source, seed)))
+
+
+def _digests(source: Source, seed: int) -> tuple[bytes, ...]:
+    found = []
+    for path in _regular(source, seed):
+        digest = hashlib.sha256()
+        try:
+            with open(path, "rb") as file:
+                while block := file.read(1 << 20):
+                    digest.update(block)
+        except OSError as error:
+            raise ReapError(f"{path}: cannot be read ({error.strerror})") from None
+        found.append(digest.digest())
+    return tuple(sorted(found))
+
+
+def _regular(source: Source, seed: int) -> list[Path]:
+    """Its files that can be read twice."""
+    return [path for path in _paths(source, seed) if path.is_file()]
+
+
+def read(source: Source, tokenizer: Any, seed: int, tally: Tally | None = None) -> Iterator[Text]:
     """The documents of a source. The seed orders files, and shuffles a hub data set; the lines of
     a file stay as they are. The tokenizer is there for its chat template. ReapError at once for a
-    folder or glob without text files, and on the way, naming file and line, for what is not text.
-    """
+    folder or glob without text files, and on the way, naming file and line, for what is not text
+    or, where the tally says so, counted there."""
+    tally = Tally() if tally is None else tally
     if source.kind == "stdlib":
-        return _stdlib_texts(source, seed)
+        return tally.watch(_stdlib_texts(source, seed))
     if source.kind == "hub":
-        return _hub_texts(source, tokenizer, seed)
-    return _file_texts(_paths(source, seed), tokenizer)
+        return tally.watch(_hub_texts(source, tokenizer, seed, tally))
+    paths = _paths(source, seed)
+    for path in paths:
+        localfiles.check_readable(path)
+    return tally.watch(_file_texts(source, paths, tokenizer, tally))
 
 
 def _stdlib_texts(source: Source, seed: int) -> Iterator[Text]:
@@ -129,10 +187,9 @@ def _stdlib_texts(source: Source, seed: int) -> Iterator[Text]:
             yield Text(text, name, share=number / len(names))
 
 
-def _file_texts(paths: list[Path], tokenizer: Any) -> Iterator[Text]:
+def _file_texts(source: Source, paths: list[Path], tokenizer: Any, tally: Tally) -> Iterator[Text]:
     for number, path in enumerate(paths):
-        json_lines = path.suffix.lower() in NAMED_JSON_LINES
-        for text in _json_lines(path, tokenizer) if json_lines else _plain_text(path):
+        for text in localfiles.texts(path, tokenizer, source.column, tally):
             yield text._replace(share=(number + text.share) / len(paths))
 
 
@@ -162,86 +219,12 @@ def _walk(root: Path) -> Iterator[Path]:
     for folder, below, names in os.walk(root, onerror=_refuse_folder):
         below[:] = [name for name in below if not name.startswith(".")]
         for name in names:
-            known = Path(name).suffix.lower() in (*JSON_LINES, *TEXT_SUFFIXES)
-            if known and not name.startswith("."):
+            if localfiles.is_known(name) and not name.startswith("."):
                 yield Path(folder, name)
 
 
 def _refuse_folder(error: OSError) -> None:
     raise ReapError(f"{error.filename}: cannot be read ({error.strerror})")
-
-
-def _plain_text(path: Path) -> Iterator[Text]:
-    """One document, in blocks that end at a line's end where lines are of usual length."""
-    try:
-        with open(path, encoding="utf-8-sig") as file:
-            size = os.fstat(file.fileno()).st_size  # 0 for a pipe
-            block = _read_block(file)
-            while block:
-                if "\0" in block:
-                    raise ReapError(f"{path}: holds a zero byte, it is not a text file")
-                following = _read_block(file)
-                share = math.nan
-                if size:
-                    share = min(1.0, os.lseek(file.fileno(), 0, os.SEEK_CUR) / size)
-                yield Text(block, str(path), ends=not following, share=share)
-                block = following
-    except UnicodeDecodeError as error:
-        raise ReapError(
-            f"{path}: byte 0x{error.object[error.start]:02x} is not UTF-8 ({error.reason}): "
-            "convert the file or leave it out"
-        ) from None
-    except OSError as error:
-        raise ReapError(f"{path}: cannot be read ({error.strerror})") from None
-
-
-def _read_block(file: Any) -> str:
-    block = file.read(_BLOCK)
-    return block + file.readline(_BLOCK) if len(block) == _BLOCK else block
-
-
-def _json_lines(path: Path, tokenizer: Any) -> Iterator[Text]:
-    try:
-        with open(path, "rb") as file:
-            size, done = os.fstat(file.fileno()).st_size, 0  # 0 for a pipe
-            for number, line in enumerate(file, 1):
-                done += len(line)
-                if line.strip():
-                    where = f"{path}, line {number}"
-                    try:
-                        sample = json.loads(line.decode("utf-8-sig"))
-                    except (ValueError, RecursionError) as error:
-                        raise ReapError(
-                            f"{where}: not JSON ({error}): every line must be one object"
-                        ) from None
-                    text = _sample_text(sample, where, tokenizer, "text")
-                    yield text._replace(share=min(1.0, done / size) if size else math.nan)
-    except OSError as error:
-        raise ReapError(f"{path}: cannot be read ({error.strerror})") from None
-
-
-def _sample_text(sample: Any, where: str, tokenizer: Any, column: str) -> Text:
-    """The text of one sample: its `column`, or its `messages` through the chat template."""
-    fields = sample if isinstance(sample, dict) else {}
-    if isinstance(fields.get(column), str):
-        text, templated = fields[column], False
-    elif isinstance(fields.get("messages"), list) and fields["messages"]:
-        if not getattr(tokenizer, "chat_template", None):
-            raise ReapError(f"{where}: has chat messages, but the tokenizer has no chat template")
-        try:
-            text = tokenizer.apply_chat_template(fields["messages"], tokenize=False)
-        except Exception as error:  # the template is the model author's program: anything goes
-            raise ReapError(f"{where}: the chat template refuses its messages ({error})") from error
-        templated = True
-    else:
-        raise ReapError(
-            f'{where}: needs "{column}", a string, or "messages", a list of {{"role", "content"}}'
-        )
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise ReapError(f"{where}: holds half of a surrogate pair, it is not text") from None
-    return Text(text, where, templated=templated)
 
 
 def require_datasets(source: Source) -> Any:
@@ -255,7 +238,7 @@ def require_datasets(source: Source) -> Any:
         ) from None
 
 
-def _hub_texts(source: Source, tokenizer: Any, seed: int) -> Iterator[Text]:
+def _hub_texts(source: Source, tokenizer: Any, seed: int, tally: Tally) -> Iterator[Text]:
     name, split, column = (*source.target.split(":"), "", "")[:3]
     parts = name.split("/")  # organisation, name and perhaps a configuration
     try:
@@ -264,7 +247,13 @@ def _hub_texts(source: Source, tokenizer: Any, seed: int) -> Iterator[Text]:
         )
         samples = data_set.shuffle(seed=seed, buffer_size=_SHUFFLED)
         for number, sample in enumerate(samples, 1):
-            yield _sample_text(sample, f"{name}, sample {number}", tokenizer, column or "text")
+            try:
+                text = sample_text(sample, f"{name}, sample {number}", tokenizer, column, tally)
+            except ReapError as error:
+                tally.refuse(error)
+                continue
+            if text is not None:
+                yield text
     except ReapError:
         raise
     except Exception as error:  # a network, a server and file formats are behind this iterator

@@ -16,15 +16,20 @@ from reap.app.arguments import (
     Dtype,
     Json,
     MaxTokens,
+    MaxTokensPerSource,
     Model,
     Overwrite,
     Pack,
     SeqLen,
+    SkipBad,
     refuse_existing,
     rows_of,
     save_statistics,
 )
-from reap.app.console import progress, reports_errors
+from reap.app.console import reports_errors
+from reap.app.longruns import announce, reported
+
+PARTIAL = ".partial.safetensors"  # behind the output's name
 
 
 @reports_errors
@@ -33,15 +38,20 @@ def calibrate(
     data: Data,
     out: Annotated[Path, typer.Option(help="the statistics file to write")],
     max_tokens: MaxTokens = None,
+    max_tokens_per_source: MaxTokensPerSource = None,
     seq_len: SeqLen = None,
     batch_size: BatchSize = 1,
     domain: Domain = None,
     pack: Pack = True,
+    skip_bad: SkipBad = False,
     gates: Annotated[str, typer.Option(help="applied or renormalized")] = "applied",
     pairs: Annotated[bool, typer.Option("--pairs", help="also record pair matrices")] = False,
     backend: Backend = "auto",
     dtype: Dtype = "auto",
     device: Device = "auto",
+    deterministic: Annotated[
+        bool, typer.Option("--deterministic", help="the same bits in every run, also on a GPU")
+    ] = False,
     overwrite: Overwrite = False,
     json: Json = False,
 ) -> None:
@@ -49,20 +59,44 @@ def calibrate(
     refuse_existing(out, overwrite)
     from reap.files.hub import resolve_model
     from reap.model.identity import describe_folder
-    from reap.model.load import load_model
+    from reap.model.load import check_dtype, load_model
     from reap.observation.patch import check_backend
     from reap.runs.calibration import calibrate as run
+    from reap.runs.calibration import what_runs
+    from reap.runs.partial import Partial
     from reap.statistics.layerstats import check_gates
     from reap.text.sources import parse_spec
 
     check_gates(gates)
     check_backend(backend)
+    check_dtype(dtype)
     sources = [parse_spec(spec) for spec in data]  # before a model is downloaded
     folder = resolve_model(model)
     describe_folder(folder)  # a model without experts is refused before its weights are loaded
-    options = {"batch_size": batch_size, "max_tokens": max_tokens, "packing": pack}
-    rows = rows_of(folder, sources, seq_len, domain=domain, **options)
+    options = {
+        "batch_size": batch_size,
+        "max_tokens": max_tokens,
+        "max_tokens_per_source": max_tokens_per_source,
+        "packing": pack,
+        "skip_bad": skip_bad,
+    }
+    partial = Partial(out.with_name(out.name + PARTIAL))
+    rows = rows_of(folder, sources, seq_len, json, domain=domain, **options)
+    partial.refuse_other(rows.describe())
     loaded = load_model(folder, dtype=dtype, device=device)
-    with progress("calibrating", lambda: rows.expected, "tokens") as advance:
-        stats = run(loaded, rows, gates=gates, pairs=pairs, backend=backend, progress=advance)
-    save_statistics(stats, out, overwrite, json)
+    about = what_runs(loaded, backend, deterministic)
+    where = f"{model} in {about['dtype']} on {about['device']}, backend {about['backend']}"
+    announce(where, rows.expected, json)
+    with partial.kept():
+        with reported("calibrating", lambda: rows.expected, "tokens", json) as advance:
+            stats = run(
+                loaded,
+                rows,
+                gates=gates,
+                pairs=pairs,
+                backend=backend,
+                deterministic=deterministic,
+                progress=advance,
+                partial=partial,
+            )
+        save_statistics(stats, out, overwrite, json, rows.notes())

@@ -14,6 +14,7 @@ from reap.app.arguments import (
     save_statistics,
 )
 from reap.app.console import reports_errors
+from reap.errors import ReapError
 
 
 @reports_errors
@@ -28,6 +29,11 @@ def combine(
     from reap.statistics.stats import Statistics
 
     total = Statistics.load(stats[0])
+    seen = {total.digest(): stats[0]}
     for path in stats[1:]:
-        total = total + Statistics.load(path)
+        more = Statistics.load(path)
+        other = seen.setdefault(more.digest(), path)
+        if other is not path:
+            raise ReapError(f"{other} and {path} hold the same statistics: give them once")
+        total = total + more
     save_statistics(total, out, overwrite, json)

@@ -14,12 +14,15 @@ from reap.app.arguments import (
     Dtype,
     Json,
     MaxTokens,
+    MaxTokensPerSource,
     Model,
     Pack,
     SeqLen,
+    SkipBad,
     rows_of,
 )
-from reap.app.console import print_json, print_table, progress, reports_errors
+from reap.app.console import print_json, print_table, reports_errors
+from reap.app.longruns import reported
 
 
 @reports_errors
@@ -28,31 +31,42 @@ def evaluate(
     data: Data,
     teacher: Annotated[str | None, typer.Option(help="a model to compare with")] = None,
     max_tokens: MaxTokens = None,
+    max_tokens_per_source: MaxTokensPerSource = None,
     seq_len: SeqLen = None,
     batch_size: BatchSize = 1,
     domain: Domain = None,
     pack: Pack = True,
+    skip_bad: SkipBad = False,
     dtype: Dtype = "auto",
     device: Device = "auto",
     json: Json = False,
 ) -> None:
     """Measure loss and perplexity, and with --teacher KL divergence and top-1 agreement."""
     from reap.files.hub import resolve_model
-    from reap.model.load import load_model
+    from reap.model.load import check_dtype, load_model
     from reap.runs.evaluation import evaluate as run
     from reap.text.sources import parse_spec
 
+    check_dtype(dtype)
     sources = [parse_spec(spec) for spec in data]
     folder = resolve_model(model)
     original = resolve_model(teacher) if teacher else None
-    options = {"batch_size": batch_size, "max_tokens": max_tokens, "packing": pack}
-    rows = rows_of(folder, sources, seq_len, domain=domain, **options)
+    options = {
+        "batch_size": batch_size,
+        "max_tokens": max_tokens,
+        "max_tokens_per_source": max_tokens_per_source,
+        "packing": pack,
+        "skip_bad": skip_bad,
+    }
+    rows = rows_of(folder, sources, seq_len, json, domain=domain, **options)
     student = load_model(folder, dtype=dtype, device=device)
     reference = load_model(original, dtype=dtype, device=device) if original else None
-    with progress("evaluating", lambda: rows.expected, "tokens") as advance:
+    with reported("evaluating", lambda: rows.expected, "tokens", json) as advance:
         results = run(student, rows, teacher=reference, progress=advance)
     if json:
         print_json({name: result.to_json() for name, result in results.items()})
+        for note in rows.notes():
+            typer.echo(note, err=True)
         return
     columns = ["domain", "tokens", "loss (nats/token)", "perplexity"]
     table = [
@@ -64,3 +78,5 @@ def evaluate(
         for row, r in zip(table, results.values(), strict=True):
             row += [f"{r.kl:.4f}", f"{r.agreement:.1%}"]
     print_table(str(folder), columns, table)
+    for note in rows.notes():
+        typer.echo(note)

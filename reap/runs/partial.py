@@ -1,0 +1,165 @@
+"""What a calibration measured before it ended early: kept in a file, and taken up from there.
+
+The file is one of statistics, with sums of whole batches alone. Its one `data` entry is that of the
+run so far, and "partial" in it says how many batches that were. Sums are exact, so that a run in
+pieces has the bits of a run in one.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from reap.errors import ReapError
+from reap.statistics.stats import Statistics, installed_versions
+from reap.text.batching import Batch, Batches
+
+_SHARE = 0.02  # of the time, at most, goes into remembering
+_CHECK_SECONDS = 30.0
+_PROGRESS = ("tokens", "partial", "sources")  # of a data entry; the rest of it are options
+_SOURCE_OPTIONS = ("spec", "kind", "target", "domain", "weight", "column", "python")
+_SOURCE_PROGRESS = ("rows", "tokens", "sha256")
+
+
+class _Refused(ReapError):
+    """The file is of another run."""
+
+
+class Partial:
+    """The file `path`, of one run. A run that ends early inside `kept` leaves it, and the next one
+    with the same model, text and options takes it up; a run that completes removes it."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._before: Statistics | None = None
+        self._batches = 0
+        self._changed: set[str] = set()  # domains since what is remembered
+        self._remember_at = 0.0
+        # Of whole batches: statistics by domain, and the data entry; then one known to be sound.
+        self._whole: tuple[dict[str, Statistics], dict[str, Any]] | None = None
+        self._checked: tuple[dict[str, Statistics], dict[str, Any]] | None = None
+        self._check_at = time.monotonic() + _CHECK_SECONDS
+        if path.exists():
+            loaded = Statistics.load(path)
+            if len(loaded.data) != 1 or "partial" not in loaded.data[0]:
+                raise ReapError(f"{path} is not what a run left that ended early: move it away")
+            self._before = loaded
+
+    def refuse_other(self, data: dict[str, Any]) -> None:
+        """ReapError when the file is of a run whose options differ from those of `data`, in what
+        is known there."""
+        if self._before is None:
+            return
+        (kept,) = self._before.data
+        pairs: list[tuple[str, Any, Any]] = [
+            (name, kept.get(name), data[name]) for name in data if name not in _PROGRESS
+        ]
+        versions = self._before.versions
+        pairs += [(name, versions.get(name), now) for name, now in installed_versions().items()]
+        for number, source in enumerate(data["sources"]):
+            before = kept["sources"][number] if number < len(kept["sources"]) else {}
+            pairs += [
+                (f"{name} of data {source['spec']!r}", before.get(name), source.get(name))
+                for name in _SOURCE_OPTIONS
+            ]
+        pairs.append(("the number of sources", len(kept["sources"]), len(data["sources"])))
+        for name, before, now in pairs:
+            if before != now:
+                self._refuse(f"{name} was {before}, and is {now}")
+
+    def take_up(self, stats: Statistics, batches: Batches, data: dict[str, Any]) -> Iterator[Batch]:
+        """Yield the batches that the file has; `batches` is then behind them. `stats` are those of
+        the run. ReapError when model, text or options are not the same."""
+        self.refuse_other(batches.describe() | data)
+        if self._before is None:
+            return
+        for what in ("gates", "pairs"):
+            if getattr(self._before, what) != getattr(stats, what):
+                self._refuse(f"{what} was {getattr(self._before, what)}")
+        difference = self._before.model.difference(stats.model)
+        if difference:
+            self._refuse(f"it is of another model: {difference}")
+        (kept,) = self._before.data
+        for _ in range(kept["partial"]["batches"]):
+            batch = next(batches, None)
+            if batch is None:
+                break
+            self._batches += 1
+            yield batch
+        now = batches.describe()["sources"]
+        for before, after in zip(kept["sources"], now, strict=True):
+            if any(before[name] != after[name] for name in _SOURCE_PROGRESS):
+                self._refuse(f"the text of {after['spec']!r} changed")
+
+    def mark(self, stats: Statistics, domain: str, batches: Batches, data: dict[str, Any]) -> None:
+        """A batch of `domain` is whole: remember `stats` as they are, unless that was done a moment
+        ago. Waits for a GPU only now and then, to know that what is remembered is sound."""
+        self._batches += 1
+        self._changed.add(domain)
+        start = time.monotonic()
+        if start < self._remember_at:
+            return
+        before = {} if self._whole is None else self._whole[0]
+        parts = {**before, **{name: stats.snapshot(name) for name in self._changed}}
+        done = {"partial": {"batches": self._batches}}
+        self._whole = parts, batches.describe() | data | done
+        self._changed = set()
+        end = time.monotonic()
+        self._remember_at = end + (end - start) / _SHARE
+        if end >= self._check_at:
+            for part in parts.values():
+                part.check()
+            self._checked = self._whole
+            self._check_at = end + _CHECK_SECONDS
+
+    def total(self, stats: Statistics) -> Statistics:
+        """`stats` and what the file has."""
+        return stats if self._before is None else self._before + stats
+
+    def save(self) -> Statistics | None:
+        """Write the whole batches of this run and those of the file; None when there are none."""
+        for whole in (self._whole, self._checked):
+            if whole is None:
+                continue
+            parts, data = whole
+            try:
+                stats = self._before
+                for part in parts.values():
+                    stats = part if stats is None else stats + part
+                assert stats is not None
+                stats.check()
+            except ReapError:  # a NaN that a GPU did not report before
+                continue
+            stats.data = [data]
+            stats.save(self.path, overwrite=True)
+            return stats
+        return self._before
+
+    @contextmanager
+    def kept(self) -> Iterator[None]:
+        """Of a run that ends early inside, the file; of one that completes, no file."""
+        try:
+            yield
+        except _Refused:
+            raise
+        except BaseException as error:
+            with suppress(ReapError):  # a full disk, say: the first error is the one to tell
+                saved = self.save()
+                if saved is not None and saved.tokens:
+                    note = (
+                        f"what was measured so far, {saved.tokens:,} tokens, is in {self.path}: "
+                        "the same command goes on from there"
+                    )
+                    # As `add_note` of Python 3.11 has it.
+                    error.__notes__ = [*getattr(error, "__notes__", ()), note]  # type: ignore[attr-defined]
+            raise
+        self.path.unlink(missing_ok=True)
+
+    def _refuse(self, reason: str) -> None:
+        raise _Refused(
+            f"{self.path} holds what an earlier run measured, but {reason}: give that run's "
+            "command to go on, or remove the file to begin anew"
+        )

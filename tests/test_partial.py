@@ -1,0 +1,212 @@
+"""A run in pieces has the bits of a run in one, or is refused with the reason."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny import tiny_model
+
+from reap.errors import ReapError
+from reap.runs.calibration import calibrate
+from reap.runs.partial import Partial
+from reap.statistics.stats import Statistics
+from reap.text.batching import Batches, batches
+
+
+class Tokenizer:
+    eos_token_id = pad_token_id = None
+
+    def __call__(self, text: str, **_: Any) -> dict[str, list[int]]:
+        return {"input_ids": [ord(letter) % 64 for letter in text]}
+
+
+class Stop(Exception):
+    pass
+
+
+@pytest.fixture(autouse=True)
+def every_batch_is_remembered(monkeypatch: Any) -> None:
+    monkeypatch.setattr("reap.runs.partial._SHARE", math.inf)
+
+
+@pytest.fixture
+def here(tmp_path: Path) -> Path:
+    words = [f"row {number} of several" for number in range(40)]
+    (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in words))
+    (tmp_path / "b.txt").write_text("other text of another kind; " * 20)
+    return tmp_path
+
+
+def text(here: Path, **options: Any) -> Batches:
+    specs = [str(here / "a.jsonl=2"), str(here / "b.txt")]
+    return batches(specs, Tokenizer(), **{"seq_len": 16, "batch_size": 2} | options)
+
+
+def run(
+    here: Path, model: Any, stop_after: int | None = None, seq_len: int = 16, **options: Any
+) -> Statistics:
+    """As the command does it; Stop behind that many batches, in a forward or in reading text."""
+    rows, partial = text(here, seq_len=seq_len), Partial(here / "kept")
+    handle = None
+    if stop_after is not None:
+        calls = iter(range(stop_after + 1))
+        layer = model.model.layers[1]
+
+        def stop(*_: Any) -> None:
+            if next(calls) == stop_after:  # in the middle of the model: some layers are ahead
+                raise Stop("late")
+
+        handle = layer.register_forward_pre_hook(stop)
+    try:
+        with partial.kept():
+            return calibrate(model, rows, partial=partial, **options)
+    finally:
+        if handle is not None:
+            handle.remove()
+
+
+@pytest.mark.parametrize("pairs", [False, True])
+@pytest.mark.parametrize("stops", [[0], [1], [7], [3, 0, 5], [1, 1, 1, 1]])
+def test_pieces(here: Path, stops: list[int], pairs: bool) -> None:
+    model = tiny_model("qwen3_moe")
+    whole = calibrate(model, text(here), pairs=pairs)
+    for number, stop in enumerate(stops):
+        with pytest.raises(Stop) as caught:
+            run(here, model, stop, pairs=pairs)
+        done = sum(stops[: number + 1])
+        assert (here / "kept").exists() == (done > 0)
+        if done:
+            kept = Statistics.load(here / "kept")
+            (note,) = caught.value.__notes__  # type: ignore[attr-defined]
+            assert f"so far, {kept.tokens:,} tokens, is in {here}/kept" in note
+            assert kept.data[0]["partial"] == {"batches": done}
+    pieces = run(here, model, pairs=pairs)
+    assert pieces.digest() == whole.digest() and pieces.data == whole.data
+    assert pieces.versions == whole.versions
+    assert not (here / "kept").exists()
+
+
+def test_remembering_takes_a_share_of_the_time(here: Path, monkeypatch: Any) -> None:
+    """What is remembered a moment later has all domains, and loses a few batches at most."""
+    model = tiny_model("qwen3_moe")
+    whole = calibrate(model, text(here))
+    monkeypatch.setattr("reap.runs.partial._SHARE", 0.2)
+    done = 0
+    for _ in range(3):
+        with pytest.raises(Stop):
+            run(here, model, 9)
+        before, done = done, Statistics.load(here / "kept").data[0]["partial"]["batches"]
+        assert before < done <= before + 9
+    assert run(here, model).digest() == whole.digest()
+
+
+def test_an_unreadable_row_late(here: Path) -> None:
+    """The run goes on once the row is mended, for the text before it is the same."""
+    rows = (here / "a.jsonl").read_text()
+    (here / "a.jsonl").write_text(rows + "\nbad")
+    with pytest.raises(ReapError, match="line 41"):
+        run(here, tiny_model("qwen3_moe"))
+    kept = Statistics.load(here / "kept")
+    (here / "a.jsonl").write_text(rows + '\n{"text": "good"}')
+    pieces = run(here, tiny_model("qwen3_moe"))
+    assert pieces.tokens > kept.tokens
+    assert pieces.digest() == calibrate(tiny_model("qwen3_moe"), text(here)).digest()
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"gates": "renormalized"}, "gates was applied"),
+        ({"pairs": True}, "pairs was False"),
+        ({"seq_len": 17}, "seq_len was 16, and is 17"),
+        ({"deterministic": True}, "run was .*'deterministic': False.*, and is"),
+        ("text", "the text of '.*a.jsonl=2' changed"),
+        ("less text", "the text of '.*' changed"),
+        ("torch", "torch was 1.0, and is"),
+        ("model", "another model"),
+    ],
+)
+def test_another_run_is_refused(here: Path, change: Any, reason: str) -> None:
+    model = tiny_model("qwen3_moe")
+    with pytest.raises(Stop):
+        run(here, model, 9)
+    options = change if isinstance(change, dict) else {}
+    if change == "text":
+        path = here / "a.jsonl"
+        path.write_text(path.read_text().replace("row 3", "row 4"))
+    elif change == "less text":
+        (here / "a.jsonl").write_text('{"text": "one row"}')
+    elif change == "torch":
+        kept = Statistics.load(here / "kept")
+        kept.versions["torch"] = "1.0"
+        kept.save(here / "kept", overwrite=True)
+    elif change == "model":
+        model = tiny_model("mixtral")
+    before = (here / "kept").read_bytes()
+    with pytest.raises(ReapError, match=reason) as caught:
+        run(here, model, **options)
+    assert not hasattr(caught.value, "__notes__")
+    assert (here / "kept").read_bytes() == before
+
+
+def test_other_statistics_are_not_taken_up(here: Path) -> None:
+    calibrate(tiny_model("qwen3_moe"), text(here)).save(here / "kept")
+    with pytest.raises(ReapError, match="is not what a run left that ended early"):
+        Partial(here / "kept")
+
+
+def test_a_fault_that_shows_late_is_not_kept(here: Path, monkeypatch: Any) -> None:
+    """A GPU reports a NaN when it is asked. What was asked about before is kept."""
+    model = tiny_model("qwen3_moe")
+    monkeypatch.setattr("reap.runs.partial._CHECK_SECONDS", 0.0)
+    partial, rows = Partial(here / "kept"), text(here)
+    seen = 0
+
+    def progress(_: int) -> None:
+        nonlocal seen
+        seen += 1
+        if seen == 3:
+            partial._check_at = float("inf")
+        if seen == 5:
+            raise Stop
+
+    snapshot = Statistics.snapshot
+
+    def faulty(stats: Statistics, domain: str) -> Statistics:
+        found = snapshot(stats, domain)
+        if seen >= 3:
+            next(iter(found._parts.values()))._faults += 1
+        return found
+
+    monkeypatch.setattr(Statistics, "snapshot", faulty)
+    with pytest.raises(Stop), partial.kept():
+        calibrate(model, rows, partial=partial, progress=progress)
+    assert Statistics.load(here / "kept").data[0]["partial"] == {"batches": 3}
+
+
+def test_a_disk_that_is_full_hides_no_error(here: Path, monkeypatch: Any) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise ReapError("cannot write: disk full")
+
+    monkeypatch.setattr(Statistics, "save", full)
+    with pytest.raises(Stop) as caught:
+        run(here, tiny_model("qwen3_moe"), 3)
+    assert not hasattr(caught.value, "__notes__")
+
+
+def test_batches_of_ones_own_are_refused(here: Path) -> None:
+    with pytest.raises(ReapError, match="only with batches of reap.batches"):
+        calibrate(tiny_model("qwen3_moe"), list(text(here)), partial=Partial(here / "kept"))
+
+
+def test_what_ran_is_recorded(here: Path) -> None:
+    model = tiny_model("qwen3_moe")
+    (data,) = calibrate(model, text(here), backend="reference", deterministic=True).data
+    expected = {"dtype": "float32", "device": "cpu", "backend": "reference"}
+    assert data["run"] == {**expected, "deterministic": True} and data["batch_size"] == 2
+    (data,) = calibrate(model, text(here)).data
+    assert data["run"]["backend"].startswith("auto of ")

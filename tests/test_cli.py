@@ -55,6 +55,7 @@ def refused(*arguments: object) -> str:
 def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with what a first session leaves: sources, code and prose statistics, a plan."""
     folder = tmp_path_factory.mktemp("cli")
+    (folder / "empty").mkdir()
     (folder / "a.txt").write_text("def f(x):\n    return x + 1\n" * 400)
     for name in ("one", "two"):
         calibrate(folder, name)
@@ -255,7 +256,7 @@ def test_a_bar_on_a_terminal_until_ctrl_c(tmp_path):
 MISTAKES = {
     "no such folder": ("calibrate {w}/nothing --data {w}/a.txt --out {w}/x.st", "does not exist"),
     "a file as model": ("calibrate {w}/a.txt --data {w}/a.txt --out {w}/x.st", "is a file"),
-    "not a model folder": ("calibrate {w} --data {w}/a.txt --out {w}/x.st", "no config.json"),
+    "not a model folder": ("calibrate {w}/empty --data {w}/a.txt --out {w}/x.st", "no config.json"),
     "no such data": ("calibrate {m} --data {w}/no.txt --out {w}/x.st", "no.txt"),
     "existing output": ("calibrate {m} --data {w}/a.txt --out {w}/one.st", "--overwrite"),
     "a folder as output": ("calibrate {m} --data {w}/a.txt --out {w} --overwrite", "is a folder"),
@@ -285,7 +286,28 @@ MISTAKES = {
     "ratio of all": ("plan {w}/one.st --ratio 1 --out {w}/x.json", "ratio"),
     "fewer than top-k": ("plan {w}/one.st --keep 1 --out {w}/x.json", "picks 2 per token"),
     "not a plan": ("prune {m} {w}/a.txt {w}/x", "a.txt"),
-    "existing folder": ("prune {m} {w}/plan.json {w}", "--overwrite"),
+    "existing folder": ("prune {m} {w}/plan.json {w}/empty", "--overwrite"),
+    "a folder with the plan": ("prune {m} {w}/plan.json {w} --overwrite", "holds {w}/plan.json"),
+    "the model as output": ("prune {m} {w}/plan.json {m} --overwrite", "which is read"),
+    "data as output": (
+        "calibrate {m} --data {w}/a.txt --out {w}/a.txt --overwrite",
+        "is {w}/a.txt, which is read",
+    ),
+    "weights as output": (
+        "calibrate {m} --data {w}/a.txt --out {m}/model.safetensors --overwrite",
+        "lies in {m}",
+    ),
+    "statistics as plan": ("plan {w}/one.st --keep 8 --out {w}/one.st --overwrite", "is read"),
+    "other statistics as plan": (
+        "plan {w}/one.st --keep 8 --out {w}/two.st --overwrite",
+        "two.st: it is not a plan of ours",
+    ),
+    "a sum over its summand": (
+        "combine {w}/one.st {w}/two.st --out {w}/two.st --overwrite",
+        "is {w}/two.st",
+    ),
+    "a plan as sum": ("combine {w}/one.st --out {w}/plan.json --overwrite", "not statistics"),
+    "a demo in its model": ("demo --out {m}/demo", "lies in {m}"),
     "combine with nothing": ("combine {w}/none.st --out {w}/x.st", "none.st"),
     "teacher is missing": ("evaluate {m} --data {w}/a.txt --teacher {w}/none", "none"),
 }
@@ -295,14 +317,17 @@ MISTAKES = {
 def test_mistake_is_one_line(work, mistake):
     line, named = MISTAKES[mistake]
     before = sorted(path.name for path in work.iterdir())
-    assert named in refused(*line.format(w=work, m=MODEL).split())
+    assert named.format(w=work, m=MODEL) in refused(*line.format(w=work, m=MODEL).split())
     assert sorted(path.name for path in work.iterdir()) == before
 
 
 def test_dense_model_is_refused(tmp_path):
     config = {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    line = refused("calibrate", tmp_path, "--data", "stdlib:code", "--out", tmp_path / "x.st")
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config))
+    line = refused(
+        "calibrate", tmp_path / "model", "--data", "stdlib:code", "--out", tmp_path / "x.st"
+    )
     assert "llama" in line
 
 

@@ -23,6 +23,7 @@ from reap.planning.plan import Plan
 
 CALLS = ("write", "copy_file_range", "fsync", "rename", "mkdir")
 ENDED = 17
+OLD = {"config.json": b"{}", "model.safetensors": b"old"}
 
 
 def state(folder: Path) -> dict[str, bytes] | None:
@@ -85,7 +86,7 @@ def raising(code: int) -> Callable[[], None]:
     return fail
 
 
-@pytest.mark.parametrize("old", [None, {"old": b"old"}], ids=["new", "overwrite"])
+@pytest.mark.parametrize("old", [None, OLD], ids=["new", "overwrite"])
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EIO, None], ids=["full", "io", "interrupt"])
 def test_every_failing_call_leaves_the_old_state(
     job: tuple[Path, Plan, dict[str, bytes]],
@@ -142,7 +143,7 @@ while code != 0:
 
 
 @pytest.mark.sweep
-@pytest.mark.parametrize("old", [None, {"old": b"old"}], ids=["new", "overwrite"])
+@pytest.mark.parametrize("old", [None, OLD], ids=["new", "overwrite"])
 def test_killed_at_every_call(
     job: tuple[Path, Plan, dict[str, bytes]], tmp_path: Path, old: dict[str, bytes] | None
 ) -> None:

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from reap.app.console import print_json
-from reap.errors import ReapError
 
 if TYPE_CHECKING:
     from reap.statistics.stats import Statistics
@@ -72,18 +69,3 @@ def save_statistics(stats: Statistics, out: Path, overwrite: bool, as_json: bool
     typer.echo(
         f"{out}: {tokens:,} tokens through {layers} MoE layers, domains {', '.join(domains)}"
     )
-
-
-def refuse_existing(out: Path, overwrite: bool, *, folder: bool = False) -> None:
-    """Before any work: an output that exists, or that could not be written."""
-    parent = out.absolute().parent
-    if os.path.lexists(out) and not overwrite:
-        raise ReapError(f"{out} exists: give --overwrite to replace it")
-    if not parent.is_dir():
-        raise ReapError(f"{parent} does not exist: create the folder first")
-    if out.is_dir() and not folder:
-        raise ReapError(f"{out} is a folder: name a file")
-    try:
-        tempfile.NamedTemporaryFile(prefix=f".{out.name}.", suffix=".part", dir=parent).close()
-    except OSError as error:
-        raise ReapError(f"cannot write {out}: {error.strerror}") from None

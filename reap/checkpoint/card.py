@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from reap import versions
+from reap.files.outputs import PRUNED
 from reap.model.compat import NAME_KEY
 
 if TYPE_CHECKING:
@@ -16,7 +17,6 @@ if TYPE_CHECKING:
     from reap.files.folder import Folder
     from reap.planning.plan import Plan
 
-RECORD = "reap.json"
 # Of the base model, and of its base and so on, where these were pruned too.
 OLDER = re.compile(r"README(\.base)*\.md|reap(\.base)*\.json")
 
@@ -28,7 +28,7 @@ def record(folder: Folder, plan: Plan, operation: Operation, command: str | None
     was pruned itself keeps its own record beside this one as reap.base.json.
     """
     return {
-        "format": "reap-pruned",
+        "format": PRUNED,
         "version": 1,
         "base_model": plan.model.to_json(),
         "base_model_name": base_name(folder),

@@ -23,6 +23,7 @@ from reap.checkpoint.publish import staged
 from reap.checkpoint.writing import copy_others, write, write_json, write_shards
 from reap.errors import ReapError
 from reap.files.folder import CONFIG, Folder, open_folder
+from reap.files.outputs import RECORD, check_folder
 from reap.files.safefile import Tensor, span
 from reap.model import compat
 from reap.model.identity import describe_folder
@@ -82,15 +83,16 @@ def prune(
     renumbered from 0.
 
     Every dtype and quantisation survives byte for byte, and the memory used does not grow with the
-    model. `overwrite` replaces an existing folder, `command` goes into reap.json, `progress(n)`
-    hears of n more bytes written. ReapError, with nothing left behind and an existing `out_dir`
-    untouched, when the folder is not a model with experts or not the plan's model, is damaged, or
-    cannot be written.
+    model. `overwrite` replaces a folder that holds a model and nothing else, `command` goes into
+    reap.json, `progress(n)` hears of n more bytes written. ReapError, with nothing left behind and
+    an existing `out_dir` untouched, when the folder is not a model with experts or not the plan's
+    model, is damaged, or cannot be written.
     """
     started = time.monotonic()
     compat.require(compat.PRUNING)
     folder = open_folder(model_dir)
-    out = _check_output(folder.path, Path(out_dir), overwrite)
+    check_folder(out_dir, overwrite=overwrite, inputs=[folder.path])
+    out = Path(os.path.realpath(out_dir))
     operation = operate(folder, plan)
     _check_same_model(folder, plan)
     before = {n: t for shard in folder.shards for n, t in own_tensors(folder, shard)}
@@ -102,6 +104,8 @@ def prune(
 
     def verify(stage: Path) -> None:
         _verify(open_folder(stage), operation, after)
+        # Again: it took a while, and somebody may have put something there.
+        check_folder(out, overwrite=overwrite, inputs=[folder.path])
 
     advance = progress or (lambda n: None)
     try:
@@ -111,8 +115,8 @@ def prune(
             write_json(stage / CONFIG, operation.config)
             copy_others(folder, stage, advance)
             record = card.record(folder, plan, operation, command)
-            write_json(stage / card.RECORD, record)
             write(stage / "README.md", card.model_card(record, out.name, size).encode())
+            write_json(stage / RECORD, {**record, "files": _names(stage)})
     except OSError as error:
         raise ReapError(
             f"cannot write {out}: {error.strerror or error}; nothing was changed there"
@@ -130,6 +134,11 @@ def prune(
     )
 
 
+def _names(folder: Path) -> list[str]:
+    """The files in it: what a later run for the same output may replace."""
+    return sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file())
+
+
 def pruned_size(model_dir: str | os.PathLike[str], plan: Plan) -> int:
     """The bytes that `prune` copies: what its `progress` adds up to. Raises what `prune` raises."""
     folder = open_folder(model_dir)
@@ -141,28 +150,6 @@ def _sizes(folder: Folder, layout: Layout) -> tuple[int, int]:
     parts = (part for shard in layout.values() for part in shard)
     weights = sum(span(tensor.dtype, edit.shape) for edit, tensor in parts)
     return weights, sum(os.stat(folder.path / name).st_size for name in folder.others)
-
-
-def _check_output(source: Path, out_dir: Path, overwrite: bool) -> Path:
-    out = Path(os.path.realpath(out_dir))
-    if out == source or out.is_relative_to(source) or source.is_relative_to(out):
-        raise ReapError(
-            f"output {out_dir} and model {source} lie in one another: choose another folder"
-        )
-    if not os.path.lexists(out):
-        return out
-    if not os.path.isdir(out):
-        raise ReapError(f"{out_dir} exists and is not a folder")
-    if not overwrite:
-        raise ReapError(
-            f"{out_dir} exists: choose another folder or allow overwriting it (--overwrite)"
-        )
-    for used in map(os.path.realpath, (os.path.expanduser("~"), os.curdir)):
-        if Path(used).is_relative_to(out):
-            raise ReapError(f"will not overwrite {out_dir}: it holds {used}")
-    if os.path.ismount(out) or (out / ".git").exists():
-        raise ReapError(f"will not overwrite {out_dir}: it is a mount point or a repository")
-    return out
 
 
 def _check_space(out: Path, needed: int) -> None:

@@ -17,13 +17,14 @@ from typing import TYPE_CHECKING, Any
 
 from reap.errors import ReapError
 from reap.files.atomic import write_file
+from reap.files.outputs import PLAN, check_file
 from reap.files.safefile import parse_json, read_json
 from reap.model.info import LayerInfo, ModelInfo
 
 if TYPE_CHECKING:
     from reap.statistics.stats import Statistics
 
-FORMAT = "reap-plan"
+FORMAT = PLAN
 VERSION = 1
 
 
@@ -103,7 +104,11 @@ class Plan:
         return cls._from_object(parse_json(text.encode(), "the plan"), "the plan")
 
     def save(self, path: str | PathLike[str], *, overwrite: bool = False) -> None:
-        """Write `to_json`, whole or not at all. ReapError if `path` exists or cannot be written."""
+        """Write `to_json`, whole or not at all. ReapError if `path` exists or cannot be written.
+
+        `overwrite` replaces a plan alone.
+        """
+        check_file(path, FORMAT, overwrite=overwrite)
         write_file(path, self.to_json().encode(), overwrite=overwrite)
 
     @classmethod

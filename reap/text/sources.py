@@ -98,6 +98,14 @@ def parse_spec(spec: str) -> Source:
     )
 
 
+def local_names(source: Source) -> list[str]:
+    """The files and folders that a source reads."""
+    if source.kind != "files":
+        return []
+    exists = os.path.exists(source.target)
+    return [source.target] if exists else glob.glob(source.target, recursive=True)
+
+
 def _local_domain(target: str) -> str:
     """A file's stem, a folder's name, and for a glob the name of the folder that it starts in."""
     if os.path.isdir(target):

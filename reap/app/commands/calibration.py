@@ -20,11 +20,11 @@ from reap.app.arguments import (
     Overwrite,
     Pack,
     SeqLen,
-    refuse_existing,
     rows_of,
     save_statistics,
 )
 from reap.app.console import progress, reports_errors
+from reap.files.outputs import STATISTICS, check_file
 
 
 @reports_errors
@@ -46,18 +46,19 @@ def calibrate(
     json: Json = False,
 ) -> None:
     """Run MODEL over calibration text and write the statistics of every expert."""
-    refuse_existing(out, overwrite)
     from reap.files.hub import resolve_model
     from reap.model.identity import describe_folder
     from reap.model.load import load_model
     from reap.observation.patch import check_backend
     from reap.runs.calibration import calibrate as run
     from reap.statistics.layerstats import check_gates
-    from reap.text.sources import parse_spec
+    from reap.text.sources import local_names, parse_spec
 
     check_gates(gates)
     check_backend(backend)
     sources = [parse_spec(spec) for spec in data]  # before a model is downloaded
+    inputs = [model, *(name for source in sources for name in local_names(source))]
+    check_file(out, STATISTICS, overwrite=overwrite, inputs=inputs)
     folder = resolve_model(model)
     describe_folder(folder)  # a model without experts is refused before its weights are loaded
     options = {"batch_size": batch_size, "max_tokens": max_tokens, "packing": pack}

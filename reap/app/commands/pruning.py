@@ -13,9 +13,9 @@ from reap.app.arguments import (
     Json,
     Model,
     Overwrite,
-    refuse_existing,
 )
 from reap.app.console import print_json, progress, reports_errors
+from reap.files.outputs import check_folder
 
 
 @reports_errors
@@ -27,7 +27,7 @@ def prune(
     json: Json = False,
 ) -> None:
     """Write MODEL without the experts that PLAN drops, straight from its files."""
-    refuse_existing(out, overwrite, folder=True)
+    check_folder(out, overwrite=overwrite, inputs=[model, plan])
     from reap.checkpoint.pruning import prune as run
     from reap.checkpoint.pruning import pruned_size
     from reap.files.hub import resolve_model

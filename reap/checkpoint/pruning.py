@@ -20,8 +20,9 @@ from reap.checkpoint import card
 from reap.checkpoint.blocks import find_blocks
 from reap.checkpoint.operation import Layout, Operation, layout_of, operate, own_tensors
 from reap.checkpoint.publish import staged
-from reap.checkpoint.writing import copy_others, write, write_json, write_shards
+from reap.checkpoint.writing import Check, checksum, copy_others, write, write_json, write_shards
 from reap.errors import ReapError
+from reap.files import atomic
 from reap.files.folder import CONFIG, Folder, open_folder
 from reap.files.outputs import RECORD, check_folder
 from reap.files.safefile import Tensor, span
@@ -39,7 +40,8 @@ class PruneReport:
     time.
 
     `unchecked` is None when transformers' own loader accepted every shape, else why it could not be
-    asked.
+    asked. `verify_seconds` is what threads spent reading back, while others wrote; None where it
+    was not asked for.
     """
 
     out: Path
@@ -51,6 +53,7 @@ class PruneReport:
     left_out: tuple[str, ...]
     unchecked: str | None
     seconds: float
+    verify_seconds: float | None
 
     def to_json(self) -> dict[str, Any]:
         return {**vars(self), "out": str(self.out), "kept": dict(self.kept)}
@@ -60,6 +63,10 @@ class PruneReport:
         lines = [
             f"{self.out}: {after:.2f} GB of weights from {before:.2f} GB in {self.seconds:.1f} s"
         ]
+        if self.verify_seconds is None:
+            lines.append("not verified: `reap verify` reads it back")
+        else:
+            lines.append(f"read back and the same as the original: {self.verify_seconds:.1f} s")
         lines += [f"config.json: {change}" for change in self.config_changes]
         lines += [
             f"dropped, no statistics exist for it: {prefix}" for prefix in self.dropped_layers
@@ -76,6 +83,7 @@ def prune(
     out_dir: str | os.PathLike[str],
     *,
     overwrite: bool = False,
+    verify: bool = True,
     command: str | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> PruneReport:
@@ -84,9 +92,10 @@ def prune(
 
     Every dtype and quantisation survives byte for byte, and the memory used does not grow with the
     model. `overwrite` replaces a folder that holds a model and nothing else, `command` goes into
-    reap.json, `progress(n)` hears of n more bytes written. ReapError, with nothing left behind and
-    an existing `out_dir` untouched, when the folder is not a model with experts or not the plan's
-    model, is damaged, or cannot be written.
+    reap.json, `progress(n)` hears of n more bytes written. Unless `verify` is False, every file is
+    read back from the disk, held against the original, and its checksum recorded. ReapError, with
+    nothing left behind and an existing `out_dir` untouched, when the folder is not a model with
+    experts or not the plan's model, is damaged, or cannot be written.
     """
     started = time.monotonic()
     compat.require(compat.PRUNING)
@@ -102,21 +111,22 @@ def prune(
     size, others = _sizes(folder, layout)
     _check_space(out, size + others)
 
-    def verify(stage: Path) -> None:
+    def accept(stage: Path) -> None:
         _verify(open_folder(stage), operation, after)
         # Again: it took a while, and somebody may have put something there.
         check_folder(out, overwrite=overwrite, inputs=[folder.path])
 
     advance = progress or (lambda n: None)
+    check = Check() if verify else None
     try:
         unchecked = _check_shapes(folder, before, operation, after)
-        with staged(out, overwrite=overwrite, verify=verify) as stage:
-            write_shards(folder, layout, stage, advance)
+        with staged(out, overwrite=overwrite, verify=accept) as stage:
+            write_shards(folder, layout, stage, advance, check)
             write_json(stage / CONFIG, operation.config)
-            copy_others(folder, stage, advance)
+            copy_others(folder, stage, advance, check)
             record = card.record(folder, plan, operation, command)
             write(stage / "README.md", card.model_card(record, out.name, size).encode())
-            write_json(stage / RECORD, {**record, "files": _names(stage)})
+            write_json(stage / RECORD, {**record, "files": _files(stage, check)})
     except OSError as error:
         raise ReapError(
             f"cannot write {out}: {error.strerror or error}; nothing was changed there"
@@ -131,12 +141,21 @@ def prune(
         left_out=folder.left_out,
         unchecked=unchecked,
         seconds=time.monotonic() - started,
+        verify_seconds=sum(check.times) if check else None,
     )
 
 
-def _names(folder: Path) -> list[str]:
-    """The files in it: what a later run for the same output may replace."""
-    return sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file())
+def _files(folder: Path, check: Check | None) -> dict[str, dict[str, int]]:
+    """Bytes and, if checked, CRC-32 of the files in it: what `reap verify` holds them against, and
+    what a later run for the same output may replace."""
+    files: dict[str, dict[str, int]] = {}
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        name = str(path.relative_to(folder))
+        files[name] = {"bytes": path.stat().st_size}
+        if check is not None:
+            atomic.sync(path)
+            _, files[name]["crc32"] = check.found.get(name) or checksum(path)
+    return files
 
 
 def pruned_size(model_dir: str | os.PathLike[str], plan: Plan) -> int:

@@ -49,6 +49,7 @@ for command in (
     scores.score,
     plans.plan,
     pruning.prune,
+    pruning.verify,
     combination.combine,
     evaluation.evaluate,
     machine.doctor,

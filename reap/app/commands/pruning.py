@@ -15,6 +15,7 @@ from reap.app.arguments import (
     Overwrite,
 )
 from reap.app.console import print_json, progress, reports_errors
+from reap.errors import ReapError
 from reap.files.outputs import check_folder
 
 
@@ -54,3 +55,27 @@ def prune(
         print_json(report.to_json())
         return
     typer.echo(str(report))
+
+
+@reports_errors
+def verify(
+    folder: Annotated[str, typer.Argument(metavar="OUT", help="the folder of a pruned model")],
+    source: Annotated[str | None, typer.Option(help="the model that it was pruned from")] = None,
+    json: Json = False,
+) -> None:
+    """Read a pruned model back, compare it with MODEL or the checksums recorded, and say what a
+    server needs to know."""
+    from reap.checkpoint.verification import verify as run
+    from reap.files.hub import resolve_model
+
+    original = resolve_model(source) if source else None
+    path = resolve_model(folder)
+    size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+    with progress("verifying", lambda: size, "bytes") as advance:
+        found = run(path, original, progress=advance)
+    if json:
+        print_json(found.to_json())
+    else:
+        typer.echo(str(found))
+    if found.problems:
+        raise ReapError(f"{folder} does not load: {found.problems[0]}")

@@ -243,7 +243,7 @@ def test_a_bar_on_a_terminal_until_ctrl_c(tmp_path):
         with contextlib.suppress(OSError):  # how a terminal ends
             while time.monotonic() < deadline:
                 seen += os.read(leader, 4096)
-        assert process.wait(10) == 2
+        assert process.wait(10) == -signal.SIGINT
     finally:
         process.kill()
         process.wait()
@@ -371,6 +371,48 @@ def test_a_signal_while_torch_is_imported_leaves_nothing(tmp_path, number):
         time.sleep(0.02)
     process.send_signal(number)
     _, err = process.communicate(timeout=120)
-    assert process.returncode == 2
+    assert process.returncode == -number
     assert err.strip().startswith("reap: interrupted") and len(err.strip().splitlines()) == 1
     assert list(tmp_path.iterdir()) == []
+
+
+def test_ctrl_c_ends_a_loop_of_the_shell(tmp_path):
+    """A shell goes on after an exit code, whichever, but not after a signal's death."""
+    command = " ".join(map(str, [*CALIBRATE, tmp_path / "x.st"]))
+    loop = f"for i in 1 2; do echo run $i; {command}; done; echo end"
+    process = subprocess.Popen(
+        ["bash", "-c", loop],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+    )  # fmt: skip
+    time.sleep(4)
+    os.killpg(process.pid, signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert out == "run 1\n" and err.count("reap: interrupted") == 1
+
+
+def test_a_full_stdout_is_no_error_of_ours(work):
+    for json_too in ([], ["--json"]):
+        with open("/dev/full", "w") as full:
+            done = subprocess.run(
+                [sys.executable, "-m", "reap", "score", str(work / "one.st"), *json_too],
+                stdout=full, stderr=subprocess.PIPE, text=True,
+            )  # fmt: skip
+        assert done.returncode == 2
+        assert done.stderr == "reap: cannot write to stdout: No space left on device\n"
+
+
+@pytest.mark.parametrize(
+    ("line", "named"),
+    [
+        ("score {w}/none.st --json", "none.st"),
+        ("plan {w}/one.st --ratio 1 --out {w}/x.json --json", "ratio"),
+        ("plan {w}/one.st --json", "stderr"),  # no --out
+        ("scores --json", "stderr"),
+    ],
+)
+def test_json_is_one_document_also_of_errors(work, line, named):
+    command = [sys.executable, "-m", "reap", *line.format(w=work).split()]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr
+    document = json.loads(done.stdout)
+    assert list(document) == ["error"] and named in document["error"]

@@ -39,17 +39,26 @@ Backend = Annotated[str, typer.Option(help="auto, or a name that `reap doctor` l
 Criterion = Annotated[str, typer.Option(help="reap, frequency, ean, ...; see `reap score --help`")]
 Seed = Annotated[int, typer.Option(help="for the criterion `random`")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="replace an existing output")]
+Revision = Annotated[
+    str | None, typer.Option(help="branch, tag or commit of MODEL, where that is a hub id")
+]
+TrustRemoteCode = Annotated[
+    bool, typer.Option("--trust-remote-code", help="run Python code that the model's folder brings")
+]
 Json = Annotated[bool, typer.Option("--json", help="print one JSON document")]
 
 
-def rows_of(folder: Path, data: list[Source], seq_len: int | None, **options: Any) -> Batches:
+def rows_of(
+    folder: Path, data: list[Source], seq_len: int | None, trust: bool = False, **options: Any
+) -> Batches:
     """The text of `data` as batches for the model in `folder`; `options` are those of `batches`."""
     from reap.model.config import row_length
     from reap.model.load import load_tokenizer
     from reap.text.batching import batches
 
-    tokenizer = load_tokenizer(folder)
-    return batches(data, tokenizer, seq_len=row_length(folder, seq_len), **options)
+    tokenizer = load_tokenizer(folder, trust_remote_code=trust)
+    length = row_length(folder, seq_len, trust_remote_code=trust)
+    return batches(data, tokenizer, seq_len=length, **options)
 
 
 def load_statistics(path: Path, domains: list[str] | None) -> Statistics:

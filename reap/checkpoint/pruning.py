@@ -12,7 +12,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,8 @@ from reap.files.folder import CONFIG, Folder, open_folder
 from reap.files.outputs import RECORD, check_folder
 from reap.files.safefile import Tensor, span
 from reap.model import compat
-from reap.model.identity import describe_folder
+from reap.model.config import NeedsCodeError
+from reap.model.identity import describe_folder, weights_fingerprint
 from reap.model.shapes import Tensors, loading_problems
 from reap.planning.plan import Plan
 
@@ -184,7 +185,15 @@ def _check_space(out: Path, needed: int) -> None:
 
 
 def _check_same_model(folder: Folder, plan: Plan) -> None:
-    found = describe_folder(folder.path, like=plan.model)
+    try:
+        found = describe_folder(folder.path, like=plan.model)
+    except NeedsCodeError:
+        # Names and shapes of its experts are checked without; this is what else its files tell.
+        found = replace(
+            plan.model,
+            model_type=str(folder.config.get("model_type")),
+            weights=weights_fingerprint(folder.path),
+        )
     different = plan.model.difference(found)
     if different:
         raise ReapError(f"the plan was made for another model than {folder.path}: {different}")

@@ -259,7 +259,7 @@ def require_datasets(source: Source) -> Any:
     except ImportError:
         raise ReapError(
             f"data {source.spec!r} is on the hub, which needs the `datasets` package: "
-            "pip install 'reap-saliency[data]'"
+            "pip install datasets"
         ) from None
 
 

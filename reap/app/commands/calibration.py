@@ -19,7 +19,9 @@ from reap.app.arguments import (
     Model,
     Overwrite,
     Pack,
+    Revision,
     SeqLen,
+    TrustRemoteCode,
     rows_of,
     save_statistics,
 )
@@ -42,6 +44,8 @@ def calibrate(
     backend: Backend = "auto",
     dtype: Dtype = "auto",
     device: Device = "auto",
+    revision: Revision = None,
+    trust_remote_code: TrustRemoteCode = False,
     overwrite: Overwrite = False,
     json: Json = False,
 ) -> None:
@@ -59,11 +63,13 @@ def calibrate(
     sources = [parse_spec(spec) for spec in data]  # before a model is downloaded
     inputs = [model, *(name for source in sources for name in local_names(source))]
     check_file(out, STATISTICS, overwrite=overwrite, inputs=inputs)
-    folder = resolve_model(model)
-    describe_folder(folder)  # a model without experts is refused before its weights are loaded
+    folder = resolve_model(model, revision)
+    check_file(out, STATISTICS, overwrite=overwrite, inputs=[folder])  # of a hub id, its cache
+    if not trust_remote_code:
+        describe_folder(folder)  # a model without experts is refused before its weights are loaded
     options = {"batch_size": batch_size, "max_tokens": max_tokens, "packing": pack}
-    rows = rows_of(folder, sources, seq_len, domain=domain, **options)
-    loaded = load_model(folder, dtype=dtype, device=device)
+    rows = rows_of(folder, sources, seq_len, trust_remote_code, domain=domain, **options)
+    loaded = load_model(folder, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
     with progress("calibrating", lambda: rows.expected, "tokens") as advance:
         stats = run(loaded, rows, gates=gates, pairs=pairs, backend=backend, progress=advance)
     save_statistics(stats, out, overwrite, json)

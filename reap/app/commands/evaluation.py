@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -16,7 +16,9 @@ from reap.app.arguments import (
     MaxTokens,
     Model,
     Pack,
+    Revision,
     SeqLen,
+    TrustRemoteCode,
     rows_of,
 )
 from reap.app.console import print_json, print_table, progress, reports_errors
@@ -34,6 +36,8 @@ def evaluate(
     pack: Pack = True,
     dtype: Dtype = "auto",
     device: Device = "auto",
+    revision: Revision = None,
+    trust_remote_code: TrustRemoteCode = False,
     json: Json = False,
 ) -> None:
     """Measure loss and perplexity, and with --teacher KL divergence and top-1 agreement."""
@@ -43,12 +47,13 @@ def evaluate(
     from reap.text.sources import parse_spec
 
     sources = [parse_spec(spec) for spec in data]
-    folder = resolve_model(model)
+    folder = resolve_model(model, revision)
     original = resolve_model(teacher) if teacher else None
     options = {"batch_size": batch_size, "max_tokens": max_tokens, "packing": pack}
-    rows = rows_of(folder, sources, seq_len, domain=domain, **options)
-    student = load_model(folder, dtype=dtype, device=device)
-    reference = load_model(original, dtype=dtype, device=device) if original else None
+    rows = rows_of(folder, sources, seq_len, trust_remote_code, domain=domain, **options)
+    how: dict[str, Any] = {"dtype": dtype, "device": device, "trust_remote_code": trust_remote_code}
+    student = load_model(folder, **how)
+    reference = load_model(original, **how) if original else None
     with progress("evaluating", lambda: rows.expected, "tokens") as advance:
         results = run(student, rows, teacher=reference, progress=advance)
     if json:

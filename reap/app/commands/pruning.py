@@ -13,6 +13,7 @@ from reap.app.arguments import (
     Json,
     Model,
     Overwrite,
+    Revision,
 )
 from reap.app.console import print_json, progress, reports_errors
 from reap.errors import ReapError
@@ -24,6 +25,7 @@ def prune(
     model: Model,
     plan: Annotated[Path, typer.Argument(metavar="PLAN", help="a plan file")],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="the folder to write")],
+    revision: Revision = None,
     overwrite: Overwrite = False,
     verify: Annotated[
         bool, typer.Option("--verify/--no-verify", help="read back and compare what was written")
@@ -38,8 +40,9 @@ def prune(
     from reap.planning.plan import Plan
 
     chosen = Plan.load(plan)
-    folder = resolve_model(model)
+    folder = resolve_model(model, revision)
     command = shlex.join(["reap", *sys.argv[1:]])
+    check_folder(out, overwrite=overwrite, inputs=[folder, plan])  # of a hub id, its cache
     size = pruned_size(folder, chosen)
     with progress("pruning", lambda: size, "bytes") as advance:
         report = run(

@@ -60,6 +60,7 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ("one", "two"):
         calibrate(folder, name)
     invoke("plan", folder / "one.st", "--ratio", 0.5, "--out", folder / "plan.json")
+    invoke("plan", folder / "one.st", "--ratio", 0, "--out", folder / "all.json")
     return folder
 
 
@@ -307,6 +308,7 @@ MISTAKES = {
         "is {w}/two.st",
     ),
     "a plan as sum": ("combine {w}/one.st --out {w}/plan.json --overwrite", "not statistics"),
+    "nothing to drop": ("prune {m} {w}/all.json {w}/x", "drops no expert"),
     "a demo in its model": ("demo --out {m}/demo", "lies in {m}"),
     "combine with nothing": ("combine {w}/none.st --out {w}/x.st", "none.st"),
     "teacher is missing": ("evaluate {m} --data {w}/a.txt --teacher {w}/none", "none"),
@@ -416,3 +418,30 @@ def test_json_is_one_document_also_of_errors(work, line, named):
     assert done.returncode == 2 and done.stderr
     document = json.loads(done.stdout)
     assert list(document) == ["error"] and named in document["error"]
+
+
+def test_names_that_are_not_utf_8(work, tmp_path):
+    """Any bytes but / and 0 are a name on Linux; what cannot be said in UTF-8 is escaped."""
+    folder = os.fsencode(tmp_path) + b"/caf\xe9"
+    os.mkdir(folder)
+    for command in (
+        ["plan", work / "one.st", "--keep", "8", "--out", folder + b"/plan.json"],
+        ["prune", MODEL, folder + b"/plan.json", folder + b"/out", "--json"],
+        ["verify", folder + b"/out"],
+        ["score", folder + b"/none.st"],
+    ):
+        done = subprocess.run([sys.executable, "-m", "reap", *command], capture_output=True)
+        assert done.returncode == (2 if command[0] == "score" else 0), done.stderr
+        assert b"internal error" not in done.stderr
+        if "--json" in command:
+            assert os.fsencode(json.loads(done.stdout)["out"]) == folder + b"/out"
+
+
+def test_a_bottomless_config(work, tmp_path):
+    folder = Path(shutil.copytree(MODEL, tmp_path / "model"))
+    config = (folder / "config.json").read_text().rstrip().removesuffix("}")
+    deep = "[" * 300 + "]" * 300
+    (folder / "config.json").write_text(config + f', "deep": {deep}}}')
+    arguments = ("--data", work / "a.txt", "--out", tmp_path / "x.st")
+    assert "nested too deeply" in refused("calibrate", folder, *arguments)
+    assert "nested too deeply" in refused("prune", folder, work / "plan.json", tmp_path / "out")

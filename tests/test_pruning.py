@@ -293,7 +293,16 @@ def test_what_appears_in_the_output_meanwhile_is_kept(base: Path, tmp_path: Path
 def test_no_room(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = type("Usage", (), {"free": 1000})
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
-    refused(base, some_plan(base), "needs .* GB")
+    refused(base, some_plan(base), "needs 16.* MB, 16.* MB of it to spare, but .* 1.00 kB free")
+
+
+def test_a_plan_that_drops_nothing(base: Path, tmp_path: Path) -> None:
+    plan = some_plan(base, keep=8)
+    refused(base, plan, "drops no expert: .*out would be a copy .*--allow-copy")
+    report = prune(base, plan, tmp_path / "out", allow_copy=True)
+    assert "this is a copy" in str(report)
+    before, after = tensors_of(base), tensors_of(tmp_path / "out")
+    assert before.keys() == after.keys()
 
 
 def test_unknown_tensor_with_an_expert_axis(base: Path) -> None:

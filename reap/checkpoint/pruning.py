@@ -20,12 +20,20 @@ from reap.checkpoint import card
 from reap.checkpoint.blocks import find_blocks
 from reap.checkpoint.operation import Layout, Operation, layout_of, operate, own_tensors
 from reap.checkpoint.publish import staged
-from reap.checkpoint.writing import Check, checksum, copy_others, write, write_json, write_shards
+from reap.checkpoint.writing import (
+    Check,
+    checksum,
+    copy_others,
+    write_json,
+    write_shards,
+    write_text,
+)
 from reap.errors import ReapError
 from reap.files import atomic
 from reap.files.folder import CONFIG, Folder, open_folder
 from reap.files.outputs import RECORD, check_folder
 from reap.files.safefile import Tensor, span
+from reap.files.units import sized
 from reap.model import compat
 from reap.model.config import NeedsCodeError
 from reap.model.identity import describe_folder, weights_fingerprint
@@ -60,10 +68,10 @@ class PruneReport:
         return {**vars(self), "out": str(self.out), "kept": dict(self.kept)}
 
     def __str__(self) -> str:
-        before, after = self.bytes_before / 1e9, self.bytes_after / 1e9
-        lines = [
-            f"{self.out}: {after:.2f} GB of weights from {before:.2f} GB in {self.seconds:.1f} s"
-        ]
+        before, after = sized(self.bytes_before), sized(self.bytes_after)
+        lines = [f"{self.out}: {after} of weights from {before} in {self.seconds:.1f} s"]
+        if self.bytes_after == self.bytes_before:
+            lines.append("the plan drops no expert: this is a copy")
         if self.verify_seconds is None:
             lines.append("not verified: `reap verify` reads it back")
         else:
@@ -85,6 +93,7 @@ def prune(
     *,
     overwrite: bool = False,
     verify: bool = True,
+    allow_copy: bool = False,
     command: str | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> PruneReport:
@@ -96,13 +105,19 @@ def prune(
     reap.json, `progress(n)` hears of n more bytes written. Unless `verify` is False, every file is
     read back from the disk, held against the original, and its checksum recorded. ReapError, with
     nothing left behind and an existing `out_dir` untouched, when the folder is not a model with
-    experts or not the plan's model, is damaged, or cannot be written.
+    experts or not the plan's model, is damaged, or cannot be written, and unless `allow_copy` is
+    set when the plan drops nothing.
     """
     started = time.monotonic()
     compat.require(compat.PRUNING)
     folder = open_folder(model_dir)
     check_folder(out_dir, overwrite=overwrite, inputs=[folder.path])
     out = Path(os.path.realpath(out_dir))
+    if not allow_copy and not any(plan.dropped.values()):
+        raise ReapError(
+            f"the plan drops no expert: {out_dir} would be a copy of {model_dir}: plan for fewer "
+            "experts, or pass --allow-copy (allow_copy=True)"
+        )
     operation = operate(folder, plan)
     _check_same_model(folder, plan)
     before = {n: t for shard in folder.shards for n, t in own_tensors(folder, shard)}
@@ -126,7 +141,7 @@ def prune(
             write_json(stage / CONFIG, operation.config)
             copy_others(folder, stage, advance, check)
             record = card.record(folder, plan, operation, command)
-            write(stage / "README.md", card.model_card(record, out.name, size).encode())
+            write_text(stage / "README.md", card.model_card(record, out.name, size))
             write_json(stage / RECORD, {**record, "files": _files(stage, check)})
     except OSError as error:
         raise ReapError(
@@ -179,8 +194,8 @@ def _check_space(out: Path, needed: int) -> None:
     free = shutil.disk_usage(place).free
     if free < needed + MARGIN:
         raise ReapError(
-            f"{out} needs {needed / 1e9:.2f} GB but {place} has {free / 1e9:.2f} GB free"
-            " (the old folder stays until the new one is whole)"
+            f"{out} needs {sized(needed + MARGIN)}, {sized(MARGIN)} of it to spare, but "
+            f"{place} has {sized(free)} free (an old folder stays until the new one is whole)"
         )
 
 

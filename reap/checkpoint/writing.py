@@ -292,14 +292,14 @@ def copy_others(
 
 
 def write_json(path: Path, value: Any) -> None:
-    text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
-    # Half a surrogate pair, which JSON can hold and UTF-8 cannot, becomes an escape again.
-    write(path, text.encode(errors="backslashreplace"))
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
-def write(path: Path, data: bytes) -> None:
+def write_text(path: Path, text: str) -> None:
     with _create(path) as fd:
-        write_all(fd, data)
+        # Half a surrogate pair, which JSON and names of files can hold and UTF-8 cannot, becomes
+        # an escape.
+        write_all(fd, text.encode(errors="backslashreplace"))
 
 
 @contextmanager

@@ -94,8 +94,8 @@ def format_of(path: AnyPath) -> str | None:
     path = Path(path)
     try:
         about = read_header(path).metadata.get("reap", "{}")
-        found = parse_json(about.encode(), str(path)).get("format")
-    except (ReapError, UnicodeEncodeError):
+        found = parse_json(about.encode(errors="surrogatepass"), str(path)).get("format")
+    except ReapError:
         try:
             found = read_json(path).get("format")
         except ReapError:

@@ -138,7 +138,7 @@ def _about(path: Path, metadata: dict[str, str]) -> dict[str, Any]:
     """The JSON object in the metadata, its outer shape checked."""
     if "reap" not in metadata:
         raise ReapError(f"{path} holds no statistics: it was not written by `reap calibrate`")
-    about = parse_json(metadata["reap"].encode(), f"the metadata of {path}")
+    about = parse_json(metadata["reap"].encode(errors="surrogatepass"), f"the metadata of {path}")
     if about.get("format") != FORMAT:
         raise ReapError(f"{path} holds no statistics: its format is {about.get('format')!r}")
     if about.get("version") != VERSION:

@@ -30,6 +30,9 @@ def prune(
     verify: Annotated[
         bool, typer.Option("--verify/--no-verify", help="read back and compare what was written")
     ] = True,
+    allow_copy: Annotated[
+        bool, typer.Option("--allow-copy", help="also by a plan that drops no expert")
+    ] = False,
     json: Json = False,
 ) -> None:
     """Write MODEL without the experts that PLAN drops, straight from its files."""
@@ -51,6 +54,7 @@ def prune(
             out,
             overwrite=overwrite,
             verify=verify,
+            allow_copy=allow_copy,
             command=command,
             progress=advance,
         )

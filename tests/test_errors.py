@@ -12,7 +12,7 @@ from reap.errors import first_line
         ("one\ntwo", "one"),
         ("", "ValueError"),
         (" \n ", "ValueError"),
-        ("could not be built from one of:\n(1) a file\n(2) a hub", "could not be built from one of: (1) a file"),
+        ("is built from one of:\n(1) a file\n(2) a hub", "is built from one of: (1) a file"),
         ("announces:\n\n  more:\n  a   reason\nrest", "announces: more: a reason"),
         ("announces nothing:", "announces nothing"),
     ],

@@ -17,6 +17,7 @@ from reap.errors import INTERRUPTED, ReapError, die_of
 
 USER_ERROR, OUR_ERROR = 2, 1
 SHOW_AFTER_SECONDS = 2.0
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 
 Command = TypeVar("Command", bound=Callable[..., None])
@@ -37,8 +38,9 @@ def reports_errors(command: Command) -> Command:
     def run(*args: Any, **kwargs: Any) -> None:
         global _interrupted, _printed
         _interrupted, _printed = None, False
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            if signal.getsignal(number) in (signal.default_int_handler, signal.SIG_DFL):
+        before = {number: signal.getsignal(number) for number in SIGNALS}
+        for number, handler in before.items():
+            if handler in (signal.default_int_handler, signal.SIG_DFL):
                 signal.signal(number, _interrupt)
         try:
             command(*args, **kwargs)
@@ -51,13 +53,17 @@ def reports_errors(command: Command) -> Command:
                 raise
             code, line = _explain(error)
             line = " ".join(line.split())
-            typer.echo(f"reap: {line}", err=True)
-            if kwargs.get("json") and not _printed:
-                with suppress(OSError):
+            with suppress(OSError):  # a lost terminal
+                typer.echo(f"reap: {line}", err=True)
+                if kwargs.get("json") and not _printed:
                     print_json({"error": line})
             if _is_interrupt(error):
                 die_of(_interrupted or signal.SIGINT)
             raise typer.Exit(code) from None
+        finally:
+            for number, handler in before.items():
+                if handler is not None:  # not Python's
+                    signal.signal(number, handler)
 
     return run  # type: ignore[return-value]
 

@@ -255,7 +255,11 @@ def _sample_text(sample: Any, where: str, tokenizer: Any, column: str) -> Text:
 def require_datasets(source: Source) -> Any:
     """The optional `datasets` package; ReapError where it is not installed."""
     try:
-        return importlib.import_module("datasets")
+        package = importlib.import_module("datasets")
+        # Releases that still run code of a data set ask on the terminal whether to, reading stdin.
+        if hasattr(package, "config"):
+            package.config.HF_DATASETS_TRUST_REMOTE_CODE = False
+        return package
     except ImportError:
         raise ReapError(
             f"data {source.spec!r} is on the hub, which needs the `datasets` package: "

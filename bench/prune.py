@@ -1,6 +1,6 @@
 """Is pruning as fast as copying? Half of a synthetic checkpoint's experts, against `cp -r`.
 
-Both write the same bytes: what is copied is the pruned checkpoint. `prune` also checks, verifies
+Both write the same bytes: what is copied is the pruned checkpoint. `prune` also checks, reads back
 and syncs to the disk, which `cp -r` does not: the row `cp -r; sync` is the copy that a power cut
 leaves whole. `extra_bytes` is the peak resident memory of the whole pruning process.
 """
@@ -36,24 +36,26 @@ def run(settings: Settings) -> Iterator[Row]:
         write_plan(base, plan)
         pruned, copy = root / "pruned", root / "copy"
         child = [sys.executable, "-c", _CHILD, str(base), str(plan), str(pruned)]
+        unread = [*child, "--no-verify"]
         copying = ["cp", "-r", str(pruned), str(copy)]
         synced = ["sh", "-c", 'cp -r "$0" "$1" && sync -f "$1"', str(pruned), str(copy)]
         peaks = []
 
-        def prune() -> float:
-            done = subprocess.run(child, check=True, capture_output=True, text=True)
+        def prune(command: list[str]) -> float:
+            shutil.rmtree(pruned, ignore_errors=True)
+            done = subprocess.run(command, check=True, capture_output=True, text=True)
             seconds, peak = done.stdout.split()[-2:]
             peaks.append(int(peak))
             return float(seconds)
 
         impls: dict[str, Callable[[], float]] = {
-            "reap": prune,
+            "reap": lambda: prune(child),
+            "reap --no-verify": lambda: prune(unread),
             "cp -r": lambda: _timed(copying),
             "cp -r; sync": lambda: _timed(synced),
         }
         samples = Samples({name: [] for name in impls}, [])
         for _ in range(settings.rounds):
-            shutil.rmtree(pruned, ignore_errors=True)
             for name, call in impls.items():
                 shutil.rmtree(copy, ignore_errors=True)
                 os.sync()
@@ -76,7 +78,7 @@ describe_folder(sys.argv[1])
 loading_problems(open_folder(sys.argv[1]).config, {})
 reap.prune
 start = time.perf_counter()
-reap.prune(sys.argv[1], plan, sys.argv[3])
+reap.prune(sys.argv[1], plan, sys.argv[3], verify=len(sys.argv) == 4)
 print(time.perf_counter() - start)
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
 """

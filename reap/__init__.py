@@ -30,10 +30,12 @@ __all__ = [
     "prune",
     "saliency",
     "standard_errors",
+    "verify",
 ]
 
 if TYPE_CHECKING:
     from reap.checkpoint.pruning import prune
+    from reap.checkpoint.verification import verify
     from reap.observation.patch import observe
     from reap.planning.criteria import CRITERIA, saliency, standard_errors
     from reap.planning.plan import Plan, make_plan
@@ -45,6 +47,7 @@ if TYPE_CHECKING:
 else:  # a type checker that saw __getattr__ would believe any name
     _HOMES = {
         "checkpoint.pruning": ("prune",),
+        "checkpoint.verification": ("verify",),
         "observation.patch": ("observe",),
         "planning.criteria": ("CRITERIA", "saliency", "standard_errors"),
         "planning.plan": ("Plan", "make_plan"),

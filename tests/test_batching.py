@@ -442,7 +442,7 @@ def test_no_data():
 
 def test_hub_needs_datasets_and_says_so(monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(ReapError, match=r"reap-saliency\[data\]"):
+    with pytest.raises(ReapError, match="pip install datasets"):
         batches(["hf:org/name"], TOKENIZER)
 
 

@@ -59,10 +59,12 @@ def refused(*arguments: object) -> str:
 def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with what a first session leaves: sources, code and prose statistics, a plan."""
     folder = tmp_path_factory.mktemp("cli")
+    (folder / "empty").mkdir()
     (folder / "a.txt").write_text("def f(x):\n    return x + 1\n" * 400)
     for name in ("one", "two"):
         calibrate(folder, name)
     invoke("plan", folder / "one.st", "--ratio", 0.5, "--out", folder / "plan.json")
+    invoke("plan", folder / "one.st", "--ratio", 0, "--out", folder / "all.json")
     return folder
 
 
@@ -246,7 +248,7 @@ def test_a_bar_on_a_terminal_until_ctrl_c(tmp_path):
         with contextlib.suppress(OSError):  # how a terminal ends
             while time.monotonic() < deadline:
                 seen += os.read(leader, 4096)
-        assert process.wait(10) == 2
+        assert process.wait(10) == -signal.SIGINT
     finally:
         process.kill()
         process.wait()
@@ -260,7 +262,7 @@ def test_a_bar_on_a_terminal_until_ctrl_c(tmp_path):
 MISTAKES = {
     "no such folder": ("calibrate {w}/nothing --data {w}/a.txt --out {w}/x.st", "does not exist"),
     "a file as model": ("calibrate {w}/a.txt --data {w}/a.txt --out {w}/x.st", "is a file"),
-    "not a model folder": ("calibrate {w} --data {w}/a.txt --out {w}/x.st", "no config.json"),
+    "not a model folder": ("calibrate {w}/empty --data {w}/a.txt --out {w}/x.st", "no config.json"),
     "no such data": ("calibrate {m} --data {w}/no.txt --out {w}/x.st", "no.txt"),
     "existing output": ("calibrate {m} --data {w}/a.txt --out {w}/one.st", "--overwrite"),
     "a folder as output": ("calibrate {m} --data {w}/a.txt --out {w} --overwrite", "is a folder"),
@@ -291,7 +293,6 @@ MISTAKES = {
     "ratio of all": ("plan {w}/one.st --ratio 1 --out {w}/x.json", "ratio"),
     "fewer than top-k": ("plan {w}/one.st --keep 1 --out {w}/x.json", "picks 2 per token"),
     "not a plan": ("prune {m} {w}/a.txt {w}/x", "a.txt"),
-    "existing folder": ("prune {m} {w}/plan.json {w}", "--overwrite"),
     "statistics twice": (
         "combine {w}/one.st {w}/../{n}/one.st --out {w}/x.st",
         "the same statistics",
@@ -300,6 +301,29 @@ MISTAKES = {
         "calibrate {m} --data {w}/a.txt --data {w}/a.txt --out {w}/x.st",
         "give it once",
     ),
+    "existing folder": ("prune {m} {w}/plan.json {w}/empty", "--overwrite"),
+    "a folder with the plan": ("prune {m} {w}/plan.json {w} --overwrite", "holds {w}/plan.json"),
+    "the model as output": ("prune {m} {w}/plan.json {m} --overwrite", "which is read"),
+    "data as output": (
+        "calibrate {m} --data {w}/a.txt --out {w}/a.txt --overwrite",
+        "is {w}/a.txt, which is read",
+    ),
+    "weights as output": (
+        "calibrate {m} --data {w}/a.txt --out {m}/model.safetensors --overwrite",
+        "lies in {m}",
+    ),
+    "statistics as plan": ("plan {w}/one.st --keep 8 --out {w}/one.st --overwrite", "is read"),
+    "other statistics as plan": (
+        "plan {w}/one.st --keep 8 --out {w}/two.st --overwrite",
+        "two.st: it is not a plan of ours",
+    ),
+    "a sum over its summand": (
+        "combine {w}/one.st {w}/two.st --out {w}/two.st --overwrite",
+        "is {w}/two.st",
+    ),
+    "a plan as sum": ("combine {w}/one.st --out {w}/plan.json --overwrite", "not statistics"),
+    "nothing to drop": ("prune {m} {w}/all.json {w}/x", "drops no expert"),
+    "a demo in its model": ("demo --out {m}/demo", "lies in {m}"),
     "combine with nothing": ("combine {w}/none.st --out {w}/x.st", "none.st"),
     "teacher is missing": ("evaluate {m} --data {w}/a.txt --teacher {w}/none", "none"),
 }
@@ -309,14 +333,18 @@ MISTAKES = {
 def test_mistake_is_one_line(work, mistake):
     line, named = MISTAKES[mistake]
     before = sorted(path.name for path in work.iterdir())
-    assert named in refused(*line.format(w=work, m=MODEL, n=work.name).split())
+    arguments = line.format(w=work, m=MODEL, n=work.name).split()
+    assert named.format(w=work, m=MODEL) in refused(*arguments)
     assert sorted(path.name for path in work.iterdir()) == before
 
 
 def test_dense_model_is_refused(tmp_path):
     config = {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    line = refused("calibrate", tmp_path, "--data", "stdlib:code", "--out", tmp_path / "x.st")
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config))
+    line = refused(
+        "calibrate", tmp_path / "model", "--data", "stdlib:code", "--out", tmp_path / "x.st"
+    )
     assert "llama" in line
 
 
@@ -354,6 +382,11 @@ def test_an_interrupted_run_goes_on(work, tmp_path, monkeypatch):
     kept = tmp_path / "x.st.partial.safetensors"
     run_json("calibrate", MODEL, *data, "--out", tmp_path / "whole.st")
     monkeypatch.setattr("reap.runs.partial._SHARE", math.inf)  # every batch is remembered
+
+    def end(number):  # as a signal would, but of the command alone
+        raise typer.Exit(2)
+
+    monkeypatch.setattr("reap.app.console.die_of", end)
     left = "what was measured so far, {} tokens, is in " + str(kept) + ": the same command goes on"
     check = batching.check_ids
     for error, after, tokens in [
@@ -432,6 +465,101 @@ def test_a_signal_while_torch_is_imported_leaves_nothing(tmp_path, number):
         time.sleep(0.02)
     process.send_signal(number)
     _, err = process.communicate(timeout=120)
-    assert process.returncode == 2
+    assert process.returncode == -number
     assert err.strip().startswith("reap: interrupted") and len(err.strip().splitlines()) == 1
     assert list(tmp_path.iterdir()) == []
+
+
+def test_ctrl_c_ends_a_loop_of_the_shell(tmp_path):
+    """A shell goes on after an exit code, whichever, but not after a signal's death."""
+    command = " ".join(map(str, [*CALIBRATE, tmp_path / "x.st"]))
+    loop = f"for i in 1 2; do echo run $i; {command}; done; echo end"
+    process = subprocess.Popen(
+        ["bash", "-c", loop],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+    )  # fmt: skip
+    time.sleep(4)
+    os.killpg(process.pid, signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert out == "run 1\n" and err.count("reap: interrupted") == 1
+
+
+def test_a_full_stdout_is_no_error_of_ours(work):
+    for json_too in ([], ["--json"]):
+        with open("/dev/full", "w") as full:
+            done = subprocess.run(
+                [sys.executable, "-m", "reap", "score", str(work / "one.st"), *json_too],
+                stdout=full, stderr=subprocess.PIPE, text=True,
+            )  # fmt: skip
+        assert done.returncode == 2
+        assert done.stderr == "reap: cannot write to stdout: No space left on device\n"
+
+
+@pytest.mark.parametrize(
+    ("line", "named"),
+    [
+        ("score {w}/none.st --json", "none.st"),
+        ("plan {w}/one.st --ratio 1 --out {w}/x.json --json", "ratio"),
+        ("plan {w}/one.st --json", "stderr"),  # no --out
+        ("scores --json", "stderr"),
+    ],
+)
+def test_json_is_one_document_also_of_errors(work, line, named):
+    command = [sys.executable, "-m", "reap", *line.format(w=work).split()]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr
+    document = json.loads(done.stdout)
+    assert list(document) == ["error"] and named in document["error"]
+
+
+def test_names_that_are_not_utf_8(work, tmp_path):
+    """Any bytes but / and 0 are a name on Linux; what cannot be said in UTF-8 is escaped."""
+    folder = os.fsencode(tmp_path) + b"/caf\xe9"
+    os.mkdir(folder)
+    for command in (
+        ["plan", work / "one.st", "--keep", "8", "--out", folder + b"/plan.json"],
+        ["prune", MODEL, folder + b"/plan.json", folder + b"/out", "--json"],
+        ["verify", folder + b"/out"],
+        ["score", folder + b"/none.st"],
+    ):
+        done = subprocess.run([sys.executable, "-m", "reap", *command], capture_output=True)
+        assert done.returncode == (2 if command[0] == "score" else 0), done.stderr
+        assert b"internal error" not in done.stderr
+        if "--json" in command:
+            assert os.fsencode(json.loads(done.stdout)["out"]) == folder + b"/out"
+
+
+def test_a_bottomless_config(work, tmp_path):
+    folder = Path(shutil.copytree(MODEL, tmp_path / "model"))
+    config = (folder / "config.json").read_text().rstrip().removesuffix("}")
+    deep = "[" * 300 + "]" * 300
+    (folder / "config.json").write_text(config + f', "deep": {deep}}}')
+    arguments = ("--data", work / "a.txt", "--out", tmp_path / "x.st")
+    assert "nested too deeply" in refused("calibrate", folder, *arguments)
+    assert "nested too deeply" in refused("prune", folder, work / "plan.json", tmp_path / "out")
+
+
+def test_info_says_what_a_path_is(work, pruned):
+    stats = run_json("info", work / "one.st")
+    assert (stats["kind"], stats["tokens"], stats["domains"]) == ("statistics", 512, {"one": 512})
+    assert stats["experts"] == [16] and stats["versions"]["torch"]
+    plan = run_json("info", work / "plan.json")
+    assert (plan["kind"], plan["kept"], plan["tokens"]) == ("plan", [8], 512)
+    for path in (pruned, pruned / "reap.json"):
+        model = run_json("info", path)
+        assert (model["kind"], model["experts"], model["criterion"]) == (
+            "pruned model",
+            [8],
+            "reap",
+        )
+        assert model["base_model"] == MODEL.name
+    assert run_json("info", MODEL)["kind"] == "model"
+    for path in (work / "one.st", work / "plan.json", pruned, MODEL):
+        assert f"kind         {run_json('info', path)['kind']}" in invoke("info", path)[1]
+    assert "neither statistics nor a plan" in refused("info", work / "a.txt")
+    assert "no config.json" in refused("info", work / "empty")
+
+
+def test_h_is_help():
+    assert invoke("-h")[1] == invoke("--help")[1]
+    assert invoke("prune", "-h")[1] == invoke("prune", "--help")[1]

@@ -1,6 +1,7 @@
 """What a user may type for a model."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -34,3 +35,36 @@ def test_a_hub_that_cannot_be_reached(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.snapshot_download", unreachable)
     with pytest.raises(ReapError, match="org/name is no local .* did not give it: no route$"):
         resolve_model("org/name")
+
+
+def test_only_what_is_used_is_downloaded(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from huggingface_hub.utils import filter_repo_objects
+
+    asked: dict[str, Any] = {}
+
+    def download(name: str, **options: Any) -> str:
+        asked.update(options)
+        return str(tmp_path)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    assert resolve_model("org/name", "v1") == tmp_path
+    assert asked.pop("revision") == "v1"
+    used = [
+        *("config.json", "generation_config.json", "tokenizer.json", "tokenizer.model"),
+        *("model.safetensors", "model-00001-of-00002.safetensors", "chat_template.jinja"),
+        *("model.safetensors.index.json", "merges.txt", "modeling_odd.py", "README.md", "LICENSE"),
+    ]
+    unused = [
+        *("original/model--00001-of-00007.safetensors", "original/params.json", "metal/model.bin"),
+        *("consolidated.safetensors", "consolidated.00.pth", "consolidated-00001-of-00002"),
+        *("onnx/model.onnx", "onnx/model.onnx_data", "model.onnx_data", "tf_model.h5"),
+        *("flax_model.msgpack", "pytorch_model.bin", "pytorch_model.bin.index.json", "q4.gguf"),
+        *("checkpoint-100/model.safetensors", "training_args.bin"),
+    ]
+    assert list(filter_repo_objects([*used, *unused], **asked)) == used
+
+
+def test_a_revision_is_of_the_hub(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(ReapError, match="--revision is of a hub id"):
+        resolve_model(tmp_path, "main")

@@ -86,7 +86,7 @@ def write(folder: Path, config: dict[str, Any] | str) -> Path:
         ({"model_type": "llama"}, "llama model without mixture-of-experts layers"),
         ({"model_type": "no_such_model"}, "not usable"),
         ({}, "not usable"),
-        ("{", "not usable"),
+        ("{", "not valid JSON"),
         ({"model_type": "qwen3_moe", "hidden_size": "wide"}, "config.json"),
     ],
 )

@@ -3,6 +3,7 @@ import math
 from dataclasses import replace
 from decimal import Decimal
 from fractions import Fraction
+from typing import Any
 
 import pytest
 import torch
@@ -345,10 +346,36 @@ def test_a_plan_made_by_hand_is_checked_too():
                  "try --multiple-of 4, which keeps 32"),
         (128, 96, None),
         (128, 2, None),
-        (128, 128, None),
+        (128, 128, "drops no expert: a model pruned by it would be a copy"),
+        (128, 127, "kept 127 per layer is prime: cannot be split over expert-parallel ranks; "
+                   "try --keep 120"),
+        (8, 7, "kept 7 per layer is prime: cannot be split over expert-parallel ranks"),
         (45, 31, None),
     ],
 )  # fmt: skip
 def test_notes_on_serving(experts, kept, note):
     plan = make_plan(stats_of(range(experts)), keep=kept)
     assert plan.notes == (() if note is None else (note,))
+
+
+def test_notes_on_what_was_rounded_up_to_nothing_and_on_protection():
+    stats = stats_of(range(16))
+    plan = make_plan(stats, keep=12, multiple_of=8)
+    assert plan.notes[0].startswith("drops no expert")
+    assert "keeps 16 of 16 experts per layer, not 12: rounded up to a multiple of 8" in plan.notes
+    assert make_plan(stats, ratio=0.01).notes[0].startswith("drops no expert")
+    peaks = [1.0] * 16
+    peaks[3] = 1e6
+    stats = stats_of(range(16), peaks=peaks, layers=("a",))
+    plan = make_plan(stats, ratio=0.5, protect_super_experts=True)
+    assert plan.notes[-1] == "protected super experts: a: 3"
+    assert Plan.from_json(plan.to_json()).notes == plan.notes
+    oddities: list[Any] = [None, [], {"a": None}, {"a": [["x"]]}]
+    for odd in oddities:
+        strange = replace(plan, options={**plan.options, "protected": odd})
+        assert "super experts" in strange.notes[-1]
+
+
+def test_half_a_surrogate_pair_is_no_plan():
+    with pytest.raises(ReapError, match="not valid JSON"):
+        Plan.from_json('{"format": "\ud800"}')

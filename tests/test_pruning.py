@@ -254,9 +254,9 @@ def test_output_that_exists_or_lies_in_the_model(base: Path, tmp_path: Path) -> 
     plan = some_plan(base)
     (tmp_path / "out").mkdir()
     refused(base, plan, "exists")
-    refused(base, plan, "in one another", out=base)
-    refused(base, plan, "in one another", out=base / "inner")
-    refused(base, plan, "in one another", out=tmp_path, overwrite=True)
+    refused(base, plan, "output .* is .*base, which is read", out=base)
+    refused(base, plan, "output .* lies in .*base", out=base / "inner")
+    refused(base, plan, "output .* holds .*base", out=tmp_path, overwrite=True)
     (tmp_path / "file").write_text("")
     refused(base, plan, "not a folder", out=tmp_path / "file", overwrite=True)
     (tmp_path / "out" / ".git").mkdir()
@@ -264,17 +264,45 @@ def test_output_that_exists_or_lies_in_the_model(base: Path, tmp_path: Path) -> 
 
 
 def test_overwrite_replaces_the_folder(base: Path, tmp_path: Path) -> None:
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "old").write_text("old")
-    prune(base, some_plan(base), tmp_path / "out", overwrite=True)
-    assert not (tmp_path / "out" / "old").exists() and (tmp_path / "out" / "reap.json").exists()
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "config.json").write_text("{}")
+    (out / "model-00001-of-00002.safetensors").write_text("old")
+    (base / "assets").mkdir()
+    (base / "assets" / "odd.bin").write_bytes(b"carried over")
+    prune(base, some_plan(base), out, overwrite=True)
+    assert not (out / "model-00001-of-00002.safetensors").exists() and (out / "reap.json").exists()
     assert sorted(p.name for p in tmp_path.iterdir()) == ["base", "out"]
+    prune(base, some_plan(base, keep=4), out, overwrite=True)  # its record names odd.bin
+    (out / "results.csv").write_text("of a week")
+    refused(base, some_plan(base), "results.csv is not part of a model", overwrite=True)
+
+
+def test_what_appears_in_the_output_meanwhile_is_kept(base: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    prune(base, some_plan(base), out)
+
+    def disturb(n: int) -> None:
+        (out / "notes.txt").write_text("of today")
+
+    with pytest.raises(ReapError, match="notes.txt is not part of a model"):
+        prune(base, some_plan(base, keep=4), out, overwrite=True, progress=disturb)
+    assert (out / "notes.txt").exists() and (out / "reap.json").exists()
 
 
 def test_no_room(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = type("Usage", (), {"free": 1000})
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
-    refused(base, some_plan(base), "needs .* GB")
+    refused(base, some_plan(base), "needs 16.* MB, 16.* MB of it to spare, but .* 1.00 kB free")
+
+
+def test_a_plan_that_drops_nothing(base: Path, tmp_path: Path) -> None:
+    plan = some_plan(base, keep=8)
+    refused(base, plan, "drops no expert: .*out would be a copy .*--allow-copy")
+    report = prune(base, plan, tmp_path / "out", allow_copy=True)
+    assert "this is a copy" in str(report)
+    before, after = tensors_of(base), tensors_of(tmp_path / "out")
+    assert before.keys() == after.keys()
 
 
 def test_unknown_tensor_with_an_expert_axis(base: Path) -> None:
@@ -328,7 +356,7 @@ def test_experts_that_do_not_number_from_0_are_caught(
     refused(base, some_plan(base), r"verification failed: .* has the experts \[1, 2, 3, 4, 9\]")
 
 
-def test_links_of_the_hub_cache_are_followed_and_others_are_not(base: Path, tmp_path: Path) -> None:
+def test_links_to_the_model_are_followed_and_others_are_not(base: Path, tmp_path: Path) -> None:
     snapshot = tmp_path / "models--org--tiny" / "snapshots" / "abc"
     blobs = tmp_path / "models--org--tiny" / "blobs"
     snapshot.mkdir(parents=True)
@@ -341,12 +369,16 @@ def test_links_of_the_hub_cache_are_followed_and_others_are_not(base: Path, tmp_
     assert not any(p.is_symlink() for p in (tmp_path / "out").iterdir())
     (tmp_path / "secret").write_text("secret")
     (base / "notes.txt").symlink_to(tmp_path / "secret")
-    refused(base, some_plan(base), "outside the folder", out=tmp_path / "second")
+    refused(base, some_plan(base), "away from the model's files", out=tmp_path / "second")
     (base / "notes.txt").unlink()
-    plan = some_plan(base)
-    shutil.move(base / "model.safetensors", tmp_path / "elsewhere.safetensors")
-    (base / "model.safetensors").symlink_to(tmp_path / "elsewhere.safetensors")
-    refused(base, plan, "outside the folder", out=tmp_path / "second")
+    farm = tmp_path / "farm"
+    farm.mkdir()
+    for file in base.iterdir():
+        (farm / file.name).symlink_to(file)
+    prune(farm, some_plan(farm), tmp_path / "third")
+    assert not any(p.is_symlink() for p in (tmp_path / "third").iterdir())
+    # The links lead to what would be replaced.
+    refused(farm, some_plan(farm), "output .*base holds", out=base, overwrite=True)
 
 
 def test_a_pipe_is_no_shard(base: Path, tmp_path: Path) -> None:

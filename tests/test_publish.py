@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
 import time
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -23,6 +25,12 @@ from reap.planning.plan import Plan
 
 CALLS = ("write", "copy_file_range", "fsync", "rename", "mkdir")
 ENDED = 17
+DAMAGES = {
+    "zeros": lambda data: data[: len(data) // 2] + bytes(len(data) - len(data) // 2),
+    "a bit": lambda data: data[:-1] + bytes([data[-1] ^ 1]),
+    "one more byte": lambda data: data + b"x",
+}
+OLD = {"config.json": b"{}", "model.safetensors": b"old"}
 
 
 def state(folder: Path) -> dict[str, bytes] | None:
@@ -85,7 +93,7 @@ def raising(code: int) -> Callable[[], None]:
     return fail
 
 
-@pytest.mark.parametrize("old", [None, {"old": b"old"}], ids=["new", "overwrite"])
+@pytest.mark.parametrize("old", [None, OLD], ids=["new", "overwrite"])
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EIO, None], ids=["full", "io", "interrupt"])
 def test_every_failing_call_leaves_the_old_state(
     job: tuple[Path, Plan, dict[str, bytes]],
@@ -142,7 +150,7 @@ while code != 0:
 
 
 @pytest.mark.sweep
-@pytest.mark.parametrize("old", [None, {"old": b"old"}], ids=["new", "overwrite"])
+@pytest.mark.parametrize("old", [None, OLD], ids=["new", "overwrite"])
 def test_killed_at_every_call(
     job: tuple[Path, Plan, dict[str, bytes]], tmp_path: Path, old: dict[str, bytes] | None
 ) -> None:
@@ -270,6 +278,53 @@ def test_a_written_shard_that_is_wrong_is_caught(
     with pytest.raises(ReapError, match="verification failed|does not hold"):
         prune(base, plan, tmp_path / "out")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("victim", ["a shard", "tokenizer.json"])
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_bytes_that_are_not_the_original_s_are_caught(
+    job: tuple[Path, Plan, dict[str, bytes]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    victim: str,
+    damage: str,
+) -> None:
+    """The headers are fine: a network drive lost a block, or a disk wrote what it was not given."""
+    base, plan, _ = job
+    real = os.fsync
+    done: list[Path] = []
+    (tmp_path / "outs").mkdir()
+
+    def fsync(fd: int) -> None:
+        path = Path(os.readlink(f"/proc/self/fd/{fd}"))
+        if not done and path.name.endswith(".safetensors" if victim == "a shard" else victim):
+            done.append(path)
+            path.write_bytes(DAMAGES[damage](path.read_bytes()))
+        real(fd)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    place = "after byte" if damage == "one more byte" else "from byte"
+    with pytest.raises(ReapError, match=f"verification failed: .* {place}"):
+        prune(base, plan, tmp_path / "outs" / "out")
+    assert not list((tmp_path / "outs").iterdir())
+
+
+def test_verification_is_reported_recorded_and_can_be_left_out(
+    job: tuple[Path, Plan, dict[str, bytes]], tmp_path: Path
+) -> None:
+    base, plan, _ = job
+    report = prune(base, plan, tmp_path / "out")
+    assert report.verify_seconds and "read back and the same" in str(report)
+    record = json.loads((tmp_path / "out" / "reap.json").read_text())
+    names = {str(p.relative_to(report.out)) for p in report.out.rglob("*")} - {"reap.json"}
+    assert set(record["files"]) == names
+    for name, about in record["files"].items():
+        data = (report.out / name).read_bytes()
+        assert about == {"bytes": len(data), "crc32": zlib.crc32(data)}
+    report = prune(base, plan, tmp_path / "quick", verify=False)
+    assert report.verify_seconds is None and "not verified" in str(report)
+    record = json.loads((tmp_path / "quick" / "reap.json").read_text())
+    assert all(set(about) == {"bytes"} for about in record["files"].values())
 
 
 @pytest.mark.parametrize("victim", ["last shard", "tokenizer.json"])

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -12,7 +10,6 @@ import typer
 
 from reap.app.console import print_json
 from reap.app.longruns import reported
-from reap.errors import ReapError
 
 if TYPE_CHECKING:
     from reap.statistics.stats import Statistics
@@ -50,11 +47,22 @@ Backend = Annotated[str, typer.Option(help="auto, or a name that `reap doctor` l
 Criterion = Annotated[str, typer.Option(help="reap, frequency, ean, ...; see `reap score --help`")]
 Seed = Annotated[int, typer.Option(help="for the criterion `random`")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="replace an existing output")]
+Revision = Annotated[
+    str | None, typer.Option(help="branch, tag or commit of MODEL, where that is a hub id")
+]
+TrustRemoteCode = Annotated[
+    bool, typer.Option("--trust-remote-code", help="run Python code that the model's folder brings")
+]
 Json = Annotated[bool, typer.Option("--json", help="print one JSON document")]
 
 
 def rows_of(
-    folder: Path, data: list[Source], seq_len: int | None, quiet: bool, **options: Any
+    folder: Path,
+    data: list[Source],
+    seq_len: int | None,
+    quiet: bool,
+    trust: bool = False,
+    **options: Any,
 ) -> Batches:
     """The text of `data` as batches for the model in `folder`; `options` are those of `batches`.
 
@@ -65,8 +73,9 @@ def rows_of(
     from reap.model.load import load_tokenizer
     from reap.text.batching import batches
 
-    tokenizer = load_tokenizer(folder)
-    rows = batches(data, tokenizer, seq_len=row_length(folder, seq_len), **options)
+    tokenizer = load_tokenizer(folder, trust_remote_code=trust)
+    length = row_length(folder, seq_len, trust_remote_code=trust)
+    rows = batches(data, tokenizer, seq_len=length, **options)
     if any(source.kind != "stdlib" for source in data):
         with reported("reading", lambda: rows.expected, "tokens", quiet) as advance:
             if not rows.read_ahead(advance) and not quiet:
@@ -96,18 +105,3 @@ def save_statistics(
     )
     for note in notes:
         typer.echo(note)
-
-
-def refuse_existing(out: Path, overwrite: bool, *, folder: bool = False) -> None:
-    """Before any work: an output that exists, or that could not be written."""
-    parent = out.absolute().parent
-    if os.path.lexists(out) and not overwrite:
-        raise ReapError(f"{out} exists: give --overwrite to replace it")
-    if not parent.is_dir():
-        raise ReapError(f"{parent} does not exist: create the folder first")
-    if out.is_dir() and not folder:
-        raise ReapError(f"{out} is a folder: name a file")
-    try:
-        tempfile.NamedTemporaryFile(prefix=f".{out.name}.", suffix=".part", dir=parent).close()
-    except OSError as error:
-        raise ReapError(f"cannot write {out}: {error.strerror}") from None

@@ -14,6 +14,7 @@ from reap.app.commands import (
     calibration,
     combination,
     evaluation,
+    information,
     machine,
     plans,
     pruning,
@@ -24,6 +25,7 @@ app = typer.Typer(
     help="Expert saliency of mixture-of-experts language models, and pruning by it.",
     no_args_is_help=True,
     add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
     # rich would triple the time of `--help`, and a traceback is for --debug.
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
@@ -49,8 +51,10 @@ for command in (
     scores.score,
     plans.plan,
     pruning.prune,
+    pruning.verify,
     combination.combine,
     evaluation.evaluate,
+    information.info,
     machine.doctor,
     machine.demo,
 ):

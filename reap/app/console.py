@@ -1,64 +1,90 @@
 """What every command shares: results, progress bars, and errors as exit codes."""
 
+import errno
 import functools
 import json
+import os
 import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, TypeVar
 
 import typer
 
-from reap.errors import INTERRUPTED, ReapError
+from reap.errors import INTERRUPTED, ReapError, die_of
 
 USER_ERROR, OUR_ERROR = 2, 1
 SHOW_AFTER_SECONDS = 2.0
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 
 Command = TypeVar("Command", bound=Callable[..., None])
 debug = False
-_interrupted = False
+_interrupted: int | None = None  # the signal
+_printed = False  # a JSON document
 
 
 def reports_errors(command: Command) -> Command:
-    """One line on stderr and an exit code: 2 the user (a mistake or a signal), 1 ours.
+    """One line on stderr and an exit code: 2 the user, 1 ours. A signal ends the program as if it
+    had not been caught.
 
-    `--debug` shows the traceback.
+    `--debug` shows the traceback. With `--json` stdout has one document in any case, `{"error":
+    line}` here.
     """
 
     @functools.wraps(command)
     def run(*args: Any, **kwargs: Any) -> None:
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            if signal.getsignal(number) in (signal.default_int_handler, signal.SIG_DFL):
+        global _interrupted, _printed
+        _interrupted, _printed = None, False
+        before = {number: signal.getsignal(number) for number in SIGNALS}
+        for number, handler in before.items():
+            if handler in (signal.default_int_handler, signal.SIG_DFL):
                 signal.signal(number, _interrupt)
         try:
             command(*args, **kwargs)
+            _stop_if_interrupted()
+            sys.stdout.flush()  # here, where a full disk can still be told
         except (typer.Exit, BrokenPipeError):  # the latter ends quietly: nobody reads on
             raise
         except (Exception, KeyboardInterrupt) as error:
-            if debug:
+            if debug and not _is_interrupt(error):
                 raise
             code, line = _explain(error)
             line = "; ".join([line, *getattr(error, "__notes__", ())])
-            typer.echo("reap: " + " ".join(line.split()), err=True)
+            line = " ".join(line.split())
+            with suppress(OSError):  # a lost terminal
+                typer.echo(f"reap: {line}", err=True)
+                if kwargs.get("json") and not _printed:
+                    print_json({"error": line})
+            if _is_interrupt(error):
+                die_of(_interrupted or signal.SIGINT)
             raise typer.Exit(code) from None
+        finally:
+            for number, handler in before.items():
+                if handler is not None:  # not Python's
+                    signal.signal(number, handler)
 
     return run  # type: ignore[return-value]
 
 
-def _interrupt(*_: object) -> None:
+def _interrupt(number: int, _: object) -> None:
     """Ctrl-C, a scheduler's end of time, a lost terminal.
 
     Importing torch swallows a KeyboardInterrupt now and then: `progress` asks again.
     """
     global _interrupted
-    _interrupted = True
+    _interrupted = number
     raise KeyboardInterrupt
 
 
+def _is_interrupt(error: BaseException) -> bool:
+    return isinstance(error, KeyboardInterrupt) or _interrupted is not None
+
+
 def _explain(error: BaseException) -> tuple[int, str]:
-    if isinstance(error, KeyboardInterrupt) or _interrupted:  # an import may turn it into its own
+    if _is_interrupt(error):  # an import may turn it into its own
         return USER_ERROR, INTERRUPTED
     if isinstance(error, ReapError):
         return USER_ERROR, str(error)
@@ -67,17 +93,36 @@ def _explain(error: BaseException) -> tuple[int, str]:
         return USER_ERROR, f"out of memory ({error}): smaller --batch-size, --seq-len need less"
     if isinstance(error, OSError) and error.filename and error.strerror:
         return USER_ERROR, f"{error.filename}: {error.strerror}"
+    if isinstance(error, OSError) and error.errno in FULL:  # files are written with their names
+        _give_up_stdout()
+        return USER_ERROR, f"cannot write to stdout: {error.strerror}"
     return OUR_ERROR, f"internal error: {kind}: {error} (`reap --debug` shows where)"
 
 
+def _give_up_stdout() -> None:
+    """Without this Python would try to print what is left at its end, and complain."""
+    with suppress(OSError, ValueError):
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())
+        os.close(nowhere)
+
+
 def _stop_if_interrupted() -> None:
-    if _interrupted:
+    if _interrupted is not None:
         raise KeyboardInterrupt
 
 
 def print_json(result: object) -> None:
     """The one machine-readable form: a JSON document in ASCII on stdout, NaN as null."""
+    global _printed
     typer.echo(json.dumps(_without_nan(result), indent=2, allow_nan=False))
+    _printed = True
+
+
+def print_error_unless_printed() -> None:
+    """The document of a command line that was explained on stderr."""
+    if not _printed:
+        print_json({"error": "the command line is not understood: stderr says why"})
 
 
 def _without_nan(value: Any) -> Any:

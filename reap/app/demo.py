@@ -15,6 +15,7 @@ import typer
 
 from reap.app.console import print_json, print_table
 from reap.errors import ReapError
+from reap.files.outputs import STATISTICS, check_apart, check_file, check_folder
 
 if TYPE_CHECKING:
     from reap.statistics.stats import Statistics
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 MODEL = Path(__file__).resolve().parents[2] / "models" / "tiny-qwen3-moe"
 CALIBRATION = "stdlib:code"
 HELD_OUT = {"code": "stdlib:code/heldout", "prose": "stdlib:prose/heldout"}
+STATS = "stats.safetensors"
 SEQ_LEN, BATCH_SIZE = 256, 16
 CALIBRATION_TOKENS, EVALUATION_TOKENS = 262_144, 65_536
 RATIOS = (0.25, 0.5)
@@ -52,7 +54,17 @@ def run(out: Path, *, as_json: bool = False) -> None:
     def say(line: str) -> None:
         typer.echo(f"{time.perf_counter() - start:6.1f} s  {line}", err=as_json)
 
+    check_apart(out, [MODEL])
     out.mkdir(parents=True, exist_ok=True)
+    check_file(out / STATS, STATISTICS, overwrite=True)
+    folders = {
+        (criterion, ratio, seed): out / f"{criterion}-{seed}-{ratio:.0%}"
+        for criterion, seeds in SEEDS.items()
+        for ratio in RATIOS
+        for seed in seeds
+    }
+    for folder in folders.values():
+        check_folder(folder, overwrite=True)
     stats = _calibrate(out, say)
     held_out = {name: list(_batches(spec, EVALUATION_TOKENS)) for name, spec in HELD_OUT.items()}
     original = _losses(MODEL, held_out)
@@ -61,7 +73,7 @@ def run(out: Path, *, as_json: bool = False) -> None:
     for ratio in RATIOS:
         for criterion, seeds in SEEDS.items():
             for seed in seeds:
-                folder = out / f"{criterion}-{seed}-{ratio:.0%}"
+                folder = folders[criterion, ratio, seed]
                 _prune(stats, criterion, ratio, seed, folder)
                 losses = _losses(folder, held_out)
                 say(f"{folder.name}  {_shown(losses)}")
@@ -83,7 +95,7 @@ def _calibrate(out: Path, say: Any) -> Statistics:
     start = time.perf_counter()
     stats = calibrate(model, _batches(CALIBRATION, CALIBRATION_TOKENS))
     rate = stats.tokens / (time.perf_counter() - start)
-    stats.save(out / "stats.safetensors", overwrite=True)
+    stats.save(out / STATS, overwrite=True)
     say(f"calibrated on {stats.tokens:,} tokens of {CALIBRATION}, {rate:,.0f} tokens/s")
     return stats
 

@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from reap import versions
+from reap.files.outputs import PRUNED
+from reap.files.units import sized
 from reap.model.compat import NAME_KEY
 
 if TYPE_CHECKING:
@@ -16,7 +18,6 @@ if TYPE_CHECKING:
     from reap.files.folder import Folder
     from reap.planning.plan import Plan
 
-RECORD = "reap.json"
 # Of the base model, and of its base and so on, where these were pruned too.
 OLDER = re.compile(r"README(\.base)*\.md|reap(\.base)*\.json")
 
@@ -28,7 +29,7 @@ def record(folder: Folder, plan: Plan, operation: Operation, command: str | None
     was pruned itself keeps its own record beside this one as reap.base.json.
     """
     return {
-        "format": "reap-pruned",
+        "format": PRUNED,
         "version": 1,
         "base_model": plan.model.to_json(),
         "base_model_name": base_name(folder),
@@ -96,17 +97,17 @@ def model_card(record: Mapping[str, Any], name: str, size: int) -> str:
         "",
         f"# {name}",
         "",
-        f"`{base}` with {share:.0%} of its experts removed in one shot, ranked by the criterion",
-        f"`{record['criterion']}` (REAP, router-weighted expert activation: arXiv 2510.13999).",
-        "Nothing was trained afterwards; what is left has the original's bytes, data type and",
-        "quantisation.",
+        f"`{base}` with {_percent(share)} of its experts removed in one shot, ranked by the",
+        f"criterion `{record['criterion']}` (REAP, router-weighted expert activation:",
+        "arXiv 2510.13999). Nothing was trained afterwards; what is left has the original's bytes,",
+        "data type and quantisation.",
         "",
         "| | |",
         "|---|---|",
         f"| criterion | `{record['criterion']}` |",
         f"| calibration | {calibrated} |",
         f"| experts | {before:,} -> {after:,} over {len(layers)} layers |",
-        f"| weights | {size / 1e9:.2f} GB |",
+        f"| weights | {sized(size)} |",
         f"| command | `{record['command'] or 'reap.prune (Python)'}` |",
         "",
         "Measure it on your own task before you rely on it: what a pruned model keeps depends on",
@@ -137,6 +138,10 @@ def model_card(record: Mapping[str, Any], name: str, size: int) -> str:
     lines += ["## Experts kept", "", "| layer | experts | kept |", "|---|---|---|", *rows, ""]
     lines += ["The original ids of the experts kept are in `reap.json`.", ""]
     return "\n".join(lines)
+
+
+def _percent(share: float) -> str:
+    return f"{share:.0%}" if share >= 0.01 or not share else f"{share:.2%}"
 
 
 def _yaml(text: str) -> str:

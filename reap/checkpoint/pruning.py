@@ -12,7 +12,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +20,23 @@ from reap.checkpoint import card
 from reap.checkpoint.blocks import find_blocks
 from reap.checkpoint.operation import Layout, Operation, layout_of, operate, own_tensors
 from reap.checkpoint.publish import staged
-from reap.checkpoint.writing import copy_others, write, write_json, write_shards
+from reap.checkpoint.writing import (
+    Check,
+    checksum,
+    copy_others,
+    write_json,
+    write_shards,
+    write_text,
+)
 from reap.errors import ReapError
+from reap.files import atomic
 from reap.files.folder import CONFIG, Folder, open_folder
+from reap.files.outputs import RECORD, check_folder
 from reap.files.safefile import Tensor, span
+from reap.files.units import sized
 from reap.model import compat
-from reap.model.identity import describe_folder
+from reap.model.config import NeedsCodeError
+from reap.model.identity import describe_folder, weights_fingerprint
 from reap.model.shapes import Tensors, loading_problems
 from reap.planning.plan import Plan
 
@@ -38,7 +49,8 @@ class PruneReport:
     time.
 
     `unchecked` is None when transformers' own loader accepted every shape, else why it could not be
-    asked.
+    asked. `verify_seconds` is what threads spent reading back, while others wrote; None where it
+    was not asked for.
     """
 
     out: Path
@@ -50,15 +62,20 @@ class PruneReport:
     left_out: tuple[str, ...]
     unchecked: str | None
     seconds: float
+    verify_seconds: float | None
 
     def to_json(self) -> dict[str, Any]:
         return {**vars(self), "out": str(self.out), "kept": dict(self.kept)}
 
     def __str__(self) -> str:
-        before, after = self.bytes_before / 1e9, self.bytes_after / 1e9
-        lines = [
-            f"{self.out}: {after:.2f} GB of weights from {before:.2f} GB in {self.seconds:.1f} s"
-        ]
+        before, after = sized(self.bytes_before), sized(self.bytes_after)
+        lines = [f"{self.out}: {after} of weights from {before} in {self.seconds:.1f} s"]
+        if self.bytes_after == self.bytes_before:
+            lines.append("the plan drops no expert: this is a copy")
+        if self.verify_seconds is None:
+            lines.append("not verified: `reap verify` reads it back")
+        else:
+            lines.append(f"read back and the same as the original: {self.verify_seconds:.1f} s")
         lines += [f"config.json: {change}" for change in self.config_changes]
         lines += [
             f"dropped, no statistics exist for it: {prefix}" for prefix in self.dropped_layers
@@ -75,6 +92,8 @@ def prune(
     out_dir: str | os.PathLike[str],
     *,
     overwrite: bool = False,
+    verify: bool = True,
+    allow_copy: bool = False,
     command: str | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> PruneReport:
@@ -82,15 +101,23 @@ def prune(
     renumbered from 0.
 
     Every dtype and quantisation survives byte for byte, and the memory used does not grow with the
-    model. `overwrite` replaces an existing folder, `command` goes into reap.json, `progress(n)`
-    hears of n more bytes written. ReapError, with nothing left behind and an existing `out_dir`
-    untouched, when the folder is not a model with experts or not the plan's model, is damaged, or
-    cannot be written.
+    model. `overwrite` replaces a folder that holds a model and nothing else, `command` goes into
+    reap.json, `progress(n)` hears of n more bytes written. Unless `verify` is False, every file is
+    read back from the disk, held against the original, and its checksum recorded. ReapError, with
+    nothing left behind and an existing `out_dir` untouched, when the folder is not a model with
+    experts or not the plan's model, is damaged, or cannot be written, and unless `allow_copy` is
+    set when the plan drops nothing.
     """
     started = time.monotonic()
     compat.require(compat.PRUNING)
     folder = open_folder(model_dir)
-    out = _check_output(folder.path, Path(out_dir), overwrite)
+    check_folder(out_dir, overwrite=overwrite, inputs=[folder.path])
+    out = Path(os.path.realpath(out_dir))
+    if not allow_copy and not any(plan.dropped.values()):
+        raise ReapError(
+            f"the plan drops no expert: {out_dir} would be a copy of {model_dir}: plan for fewer "
+            "experts, or pass --allow-copy (allow_copy=True)"
+        )
     operation = operate(folder, plan)
     _check_same_model(folder, plan)
     before = {n: t for shard in folder.shards for n, t in own_tensors(folder, shard)}
@@ -100,19 +127,22 @@ def prune(
     size, others = _sizes(folder, layout)
     _check_space(out, size + others)
 
-    def verify(stage: Path) -> None:
+    def accept(stage: Path) -> None:
         _verify(open_folder(stage), operation, after)
+        # Again: it took a while, and somebody may have put something there.
+        check_folder(out, overwrite=overwrite, inputs=[folder.path])
 
     advance = progress or (lambda n: None)
+    check = Check() if verify else None
     try:
         unchecked = _check_shapes(folder, before, operation, after)
-        with staged(out, overwrite=overwrite, verify=verify) as stage:
-            write_shards(folder, layout, stage, advance)
+        with staged(out, overwrite=overwrite, verify=accept) as stage:
+            write_shards(folder, layout, stage, advance, check)
             write_json(stage / CONFIG, operation.config)
-            copy_others(folder, stage, advance)
+            copy_others(folder, stage, advance, check)
             record = card.record(folder, plan, operation, command)
-            write_json(stage / card.RECORD, record)
-            write(stage / "README.md", card.model_card(record, out.name, size).encode())
+            write_text(stage / "README.md", card.model_card(record, out.name, size))
+            write_json(stage / RECORD, {**record, "files": _files(stage, check)})
     except OSError as error:
         raise ReapError(
             f"cannot write {out}: {error.strerror or error}; nothing was changed there"
@@ -127,7 +157,21 @@ def prune(
         left_out=folder.left_out,
         unchecked=unchecked,
         seconds=time.monotonic() - started,
+        verify_seconds=sum(check.times) if check else None,
     )
+
+
+def _files(folder: Path, check: Check | None) -> dict[str, dict[str, int]]:
+    """Bytes and, if checked, CRC-32 of the files in it: what `reap verify` holds them against, and
+    what a later run for the same output may replace."""
+    files: dict[str, dict[str, int]] = {}
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        name = str(path.relative_to(folder))
+        files[name] = {"bytes": path.stat().st_size}
+        if check is not None:
+            atomic.sync(path)
+            _, files[name]["crc32"] = check.found.get(name) or checksum(path)
+    return files
 
 
 def pruned_size(model_dir: str | os.PathLike[str], plan: Plan) -> int:
@@ -143,28 +187,6 @@ def _sizes(folder: Folder, layout: Layout) -> tuple[int, int]:
     return weights, sum(os.stat(folder.path / name).st_size for name in folder.others)
 
 
-def _check_output(source: Path, out_dir: Path, overwrite: bool) -> Path:
-    out = Path(os.path.realpath(out_dir))
-    if out == source or out.is_relative_to(source) or source.is_relative_to(out):
-        raise ReapError(
-            f"output {out_dir} and model {source} lie in one another: choose another folder"
-        )
-    if not os.path.lexists(out):
-        return out
-    if not os.path.isdir(out):
-        raise ReapError(f"{out_dir} exists and is not a folder")
-    if not overwrite:
-        raise ReapError(
-            f"{out_dir} exists: choose another folder or allow overwriting it (--overwrite)"
-        )
-    for used in map(os.path.realpath, (os.path.expanduser("~"), os.curdir)):
-        if Path(used).is_relative_to(out):
-            raise ReapError(f"will not overwrite {out_dir}: it holds {used}")
-    if os.path.ismount(out) or (out / ".git").exists():
-        raise ReapError(f"will not overwrite {out_dir}: it is a mount point or a repository")
-    return out
-
-
 def _check_space(out: Path, needed: int) -> None:
     place = out.parent
     while not os.path.exists(place):
@@ -172,13 +194,21 @@ def _check_space(out: Path, needed: int) -> None:
     free = shutil.disk_usage(place).free
     if free < needed + MARGIN:
         raise ReapError(
-            f"{out} needs {needed / 1e9:.2f} GB but {place} has {free / 1e9:.2f} GB free"
-            " (the old folder stays until the new one is whole)"
+            f"{out} needs {sized(needed + MARGIN)}, {sized(MARGIN)} of it to spare, but "
+            f"{place} has {sized(free)} free (an old folder stays until the new one is whole)"
         )
 
 
 def _check_same_model(folder: Folder, plan: Plan) -> None:
-    found = describe_folder(folder.path, like=plan.model)
+    try:
+        found = describe_folder(folder.path, like=plan.model)
+    except NeedsCodeError:
+        # Names and shapes of its experts are checked without; this is what else its files tell.
+        found = replace(
+            plan.model,
+            model_type=str(folder.config.get("model_type")),
+            weights=weights_fingerprint(folder.path),
+        )
     different = plan.model.difference(found)
     if different:
         raise ReapError(f"the plan was made for another model than {folder.path}: {different}")

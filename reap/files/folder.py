@@ -33,10 +33,11 @@ class Folder:
     index: dict[str, Any] | None
     others: tuple[str, ...]  # files to carry over, relative
     left_out: tuple[str, ...]
+    homes: tuple[Path, ...]  # where its files may lie: here, and where config and weights link to
 
     def read_from(self, name: str) -> Path:
-        """Where `name` may be read: links are followed, but not out of the folder."""
-        return _inside(self.path, name)
+        """Where `name` may be read: links are followed, but not out of the folder's homes."""
+        return _at_home(self.path, name, self.homes)
 
 
 def open_folder(path: str | os.PathLike[str]) -> Folder:
@@ -55,21 +56,25 @@ def _open(path: str | os.PathLike[str]) -> Folder:
         )
     if not (root / CONFIG).exists():
         raise ReapError(f"{path} is not a model folder: it has no {CONFIG}")
-    config = read_json(_inside(root, CONFIG), limit=16 << 20)
-    index = read_json(_inside(root, INDEX)) if os.path.lexists(root / INDEX) else None
+    config = read_json(root / CONFIG, limit=16 << 20)
+    index = read_json(root / INDEX) if os.path.lexists(root / INDEX) else None
     shards = _shards(root, index)
-    others, left_out = _other_files(root, {CONFIG, INDEX, *(shard.path.name for shard in shards)})
-    return Folder(root, config, shards, index, others, left_out)
+    own = {CONFIG, INDEX, *(shard.path.name for shard in shards)}
+    # The hub's cache and farms of links keep a model's files elsewhere. What is checked to be
+    # configuration or weights says where; any other link may lead to what is nobody's business.
+    homes = dict.fromkeys([root, *(Path(os.path.realpath(root / name)).parent for name in own)])
+    others, left_out = _other_files(root, own, tuple(homes))
+    return Folder(root, config, shards, index, others, left_out, tuple(homes))
 
 
-def _inside(root: Path, name: str) -> Path:
-    """`root/name`; ReapError when it links to a file outside the folder and its hub cache."""
+def _at_home(root: Path, name: str, homes: tuple[Path, ...]) -> Path:
+    """`root/name`; ReapError when it links to a file outside of `homes`."""
     path = root / name
     real = Path(os.path.realpath(path))
-    # The hub's cache: snapshots/<revision>/<name> links to blobs/<hash> of the same repository.
-    homes = [root, root.parent.parent / "blobs"] if root.parent.name == "snapshots" else [root]
     if not any(real.is_relative_to(home) for home in homes):
-        raise ReapError(f"{path} links to {real}, outside the folder: put the file itself there")
+        raise ReapError(
+            f"{path} links to {real}, away from the model's files: put the file itself there"
+        )
     return path
 
 
@@ -78,7 +83,7 @@ def _shards(root: Path, index: dict[str, Any] | None) -> tuple[Header, ...]:
     if index is None:
         if not single:
             _no_weights(root)
-        return (read_header(_inside(root, SINGLE)),)
+        return (read_header(root / SINGLE),)
     weight_map = index.get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise ReapError(f"{root / INDEX} has no weight_map")
@@ -105,7 +110,7 @@ def _shards(root: Path, index: dict[str, Any] | None) -> tuple[Header, ...]:
             raise ReapError(
                 f"{root / INDEX} names {shard}, which is not there: download it or mend the index"
             )
-        header = read_header(_inside(root, shard))
+        header = read_header(root / shard)
         missing = next((name for name in names if name not in header.tensors), None)
         if missing is not None:
             raise ReapError(f"{shard} does not hold {missing!r}, although the index says so")
@@ -128,7 +133,9 @@ def _no_weights(root: Path) -> None:
     )
 
 
-def _other_files(root: Path, done: set[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+def _other_files(
+    root: Path, done: set[str], homes: tuple[Path, ...]
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
     def unreadable(error: OSError) -> None:
         raise error
 
@@ -145,7 +152,7 @@ def _other_files(root: Path, done: set[str]) -> tuple[tuple[str, ...], tuple[str
                 continue
             if above == Path(".") and OTHER_WEIGHTS.fullmatch(file):
                 leave.append(name)
-            elif not _inside(root, name).is_file():
+            elif not _at_home(root, name, homes).is_file():
                 raise ReapError(
                     f"{root / name} is not a regular file, or a link to one that is not there"
                 )

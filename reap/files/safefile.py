@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 from reap.errors import ReapError
 
 MAX_HEADER = 100_000_000  # bytes; the limit of the safetensors library
+MAX_DEPTH = 100  # of JSON
 COPY_CHUNK = 64 << 20  # bytes; an interrupt is noticed between two chunks
 
 # What copy_file_range answers where it does not work.
@@ -127,9 +128,26 @@ def parse_json(text: bytes, what: str) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         reason = "nested too deeply" if isinstance(error, RecursionError) else str(error)
         raise ReapError(f"{what} is not valid JSON: {reason}") from error
+    if _depth(value) > MAX_DEPTH:  # before anything that works by recursion
+        raise ReapError(f"{what} is not valid JSON: nested too deeply")
     if not isinstance(value, dict):
         raise ReapError(f"{what} is a JSON {type(value).__name__}: it must be an object")
     return value
+
+
+def _depth(value: Any) -> int:
+    """How many objects and lists lie in one another; stops counting beyond MAX_DEPTH."""
+    depth, level = 0, [value]
+    while level and depth <= MAX_DEPTH:
+        depth += 1
+        level = [
+            item
+            for container in level
+            if isinstance(container, dict | list)
+            for item in (container.values() if isinstance(container, dict) else container)
+            if isinstance(item, dict | list)
+        ]
+    return depth
 
 
 def read_json(path: Path, limit: int = MAX_HEADER) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from reap.errors import ReapError, first_line
+from reap.files.safefile import read_json
 from reap.model import compat
 
 # Keys, most specific first; a composite model has them in its `text_config`.
@@ -18,30 +19,53 @@ TOP_K_KEYS = (
 USUAL_LENGTH = 2048  # tokens of a row of the paper's calibration text
 
 
+class NeedsCodeError(ReapError):
+    """A folder that only Python code of its own explains, which nobody has allowed to run."""
+
+
+def not_run(folder: Path, what: str, error: Exception) -> NeedsCodeError | None:
+    """The error of a folder whose `what` is code that transformers was not allowed to run."""
+    if "trust_remote_code" not in str(error):
+        return None
+    return NeedsCodeError(
+        f"{folder} needs Python code of its own for its {what}, which is not run: read it, then "
+        "allow it with --trust-remote-code"
+    )
+
+
 def text_config(config: Any) -> Any:
     """The part of a configuration that describes the language model."""
     get = getattr(config, "get_text_config", None)
     return get() if callable(get) else config
 
 
-def read_config(folder: Path) -> Any:
-    """The configuration of the model in `folder`; ReapError when it has none that can be used."""
+def read_config(folder: Path, *, trust_remote_code: bool = False) -> Any:
+    """The configuration of the model in `folder`; ReapError when it has none that can be used.
+
+    NeedsCodeError when it is code in the folder that has it, and that may not be run.
+    """
     from transformers import AutoConfig
 
     if not (folder / "config.json").is_file():
         raise ReapError(f"{folder} is not a model folder: it has no config.json")
+    read_json(folder / "config.json")  # transformers says less of broken or bottomless JSON
     try:
-        return AutoConfig.from_pretrained(folder)
+        # Always said: where it is not, transformers asks on the terminal and reads stdin.
+        return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except Exception as error:
+        denied = not_run(folder, "configuration", error)
+        if denied:
+            raise denied from error
         raise ReapError(f"{folder}/config.json is not usable: {first_line(error)}") from error
 
 
-def row_length(folder: Path, asked: int | None) -> int:
+def row_length(folder: Path, asked: int | None, *, trust_remote_code: bool = False) -> int:
     """Tokens per row: what was asked for, else 2,048 or the model's limit where that is lower.
 
     Raises ReapError for more than the model has positions.
     """
-    limit = getattr(text_config(read_config(folder)), "max_position_embeddings", None)
+    config = text_config(read_config(folder, trust_remote_code=trust_remote_code))
+    limit = getattr(config, "max_position_embeddings", None)
     if asked and limit and asked > limit:
         raise ReapError(f"rows of {asked} tokens are too long: {folder} has {limit} positions")
     return asked or min(USUAL_LENGTH, limit or USUAL_LENGTH)

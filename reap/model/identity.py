@@ -47,7 +47,7 @@ def describe(model: nn.Module, experts: list[Experts] | None = None) -> ModelInf
         name=(os.path.basename(os.path.realpath(folder)) if local else folder)
         or type(inner).__name__,
         fingerprint=fingerprint(config),
-        weights=_weights_fingerprint(Path(folder)) if local else None,
+        weights=weights_fingerprint(Path(folder)) if local else None,
         layers=layers,
     )
 
@@ -97,7 +97,7 @@ def _structure(fields: Any) -> Any:
     return fields
 
 
-def _weights_fingerprint(folder: Path) -> str | None:
+def weights_fingerprint(folder: Path) -> str | None:
     """Hex SHA-256 over names, sizes, headers and samples of the data of the folder's weight files.
 
     Reads at most 64 KiB of each file's data; None when it has no safetensors files.

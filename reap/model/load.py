@@ -12,7 +12,7 @@ import torch
 from reap.errors import ReapError, first_line
 from reap.files.folder import Folder, open_folder
 from reap.model import compat
-from reap.model.config import model_classes, read_config
+from reap.model.config import model_classes, not_run, read_config
 from reap.model.quiet import quiet
 from reap.model.shapes import loading_problems
 
@@ -22,13 +22,17 @@ _ORDINARY = "def f(x): return 10\nThe ACGT of genes; la vie, жизнь, 生命.
 ACCELERATED = ("balanced", "balanced_low_0", "sequential")  # over devices: by accelerate alone
 
 
-def load_tokenizer(folder: Path) -> Any:
-    """The folder's tokenizer; ReapError when it has none that loads."""
+def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
+    """The folder's tokenizer; ReapError when it has none that loads, or only as code that may not
+    be run."""
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except Exception as error:
+        denied = not_run(folder, "tokenizer", error)
+        if denied:
+            raise denied from error
         raise ReapError(f"{folder} has no tokenizer that loads: {first_line(error)}") from error
     check_tokenizer(tokenizer, str(folder))
     return tokenizer
@@ -57,19 +61,27 @@ def check_dtype(dtype: str) -> None:
         raise ReapError(f"dtype is {dtype!r}: it must be one of {', '.join(DTYPES)}")
 
 
-def load_model(folder: Path, *, dtype: str = "auto", device: str = "auto") -> Any:
+def load_model(
+    folder: Path, *, dtype: str = "auto", device: str = "auto", trust_remote_code: bool = False
+) -> Any:
     """A causal language model in eval mode, from safetensors files that were checked first.
 
     dtype: "auto" (as stored), "bfloat16", "float16" or "float32". device: "auto" (the first GPU,
     else the CPU), or what torch or accelerate call it ("cpu", "cuda:1", "balanced").
+    Python code that the folder brings is run with `trust_remote_code` alone.
     Raises ReapError for damaged or missing weight files, and for weights that the model needs and
     the files do not have.
     """
     check_dtype(dtype)
     compat.require(compat.LOADING)
     opened = open_folder(folder)  # reads headers alone
-    config = read_config(folder)
-    autos = (auto for auto in compat.auto_classes() if compat.mapped_class(auto, config))
+    config = read_config(folder, trust_remote_code=trust_remote_code)
+    own = getattr(config, "auto_map", None) or {} if trust_remote_code else {}
+    autos = (
+        auto
+        for auto in compat.auto_classes()
+        if auto.__name__ in own or compat.mapped_class(auto, config)
+    )
     cls = next(autos, None) or model_classes(config, folder)[0]
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -86,6 +98,7 @@ def load_model(folder: Path, *, dtype: str = "auto", device: str = "auto") -> An
                 folder,
                 dtype=dtype,
                 use_safetensors=True,
+                trust_remote_code=trust_remote_code,
                 output_loading_info=True,
                 device_map=None if moved or device == "cpu" else device,
             )

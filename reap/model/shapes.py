@@ -30,7 +30,7 @@ def loading_problems(fields: Mapping[str, Any], tensors: Tensors) -> set[str]:
         # From a file, because that decodes what from_dict does not.
         Path(folder, "config.json").write_text(json.dumps(fields))
         try:
-            config = AutoConfig.from_pretrained(folder)
+            config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
             with torch.device("meta"):
                 model = _model_class(config)(config)
         except Exception as error:  # whatever a config from anywhere makes a model class raise

@@ -17,13 +17,14 @@ from typing import TYPE_CHECKING, Any
 
 from reap.errors import ReapError
 from reap.files.atomic import write_file
+from reap.files.outputs import PLAN, check_file
 from reap.files.safefile import parse_json, read_json
 from reap.model.info import LayerInfo, ModelInfo
 
 if TYPE_CHECKING:
     from reap.statistics.stats import Statistics
 
-FORMAT = "reap-plan"
+FORMAT = PLAN
 VERSION = 1
 
 
@@ -68,15 +69,25 @@ class Plan:
         notes = []
         ratio = self.options.get("ratio")
         share = None if ratio is None else _share(ratio)
-        counts = {(layer.num_experts, len(self.kept[layer.name])) for layer in self.model.layers}
-        for experts, kept in sorted(counts):
+        counts = {
+            (layer.num_experts, len(self.kept[layer.name])): layer for layer in self.model.layers
+        }
+        wanted = self.options.get("keep")
+        if not any(self.dropped.values()):
+            notes.append("drops no expert: a model pruned by it would be a copy")
+        for (experts, kept), layer in sorted(counts.items(), key=lambda item: item[0]):
             if share is not None and experts - kept != math.floor(experts * share):
                 notes.append(
                     f"drops {experts - kept} of {experts} experts per layer, not "
                     f"{math.floor(experts * share)}: the number kept was rounded up"
                 )
-            notes.extend(filter(None, [_split_note(experts, kept)]))
-        return tuple(notes)
+            if type(wanted) is int and wanted < kept:
+                notes.append(
+                    f"keeps {kept} of {experts} experts per layer, not {wanted}: rounded up to a "
+                    f"multiple of {self.options.get('multiple_of')}"
+                )
+            notes.extend(filter(None, [_split_note(layer, kept)]))
+        return (*notes, *_protection_notes(self.options))
 
     def to_json(self) -> str:
         """The plan as JSON text."""
@@ -100,10 +111,15 @@ class Plan:
     @classmethod
     def from_json(cls, text: str) -> Plan:
         """The inverse of `to_json`. ReapError for anything else."""
-        return cls._from_object(parse_json(text.encode(), "the plan"), "the plan")
+        data = parse_json(text.encode(errors="surrogatepass"), "the plan")
+        return cls._from_object(data, "the plan")
 
     def save(self, path: str | PathLike[str], *, overwrite: bool = False) -> None:
-        """Write `to_json`, whole or not at all. ReapError if `path` exists or cannot be written."""
+        """Write `to_json`, whole or not at all. ReapError if `path` exists or cannot be written.
+
+        `overwrite` replaces a plan alone.
+        """
+        check_file(path, FORMAT, overwrite=overwrite)
         write_file(path, self.to_json().encode(), overwrite=overwrite)
 
     @classmethod
@@ -338,8 +354,23 @@ def _check_kept(layer: LayerInfo, kept: Iterable[int]) -> None:
             )
 
 
-def _split_note(experts: int, kept: int) -> str | None:
+def _protection_notes(options: Mapping[str, Any]) -> list[str]:
+    """Which experts stay whatever their scores are."""
+    if options.get("protect_super_experts") is not True:
+        return []
+    protected = options.get("protected")
+    found = protected if isinstance(protected, dict) else {}
+    named = [
+        f"{layer}: {', '.join(map(str, experts))}"
+        for layer, experts in found.items()
+        if isinstance(experts, list) and experts
+    ]
+    return [f"protected super experts: {'; '.join(named)}" if named else "found no super experts"]
+
+
+def _split_note(layer: LayerInfo, kept: int) -> str | None:
     """What a server that spreads experts evenly over ranks loses by this count, or None."""
+    experts = layer.num_experts
     if kept == experts or kept & (kept - 1) == 0:
         return None  # as before, or a power of two
     ways = min(8, experts & -experts)  # ranks, a power of two, that could share the experts before
@@ -348,6 +379,9 @@ def _split_note(experts: int, kept: int) -> str | None:
         return None
     better = math.ceil(kept / ways) * ways
     hint = f"; try --multiple-of {ways}, which keeps {better}"
+    if better == experts:  # which drops nothing
+        fewer = better - ways
+        hint = f"; try --keep {fewer}" if fewer and not _count_fault(layer, fewer) else ""
     if kept > 2 and all(kept % d for d in range(2, math.isqrt(kept) + 1)):
         return f"kept {kept} per layer is prime: cannot be split over expert-parallel ranks{hint}"
     if left == 1:

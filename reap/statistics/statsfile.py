@@ -22,12 +22,13 @@ from torch import Tensor
 
 from reap.errors import ReapError
 from reap.files.atomic import write_file
+from reap.files.outputs import STATISTICS, check_file
 from reap.files.safefile import parse_json, read_header
 from reap.model.info import LayerInfo, ModelInfo
 from reap.statistics.exact import LIMBS
 from reap.statistics.layerstats import SUMS
 
-FORMAT = "reap-statistics"
+FORMAT = STATISTICS
 VERSION = 1
 
 _KINDS = {
@@ -53,7 +54,11 @@ class State:
 
 
 def write(state: State, path: str | PathLike[str], *, overwrite: bool = False) -> None:
-    """Whole or not at all. ReapError if `path` exists or cannot be written."""
+    """Whole or not at all. ReapError if `path` exists or cannot be written.
+
+    `overwrite` replaces statistics alone.
+    """
+    check_file(path, FORMAT, overwrite=overwrite)
     tensors, parts = _flatten(state)
     about = {
         "format": FORMAT,
@@ -133,7 +138,7 @@ def _about(path: Path, metadata: dict[str, str]) -> dict[str, Any]:
     """The JSON object in the metadata, its outer shape checked."""
     if "reap" not in metadata:
         raise ReapError(f"{path} holds no statistics: it was not written by `reap calibrate`")
-    about = parse_json(metadata["reap"].encode(), f"the metadata of {path}")
+    about = parse_json(metadata["reap"].encode(errors="surrogatepass"), f"the metadata of {path}")
     if about.get("format") != FORMAT:
         raise ReapError(f"{path} holds no statistics: its format is {about.get('format')!r}")
     if about.get("version") != VERSION:

@@ -90,6 +90,14 @@ def _split_column(target: str) -> tuple[str, str]:
     return target, ""
 
 
+def local_names(source: Source) -> list[str]:
+    """The files and folders that a source reads."""
+    if source.kind != "files":
+        return []
+    exists = os.path.exists(source.target)
+    return [source.target] if exists else glob.glob(source.target, recursive=True)
+
+
 def _local_domain(target: str) -> str:
     """A file's stem, a folder's name, and for a glob the name of the folder that it starts in."""
     if os.path.isdir(target):
@@ -230,11 +238,15 @@ def _refuse_folder(error: OSError) -> None:
 def require_datasets(source: Source) -> Any:
     """The optional `datasets` package; ReapError where it is not installed."""
     try:
-        return importlib.import_module("datasets")
+        package = importlib.import_module("datasets")
+        # Releases that still run code of a data set ask on the terminal whether to, reading stdin.
+        if hasattr(package, "config"):
+            package.config.HF_DATASETS_TRUST_REMOTE_CODE = False
+        return package
     except ImportError:
         raise ReapError(
             f"data {source.spec!r} is on the hub, which needs the `datasets` package: "
-            "pip install 'reap-saliency[data]'"
+            "pip install datasets"
         ) from None
 
 

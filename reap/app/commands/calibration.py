@@ -20,14 +20,16 @@ from reap.app.arguments import (
     Model,
     Overwrite,
     Pack,
+    Revision,
     SeqLen,
     SkipBad,
-    refuse_existing,
+    TrustRemoteCode,
     rows_of,
     save_statistics,
 )
 from reap.app.console import reports_errors
 from reap.app.longruns import announce, reported
+from reap.files.outputs import STATISTICS, check_file
 
 PARTIAL = ".partial.safetensors"  # behind the output's name
 
@@ -52,11 +54,12 @@ def calibrate(
     deterministic: Annotated[
         bool, typer.Option("--deterministic", help="the same bits in every run, also on a GPU")
     ] = False,
+    revision: Revision = None,
+    trust_remote_code: TrustRemoteCode = False,
     overwrite: Overwrite = False,
     json: Json = False,
 ) -> None:
     """Run MODEL over calibration text and write the statistics of every expert."""
-    refuse_existing(out, overwrite)
     from reap.files.hub import resolve_model
     from reap.model.identity import describe_folder
     from reap.model.load import check_dtype, load_model
@@ -65,14 +68,18 @@ def calibrate(
     from reap.runs.calibration import what_runs
     from reap.runs.partial import Partial
     from reap.statistics.layerstats import check_gates
-    from reap.text.sources import parse_spec
+    from reap.text.sources import local_names, parse_spec
 
     check_gates(gates)
     check_backend(backend)
     check_dtype(dtype)
     sources = [parse_spec(spec) for spec in data]  # before a model is downloaded
-    folder = resolve_model(model)
-    describe_folder(folder)  # a model without experts is refused before its weights are loaded
+    inputs = [model, *(name for source in sources for name in local_names(source))]
+    check_file(out, STATISTICS, overwrite=overwrite, inputs=inputs)
+    folder = resolve_model(model, revision)
+    check_file(out, STATISTICS, overwrite=overwrite, inputs=[folder])  # of a hub id, its cache
+    if not trust_remote_code:
+        describe_folder(folder)  # a model without experts is refused before its weights are loaded
     options = {
         "batch_size": batch_size,
         "max_tokens": max_tokens,
@@ -81,9 +88,9 @@ def calibrate(
         "skip_bad": skip_bad,
     }
     partial = Partial(out.with_name(out.name + PARTIAL))
-    rows = rows_of(folder, sources, seq_len, json, domain=domain, **options)
+    rows = rows_of(folder, sources, seq_len, json, trust_remote_code, domain=domain, **options)
     partial.refuse_other(rows.describe())
-    loaded = load_model(folder, dtype=dtype, device=device)
+    loaded = load_model(folder, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
     about = what_runs(loaded, backend, deterministic)
     where = f"{model} in {about['dtype']} on {about['device']}, backend {about['backend']}"
     announce(where, rows.expected, json)

@@ -10,11 +10,11 @@ import typer
 from reap.app.arguments import (
     Json,
     Overwrite,
-    refuse_existing,
     save_statistics,
 )
 from reap.app.console import reports_errors
 from reap.errors import ReapError
+from reap.files.outputs import STATISTICS, check_file
 
 
 @reports_errors
@@ -25,7 +25,7 @@ def combine(
     json: Json = False,
 ) -> None:
     """Add statistics of several runs, shards or domains of one model, exactly."""
-    refuse_existing(out, overwrite)
+    check_file(out, STATISTICS, overwrite=overwrite, inputs=stats)
     from reap.statistics.stats import Statistics
 
     total = Statistics.load(stats[0])

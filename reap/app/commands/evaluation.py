@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -17,8 +17,10 @@ from reap.app.arguments import (
     MaxTokensPerSource,
     Model,
     Pack,
+    Revision,
     SeqLen,
     SkipBad,
+    TrustRemoteCode,
     rows_of,
 )
 from reap.app.console import print_json, print_table, reports_errors
@@ -39,6 +41,8 @@ def evaluate(
     skip_bad: SkipBad = False,
     dtype: Dtype = "auto",
     device: Device = "auto",
+    revision: Revision = None,
+    trust_remote_code: TrustRemoteCode = False,
     json: Json = False,
 ) -> None:
     """Measure loss and perplexity, and with --teacher KL divergence and top-1 agreement."""
@@ -49,7 +53,7 @@ def evaluate(
 
     check_dtype(dtype)
     sources = [parse_spec(spec) for spec in data]
-    folder = resolve_model(model)
+    folder = resolve_model(model, revision)
     original = resolve_model(teacher) if teacher else None
     options = {
         "batch_size": batch_size,
@@ -58,9 +62,10 @@ def evaluate(
         "packing": pack,
         "skip_bad": skip_bad,
     }
-    rows = rows_of(folder, sources, seq_len, json, domain=domain, **options)
-    student = load_model(folder, dtype=dtype, device=device)
-    reference = load_model(original, dtype=dtype, device=device) if original else None
+    rows = rows_of(folder, sources, seq_len, json, trust_remote_code, domain=domain, **options)
+    how: dict[str, Any] = {"dtype": dtype, "device": device, "trust_remote_code": trust_remote_code}
+    student = load_model(folder, **how)
+    reference = load_model(original, **how) if original else None
     with reported("evaluating", lambda: rows.expected, "tokens", json) as advance:
         results = run(student, rows, teacher=reference, progress=advance)
     if json:

@@ -15,9 +15,9 @@ from reap.app.arguments import (
     Seed,
     Stats,
     load_statistics,
-    refuse_existing,
 )
 from reap.app.console import print_json, reports_errors
+from reap.files.outputs import PLAN, check_file
 
 SURE = 2.0  # standard errors between the weakest expert kept and the strongest dropped
 
@@ -39,7 +39,7 @@ def plan(
     json: Json = False,
 ) -> None:
     """Choose which experts stay in every layer."""
-    refuse_existing(out, overwrite)
+    check_file(out, PLAN, overwrite=overwrite, inputs=[stats])
     from reap.planning.criteria import cut_confidence, under_sampled
     from reap.planning.plan import make_plan
 

@@ -13,9 +13,11 @@ from reap.app.arguments import (
     Json,
     Model,
     Overwrite,
-    refuse_existing,
+    Revision,
 )
 from reap.app.console import print_json, progress, reports_errors
+from reap.errors import ReapError
+from reap.files.outputs import check_folder
 
 
 @reports_errors
@@ -23,23 +25,64 @@ def prune(
     model: Model,
     plan: Annotated[Path, typer.Argument(metavar="PLAN", help="a plan file")],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="the folder to write")],
+    revision: Revision = None,
     overwrite: Overwrite = False,
+    verify: Annotated[
+        bool, typer.Option("--verify/--no-verify", help="read back and compare what was written")
+    ] = True,
+    allow_copy: Annotated[
+        bool, typer.Option("--allow-copy", help="also by a plan that drops no expert")
+    ] = False,
     json: Json = False,
 ) -> None:
     """Write MODEL without the experts that PLAN drops, straight from its files."""
-    refuse_existing(out, overwrite, folder=True)
+    check_folder(out, overwrite=overwrite, inputs=[model, plan])
     from reap.checkpoint.pruning import prune as run
     from reap.checkpoint.pruning import pruned_size
     from reap.files.hub import resolve_model
     from reap.planning.plan import Plan
 
     chosen = Plan.load(plan)
-    folder = resolve_model(model)
+    folder = resolve_model(model, revision)
     command = shlex.join(["reap", *sys.argv[1:]])
+    check_folder(out, overwrite=overwrite, inputs=[folder, plan])  # of a hub id, its cache
     size = pruned_size(folder, chosen)
     with progress("pruning", lambda: size, "bytes") as advance:
-        report = run(folder, chosen, out, overwrite=overwrite, command=command, progress=advance)
+        report = run(
+            folder,
+            chosen,
+            out,
+            overwrite=overwrite,
+            verify=verify,
+            allow_copy=allow_copy,
+            command=command,
+            progress=advance,
+        )
     if json:
         print_json(report.to_json())
         return
     typer.echo(str(report))
+
+
+@reports_errors
+def verify(
+    folder: Annotated[str, typer.Argument(metavar="OUT", help="the folder of a pruned model")],
+    source: Annotated[str | None, typer.Option(help="the model that it was pruned from")] = None,
+    json: Json = False,
+) -> None:
+    """Read a pruned model back, compare it with MODEL or the checksums recorded, and say what a
+    server needs to know."""
+    from reap.checkpoint.verification import verify as run
+    from reap.files.hub import resolve_model
+
+    original = resolve_model(source) if source else None
+    path = resolve_model(folder)
+    size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+    with progress("verifying", lambda: size, "bytes") as advance:
+        found = run(path, original, progress=advance)
+    if json:
+        print_json(found.to_json())
+    else:
+        typer.echo(str(found))
+    if found.problems:
+        raise ReapError(f"{folder} does not load: {found.problems[0]}")

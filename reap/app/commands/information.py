@@ -1,0 +1,131 @@
+"""`reap info`: what a file or folder is."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from reap.app.arguments import Json
+from reap.app.console import print_json, reports_errors
+from reap.errors import ReapError
+from reap.files.outputs import PLAN, PRUNED, RECORD, STATISTICS, format_of
+from reap.files.units import sized
+
+if TYPE_CHECKING:
+    from reap.model.info import ModelInfo
+
+
+@reports_errors
+def info(
+    path: Annotated[
+        str,
+        typer.Argument(metavar="PATH", help="statistics, a plan, a model's folder or hub id"),
+    ],
+    json: Json = False,
+) -> None:
+    """Say what PATH is: statistics, a plan, a model or a pruned one, and what is in it."""
+    found = _told(path)
+    if json:
+        print_json(found)
+        return
+    for name, value in found.items():
+        typer.echo(f"{name.replace('_', ' '):12} {_shown(name, value)}")
+
+
+def _told(path: str) -> dict[str, Any]:
+    file = Path(path).expanduser()
+    if not file.is_file():
+        return _folder(path)
+    form = format_of(file)
+    if form == STATISTICS:
+        return _statistics(file)
+    if form == PLAN:
+        return _plan(file)
+    if form == PRUNED:
+        return _folder(str(file.parent))
+    raise ReapError(f"{path} is not ours: neither statistics nor a plan")
+
+
+def _statistics(file: Path) -> dict[str, Any]:
+    from reap.statistics.stats import Statistics
+
+    stats = Statistics.load(file)
+    return {
+        "kind": "statistics",
+        **_model(stats.model),
+        "tokens": stats.tokens,
+        "domains": stats.domain_tokens,
+        "gates": stats.gates,
+        "pairs": stats.pairs,
+        "data": [entry.get("spec") for entry in stats.data],
+        "versions": stats.versions,
+    }
+
+
+def _plan(file: Path) -> dict[str, Any]:
+    from reap.planning.plan import Plan
+
+    plan = Plan.load(file)
+    return {
+        "kind": "plan",
+        **_model(plan.model),
+        "criterion": plan.criterion,
+        "kept": sorted({len(experts) for experts in plan.kept.values()}),
+        "tokens": plan.calibration.get("tokens"),
+        "domains": plan.calibration.get("domains"),
+        "versions": plan.calibration.get("versions"),
+        "notes": list(plan.notes),
+    }
+
+
+def _folder(name: str) -> dict[str, Any]:
+    from reap.files.folder import open_folder
+    from reap.files.hub import resolve_model
+    from reap.files.safefile import read_json
+    from reap.model.identity import describe_folder
+
+    opened = open_folder(resolve_model(name))
+    pruned = (opened.path / RECORD).is_file()
+    record = read_json(opened.path / RECORD) if pruned else {}
+    found: dict[str, Any] = {"kind": "pruned model" if pruned else "model"}
+    try:
+        found |= _model(describe_folder(opened.path))
+    except ReapError as error:  # dense, or of a type that is not known here
+        found |= {"model": opened.path.name, "experts": str(error)}
+    found["weights"] = sum(t.nbytes for shard in opened.shards for t in shard.tensors.values())
+    if pruned:
+        calibration = record.get("calibration")
+        told = calibration if isinstance(calibration, dict) else {}
+        found |= {
+            "base_model": record.get("base_model_name"),
+            "criterion": record.get("criterion"),
+            "tokens": told.get("tokens"),
+            "domains": told.get("domains"),
+            "versions": record.get("versions"),
+            "command": record.get("command"),
+        }
+    return found
+
+
+def _model(model: ModelInfo) -> dict[str, Any]:
+    return {
+        "model": model.name,
+        "type": model.model_type,
+        "moe_layers": len(model.layers),
+        "experts": sorted({layer.num_experts for layer in model.layers}),
+        "top_k": sorted({layer.top_k for layer in model.layers}),
+    }
+
+
+def _shown(name: str, value: Any) -> str:
+    if name == "weights":
+        return sized(value)
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {_shown('', item)}" for key, item in value.items()) or "none"
+    if isinstance(value, list):
+        return ", ".join(map(str, value)) or "none"
+    if value is None:
+        return "unknown"
+    return f"{value:,}" if type(value) is int else str(value)

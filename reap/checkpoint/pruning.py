@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from reap.checkpoint import card
+from reap.checkpoint import card, counts
 from reap.checkpoint.blocks import find_blocks
 from reap.checkpoint.operation import Layout, Operation, layout_of, operate, own_tensors
 from reap.checkpoint.publish import staged
@@ -26,6 +26,7 @@ from reap.files.folder import CONFIG, Folder, open_folder
 from reap.files.safefile import Tensor, span
 from reap.model import compat
 from reap.model.identity import describe_folder
+from reap.model.info import ModelInfo
 from reap.model.shapes import Tensors, loading_problems
 from reap.planning.plan import Plan
 
@@ -38,7 +39,7 @@ class PruneReport:
     time.
 
     `unchecked` is None when transformers' own loader accepted every shape, else why it could not be
-    asked.
+    asked. `notes`: how the folder is not quite what the plan was made from, such as its precision.
     """
 
     out: Path
@@ -50,6 +51,7 @@ class PruneReport:
     left_out: tuple[str, ...]
     unchecked: str | None
     seconds: float
+    notes: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         return {**vars(self), "out": str(self.out), "kept": dict(self.kept)}
@@ -59,6 +61,7 @@ class PruneReport:
         lines = [
             f"{self.out}: {after:.2f} GB of weights from {before:.2f} GB in {self.seconds:.1f} s"
         ]
+        lines += [f"note: {note}" for note in self.notes]
         lines += [f"config.json: {change}" for change in self.config_changes]
         lines += [
             f"dropped, no statistics exist for it: {prefix}" for prefix in self.dropped_layers
@@ -75,6 +78,7 @@ def prune(
     out_dir: str | os.PathLike[str],
     *,
     overwrite: bool = False,
+    strict: bool = False,
     command: str | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> PruneReport:
@@ -82,17 +86,22 @@ def prune(
     renumbered from 0.
 
     Every dtype and quantisation survives byte for byte, and the memory used does not grow with the
-    model. `overwrite` replaces an existing folder, `command` goes into reap.json, `progress(n)`
-    hears of n more bytes written. ReapError, with nothing left behind and an existing `out_dir`
-    untouched, when the folder is not a model with experts or not the plan's model, is damaged, or
-    cannot be written.
+    model. The folder may hold the plan's model in another precision; with `strict` that, and
+    whatever else would be a note in the report, is an error. `overwrite` replaces an existing
+    folder, `command` goes into reap.json, `progress(n)` hears of n more bytes written. ReapError,
+    with nothing left behind and an existing `out_dir` untouched, when the folder is not a model
+    with experts or not the plan's model, is damaged, or cannot be written.
     """
     started = time.monotonic()
     compat.require(compat.PRUNING)
     folder = open_folder(model_dir)
     out = _check_output(folder.path, Path(out_dir), overwrite)
-    operation = operate(folder, plan)
-    _check_same_model(folder, plan)
+    operation = _operate(folder, plan)
+    found = describe_folder(folder.path, like=plan.model)
+    _check_same_model(folder, plan, found)
+    notes = tuple(plan.model.notes(found))
+    if strict and notes:
+        raise ReapError(f"{folder.path} is not strictly what the plan was made from: {notes[0]}")
     before = {n: t for shard in folder.shards for n, t in own_tensors(folder, shard)}
     layout = layout_of(folder, operation)
     parts = [part for shard in layout.values() for part in shard]
@@ -110,7 +119,7 @@ def prune(
             write_shards(folder, layout, stage, advance)
             write_json(stage / CONFIG, operation.config)
             copy_others(folder, stage, advance)
-            record = card.record(folder, plan, operation, command)
+            record = card.record(folder, plan, operation, command, notes)
             write_json(stage / card.RECORD, record)
             write(stage / "README.md", card.model_card(record, out.name, size).encode())
     except OSError as error:
@@ -127,13 +136,31 @@ def prune(
         left_out=folder.left_out,
         unchecked=unchecked,
         seconds=time.monotonic() - started,
+        notes=notes,
     )
 
 
 def pruned_size(model_dir: str | os.PathLike[str], plan: Plan) -> int:
     """The bytes that `prune` copies: what its `progress` adds up to. Raises what `prune` raises."""
     folder = open_folder(model_dir)
-    return sum(_sizes(folder, layout_of(folder, operate(folder, plan))))
+    return sum(_sizes(folder, layout_of(folder, _operate(folder, plan))))
+
+
+def _operate(folder: Folder, plan: Plan) -> Operation:
+    """`operate`; where it fails because the folder is another model's, the error says so."""
+    try:
+        return operate(folder, plan)
+    except ReapError as error:
+        try:
+            found = describe_folder(folder.path, like=plan.model)
+        except ReapError:
+            raise error from None
+        # A config that counts no experts makes the layers of a model with the default number.
+        counted = next(counts.places(folder.config), None) is not None
+        told = counted and plan.model.layers != found.layers
+        if told or plan.model.model_type != found.model_type:
+            _check_same_model(folder, plan, found)
+        raise
 
 
 def _sizes(folder: Folder, layout: Layout) -> tuple[int, int]:
@@ -177,9 +204,8 @@ def _check_space(out: Path, needed: int) -> None:
         )
 
 
-def _check_same_model(folder: Folder, plan: Plan) -> None:
-    found = describe_folder(folder.path, like=plan.model)
-    different = plan.model.difference(found)
+def _check_same_model(folder: Folder, plan: Plan, found: ModelInfo) -> None:
+    different = plan.model.difference(found, any_precision=True)
     if different:
         raise ReapError(f"the plan was made for another model than {folder.path}: {different}")
 

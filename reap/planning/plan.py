@@ -24,7 +24,8 @@ if TYPE_CHECKING:
     from reap.statistics.stats import Statistics
 
 FORMAT = "reap-plan"
-VERSION = 1
+VERSION = 2
+READS = (1, 2)  # 1 has no structure of the model
 
 
 @dataclass(frozen=True)
@@ -115,9 +116,10 @@ class Plan:
     def _from_object(cls, data: dict[str, Any], where: str) -> Plan:
         if data.get("format") != FORMAT:
             raise ReapError(f"{where} is no plan: its format is {data.get('format')!r}")
-        if data.get("version") != VERSION:
+        if data.get("version") not in READS:
             raise ReapError(
-                f"{where} has version {data.get('version')!r}: this program reads version {VERSION}"
+                f"{where} has version {data.get('version')!r}: this program reads up to version "
+                f"{VERSION}"
             )
         kinds = {"criterion": str, "seed": int, "layers": dict}
         for name, kind in {**kinds, "options": dict, "calibration": dict}.items():
@@ -131,8 +133,10 @@ class Plan:
                 raise ReapError(f"{where}: layer {name!r}: kept must be a list of expert ids")
             kept[name] = tuple(entry["kept"])
         try:
+            made_with = data["calibration"].get("versions")
+            release = made_with.get("transformers") if isinstance(made_with, dict) else None
             plan = cls(
-                model=ModelInfo.from_json(data.get("model")),
+                model=ModelInfo.from_json(data.get("model"), transformers=release),
                 criterion=data["criterion"],
                 seed=data["seed"],
                 kept=kept,

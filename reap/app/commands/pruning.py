@@ -24,6 +24,9 @@ def prune(
     plan: Annotated[Path, typer.Argument(metavar="PLAN", help="a plan file")],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="the folder to write")],
     overwrite: Overwrite = False,
+    strict: Annotated[
+        bool, typer.Option("--strict", help="refuse another precision of the plan's model")
+    ] = False,
     json: Json = False,
 ) -> None:
     """Write MODEL without the experts that PLAN drops, straight from its files."""
@@ -38,7 +41,15 @@ def prune(
     command = shlex.join(["reap", *sys.argv[1:]])
     size = pruned_size(folder, chosen)
     with progress("pruning", lambda: size, "bytes") as advance:
-        report = run(folder, chosen, out, overwrite=overwrite, command=command, progress=advance)
+        report = run(
+            folder,
+            chosen,
+            out,
+            overwrite=overwrite,
+            strict=strict,
+            command=command,
+            progress=advance,
+        )
     if json:
         print_json(report.to_json())
         return

@@ -12,7 +12,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -118,7 +118,10 @@ def prune(
         with staged(out, overwrite=overwrite, verify=verify) as stage:
             write_shards(folder, layout, stage, advance)
             write_json(stage / CONFIG, operation.config)
-            copy_others(folder, stage, advance)
+            copied = tuple(name for name in folder.others if name not in operation.rewritten)
+            copy_others(replace(folder, others=copied), stage, advance)
+            for name, content in operation.rewritten.items():
+                write_json(stage / name, content)
             record = card.record(folder, plan, operation, command, notes)
             write_json(stage / card.RECORD, record)
             write(stage / "README.md", card.model_card(record, out.name, size).encode())

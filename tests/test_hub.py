@@ -34,3 +34,12 @@ def test_a_hub_that_cannot_be_reached(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.snapshot_download", unreachable)
     with pytest.raises(ReapError, match="org/name is no local .* did not give it: no route$"):
         resolve_model("org/name")
+
+
+def test_a_folder_beside_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What looks like a hub id may be a path with a slip."""
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: 1 / 0)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "models" / "good").mkdir(parents=True)
+    with pytest.raises(ReapError, match=r"models/god is no local folder \(models has good\) and"):
+        resolve_model("models/god")

@@ -244,6 +244,18 @@ def test_dense_model(base: Path, tmp_path: Path) -> None:
     refused(dense, some_plan(base), "dense")
 
 
+def test_experts_under_names_of_another_program(base: Path, tmp_path: Path) -> None:
+    """MLX's; no table here knows them, which makes no dense model of it."""
+    folder = tmp_path / "mlx"
+    folder.mkdir()
+    shutil.copy(base / "config.json", folder)
+    names = {"mlp.gate.weight": (8, 32), "mlp.switch_mlp.up_proj.weight": (8, 16, 32)}
+    tensors = {f"model.layers.0.{name}": torch.ones(*shape) for name, shape in names.items()}
+    save_file(tensors, folder / "model.safetensors", {"format": "mlx"})
+    said = "counts 8 experts .*'model.layers.0.mlp.switch_mlp.up_proj.weight' may be .* as MLX"
+    refused(folder, some_plan(base), said, tmp_path / "out")
+
+
 def test_plan_of_another_model(base: Path, tmp_path: Path) -> None:
     saved(tmp_path / "other", num_hidden_layers=2, seed=1)
     refused(base, some_plan(tmp_path / "other"), "another model.*weights")

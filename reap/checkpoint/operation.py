@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from reap.checkpoint import counts, quantisation, surgery
-from reap.checkpoint.blocks import find_blocks
+from reap.checkpoint.blocks import Shapes, find_blocks
 from reap.checkpoint.removal import Removal, dropped_layers, kept_by_place, removals_of
 from reap.errors import ReapError
-from reap.files.folder import Folder
+from reap.files.folder import CONFIG, Folder
 from reap.files.safefile import BITS, Header, Tensor, read_json, span
 from reap.planning.plan import Plan
 
@@ -47,7 +47,7 @@ def operate(folder: Folder, plan: Plan) -> Operation:
     }
     blocks = find_blocks(shapes)
     if not blocks:
-        raise ReapError(f"{folder.path} is a dense model: it has no experts to remove")
+        raise ReapError(f"{folder.path} {_without_experts(folder, shapes)}")
     removals = removals_of(plan, folder.config, shapes, blocks)
     dropped = dropped_layers(folder.config, shapes, blocks, removals)
     edits = surgery.edits_of(shapes, removals, dropped)
@@ -57,6 +57,27 @@ def operate(folder: Folder, plan: Plan) -> Operation:
     renaming = quantisation.Renaming.of(removals, shapes, edits)
     config = renaming.config(config)
     return Operation(removals, edits, config, tuple(changes), dropped, _rewritten(folder, renaming))
+
+
+def _without_experts(folder: Folder, shapes: Shapes) -> str:
+    """Why no experts were found: there are none, or they go by names of another program."""
+
+    def axes(name: str) -> int:
+        return len(shapes[name][1])
+
+    found = (counts.at(folder.config, (*p.path, p.key)) for p in counts.places(folder.config))
+    count = next((n[0] if isinstance(n, list) else n for n in found), None)
+    # What holds all experts has more axes than their router, which has an entry for each as well.
+    like = max((name for name in shapes if count in shapes[name][1]), key=axes, default=None)
+    if like is None:
+        return "is a dense model: it has no experts to remove"
+    formats = {shard.metadata.get("format") for shard in folder.shards}
+    mlx = "mlx" in formats or any(".switch_mlp." in name for name in shapes)
+    return (
+        f"counts {count} experts in {CONFIG}, but no tensor is named as experts are in "
+        f"transformers' format ({like!r} may be theirs{', as MLX names them' if mlx else ''}): "
+        "give the checkpoint that it was converted from"
+    )
 
 
 def _rewritten(folder: Folder, renaming: quantisation.Renaming) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from reap.errors import ReapError
 from reap.files.atomic import write_file
+from reap.files.kinds import kind_of
 from reap.files.safefile import parse_json, read_json
 from reap.model.info import LayerInfo, ModelInfo
 
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 FORMAT = "reap-plan"
 VERSION = 2
 READS = (1, 2)  # 1 has no structure of the model
+NEXT = "give the file that `reap plan` wrote"
 
 
 @dataclass(frozen=True)
@@ -110,6 +112,10 @@ class Plan:
     @classmethod
     def load(cls, path: str | PathLike[str]) -> Plan:
         """Read what `save` wrote. ReapError for anything else."""
+        kind = kind_of(Path(path))
+        if kind not in (None, "a plan"):
+            hint = "make one of it with `reap plan`" if kind == "statistics" else NEXT
+            raise ReapError(f"{path} is {kind}, not a plan: {hint}")
         return cls._from_object(read_json(Path(path)), str(path))
 
     @classmethod

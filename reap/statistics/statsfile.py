@@ -22,6 +22,7 @@ from torch import Tensor
 
 from reap.errors import ReapError
 from reap.files.atomic import write_file
+from reap.files.kinds import kind_of
 from reap.files.safefile import parse_json, read_header
 from reap.model.info import LayerInfo, ModelInfo
 from reap.statistics.exact import LIMBS
@@ -73,6 +74,11 @@ def write(state: State, path: str | PathLike[str], *, overwrite: bool = False) -
 def read(path: str | PathLike[str]) -> State:
     """What `write` wrote. ReapError for anything else, or for damage that can be seen."""
     path = Path(path)
+    kind = kind_of(path)
+    if kind not in (None, "statistics", "weights of a model"):
+        raise ReapError(
+            f"{path} is {kind}, it holds no statistics: give a file that `reap calibrate` wrote"
+        )
     header = read_header(path)
     about = _about(path, header.metadata)
     model = ModelInfo.from_json(about["model"], transformers=about["versions"].get("transformers"))

@@ -105,8 +105,8 @@ def test_a_missing_field_is_named():
 )
 def test_differences_are_named(other, message):
     mine = FULL if other.structure else MODEL
-    for any_precision in (False, True):
-        assert message in str(mine.difference(other, any_precision=any_precision))
+    for to_prune in (False, True):
+        assert message in str(mine.difference(other, to_prune=to_prune))
 
 
 @pytest.mark.parametrize(
@@ -121,20 +121,29 @@ def test_differences_are_named(other, message):
     ],
 )
 def test_what_cannot_be_told_is_no_difference(facts):
-    assert FULL.difference(known(**facts), any_precision=True) is None
-    assert known(**facts).difference(FULL, any_precision=True) is None
+    assert FULL.difference(known(**facts), to_prune=True) is None
+    assert known(**facts).difference(FULL, to_prune=True) is None
 
 
 def test_another_precision_is_a_note_where_it_is_allowed():
     other = replace(known(tensors={"m.*.gate.weight": ("F8_E4M3 [8, 4]",)}), weights="b")
     said = "the same structure in other data types: BF16 against F8_E4M3"
-    assert FULL.difference(other) == said and FULL.difference(other, any_precision=True) is None
+    assert FULL.difference(other) == said and FULL.difference(other, to_prune=True) is None
     assert FULL.notes(other) == [
         "another precision of the same structure: BF16 against F8_E4M3",
     ]
     longer = known(config={"max_position_embeddings": 9})
     assert FULL.notes(longer) == ["max_position_embeddings is 64 there and 9 here"]
     assert FULL.notes(FULL) == []
+
+
+def test_layers_under_another_module_are_pruned_alike():
+    moved = replace(LAYER, name="model.language_model.layers.0.mlp.experts")
+    other = replace(FULL, layers=(moved,))
+    assert "against model.language_model.layers.0" in str(FULL.difference(other))
+    assert FULL.difference(other, to_prune=True) is None
+    fewer = replace(FULL, layers=(replace(moved, num_experts=4),))
+    assert "num_experts 8 against 4" in str(FULL.difference(fewer, to_prune=True))
 
 
 def test_fingerprints_count_only_within_one_release_of_transformers():

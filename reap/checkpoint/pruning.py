@@ -208,7 +208,7 @@ def _check_space(out: Path, needed: int) -> None:
 
 
 def _check_same_model(folder: Folder, plan: Plan, found: ModelInfo) -> None:
-    different = plan.model.difference(found, any_precision=True)
+    different = plan.model.difference(found, to_prune=True)
     if different:
         raise ReapError(f"the plan was made for another model than {folder.path}: {different}")
 

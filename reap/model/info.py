@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -98,17 +99,21 @@ class ModelInfo:
                 return layer
         raise ReapError(f"model {self.name} has no MoE layer called {name!r}")
 
-    def difference(self, other: ModelInfo, *, any_precision: bool = False) -> str | None:
+    def difference(self, other: ModelInfo, *, to_prune: bool = False) -> str | None:
         """One phrase that says how `other` is a different model, or None when it is the same one.
 
         The name is only a label. What one side does not know, such as the weights of a model that
-        is not from a folder, matches anything. With `any_precision` the same structure in other
-        data types is the same model; `notes` says so.
+        is not from a folder, matches anything. `to_prune` allows what pruning does not mind: other
+        data types, of which `notes` speaks, and layers under another module, as some releases of
+        transformers move them.
         """
         if self.model_type != other.model_type:
             return f"model type {self.model_type} against {other.model_type}"
-        if self.layers != other.layers:
-            return _layer_difference(self.layers, other.layers)
+        mine, theirs = self.layers, other.layers
+        if to_prune:
+            mine, theirs = _in_stack(mine), _in_stack(theirs)
+        if mine != theirs:
+            return _layer_difference(mine, theirs)
         if self.structure and other.structure:
             different = self.structure.difference(other.structure)
             if different:
@@ -119,7 +124,7 @@ class ModelInfo:
             return None
         precision = self._precision(other)
         if precision:
-            return None if any_precision else f"the same structure in other data types: {precision}"
+            return None if to_prune else f"the same structure in other data types: {precision}"
         if not (self.structure and other.structure):
             return (
                 "other weights; a file of an earlier version does not say whether they are "
@@ -185,6 +190,12 @@ class ModelInfo:
         if "transformers" not in fields and isinstance(transformers, str):
             fields["transformers"] = transformers
         return cls(**{**fields, "layers": layers})
+
+
+def _in_stack(layers: tuple[LayerInfo, ...]) -> tuple[LayerInfo, ...]:
+    """The layers with names from their stack on, e.g. "layers.3.mlp.experts"."""
+    found = ((layer, re.search(r"[^.]+\.\d+\..*", layer.name)) for layer in layers)
+    return tuple(dataclasses.replace(layer, name=m[0]) if m else layer for layer, m in found)
 
 
 def _layer_difference(mine: tuple[LayerInfo, ...], theirs: tuple[LayerInfo, ...]) -> str:

@@ -301,6 +301,25 @@ def test_another_precision_of_the_model(base: Path, kind: str, tmp_path: Path) -
     assert not prune(base, plan, tmp_path / "same", strict=True).notes
 
 
+def test_files_of_quantisers_follow(base: Path, tmp_path: Path) -> None:
+    plan = some_plan(base)
+    layer, kept = next(iter(plan.kept.items()))
+    folder = in_precision(base, tmp_path / "quantised", "fp8")
+    listed = [f"{layer}.{expert}.up_proj" for expert in range(8)]
+    tree = {"quantization": {"exclude_modules": listed}}
+    (folder / "hf_quant_config.json").write_text(json.dumps(tree))
+    edit_config(folder, quantization_config={"quant_method": "fp8", "ignored_layers": listed})
+    heard: list[int] = []
+    report = prune(folder, plan, tmp_path / "out", progress=heard.append)
+    assert sum(heard) == pruning.pruned_size(folder, plan)
+    written = json.loads((tmp_path / "out" / "hf_quant_config.json").read_text())
+    names = [f"{layer}.{i}.up_proj" for i in range(len(kept))]
+    assert written == {"quantization": {"exclude_modules": names}}
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["quantization_config"]["ignored_layers"] == names
+    assert "quantisation: what names experts names those that stay" in report.config_changes
+
+
 def test_another_precision_of_another_model(base: Path, tmp_path: Path) -> None:
     """The routers, which are in both as they were, tell."""
     other = in_precision(base, tmp_path / "quantised", "fp8", seed=1)

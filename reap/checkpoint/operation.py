@@ -55,8 +55,12 @@ def operate(folder: Folder, plan: Plan) -> Operation:
         _check_edit(name, shapes[name], edit)
     config, changes = counts.with_fewer(folder.config, kept_by_place(removals), bool(dropped))
     renaming = quantisation.Renaming.of(removals, shapes, edits)
-    config = renaming.config(config)
-    return Operation(removals, edits, config, tuple(changes), dropped, _rewritten(folder, renaming))
+    renamed = renaming.config(config)
+    if renamed != config:
+        changes.append("quantisation: what names experts names those that stay")
+    return Operation(
+        removals, edits, renamed, tuple(changes), dropped, _rewritten(folder, renaming)
+    )
 
 
 def _without_experts(folder: Folder, shapes: Shapes) -> str:

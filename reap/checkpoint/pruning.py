@@ -122,6 +122,7 @@ def prune(
             copy_others(replace(folder, others=copied), stage, advance)
             for name, content in operation.rewritten.items():
                 write_json(stage / name, content)
+                advance(os.stat(folder.path / name).st_size)
             record = card.record(folder, plan, operation, command, notes)
             write_json(stage / card.RECORD, record)
             write(stage / "README.md", card.model_card(record, out.name, size).encode())

@@ -37,7 +37,9 @@ _QUANTISED = r"(gate|router)(\.(gate|wg|layer|proj|linear|classifier))?\."
 ROUTER_ROWS = re.compile(_QUANTISED + r"(weight_packed|weight_scale|weight_scale_inv)")
 # ... and all names: rows of the others run over inputs, or an element holds several experts.
 ROUTER_QUANTISED = re.compile(
-    _QUANTISED + r"(qweight|qzeros|scales|g_idx|biases|weight_\w+|\w+_scale(_\w+)?|\w+_packed)"
+    _QUANTISED
+    + r"(qweight|qzeros|scales|g_idx|biases|input_(global_)?scale"
+    + r"|weight_(packed|shape|zero_point|g_idx|(global_)?scale(_\w+)?))"
 )
 # Whatever else is in a router may speak of single experts, whatever its sizes.
 IN_ROUTER = re.compile(r"(gate|router)\.")

@@ -6,13 +6,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from folders import plan_for
+from folders import plan_for, saved
 from safetensors.torch import save_file
 from slots import MODEL
 
 from reap.errors import ReapError
+from reap.files.folder import open_folder
 from reap.files.kinds import kind_of
 from reap.files.safefile import read_header, read_json
+from reap.model.config import read_config
+from reap.model.load import load_tokenizer
 from reap.planning.plan import Plan
 from reap.statistics.stats import Statistics
 
@@ -64,6 +67,16 @@ def test_pointers_in_place_of_files(files: Path) -> None:
     for read in (read_header, read_json, Plan.load, Statistics.load):
         with pytest.raises(ReapError, match="pointer is a Git LFS pointer, not .*git lfs pull"):
             read(files / "pointer")
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "model.safetensors"])
+def test_pointers_in_a_model_folder(name: str, tmp_path: Path) -> None:
+    saved(tmp_path)
+    (tmp_path / name).write_text(POINTER)
+    reads = {"config.json": read_config, "tokenizer.json": load_tokenizer}
+    for read in filter(None, (open_folder, reads.get(name))):
+        with pytest.raises(ReapError, match=f"{name} is a Git LFS pointer"):
+            read(tmp_path)
 
 
 def test_what_is_not_known(files: Path) -> None:

@@ -141,6 +141,12 @@ def _check_is_here(start: bytes, path: Path) -> None:
         )
 
 
+def check_is_here(path: Path) -> None:
+    """ReapError for a Git LFS pointer in place of a file."""
+    with open(open_regular(path), "rb") as file:
+        _check_is_here(file.read(len(LFS_POINTER)), path)
+
+
 def read_json(path: Path, limit: int = MAX_HEADER) -> dict[str, Any]:
     """The object in a JSON file of at most `limit` bytes."""
     fd = open_regular(path)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from reap.errors import ReapError, first_line
+from reap.files.safefile import check_is_here
 from reap.model import compat
 
 # Keys, most specific first; a composite model has them in its `text_config`.
@@ -30,6 +31,7 @@ def read_config(folder: Path) -> Any:
 
     if not (folder / "config.json").is_file():
         raise ReapError(f"{folder} is not a model folder: it has no config.json")
+    check_is_here(folder / "config.json")
     try:
         return AutoConfig.from_pretrained(folder)
     except Exception as error:

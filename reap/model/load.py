@@ -11,6 +11,7 @@ import torch
 
 from reap.errors import ReapError, first_line
 from reap.files.folder import Folder, open_folder
+from reap.files.safefile import check_is_here
 from reap.model import compat
 from reap.model.config import model_classes, read_config
 from reap.model.quiet import quiet
@@ -27,6 +28,8 @@ def load_tokenizer(folder: Path) -> Any:
     try:
         return AutoTokenizer.from_pretrained(folder)
     except Exception as error:
+        for path in sorted(folder.glob("*token*")):
+            check_is_here(path)  # a better reason
         raise ReapError(f"{folder} has no tokenizer that loads: {first_line(error)}") from error
 
 

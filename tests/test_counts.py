@@ -46,28 +46,3 @@ def test_a_table_with_a_config_per_layer() -> None:
     assert place == counts.Place(("per_layer_config", "1"), "num_experts", 1)
     (place,) = counts.places({"towers": {"1": {"num_experts": 6}}})
     assert place.layer is None
-
-
-def test_names_of_experts_in_a_quantisation_config() -> None:
-    """Lists of modules (compressed-tensors, FP8) and tables by module (AutoRound), at any depth."""
-    ignored = [
-        "lm_head",
-        "m.experts.0.up_proj",
-        "m.experts.5.up_proj",
-        "other.experts.0",
-        "re:.*experts.0",
-        None,
-    ]
-    table = {f"m.experts.{i}.up_proj": {"bits": i} for i in (0, 1, 5)}
-    old = {"ignore": ignored, "extra_config": table, "bits": 4}
-    new = {
-        "ignore": ["lm_head", "m.experts.1.up_proj", "other.experts.0", "re:.*experts.0", None],
-        "extra_config": {"m.experts.0.up_proj": {"bits": 1}, "m.experts.1.up_proj": {"bits": 5}},
-        "bits": 4,
-    }
-    other = {"names": ["m.experts.0.up_proj"], "text_config": {"depth": 1}}
-    config = {**other, "quantization_config": old}
-    expected = {**other, "quantization_config": new}
-    assert counts.with_quantisation(config, {"m": (1, 5)}) == expected
-    nested = counts.with_quantisation({"text_config": config}, {"m": (1, 5)})
-    assert nested == {"text_config": expected}

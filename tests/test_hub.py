@@ -68,3 +68,12 @@ def test_a_revision_is_of_the_hub(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(ReapError, match="--revision is of a hub id"):
         resolve_model(tmp_path, "main")
+
+
+def test_a_folder_beside_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What looks like a hub id may be a path with a slip."""
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: 1 / 0)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "models" / "good").mkdir(parents=True)
+    with pytest.raises(ReapError, match=r"models/god is no local folder \(models has good\) and"):
+        resolve_model("models/god")

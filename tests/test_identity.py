@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from tiny import model_types, tiny_config, tiny_model
-from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedConfig
 
+from reap import versions
 from reap.errors import ReapError
 from reap.model.identity import describe, describe_folder, fingerprint
 
@@ -72,6 +75,74 @@ def test_a_composite_model_whole_or_as_its_language_model(tmp_path: Path) -> Non
     for info in (whole, part):
         assert describe_folder(tmp_path, like=info).difference(info) is None
     assert describe_folder(tmp_path).difference(part) is None
+
+
+def other_defaults(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in another release of transformers: configurations have a field more, and say so."""
+    before = PreTrainedConfig.to_dict
+    monkeypatch.setattr(
+        PreTrainedConfig, "to_dict", lambda self: {**before(self), "new_default": True}
+    )
+    monkeypatch.setattr(versions, "version", lambda package: "99.0")
+
+
+@pytest.mark.parametrize("model_type", ["qwen3_moe", "qwen3_5_moe", "mixtral", "gpt_oss"])
+@pytest.mark.parametrize("saved", [True, False])
+def test_a_model_is_the_same_under_another_transformers(
+    model_type: str, saved: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny_model(model_type)
+    if saved:
+        model.save_pretrained(tmp_path)
+    before = describe_folder(tmp_path) if saved else describe(model)
+    other_defaults(monkeypatch)
+    after = describe_folder(tmp_path) if saved else describe(model)
+    assert before.fingerprint != after.fingerprint
+    assert before.difference(after) is None is after.difference(before)
+    if saved:
+        assert not before.notes(after)
+
+
+def test_what_is_known_of_a_folder_and_of_modules(tmp_path: Path) -> None:
+    model = tiny_model("qwen3_5_moe")
+    model.save_pretrained(tmp_path)
+    alone, folder = describe(model).structure, describe_folder(tmp_path).structure
+    assert alone is not None and folder is not None and alone.modules == folder.modules
+    assert set(alone.modules) == {
+        "vocab_size", "embedding_size", "layers", "parameters of a layer's experts"
+    }  # fmt: skip
+    assert not alone.config and folder.config["num_experts"] == 8
+    assert not any("vision" in name for name in folder.config)
+    (router, *_) = folder.routers
+    assert router.endswith("mlp.gate.weight")
+    pattern = next(name for name in folder.tensors if name.endswith("mlp.gate.weight"))
+    assert ".*." in pattern and folder.tensors[pattern] == ("F32 [8, 32]",)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        ({"vocab_size": 80}, "vocab_size"),
+        ({"hidden_size": 64}, "embedding_size|hidden_size"),
+        ({"moe_intermediate_size": 48}, "parameters of a layer's experts|moe_intermediate_size"),
+    ],
+)
+def test_other_sizes_are_named(sizes: dict[str, int], message: str, tmp_path: Path) -> None:
+    model, other = tiny_model("qwen3_moe"), tiny_model("qwen3_moe", **sizes)
+    info = replace(describe(model), transformers="5.7.0")
+    assert re.match(f"({message}) \\d+ against \\d+", info.difference(describe(other)) or "")
+    model.save_pretrained(tmp_path / "a")
+    other.save_pretrained(tmp_path / "b")
+    info, folder = describe_folder(tmp_path / "a"), describe_folder(tmp_path / "b")
+    assert re.match(f"({message}) \\d+ against \\d+", info.difference(folder) or "")
+
+
+def test_a_field_that_only_the_config_has_is_named(tmp_path: Path) -> None:
+    tiny_model("qwen3_moe").save_pretrained(tmp_path)
+    before = describe_folder(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    write(tmp_path, {**config, "norm_topk_prob": not config["norm_topk_prob"]})
+    assert "norm_topk_prob" in (before.difference(describe_folder(tmp_path)) or "")
 
 
 def write(folder: Path, config: dict[str, Any] | str) -> Path:

@@ -279,7 +279,7 @@ def set_kept(ids):
     ("change", "message"),
     [
         (lambda d: d.update(format="x"), "is no plan: its format is 'x'"),
-        (lambda d: d.update(version=2), "has version 2: this program reads version 1"),
+        (lambda d: d.update(version=3), "has version 3: this program reads up to version 2"),
         (lambda d: d.pop("criterion"), "field 'criterion' must be a JSON str"),
         (lambda d: d.update(seed=True), "field 'seed' must be a JSON int"),
         (lambda d: d.update(calibration=[]), "field 'calibration' must be a JSON dict"),

@@ -14,13 +14,14 @@ import pytest
 import torch
 from folders import add_tensors, edit_config, pruned_in_memory, saved, some_plan, tensors_of
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from tiny import model_types, tiny_inputs
 
 import reap
 from reap.checkpoint import pruning, surgery
 from reap.checkpoint.pruning import prune
 from reap.errors import ReapError
+from reap.model.identity import describe_folder
 from reap.planning.plan import Plan
 
 # What each one adds: per-expert tensors, another naming, no router groups, groups with bias, fused
@@ -243,11 +244,130 @@ def test_dense_model(base: Path, tmp_path: Path) -> None:
     refused(dense, some_plan(base), "dense")
 
 
+def test_experts_under_names_of_another_program(base: Path, tmp_path: Path) -> None:
+    """MLX's; no table here knows them, which makes no dense model of it."""
+    folder = tmp_path / "mlx"
+    folder.mkdir()
+    shutil.copy(base / "config.json", folder)
+    names = {"mlp.gate.weight": (8, 32), "mlp.switch_mlp.up_proj.weight": (8, 16, 32)}
+    tensors = {f"model.layers.0.{name}": torch.ones(*shape) for name, shape in names.items()}
+    save_file(tensors, folder / "model.safetensors", {"format": "mlx"})
+    said = "counts 8 experts .*'model.layers.0.mlp.switch_mlp.up_proj.weight' may be .* as MLX"
+    refused(folder, some_plan(base), said, tmp_path / "out")
+
+
 def test_plan_of_another_model(base: Path, tmp_path: Path) -> None:
     saved(tmp_path / "other", num_hidden_layers=2, seed=1)
     refused(base, some_plan(tmp_path / "other"), "another model.*weights")
     saved(tmp_path / "bigger", num_hidden_layers=3)
     refused(base, some_plan(tmp_path / "bigger"), "layer")
+
+
+def in_precision(base: Path, to: Path, kind: str, seed: int | None = None) -> Path:
+    """The model of `base` with its experts stored as a release in another precision has them."""
+    shutil.copytree(base, to)
+    if seed is not None:
+        saved(to, num_hidden_layers=2, seed=seed)
+    tensors = {}
+    for name, tensor in load_file(to / "model.safetensors").items():
+        stem = name.removesuffix(".weight")
+        if ".experts." not in name:
+            tensors[name] = tensor
+        elif kind == "fp8":
+            tensors[name] = tensor.to(torch.float8_e4m3fn)
+            tensors[f"{stem}.weight_scale_inv"] = torch.ones(1, 1)
+        else:
+            tensors[f"{stem}.qweight"] = torch.zeros(tensor.shape[1] // 8, tensor.shape[0]).int()
+            tensors[f"{stem}.scales"] = torch.ones(1, tensor.shape[0], dtype=torch.float16)
+            tensors[f"{stem}.g_idx"] = torch.zeros(tensor.shape[1]).int()
+    save_file(tensors, to / "model.safetensors", {"format": "pt"})
+    edit_config(to, quantization_config={"quant_method": kind}, max_position_embeddings=128)
+    return to
+
+
+@pytest.mark.parametrize("kind", ["fp8", "int4"])
+def test_another_precision_of_the_model(base: Path, kind: str, tmp_path: Path) -> None:
+    plan = some_plan(base)
+    folder = in_precision(base, tmp_path / "quantised", kind)
+    types = {"fp8": "F8_E4M3", "int4": "I32"}[kind]
+    refused(folder, plan, f"not strictly.* another precision.*{types}", tmp_path / "o", strict=True)
+    report = prune(folder, plan, tmp_path / "out")
+    precision, positions = report.notes
+    assert f"another precision of the same structure: F32 against {types}" in precision
+    assert positions == "max_position_embeddings is 64 there and 128 here"
+    assert f"note: {precision}" in str(report) and report.to_json()["notes"] == report.notes
+    record = json.loads((tmp_path / "out" / "reap.json").read_text())
+    assert record["notes"] == list(report.notes)
+    assert not prune(base, plan, tmp_path / "same", strict=True).notes
+
+
+def test_files_of_quantisers_follow(base: Path, tmp_path: Path) -> None:
+    plan = some_plan(base)
+    layer, kept = next(iter(plan.kept.items()))
+    folder = in_precision(base, tmp_path / "quantised", "fp8")
+    listed = [f"{layer}.{expert}.up_proj" for expert in range(8)]
+    tree = {"quantization": {"exclude_modules": listed}}
+    (folder / "hf_quant_config.json").write_text(json.dumps(tree))
+    edit_config(folder, quantization_config={"quant_method": "fp8", "ignored_layers": listed})
+    heard: list[int] = []
+    report = prune(folder, plan, tmp_path / "out", progress=heard.append)
+    assert sum(heard) == pruning.pruned_size(folder, plan)
+    written = json.loads((tmp_path / "out" / "hf_quant_config.json").read_text())
+    names = [f"{layer}.{i}.up_proj" for i in range(len(kept))]
+    assert written == {"quantization": {"exclude_modules": names}}
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["quantization_config"]["ignored_layers"] == names
+    assert "quantisation: what names experts names those that stay" in report.config_changes
+
+
+def test_another_precision_of_another_model(base: Path, tmp_path: Path) -> None:
+    """The routers, which are in both as they were, tell."""
+    other = in_precision(base, tmp_path / "quantised", "fp8", seed=1)
+    refused(other, some_plan(base), "another model.*router .*gate.weight of F32", tmp_path / "out")
+
+
+def test_plans_of_version_1_outlive_releases_of_transformers(base: Path, tmp_path: Path) -> None:
+    weights = describe_folder(base).weights
+    kept = {"kept": [0, 1, 2, 3], "dropped": [4, 5, 6, 7]}
+    names = [f"model.layers.{i}.mlp.experts" for i in range(2)]
+    groups = {"n_group": 1, "topk_group": 1, "min_per_group": 1}
+    data: dict[str, Any] = {
+        "format": "reap-plan",
+        "version": 1,
+        "model": {
+            "model_type": "qwen3_moe",
+            "name": "base",
+            "fingerprint": "5" * 64,  # of the defaults of another release
+            "weights": weights,
+            "layers": [{"name": n, "num_experts": 8, "top_k": 2, **groups} for n in names],
+        },
+        "criterion": "reap",
+        "seed": 0,
+        "layers": dict.fromkeys(names, kept),
+        "options": {"ratio": "0.5"},
+        "calibration": {"versions": {"transformers": "5.6.0"}},
+    }
+    report = prune(base, Plan.from_json(json.dumps(data)), tmp_path / "out")
+    assert ["earlier version" in note for note in report.notes] == [True]
+    data["model"]["weights"] = None
+    assert prune(base, Plan.from_json(json.dumps(data)), tmp_path / "out", overwrite=True).notes
+    data["model"]["weights"] = "0" * 64
+    other = Plan.from_json(json.dumps(data))
+    refused(base, other, "another model .*other weights.*calibrate again", tmp_path / "o")
+    data["model"]["weights"] = weights
+    data["calibration"]["versions"]["transformers"] = describe_folder(base).transformers
+    other = Plan.from_json(json.dumps(data))
+    refused(base, other, "another model .*a field of the configuration", tmp_path / "o")
+
+
+def test_a_plan_of_more_experts_than_the_folder_has(base: Path, tmp_path: Path) -> None:
+    plan = some_plan(base)
+    prune(base, plan, tmp_path / "out")
+    refused(tmp_path / "out", plan, "another model .*num_experts 8 against 5", tmp_path / "again")
+    with pytest.raises(ReapError, match="num_experts 8 against 5"):
+        pruning.pruned_size(tmp_path / "out", plan)
+    saved(tmp_path / "glm", "glm4_moe")
+    refused(tmp_path / "glm", plan, "qwen3_moe against glm4_moe", tmp_path / "again")
 
 
 def test_output_that_exists_or_lies_in_the_model(base: Path, tmp_path: Path) -> None:

@@ -69,7 +69,7 @@ def test_merged_files_are_identical_bytes(tmp_path):
     ("change", "message"),
     [
         (changes("format", "gguf"), "holds no statistics: its format is 'gguf'"),
-        (changes("version", 2), "has format version 2: this program reads version 1"),
+        (changes("version", 3), "has format version 3: this program reads up to version 2"),
         (changes("model", None), "field 'model' must be a JSON dict"),
         (changes("model", {}), "model description lacks"),
         (changes("gates", "softmax"), "gates is 'softmax'"),

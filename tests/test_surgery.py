@@ -125,16 +125,78 @@ def test_experts_one_after_another_along_the_rows(tmp_path: Path) -> None:
         assert np.array_equal(after[name], rows(before[name], EXPERTS, KEPT))
 
 
-def test_a_router_of_blocks_that_span_experts_is_refused(tmp_path: Path) -> None:
-    """FP8 with one scale per block of rows: no scale fits the rows that stay."""
+def with_router(**parts: tuple[str, tuple[int, ...]]) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """A layer of experts with a router of these tensors."""
     tensors: dict[str, tuple[str, tuple[int, ...]]] = {
         f"layers.0.mlp.experts.{i}.up_proj.weight": ("BF16", (4, 4)) for i in range(EXPERTS)
     }
-    tensors["layers.0.mlp.gate.weight"] = ("F8_E4M3", (EXPERTS, 4))
-    tensors["layers.0.mlp.gate.weight_scale_inv"] = ("F32", (1, 2))
-    checkpoint(tmp_path / "m", tensors)
-    with pytest.raises(ReapError, match="do not know what 'layers.0.mlp.gate.weight_scale_inv'"):
+    return tensors | {f"layers.0.mlp.gate.{name}": part for name, part in parts.items()}
+
+
+@pytest.mark.parametrize(
+    ("parts", "rowed"),
+    [
+        # FP8: a scale per row; one for a block of rows that has them all; one for everything.
+        ({"weight": ("F8_E4M3", (EXPERTS, 4)), "weight_scale": ("F32", (EXPERTS, 1))}, 2),
+        ({"weight": ("F8_E4M3", (EXPERTS, 4)), "weight_scale_inv": ("F32", (1, 2))}, 1),
+        ({"weight": ("F8_E4M3", (EXPERTS, 4)), "weight_scale": ("F32", ())}, 1),
+        # NVFP4
+        (
+            {
+                "weight_packed": ("U8", (EXPERTS, 4)),
+                "weight_scale": ("F8_E4M3", (EXPERTS, 2)),
+                "weight_global_scale": ("F32", (1,)),
+                "input_global_scale": ("F32", (1,)),
+            },
+            2,
+        ),
+    ],
+)
+def test_quantised_routers(parts: dict, rowed: int, tmp_path: Path) -> None:
+    tensors = with_router(**parts)
+    before = checkpoint(tmp_path / "m", tensors)
+    after, shapes, _ = pruned(tmp_path / "m", plan_for("layers.0.mlp.experts"))
+    for i, name in enumerate(f"layers.0.mlp.gate.{part}" for part in parts):
+        whole = i >= rowed
+        expected = before[name] if whole else rows(before[name], EXPERTS, KEPT)
+        assert np.array_equal(after[name], expected)
+        assert shapes[name] == (tensors[name][1] if whole else (3, *tensors[name][1][1:]))
+
+
+@pytest.mark.parametrize(
+    ("parts", "odd"),
+    [
+        # FP8 with a scale for every few rows: no scale fits the rows that stay.
+        (
+            {"weight": ("F8_E4M3", (EXPERTS, 4)), "weight_scale_inv": ("F32", (2, 2))},
+            "weight_scale_inv' with shape [2, 2]",
+        ),
+        (
+            {"weight": ("F8_E4M3", (EXPERTS, 4)), "weight_scale": ("F32", (1, EXPERTS))},
+            "weight_scale'",
+        ),
+        # GPTQ packs the zero points of several experts into one number.
+        (
+            {
+                "qzeros": ("I32", (2, 1)),
+                "qweight": ("I32", (2, EXPERTS)),
+                "scales": ("F16", (2, EXPERTS)),
+                "g_idx": ("I32", (16,)),
+            },
+            "qzeros'",
+        ),
+        # int4 of compressed-tensors writes down the shape.
+        (
+            {"weight_packed": ("I32", (EXPERTS, 1)), "weight_shape": ("I64", (2,))},
+            "weight_shape'",
+        ),
+    ],
+)
+def test_quantised_routers_that_cannot_be_cut(parts: dict, odd: str, tmp_path: Path) -> None:
+    checkpoint(tmp_path / "m", with_router(**parts))
+    with pytest.raises(ReapError, match="is part of a quantised router") as caught:
         operate(open_folder(tmp_path / "m"), plan_for("layers.0.mlp.experts"))
+    assert str(caught.value).startswith(f"'layers.0.mlp.gate.{odd}")
 
 
 @pytest.mark.parametrize("fused", [True, False])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import platform
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from reap import versions
@@ -22,7 +22,13 @@ if TYPE_CHECKING:
 OLDER = re.compile(r"README(\.base)*\.md|reap(\.base)*\.json")
 
 
-def record(folder: Folder, plan: Plan, operation: Operation, command: str | None) -> dict[str, Any]:
+def record(
+    folder: Folder,
+    plan: Plan,
+    operation: Operation,
+    command: str | None,
+    notes: Sequence[str] = (),
+) -> dict[str, Any]:
     """The content of reap.json: everything needed to see, check and repeat what was done.
 
     `layers` gives the ids that the experts had in the base model, in their new order. A base that
@@ -44,6 +50,7 @@ def record(folder: Folder, plan: Plan, operation: Operation, command: str | None
         "config_changes": list(operation.changes),
         "dropped_layers": list(operation.dropped_layers),
         "left_out": list(folder.left_out),
+        "notes": list(notes),
         "command": command,
         "versions": _versions(),
     }

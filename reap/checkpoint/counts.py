@@ -12,7 +12,6 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from reap.checkpoint.blocks import PER_EXPERT
 from reap.errors import ReapError
 from reap.model.config import EXPERT_COUNT_KEYS
 
@@ -22,9 +21,7 @@ EXTRA_LAYERS = (
     "num_nextn_predict_layers", "num_mtp_layers", "num_mtp_modules", "mtp_num_layers",
     "mtp_num_hidden_layers", "n_mtp_layers",
 )  # fmt: skip
-QUANTISATION = "quantization_config"
 PER_LAYER = "per_layer_config"  # layer number -> a config of that layer alone
-Kept = Mapping[str, tuple[int, ...]]  # block -> expert ids kept
 # Words of a config's path that do not tell one stack of layers from another.
 _COMMON = {"config", "text", "llm", "language", "model", "per", "layer"}
 
@@ -57,7 +54,7 @@ def at(config: Mapping[str, Any], path: Iterable[str]) -> Any:
 def places(config: Mapping[str, Any], path: tuple[str, ...] = ()) -> Iterator[Place]:
     """Every place in a config that counts experts."""
     for key, value in config.items():
-        if isinstance(value, dict) and key != QUANTISATION:
+        if isinstance(value, dict) and key != "quantization_config":
             yield from places(value, (*path, key))
         elif key in EXPERT_COUNT_KEYS and (
             _is_count(value) or (isinstance(value, list) and value and all(map(_is_count, value)))
@@ -134,38 +131,3 @@ def with_fewer(
                     changes.append(f"{'.'.join((*path, key))}: {owner[key]} -> 0")
                     owner[key] = 0
     return new, changes
-
-
-def with_quantisation(config: Mapping[str, Any], kept: Kept) -> dict[str, Any]:
-    """The config with the single experts that its quantisation names renumbered."""
-    new = dict(config)
-    for key, value in config.items():
-        if key == QUANTISATION:
-            new[key] = _renumbered(value, kept)
-        elif isinstance(value, dict):
-            new[key] = with_quantisation(value, kept)
-    return new
-
-
-def _renumbered(value: Any, kept: Kept) -> Any:
-    """Lists and tables of modules name an expert as `<block>.experts.<id>...`: those that are gone
-    are taken out."""
-    if isinstance(value, dict):
-        return {
-            name: _renumbered(item, kept)
-            for key, item in value.items()
-            for name in _renamed(key, kept)
-        }
-    if isinstance(value, list):
-        return [_renumbered(new, kept) for item in value for new in _renamed(item, kept)]
-    return value
-
-
-def _renamed(name: Any, kept: Kept) -> list[Any]:
-    """What stands where `name` stood: the expert's new name, nothing if it is gone, or `name`."""
-    match = PER_EXPERT.fullmatch(name) if isinstance(name, str) else None
-    if match is None or match["module"] not in kept:
-        return [name]
-    ids, old = kept[match["module"]], int(match["id"])
-    rest = match["rest"] or ""
-    return [f"{match['module']}.experts.{ids.index(old)}{rest}"] if old in ids else []

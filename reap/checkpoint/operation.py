@@ -8,30 +8,33 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from reap.checkpoint import counts, surgery
-from reap.checkpoint.blocks import find_blocks
+from reap.checkpoint import counts, quantisation, surgery
+from reap.checkpoint.blocks import Shapes, find_blocks
 from reap.checkpoint.removal import Removal, dropped_layers, kept_by_place, removals_of
 from reap.errors import ReapError
-from reap.files.folder import Folder
-from reap.files.safefile import BITS, Header, Tensor, span
+from reap.files.folder import CONFIG, Folder
+from reap.files.safefile import BITS, Header, Tensor, read_json, span
 from reap.planning.plan import Plan
 
 # Shard of the original -> what it holds afterwards, in the order of the data.
 Layout = dict[Path, list[tuple[surgery.Edit, Tensor]]]
 
+CONFIG_LIMIT = 64 << 20  # bytes of a quantiser's file
 TABLE_LIMIT = 256 << 20  # bytes of a table of expert ids, which is rewritten in memory
 
 
 @dataclass(frozen=True)
 class Operation:
     """`removals` and what follows from them: edits by old tensor name (None: dropped; absent: as it
-    is), the new config, its `changes` as lines of text, and prefixes of layers that go."""
+    is), the new config, its `changes` as lines of text, prefixes of layers that go, and other files
+    (JSON) with new content."""
 
     removals: tuple[Removal, ...]
     edits: Mapping[str, surgery.Edit | None]
     config: dict[str, Any]
     changes: tuple[str, ...]
     dropped_layers: tuple[str, ...]
+    rewritten: Mapping[str, Any]
 
 
 def operate(folder: Folder, plan: Plan) -> Operation:
@@ -44,15 +47,52 @@ def operate(folder: Folder, plan: Plan) -> Operation:
     }
     blocks = find_blocks(shapes)
     if not blocks:
-        raise ReapError(f"{folder.path} is a dense model: it has no experts to remove")
+        raise ReapError(f"{folder.path} {_without_experts(folder, shapes)}")
     removals = removals_of(plan, folder.config, shapes, blocks)
     dropped = dropped_layers(folder.config, shapes, blocks, removals)
     edits = surgery.edits_of(shapes, removals, dropped)
     for name, edit in edits.items():
         _check_edit(name, shapes[name], edit)
     config, changes = counts.with_fewer(folder.config, kept_by_place(removals), bool(dropped))
-    config = counts.with_quantisation(config, {r.block.module: r.kept for r in removals})
-    return Operation(removals, edits, config, tuple(changes), dropped)
+    renaming = quantisation.Renaming.of(removals, shapes, edits)
+    renamed = renaming.config(config)
+    if renamed != config:
+        changes.append("quantisation: what names experts names those that stay")
+    return Operation(
+        removals, edits, renamed, tuple(changes), dropped, _rewritten(folder, renaming)
+    )
+
+
+def _without_experts(folder: Folder, shapes: Shapes) -> str:
+    """Why no experts were found: there are none, or they go by names of another program."""
+
+    def axes(name: str) -> int:
+        return len(shapes[name][1])
+
+    found = (counts.at(folder.config, (*p.path, p.key)) for p in counts.places(folder.config))
+    count = next((n[0] if isinstance(n, list) else n for n in found), None)
+    # What holds all experts has more axes than their router, which has an entry for each as well.
+    like = max((name for name in shapes if count in shapes[name][1]), key=axes, default=None)
+    if like is None:
+        return "is a dense model: it has no experts to remove"
+    formats = {shard.metadata.get("format") for shard in folder.shards}
+    mlx = "mlx" in formats or any(".switch_mlp." in name for name in shapes)
+    return (
+        f"counts {count} experts in {CONFIG}, but no tensor is named as experts are in "
+        f"transformers' format ({like!r} may be theirs{', as MLX names them' if mlx else ''}): "
+        "give the checkpoint that it was converted from"
+    )
+
+
+def _rewritten(folder: Folder, renaming: quantisation.Renaming) -> dict[str, Any]:
+    """The quantisers' own files that say something else of the experts that stay."""
+    found = {}
+    for name in filter(quantisation.SIDE_FILE.fullmatch, folder.others):
+        value = read_json(folder.read_from(name), limit=CONFIG_LIMIT)
+        new = renaming.tree(value, name)
+        if new != value:
+            found[name] = new
+    return found
 
 
 def _check_edit(name: str, tensor: tuple[str, tuple[int, ...]], edit: surgery.Edit | None) -> None:

@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from reap.checkpoint import card
+from reap.checkpoint import card, counts
 from reap.checkpoint.blocks import find_blocks
 from reap.checkpoint.operation import Layout, Operation, layout_of, operate, own_tensors
 from reap.checkpoint.publish import staged
@@ -37,6 +37,7 @@ from reap.files.units import sized
 from reap.model import compat
 from reap.model.config import NeedsCodeError
 from reap.model.identity import describe_folder, weights_fingerprint
+from reap.model.info import ModelInfo
 from reap.model.shapes import Tensors, loading_problems
 from reap.planning.plan import Plan
 
@@ -50,7 +51,8 @@ class PruneReport:
 
     `unchecked` is None when transformers' own loader accepted every shape, else why it could not be
     asked. `verify_seconds` is what threads spent reading back, while others wrote; None where it
-    was not asked for.
+    was not asked for. `notes`: how the folder is not quite what the plan was made from, such as its
+    precision.
     """
 
     out: Path
@@ -63,6 +65,7 @@ class PruneReport:
     unchecked: str | None
     seconds: float
     verify_seconds: float | None
+    notes: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         return {**vars(self), "out": str(self.out), "kept": dict(self.kept)}
@@ -76,6 +79,7 @@ class PruneReport:
             lines.append("not verified: `reap verify` reads it back")
         else:
             lines.append(f"read back and the same as the original: {self.verify_seconds:.1f} s")
+        lines += [f"note: {note}" for note in self.notes]
         lines += [f"config.json: {change}" for change in self.config_changes]
         lines += [
             f"dropped, no statistics exist for it: {prefix}" for prefix in self.dropped_layers
@@ -94,6 +98,7 @@ def prune(
     overwrite: bool = False,
     verify: bool = True,
     allow_copy: bool = False,
+    strict: bool = False,
     command: str | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> PruneReport:
@@ -101,12 +106,13 @@ def prune(
     renumbered from 0.
 
     Every dtype and quantisation survives byte for byte, and the memory used does not grow with the
-    model. `overwrite` replaces a folder that holds a model and nothing else, `command` goes into
-    reap.json, `progress(n)` hears of n more bytes written. Unless `verify` is False, every file is
-    read back from the disk, held against the original, and its checksum recorded. ReapError, with
-    nothing left behind and an existing `out_dir` untouched, when the folder is not a model with
-    experts or not the plan's model, is damaged, or cannot be written, and unless `allow_copy` is
-    set when the plan drops nothing.
+    model. The folder may hold the plan's model in another precision; with `strict` that, and
+    whatever else would be a note in the report, is an error. `overwrite` replaces a folder that
+    holds a model and nothing else, `command` goes into reap.json, `progress(n)` hears of n more
+    bytes written. Unless `verify` is False, every file is read back from the disk, held against the
+    original, and its checksum recorded. ReapError, with nothing left behind and an existing
+    `out_dir` untouched, when the folder is not a model with experts or not the plan's model, is
+    damaged, or cannot be written, and unless `allow_copy` is set when the plan drops nothing.
     """
     started = time.monotonic()
     compat.require(compat.PRUNING)
@@ -118,8 +124,12 @@ def prune(
             f"the plan drops no expert: {out_dir} would be a copy of {model_dir}: plan for fewer "
             "experts, or pass --allow-copy (allow_copy=True)"
         )
-    operation = operate(folder, plan)
-    _check_same_model(folder, plan)
+    operation = _operate(folder, plan)
+    found = _described(folder, plan)
+    _check_same_model(folder, plan, found)
+    notes = tuple(plan.model.notes(found))
+    if strict and notes:
+        raise ReapError(f"{folder.path} is not strictly what the plan was made from: {notes[0]}")
     before = {n: t for shard in folder.shards for n, t in own_tensors(folder, shard)}
     layout = layout_of(folder, operation)
     parts = [part for shard in layout.values() for part in shard]
@@ -139,8 +149,12 @@ def prune(
         with staged(out, overwrite=overwrite, verify=accept) as stage:
             write_shards(folder, layout, stage, advance, check)
             write_json(stage / CONFIG, operation.config)
-            copy_others(folder, stage, advance, check)
-            record = card.record(folder, plan, operation, command)
+            copied = tuple(name for name in folder.others if name not in operation.rewritten)
+            copy_others(replace(folder, others=copied), stage, advance, check)
+            for name, content in operation.rewritten.items():
+                write_json(stage / name, content)
+                advance(os.stat(folder.path / name).st_size)
+            record = card.record(folder, plan, operation, command, notes)
             write_text(stage / "README.md", card.model_card(record, out.name, size))
             write_json(stage / RECORD, {**record, "files": _files(stage, check)})
     except OSError as error:
@@ -158,6 +172,7 @@ def prune(
         unchecked=unchecked,
         seconds=time.monotonic() - started,
         verify_seconds=sum(check.times) if check else None,
+        notes=notes,
     )
 
 
@@ -177,7 +192,24 @@ def _files(folder: Path, check: Check | None) -> dict[str, dict[str, int]]:
 def pruned_size(model_dir: str | os.PathLike[str], plan: Plan) -> int:
     """The bytes that `prune` copies: what its `progress` adds up to. Raises what `prune` raises."""
     folder = open_folder(model_dir)
-    return sum(_sizes(folder, layout_of(folder, operate(folder, plan))))
+    return sum(_sizes(folder, layout_of(folder, _operate(folder, plan))))
+
+
+def _operate(folder: Folder, plan: Plan) -> Operation:
+    """`operate`; where it fails because the folder is another model's, the error says so."""
+    try:
+        return operate(folder, plan)
+    except ReapError as error:
+        try:
+            found = describe_folder(folder.path, like=plan.model)
+        except ReapError:
+            raise error from None
+        # A config that counts no experts makes the layers of a model with the default number.
+        counted = next(counts.places(folder.config), None) is not None
+        told = counted and plan.model.layers != found.layers
+        if told or plan.model.model_type != found.model_type:
+            _check_same_model(folder, plan, found)
+        raise
 
 
 def _sizes(folder: Folder, layout: Layout) -> tuple[int, int]:
@@ -199,17 +231,20 @@ def _check_space(out: Path, needed: int) -> None:
         )
 
 
-def _check_same_model(folder: Folder, plan: Plan) -> None:
+def _described(folder: Folder, plan: Plan) -> ModelInfo:
     try:
-        found = describe_folder(folder.path, like=plan.model)
+        return describe_folder(folder.path, like=plan.model)
     except NeedsCodeError:
         # Names and shapes of its experts are checked without; this is what else its files tell.
-        found = replace(
+        return replace(
             plan.model,
             model_type=str(folder.config.get("model_type")),
             weights=weights_fingerprint(folder.path),
         )
-    different = plan.model.difference(found)
+
+
+def _check_same_model(folder: Folder, plan: Plan, found: ModelInfo) -> None:
+    different = plan.model.difference(found, to_prune=True)
     if different:
         raise ReapError(f"the plan was made for another model than {folder.path}: {different}")
 

@@ -32,6 +32,15 @@ ROUTER: tuple[tuple[str, int], ...] = (
     (r"(gate\.)?moe_statics\.e_score_correction_bias", 1),
     (r"gate\.router_mlp\.out_proj\.(weight|bias)", 0),
 )
+# Beside the weight of a quantised router: what has a row per expert, or one for a block of rows ...
+_QUANTISED = r"(gate|router)(\.(gate|wg|layer|proj|linear|classifier))?\."
+ROUTER_ROWS = re.compile(_QUANTISED + r"(weight_packed|weight_scale|weight_scale_inv)")
+# ... and all names: rows of the others run over inputs, or an element holds several experts.
+ROUTER_QUANTISED = re.compile(
+    _QUANTISED
+    + r"(qweight|qzeros|scales|g_idx|biases|input_(global_)?scale"
+    + r"|weight_(packed|shape|zero_point|g_idx|(global_)?scale(_\w+)?))"
+)
 # Whatever else is in a router may speak of single experts, whatever its sizes.
 IN_ROUTER = re.compile(r"(gate|router)\.")
 # Where a router may lie beside the block's module: in these modules of the decoder layer, ...
@@ -108,9 +117,20 @@ def _edits_of_block(
             tailed = removal.model_type in TAILED
             edits[name] = _along_experts(name, shape, axis, removal, tailed=tailed)
             routed = True
+        elif any(map(ROUTER_ROWS.fullmatch, tails)) and shape[:1] == (total,):
+            edits[name] = _along_experts(name, shape, 0, removal, tailed=False)
+            routed = True
         elif name in block.fused and not any(map(SHARED.fullmatch, tails)):
             if math.prod(shape) > 1:  # a scale that all experts share stays as it is
                 edits[name] = _edit_fused(name, shape, tails, removal)
+        elif any(map(ROUTER_QUANTISED.fullmatch, tails)):
+            one_block = shape[:1] == (1,) and total not in shape
+            if math.prod(shape) == 1 or (one_block and any(map(ROUTER_ROWS.fullmatch, tails))):
+                continue  # a scale that serves all rows
+            raise ReapError(
+                f"{name!r} with shape {list(shape)} is part of a quantised router, which cannot be "
+                f"cut to single experts of {total}: give a checkpoint whose router is not quantised"
+            )
         elif _depends(tails, shape, total):
             raise ReapError(
                 f"do not know what {name!r} with shape {list(shape)} is, next to {total} "

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from reap.errors import ReapError
-from reap.files.safefile import Header, read_header, read_json
+from reap.files.safefile import Header, check_is_here, read_header, read_json
 
 CONFIG = "config.json"
 SINGLE = "model.safetensors"
@@ -157,5 +157,6 @@ def _other_files(
                     f"{root / name} is not a regular file, or a link to one that is not there"
                 )
             else:
+                check_is_here(root / name)
                 keep.append(name)
     return tuple(sorted(keep)), tuple(sorted(leave))

@@ -44,6 +44,14 @@ def resolve_model(model: str | Path, revision: str | None = None) -> Path:
         return Path(snapshot_download(str(model), revision=revision, ignore_patterns=NOT_USED))
     except Exception as error:
         which = f"{model} at {revision}" if revision else model
+        parent = folder.parent  # the first part of a hub id, or a folder here
+        beside = f" ({parent} has {_listed(parent)})" if parent.is_dir() else ""
         raise ReapError(
-            f"{which} is no local folder and the hub did not give it: {first_line(error)}"
+            f"{which} is no local folder{beside} and the hub did not give it: {first_line(error)}"
         ) from error
+
+
+def _listed(folder: Path) -> str:
+    """The folders in `folder`, a few of them."""
+    names = sorted(path.name for path in folder.iterdir() if path.is_dir())
+    return ", ".join([*names[:4], *(["..."] if len(names) > 4 else [])]) or "no folders"

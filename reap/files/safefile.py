@@ -25,6 +25,7 @@ from reap.errors import ReapError
 
 MAX_HEADER = 100_000_000  # bytes; the limit of the safetensors library
 MAX_DEPTH = 100  # of JSON
+LFS_POINTER = b"version https://git-lfs"  # how a pointer in place of a file begins
 COPY_CHUNK = 64 << 20  # bytes; an interrupt is noticed between two chunks
 
 # What copy_file_range answers where it does not work.
@@ -150,6 +151,20 @@ def _depth(value: Any) -> int:
     return depth
 
 
+def _check_is_here(start: bytes, path: Path) -> None:
+    if start.startswith(LFS_POINTER):
+        raise ReapError(
+            f"{path} is a Git LFS pointer, not the file itself: run `git lfs pull` in its folder, "
+            "or download it again"
+        )
+
+
+def check_is_here(path: Path) -> None:
+    """ReapError for a Git LFS pointer in place of a file."""
+    with open(open_regular(path), "rb") as file:
+        _check_is_here(file.read(len(LFS_POINTER)), path)
+
+
 def read_json(path: Path, limit: int = MAX_HEADER) -> dict[str, Any]:
     """The object in a JSON file of at most `limit` bytes."""
     fd = open_regular(path)
@@ -157,7 +172,9 @@ def read_json(path: Path, limit: int = MAX_HEADER) -> dict[str, Any]:
         size = os.fstat(fd).st_size
         if size > limit:
             raise ReapError(f"{path} has {size} bytes: more than {limit} is not a sane JSON file")
-        return parse_json(file.read(), str(path))
+        text = file.read()
+    _check_is_here(text, path)
+    return parse_json(text, str(path))
 
 
 def read_header(path: Path) -> Header:
@@ -172,7 +189,10 @@ def read_header(path: Path) -> Header:
         size = os.fstat(fd).st_size
         if size < 8:
             raise ReapError(f"{path} is not a safetensors file: it has only {size} bytes")
-        (length,) = struct.unpack("<Q", file.read(8))
+        start = file.read(len(LFS_POINTER))
+        _check_is_here(start, path)
+        (length,) = struct.unpack("<Q", start[:8])
+        file.seek(8)
         if length > MAX_HEADER:
             raise ReapError(
                 f"{path} is not a safetensors file: it claims a header of {length} bytes"

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from reap.errors import ReapError, first_line
-from reap.files.safefile import read_json
+from reap.files.safefile import check_is_here, read_json
 from reap.model import compat
 
 # Keys, most specific first; a composite model has them in its `text_config`.
@@ -48,6 +48,7 @@ def read_config(folder: Path, *, trust_remote_code: bool = False) -> Any:
 
     if not (folder / "config.json").is_file():
         raise ReapError(f"{folder} is not a model folder: it has no config.json")
+    check_is_here(folder / "config.json")
     read_json(folder / "config.json")  # transformers says less of broken or bottomless JSON
     try:
         # Always said: where it is not, transformers asks on the terminal and reads stdin.

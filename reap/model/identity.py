@@ -13,42 +13,45 @@ from typing import Any
 import torch
 from torch import nn
 
+from reap import versions
 from reap.errors import ReapError, first_line
+from reap.files.folder import CONFIG
+from reap.files.safefile import Header, read_header, read_json
 from reap.model import compat
 from reap.model.config import check_has_experts, config_for, model_classes, read_config, text_config
 from reap.model.experts import Experts, find_experts, layer_info, pretrained
-from reap.model.info import ModelInfo
+from reap.model.info import LayerInfo, ModelInfo
+from reap.model.structure import NOT_STRUCTURE, Structure, as_written
 
-# Fields of a configuration that say how a model is run or labelled, not what it is.
-NOT_STRUCTURE = re.compile(
-    r"_.*|.*dtype|transformers_version|architectures|use_cache|output_.*|return_dict.*|.*_token_id"
-    r"|id2label|label2id|problem_type|quantization_config|initializer_range|.*dropout|auto_map"
-    r"|chunk_size_feed_forward|name_or_path|tie_word_embeddings|is_encoder_decoder|model_type"
-    r"|num_logits_to_keep|use_.*kernels?|.*_loss_coef|.*_aux_.*"
+ROUTER = re.compile(
+    r"(.*\.)?(gate|router)(\.(gate|wg|layer|proj|linear|classifier))?\.weight|.*gate_weight"
 )
+LAYER = re.compile(r".*?\.\d+\.")  # the prefix of a decoder layer's tensors
 SAMPLES, SAMPLE_BYTES = 16, 4096  # of each weight file
 
 
 def describe(model: nn.Module, experts: list[Experts] | None = None) -> ModelInfo:
     """What identifies `model`, and its MoE layers. Reads no weight, save of files it came from.
 
-    `experts` are those that `find_experts` found in it, if that is known.
-
-    `weights` is known when the model was loaded from a local folder that is still there.
+    `experts` are those that `find_experts` found in it, if that is known. A model that was loaded
+    from a local folder is what the folder's files say, if it is still there; of another only its
+    modules can tell, and its `weights` are unknown.
     ReapError for a model without MoE layers, and for one with experts that cannot be observed.
     """
     inner = pretrained(model)
     found = {one.name: one for one in reversed(experts or find_experts(model))}
     config, folder = inner.config, compat.source(inner.config)
     layers = tuple(layer_info(one, config) for one in reversed(found.values()))
-    local = bool(folder) and os.path.isdir(folder)
+    local = Path(folder) if folder and os.path.isdir(folder) else None
     return ModelInfo(
         model_type=config.model_type,
         name=(os.path.basename(os.path.realpath(folder)) if local else folder)
         or type(inner).__name__,
         fingerprint=fingerprint(config),
-        weights=weights_fingerprint(Path(folder)) if local else None,
+        weights=weights_fingerprint(local) if local else None,
         layers=layers,
+        structure=_structure_of(inner, list(found.values()), layers, local),
+        transformers=versions.installed("transformers")["transformers"],
     )
 
 
@@ -72,16 +75,17 @@ def describe_folder(path: str | os.PathLike[str], like: ModelInfo | None = None)
             raise ReapError(f"{folder}/config.json builds no model: {first_line(error)}") from error
         compat.set_source(model.config, folder)
         described.append(describe(model))
-        if like is None or described[-1].difference(like) is None:
+        if like is None or described[-1].layers == like.layers:
             return described[-1]
     return described[0]
 
 
 def fingerprint(config: Any) -> str:
-    """Hex SHA-256 of the structural part of the language model's configuration.
+    """Hex SHA-256 of the structural part of the language model's configuration, defaults included.
 
     The same for a model and its folder, whatever dtype, attention or experts implementation it runs
-    with, and whether a composite model was loaded whole or as its language model alone.
+    with, and whether a composite model was loaded whole or as its language model alone; another
+    with a release of transformers that has other defaults.
     """
     structure = _structure(text_config(config).to_dict())
     text = json.dumps(structure, sort_keys=True, default=str, separators=(",", ":"))
@@ -95,6 +99,134 @@ def _structure(fields: Any) -> Any:
     if isinstance(fields, list | tuple):
         return [_structure(value) for value in fields]
     return fields
+
+
+def _structure_of(
+    model: nn.Module, experts: list[Experts], layers: tuple[LayerInfo, ...], folder: Path | None
+) -> Structure:
+    modules = _counted(model, experts)
+    if folder is None:
+        return Structure(modules=modules)
+    headers = _headers(folder)
+    return Structure(
+        config=_config_of(folder, model.config),
+        tensors=_stored(headers),
+        routers=_routers(headers, {layer.num_experts for layer in layers}),
+        modules=modules,
+    )
+
+
+def _counted(model: nn.Module, experts: list[Experts]) -> dict[str, int]:
+    """Sizes that every release counts alike, however it calls and fuses its modules."""
+    found: dict[str, int] = {}
+    try:
+        embedding = model.get_input_embeddings().weight
+        if embedding.dim() == 2 and 0 not in embedding.shape and _is_plain(embedding):
+            found["vocab_size"], found["embedding_size"] = embedding.shape
+    except (NotImplementedError, AttributeError):
+        pass  # a model that does not say which they are
+    last = experts[-1]
+    stack = re.fullmatch(r"(.*)\.\d+\..*", last.name)
+    layers = stack and model.get_submodule(stack[1])
+    if isinstance(layers, nn.ModuleList):
+        found["layers"] = len(layers)
+    weights = list(last.module.parameters())
+    if weights and all(map(_is_plain, weights)) and not compat.is_split(last.module):
+        # Of all experts: a module list and a fused module hold the same number.
+        found["parameters of a layer's experts"] = sum(weight.numel() for weight in weights)
+    return found
+
+
+def _is_plain(weight: torch.Tensor) -> bool:
+    """Not packed by a quantiser, nor away on another rank."""
+    return weight.is_floating_point() and weight.element_size() > 1 and weight.numel() > 0
+
+
+def _config_of(folder: Path, config: Any) -> dict[str, Any]:
+    """The language model's part of the folder's config.json, as it is written there."""
+    try:
+        written: Any = read_json(folder / CONFIG)
+    except ReapError:
+        return {}
+    # The folder's configuration may be composite where the model is its language model alone.
+    for name in _path_to_text(config, text_config(config)) or _path_in(
+        written, text_config(config)
+    ):
+        written = written.get(name) if isinstance(written, Mapping) else None
+    return as_written(written) if isinstance(written, Mapping) else {}
+
+
+def _path_to_text(config: Any, text: Any) -> tuple[str, ...]:
+    """The attributes that lead from a configuration to its language model's."""
+    for name, value in vars(config).items():
+        if value is text and not name.startswith("_"):
+            return (name,)
+        if hasattr(value, "get_text_config"):
+            path = _path_to_text(value, text)
+            if path:
+                return (name, *path)
+    return ()
+
+
+def _path_in(written: Mapping[str, Any], text: Any, depth: int = 2) -> tuple[str, ...]:
+    """The keys that lead to the part of the language model's type, where it is not the root."""
+    if written.get("model_type") == text.model_type or not depth:
+        return ()
+    for name, value in written.items():
+        if isinstance(value, Mapping):
+            if value.get("model_type") == text.model_type:
+                return (name,)
+            path = _path_in(value, text, depth - 1)
+            if path:
+                return (name, *path)
+    return ()
+
+
+def _headers(folder: Path) -> list[Header]:
+    """Of the folder's weight files; none when one of them is damaged."""
+    try:
+        return [read_header(path) for path in sorted(folder.glob("*.safetensors"))]
+    except ReapError:
+        return []
+
+
+def _stored(headers: list[Header]) -> dict[str, tuple[str, ...]]:
+    """Tensor names with * for numbers -> what is stored under them."""
+    found: dict[str, set[str]] = {}
+    for header in headers:
+        for name, tensor in header.tensors.items():
+            pattern = re.sub(r"(?<=\.)\d+(?=\.)", "*", name)
+            found.setdefault(pattern, set()).add(f"{tensor.dtype} {list(tensor.shape)}")
+    return {pattern: tuple(sorted(found[pattern])) for pattern in sorted(found)}
+
+
+def _routers(headers: list[Header], counts: set[int]) -> dict[str, tuple[str, ...]]:
+    """Router -> its dtype and what its first bytes and those of the norms of its layer hash to."""
+    norms: dict[str, list[tuple[str, bytes]]] = {}
+    routers: dict[str, tuple[str, bytes]] = {}
+    for header in headers:
+        with header.path.open("rb") as file:
+            for name, tensor in header.tensors.items():
+                layer = LAYER.match(name)
+                is_norm = "norm" in name and len(tensor.shape) == 1 and layer
+                is_router = ROUTER.fullmatch(name) and counts & set(tensor.shape)
+                if is_norm or is_router:
+                    file.seek(header.data + tensor.start)
+                    sample = file.read(min(SAMPLE_BYTES, tensor.nbytes))
+                    if is_router:
+                        routers[name] = tensor.dtype, sample
+                    elif layer:
+                        norms.setdefault(layer[0], []).append((name, sample))
+    found: dict[str, tuple[str, ...]] = {}
+    for name, (dtype, sample) in sorted(routers.items()):
+        layer = LAYER.match(name)
+        around = sorted(norms.get(layer[0], [])) if layer else []
+        found[name] = dtype, _short_hash(sample), _short_hash(*(data for _, data in around))
+    return found
+
+
+def _short_hash(*parts: bytes) -> str:
+    return hashlib.sha256(b"".join(parts)).hexdigest()[:16]
 
 
 def weights_fingerprint(folder: Path) -> str | None:

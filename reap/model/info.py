@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from reap.errors import ReapError
+from reap.model.structure import Structure
 
+REQUIRED = ("model_type", "name", "fingerprint", "weights", "layers")  # of a model
 MOST_EXPERTS = 1 << 16  # per layer: a file must not ask for memory without end
 
 
@@ -63,19 +67,27 @@ class LayerInfo:
 
 @dataclass(frozen=True)
 class ModelInfo:
-    """One model: `fingerprint` covers its structure, `weights` its parameters (None: unknown)."""
+    """One model: `structure` says what it is, `weights` covers its parameters (None: unknown).
+
+    `fingerprint` covers the configuration with the defaults of the release of `transformers` that
+    computed it: it means something only against another of the same release. Files of version 1
+    have no `structure`.
+    """
 
     model_type: str
     name: str
     fingerprint: str
     weights: str | None
     layers: tuple[LayerInfo, ...]
+    structure: Structure | None = dataclasses.field(default=None, hash=False)
+    transformers: str | None = dataclasses.field(default=None, compare=False)
 
     def __post_init__(self) -> None:
         for field in ("model_type", "name", "fingerprint"):
             _typed(f"model {field}", getattr(self, field), str)
-        if self.weights is not None:
-            _typed("model weights", self.weights, str)
+        for field in ("weights", "transformers"):
+            if getattr(self, field) is not None:
+                _typed(f"model {field}", getattr(self, field), str)
         names = [layer.name for layer in self.layers]
         if len(set(names)) != len(names):
             raise ReapError(f"model {self.name} names a MoE layer twice")
@@ -87,32 +99,103 @@ class ModelInfo:
                 return layer
         raise ReapError(f"model {self.name} has no MoE layer called {name!r}")
 
-    def difference(self, other: ModelInfo) -> str | None:
+    def difference(self, other: ModelInfo, *, to_prune: bool = False) -> str | None:
         """One phrase that says how `other` is a different model, or None when it is the same one.
 
-        The name is only a label. Unknown weights (a model that is not from a folder) match any.
+        The name is only a label. What one side does not know, such as the weights of a model that
+        is not from a folder, matches anything. `to_prune` allows what pruning does not mind: other
+        data types, of which `notes` speaks, and layers under another module, as some releases of
+        transformers move them.
         """
         if self.model_type != other.model_type:
             return f"model type {self.model_type} against {other.model_type}"
-        if self.layers != other.layers:
-            return _layer_difference(self.layers, other.layers)
-        if self.fingerprint != other.fingerprint:
-            return f"config fingerprint {self.fingerprint[:12]} against {other.fingerprint[:12]}"
-        if None not in (self.weights, other.weights) and self.weights != other.weights:
-            return f"weights {str(self.weights)[:12]} against {str(other.weights)[:12]}"
-        return None
+        mine, theirs = self.layers, other.layers
+        if to_prune:
+            mine, theirs = _in_stack(mine), _in_stack(theirs)
+        if mine != theirs:
+            return _layer_difference(mine, theirs)
+        if self.structure and other.structure:
+            different = self.structure.difference(other.structure)
+            if different:
+                return different
+        if self._configs_compared(other) is False:
+            return "a field of the configuration, which a file of an earlier version does not name"
+        if None in (self.weights, other.weights) or self.weights == other.weights:
+            return None
+        precision = self._precision(other)
+        if precision:
+            return None if to_prune else f"the same structure in other data types: {precision}"
+        if not (self.structure and other.structure):
+            return (
+                "other weights; a file of an earlier version does not say whether they are "
+                "this model in another precision: calibrate again"
+            )
+        return "other weights of the same structure and data types: another checkpoint"
+
+    def notes(self, other: ModelInfo) -> list[str]:
+        """What is worth a look between two descriptions of one model, a line each."""
+        notes = []
+        precision = self._precision(other)
+        if precision:
+            notes.append(f"another precision of the same structure: {precision}")
+        if self.structure and other.structure:
+            notes += self.structure.notes(other.structure)
+        elif self._configs_compared(other) is None:
+            notes.append(
+                "a file of an earlier version, written with another transformers: layers and "
+                + ("weights" if None not in (self.weights, other.weights) else "model type")
+                + " agree, other fields of the configuration were not compared"
+            )
+        return notes
+
+    def _precision(self, other: ModelInfo) -> str | None:
+        if not (self.structure and other.structure):
+            return None
+        return self.structure.precision(other.structure)
+
+    def _configs_compared(self, other: ModelInfo) -> bool | None:
+        """Whether the configurations agree where only fingerprints can tell; None: they cannot."""
+        if self.fingerprint == other.fingerprint:
+            return True
+        mine, theirs = self.structure, other.structure
+        if mine and theirs and mine.config and theirs.config:
+            return True  # compared field by field
+        return False if self.transformers == other.transformers is not None else None
 
     def to_json(self) -> dict[str, Any]:
-        return {**asdict(self), "layers": [layer.to_json() for layer in self.layers]}
+        """Without what is unknown, as files of version 1 are."""
+        known = {
+            "structure": self.structure and self.structure.to_json(),
+            "transformers": self.transformers,
+        }
+        return {
+            **{name: getattr(self, name) for name in ("model_type", "name", "fingerprint")},
+            "weights": self.weights,
+            "layers": [layer.to_json() for layer in self.layers],
+            **{name: value for name, value in known.items() if value is not None},
+        }
 
     @classmethod
-    def from_json(cls, data: Any) -> ModelInfo:
-        """Raises ReapError when a field is missing, unknown or of the wrong type."""
+    def from_json(cls, data: Any, *, transformers: Any = None) -> ModelInfo:
+        """`transformers`: the release that computed the fingerprint, where the data does not say.
+
+        Raises ReapError when a field is missing, unknown or of the wrong type.
+        """
         fields = _fields(data, cls, "model")
         if not isinstance(fields.get("layers"), list):
             raise ReapError("model description: layers must be a list")
         layers = tuple(LayerInfo.from_json(layer) for layer in fields["layers"])
+        if fields.get("structure") is not None:
+            fields["structure"] = Structure.from_json(fields["structure"])
+        if "transformers" not in fields and isinstance(transformers, str):
+            fields["transformers"] = transformers
         return cls(**{**fields, "layers": layers})
+
+
+def _in_stack(layers: tuple[LayerInfo, ...]) -> tuple[LayerInfo, ...]:
+    """The layers with names from their stack on, e.g. "layers.3.mlp.experts"."""
+    found = ((layer, re.search(r"[^.]+\.\d+\..*", layer.name)) for layer in layers)
+    return tuple(dataclasses.replace(layer, name=m[0]) if m else layer for layer, m in found)
 
 
 def _layer_difference(mine: tuple[LayerInfo, ...], theirs: tuple[LayerInfo, ...]) -> str:
@@ -139,7 +222,7 @@ def _fields(data: Any, cls: type, what: str) -> dict[str, Any]:
     unknown = sorted(set(data) - set(known))
     if unknown:
         raise ReapError(f"{what} description has an unknown field {unknown[0]!r}")
-    required = ("name", "num_experts", "top_k") if cls is LayerInfo else tuple(known)
+    required = ("name", "num_experts", "top_k") if cls is LayerInfo else REQUIRED
     for field in required:
         if field not in data:
             raise ReapError(f"{what} description lacks {field!r}")

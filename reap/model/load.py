@@ -11,6 +11,7 @@ import torch
 
 from reap.errors import ReapError, first_line
 from reap.files.folder import Folder, open_folder
+from reap.files.safefile import check_is_here
 from reap.model import compat
 from reap.model.config import model_classes, not_run, read_config
 from reap.model.quiet import quiet
@@ -33,6 +34,8 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
         denied = not_run(folder, "tokenizer", error)
         if denied:
             raise denied from error
+        for path in sorted(folder.glob("*token*")):
+            check_is_here(path)  # a better reason
         raise ReapError(f"{folder} has no tokenizer that loads: {first_line(error)}") from error
     check_tokenizer(tokenizer, str(folder))
     return tokenizer

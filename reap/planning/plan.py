@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from reap.errors import ReapError
 from reap.files.atomic import write_file
+from reap.files.kinds import kind_of
 from reap.files.outputs import PLAN, check_file
 from reap.files.safefile import parse_json, read_json
 from reap.model.info import LayerInfo, ModelInfo
@@ -25,7 +26,9 @@ if TYPE_CHECKING:
     from reap.statistics.stats import Statistics
 
 FORMAT = PLAN
-VERSION = 1
+VERSION = 2
+READS = (1, 2)  # 1 has no structure of the model
+NEXT = "give the file that `reap plan` wrote"
 
 
 @dataclass(frozen=True)
@@ -125,15 +128,20 @@ class Plan:
     @classmethod
     def load(cls, path: str | PathLike[str]) -> Plan:
         """Read what `save` wrote. ReapError for anything else."""
+        kind = kind_of(Path(path))
+        if kind not in (None, "a plan"):
+            hint = "make one of it with `reap plan`" if kind == "statistics" else NEXT
+            raise ReapError(f"{path} is {kind}, not a plan: {hint}")
         return cls._from_object(read_json(Path(path)), str(path))
 
     @classmethod
     def _from_object(cls, data: dict[str, Any], where: str) -> Plan:
         if data.get("format") != FORMAT:
             raise ReapError(f"{where} is no plan: its format is {data.get('format')!r}")
-        if data.get("version") != VERSION:
+        if data.get("version") not in READS:
             raise ReapError(
-                f"{where} has version {data.get('version')!r}: this program reads version {VERSION}"
+                f"{where} has version {data.get('version')!r}: this program reads up to version "
+                f"{VERSION}"
             )
         kinds = {"criterion": str, "seed": int, "layers": dict}
         for name, kind in {**kinds, "options": dict, "calibration": dict}.items():
@@ -147,8 +155,10 @@ class Plan:
                 raise ReapError(f"{where}: layer {name!r}: kept must be a list of expert ids")
             kept[name] = tuple(entry["kept"])
         try:
+            made_with = data["calibration"].get("versions")
+            release = made_with.get("transformers") if isinstance(made_with, dict) else None
             plan = cls(
-                model=ModelInfo.from_json(data.get("model")),
+                model=ModelInfo.from_json(data.get("model"), transformers=release),
                 criterion=data["criterion"],
                 seed=data["seed"],
                 kept=kept,

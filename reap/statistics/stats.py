@@ -7,6 +7,7 @@ import json
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from os import PathLike
 from typing import Any
 
@@ -153,7 +154,8 @@ class Statistics:
                 f"cannot combine statistics of {self.model.name} and {other.model.name}: "
                 f"{difference}"
             )
-        total = self._like(min((self.model, other.model), key=_provenance))
+        known, rest = sorted((self.model, other.model), key=_provenance)
+        total = self._like(replace(known, structure=known.structure or rest.structure))
         total.data = _union(self.data, other.data)
         total.versions = _join_versions(self.versions, other.versions)
         for key, part in (*self._copies(), *other._copies()):
@@ -242,9 +244,11 @@ def installed_versions() -> dict[str, str]:
     return {package: number or "unknown" for package, number in found.items()}
 
 
-def _provenance(model: ModelInfo) -> tuple[bool, str, str]:
-    """A sort key that does not depend on the order of a sum: known weights first."""
-    return model.weights is None, model.weights or "", model.name
+def _provenance(model: ModelInfo) -> tuple[Any, ...]:
+    """A sort key that does not depend on the order of a sum: what knows most comes first."""
+    structure = model.structure.to_json() if model.structure else {}
+    known = model.weights is None, model.weights or "", not structure, not structure.get("config")
+    return *known, model.name, json.dumps(structure, sort_keys=True), model.transformers or ""
 
 
 def _union(mine: list[dict[str, Any]], theirs: list[dict[str, Any]]) -> list[dict[str, Any]]:

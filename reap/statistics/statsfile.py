@@ -22,6 +22,7 @@ from torch import Tensor
 
 from reap.errors import ReapError
 from reap.files.atomic import write_file
+from reap.files.kinds import kind_of
 from reap.files.outputs import STATISTICS, check_file
 from reap.files.safefile import parse_json, read_header
 from reap.model.info import LayerInfo, ModelInfo
@@ -29,7 +30,8 @@ from reap.statistics.exact import LIMBS
 from reap.statistics.layerstats import SUMS
 
 FORMAT = STATISTICS
-VERSION = 1
+VERSION = 2
+READS = (1, 2)  # 1 has no structure of the model
 
 _KINDS = {
     "model": dict,
@@ -77,9 +79,14 @@ def write(state: State, path: str | PathLike[str], *, overwrite: bool = False) -
 def read(path: str | PathLike[str]) -> State:
     """What `write` wrote. ReapError for anything else, or for damage that can be seen."""
     path = Path(path)
+    kind = kind_of(path)
+    if kind not in (None, "statistics", "weights of a model"):
+        raise ReapError(
+            f"{path} is {kind}, it holds no statistics: give a file that `reap calibrate` wrote"
+        )
     header = read_header(path)
     about = _about(path, header.metadata)
-    model = ModelInfo.from_json(about["model"])
+    model = ModelInfo.from_json(about["model"], transformers=about["versions"].get("transformers"))
     pairs = about["pairs"]
     places = [
         (domain, f"{number}/{name}", model.layer(name))
@@ -116,7 +123,9 @@ def read(path: str | PathLike[str]) -> State:
 def digest(state: State) -> str:
     """Hex SHA-256 of model, gates and every exact sum."""
     tensors, parts = _flatten(state)
-    about = [state.model.to_json(), state.gates, state.pairs, parts]
+    model = state.model.to_json()
+    model.pop("transformers", None)  # says of no number how it came about
+    about = [model, state.gates, state.pairs, parts]
     hashed = hashlib.sha256(json.dumps(about, sort_keys=True).encode())
     hashed.update(safetensors.torch.save(tensors))
     return hashed.hexdigest()
@@ -141,10 +150,10 @@ def _about(path: Path, metadata: dict[str, str]) -> dict[str, Any]:
     about = parse_json(metadata["reap"].encode(errors="surrogatepass"), f"the metadata of {path}")
     if about.get("format") != FORMAT:
         raise ReapError(f"{path} holds no statistics: its format is {about.get('format')!r}")
-    if about.get("version") != VERSION:
+    if about.get("version") not in READS:
         raise ReapError(
             f"{path} has format version {about.get('version')!r}: "
-            f"this program reads version {VERSION}"
+            f"this program reads up to version {VERSION}"
         )
     for field, kind in _KINDS.items():
         if not isinstance(about.get(field), kind):

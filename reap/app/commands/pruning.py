@@ -33,6 +33,9 @@ def prune(
     allow_copy: Annotated[
         bool, typer.Option("--allow-copy", help="also by a plan that drops no expert")
     ] = False,
+    strict: Annotated[
+        bool, typer.Option("--strict", help="refuse another precision of the plan's model")
+    ] = False,
     json: Json = False,
 ) -> None:
     """Write MODEL without the experts that PLAN drops, straight from its files."""
@@ -55,6 +58,7 @@ def prune(
             overwrite=overwrite,
             verify=verify,
             allow_copy=allow_copy,
+            strict=strict,
             command=command,
             progress=advance,
         )

@@ -83,7 +83,7 @@ def other_defaults(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         PreTrainedConfig, "to_dict", lambda self: {**before(self), "new_default": True}
     )
-    monkeypatch.setattr(versions, "version", lambda package: "99.0")
+    monkeypatch.setattr(versions, "_installed", lambda package: "99.0")
 
 
 @pytest.mark.parametrize("model_type", ["qwen3_moe", "qwen3_5_moe", "mixtral", "gpt_oss"])

@@ -212,5 +212,5 @@ def _package(name: str, path: Path) -> Any:
     except ImportError:
         package = name.split(".")[0]
         raise ReapError(
-            f"{path}: needs the `{package}` package: pip install 'reap-saliency[files]'"
+            f"{path}: needs the `{package}` package: pip install {package}"
         ) from None

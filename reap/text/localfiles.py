@@ -211,6 +211,4 @@ def _package(name: str, path: Path) -> Any:
         return importlib.import_module(name)
     except ImportError:
         package = name.split(".")[0]
-        raise ReapError(
-            f"{path}: needs the `{package}` package: pip install {package}"
-        ) from None
+        raise ReapError(f"{path}: needs the `{package}` package: pip install {package}") from None

@@ -189,3 +189,81 @@ def test_canvas_tokens_of_equal_length_are_not_taken_for_the_prompt() -> None:
     inputs["decoder_input_ids"] = inputs["input_ids"]
     with pytest.raises(ReapError, match="DecoderModel in it with no token ids"), observe(model):
         run(model, inputs)
+
+
+def test_a_static_cache_counts_what_is_not_padded() -> None:
+    """`generate` prepares the mask itself; where that proves that nothing is padded, all counts."""
+    model = tiny_model("qwen3_moe")
+    options = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
+    with observe(model) as stats:
+        model.generate(
+            **tiny_inputs(model, lengths=[6, 6]), **options, cache_implementation="static"
+        )
+    assert stats.tokens == 2 * 6 + 2 * 3
+    padded = tiny_inputs(model, lengths=[6, 4], side="left")
+    with observe(model), pytest.raises(ReapError, match="without a static cache"):
+        model.generate(**padded, **options, cache_implementation="static")
+
+
+def test_a_composite_model_that_is_given_no_mask() -> None:
+    """It hands its language model a prepared one."""
+    model = tiny_model("gemma4")
+    with observe(model) as stats:
+        run(model, {"input_ids": tiny_inputs(model, lengths=[9, 9])["input_ids"]})
+    assert stats.tokens == 18
+
+
+FULL = torch.ones(2, 1, 3, 3, dtype=torch.bool)
+CAUSAL = FULL.tril()
+ADDED = torch.where(CAUSAL, 0.0, -1e9)
+LEFT_PADDED = CAUSAL & torch.tensor([True, True, False, True, True, True]).view(2, 1, 1, 3)
+WINDOW = CAUSAL.triu(-1)
+
+
+@pytest.mark.parametrize(
+    ("mask", "refused"),
+    [
+        (FULL, False),
+        (CAUSAL, False),
+        (ADDED, False),
+        ({"sliding_attention": WINDOW, "full_attention": CAUSAL}, False),
+        (LEFT_PADDED, True),
+        (WINDOW, True),
+        (torch.where(LEFT_PADDED, 0.0, -1e9), True),
+        (CAUSAL[:, :, :2], True),
+        ("a mask of another kind", True),
+    ],
+    ids=["full", "causal", "added", "by kind", "padded", "window", "added, padded", "odd", "kind"],
+)
+def test_prepared_masks(mask: Any, refused: bool) -> None:
+    """In an outer model, which does not say what its caller gave."""
+    padding = Padding()
+    model = Model(padding, 6)
+    with ExitStack() as undo:
+        padding.install([model], undo)
+        if refused:
+            with pytest.raises(ReapError, match="cannot tell padding: the attention_mask of Model"):
+                model(IDS, mask)
+        else:
+            assert model(IDS, mask) is None
+
+
+@pytest.mark.parametrize(("given", "refused"), [({}, False), ({"decoder_mask": MASK}, True)])
+def test_prepared_masks_in_a_model_that_was_given_none(
+    given: dict[str, Any], refused: bool
+) -> None:
+    """What it prepares for a model inside says nothing of padding, unless it had a mask at all."""
+
+    class Preparing(Outer):
+        def forward(self, input_ids: Any = None, **kwargs: Any) -> Tensor | None:  # type: ignore[override]
+            return self.inner(input_ids=input_ids, attention_mask=LEFT_PADDED)
+
+    padding = Padding()
+    model = Preparing(padding, Model(padding, 6))
+    with ExitStack() as undo:
+        padding.install([model, model.inner], undo)
+        if refused:
+            with pytest.raises(ReapError, match="cannot tell padding"):
+                model(IDS, **given)
+        else:
+            assert model(IDS, **given) is None

@@ -29,6 +29,7 @@ class _Call:
     shape: tuple[int, int] | None  # [B,q] of its tokens
     cached: int | None  # tokens in the cache before the call; None: it cannot be told
     mask: Any
+    maskless: bool  # no argument of it is a mask of any name
     real: Tensor | None = None  # [B*q] bool, once worked out; None if nothing is known to be padded
     known: bool = False
 
@@ -70,6 +71,7 @@ class Padding(threading.local):
                     shape=_token_shape(given),
                     cached=_cached(given),
                     mask=given.get("attention_mask"),
+                    maskless=not any("mask" in name and x is not None for name, x in given.items()),
                 )
             )
 
@@ -92,7 +94,12 @@ class Padding(threading.local):
             return None
         call = self._calls[masked]
         if not call.known:
-            call.real, call.known = _real(call), True
+            outer = self._calls[:masked]
+            if outer and not _is_plain(call.mask) and all(around.maskless for around in outer):
+                call.real = None  # made by the model itself, which was told of no padding
+            else:
+                call.real = _real(call)
+            call.known = True
         if call.real is None:
             return None
         misfit = self._misfit(masked, tokens)
@@ -148,14 +155,41 @@ def _may_be_cache(name: str, value: Any) -> bool:
     return ("past" in name or "cache" in name) and not isinstance(value, bool | Tensor | None)
 
 
+def _is_plain(mask: Any) -> bool:
+    """[batch, length], of numbers that say which tokens are padding."""
+    return isinstance(mask, Tensor) and mask.dim() == 2
+
+
+def _pads_nothing(call: _Call) -> bool:
+    """Whether a prepared mask, or one of several by kind of layer, proves it: the last token may
+    attend to every token of the call."""
+    if call.shape is None or call.cached is None:
+        return False
+    batch, length = call.shape
+    masks = call.mask.values() if isinstance(call.mask, Mapping) else [call.mask]
+    for mask in masks:
+        if not isinstance(mask, Tensor) or mask.dim() != 4 or mask.shape[2] != length:
+            continue
+        seen = mask[
+            :, :, -1, call.cached : call.cached + length
+        ]  # bool, or what is added to scores
+        if seen.shape[-1] == length and bool(
+            (seen if seen.dtype == torch.bool else seen == 0).all()
+        ):
+            return True
+    return False
+
+
 def _real(call: _Call) -> Tensor | None:
     """[B*q] bool, or None where nothing is padded."""
     mask = call.mask
-    if not isinstance(mask, Tensor) or mask.dim() != 2:
+    if not _is_plain(mask):
+        if _pads_nothing(call):
+            return None
         what = f"has shape {list(mask.shape)}" if isinstance(mask, Tensor) else "is prepared"
         raise ReapError(
-            f"cannot tell padding: the attention_mask of {call.cls} {what}: "
-            "call it with a mask [batch, length], 1 for a token and 0 for padding"
+            f"cannot tell padding: the attention_mask of {call.cls} {what}: call it with a mask "
+            "[batch, length], 1 for a token and 0 for padding (`generate`: without a static cache)"
         )
     misfit, cached = _lined_up(call, mask)
     if misfit is not None:

@@ -38,7 +38,7 @@ def test_permissions_follow_the_umask(tmp_path):
 def test_refuses_an_existing_file_and_replaces_it_when_told(tmp_path):
     path = tmp_path / "a"
     write_file(path, b"old")
-    with pytest.raises(ReapError, match="a exists: choose another name or pass --overwrite"):
+    with pytest.raises(ReapError, match="a exists: choose another name or pass overwrite=True"):
         write_file(path, b"new")
     assert path.read_bytes() == b"old"
     write_file(path, b"new", overwrite=True)

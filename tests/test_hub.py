@@ -66,7 +66,7 @@ def test_only_what_is_used_is_downloaded(monkeypatch: pytest.MonkeyPatch, tmp_pa
 
 def test_a_revision_is_of_the_hub(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(ReapError, match="--revision is of a hub id"):
+    with pytest.raises(ReapError, match="a revision is of a hub id"):
         resolve_model(tmp_path, "main")
 
 

@@ -337,18 +337,18 @@ def test_a_plan_made_by_hand_is_checked_too():
     ("experts", "kept", "note"),
     [
         (128, 103, "kept 103 per layer is prime: cannot be split over expert-parallel ranks; "
-                   "try --multiple-of 8, which keeps 104"),
+                   "try multiple_of=8, which keeps 104"),
         (128, 105, "kept 105 per layer is odd: cannot be split over 2 expert-parallel ranks; "
-                   "try --multiple-of 8, which keeps 112"),
+                   "try multiple_of=8, which keeps 112"),
         (128, 100, "kept 100 per layer splits over 4 expert-parallel ranks, 128 did over 8; "
-                   "try --multiple-of 8, which keeps 104"),
+                   "try multiple_of=8, which keeps 104"),
         (60, 30, "kept 30 per layer splits over 2 expert-parallel ranks, 60 did over 4; "
-                 "try --multiple-of 4, which keeps 32"),
+                 "try multiple_of=4, which keeps 32"),
         (128, 96, None),
         (128, 2, None),
         (128, 128, "drops no expert: a model pruned by it would be a copy"),
         (128, 127, "kept 127 per layer is prime: cannot be split over expert-parallel ranks; "
-                   "try --keep 120"),
+                   "try keep=120"),
         (8, 7, "kept 7 per layer is prime: cannot be split over expert-parallel ranks"),
         (45, 31, None),
     ],

@@ -418,7 +418,7 @@ def test_no_room(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_plan_that_drops_nothing(base: Path, tmp_path: Path) -> None:
     plan = some_plan(base, keep=8)
-    refused(base, plan, "drops no expert: .*out would be a copy .*--allow-copy")
+    refused(base, plan, "drops no expert: .*out would be a copy .*allow_copy=True")
     report = prune(base, plan, tmp_path / "out", allow_copy=True)
     assert "this is a copy" in str(report)
     before, after = tensors_of(base), tensors_of(tmp_path / "out")

@@ -65,14 +65,14 @@ def plan_for_odd(folder: Path) -> Any:
 
 def test_it_is_refused_in_one_line(folder: Path, tmp_path: Path) -> None:
     for act in (load_model, describe_folder):
-        with pytest.raises(ReapError, match="code of its own.*--trust-remote-code") as caught:
+        with pytest.raises(ReapError, match="code of its own.*trust_remote_code=True") as caught:
             act(folder)
         assert "\n" not in str(caught.value)
     own = {"AutoTokenizer": ["tokenization_odd.OddTokenizer", None]}
     config = {"tokenizer_class": "OddTokenizer", "auto_map": own}
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
     edit_config(folder, model_type="qwen3_moe", auto_map=None)
-    with pytest.raises(ReapError, match="no tokenizer|--trust-remote-code"):
+    with pytest.raises(ReapError, match="no tokenizer|trust_remote_code=True"):
         load_tokenizer(folder)
     assert not (tmp_path / "ran").exists()
 

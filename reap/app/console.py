@@ -4,6 +4,7 @@ import errno
 import functools
 import json
 import os
+import re
 import signal
 import sys
 import time
@@ -53,7 +54,7 @@ def reports_errors(command: Command) -> Command:
                 raise
             code, line = _explain(error)
             line = "; ".join([line, *getattr(error, "__notes__", ())])
-            line = " ".join(line.split())
+            line = as_flags(" ".join(line.split()))
             with suppress(OSError):  # a lost terminal
                 typer.echo(f"reap: {line}", err=True)
                 if kwargs.get("json") and not _printed:
@@ -67,6 +68,16 @@ def reports_errors(command: Command) -> Command:
                     signal.signal(number, handler)
 
     return run  # type: ignore[return-value]
+
+
+def as_flags(text: str) -> str:
+    """What the library says of its arguments, of the options of the command line."""
+
+    def flag(match: re.Match[str]) -> str:
+        value = "" if match[2] == "True" else f" {match[2]}"
+        return f"--{match[1].replace('_', '-')}{value}"
+
+    return re.sub(r"\b([a-z_]+)=(True|\d+)\b", flag, text)
 
 
 def _interrupt(number: int, _: object) -> None:

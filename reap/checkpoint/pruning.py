@@ -92,7 +92,7 @@ class PruneReport:
 
 def prune(
     model_dir: str | os.PathLike[str],
-    plan: Plan,
+    plan: Plan | str | os.PathLike[str],
     out_dir: str | os.PathLike[str],
     *,
     overwrite: bool = False,
@@ -103,7 +103,7 @@ def prune(
     progress: Callable[[int], None] | None = None,
 ) -> PruneReport:
     """Writes `out_dir`: the model in `model_dir` with only the experts that `plan` keeps,
-    renumbered from 0.
+    renumbered from 0. `plan` may be the file of one.
 
     Every dtype and quantisation survives byte for byte, and the memory used does not grow with the
     model. The folder may hold the plan's model in another precision; with `strict` that, and
@@ -116,13 +116,21 @@ def prune(
     """
     started = time.monotonic()
     compat.require(compat.PRUNING)
+    for name, given in (("model_dir", model_dir), ("out_dir", out_dir)):
+        if not isinstance(given, str | os.PathLike):
+            raise ReapError(
+                f"{name} is a {type(given).__name__}: it must be a folder: pruning works on the "
+                "files of a model"
+            )
+    if not isinstance(plan, Plan):
+        plan = Plan.load(plan)
     folder = open_folder(model_dir)
     check_folder(out_dir, overwrite=overwrite, inputs=[folder.path])
     out = Path(os.path.realpath(out_dir))
     if not allow_copy and not any(plan.dropped.values()):
         raise ReapError(
             f"the plan drops no expert: {out_dir} would be a copy of {model_dir}: plan for fewer "
-            "experts, or pass --allow-copy (allow_copy=True)"
+            "experts, or pass allow_copy=True"
         )
     operation = _operate(folder, plan)
     found = _described(folder, plan)

@@ -81,4 +81,4 @@ def sync(path: str | os.PathLike[str]) -> None:
 
 def _refuse_existing(path: Path) -> None:
     if os.path.lexists(path):
-        raise ReapError(f"{path} exists: choose another name or pass --overwrite")
+        raise ReapError(f"{path} exists: choose another name or pass overwrite=True")

@@ -32,7 +32,7 @@ def resolve_model(model: str | Path, revision: str | None = None) -> Path:
         if not (folder / "config.json").is_file():
             raise ReapError(f"{folder} is not a model folder: it has no config.json")
         if revision is not None:
-            raise ReapError(f"{folder} is a folder here: --revision is of a hub id")
+            raise ReapError(f"{folder} is a folder here: a revision is of a hub id")
         return folder
     if folder.exists():
         raise ReapError(f"{folder} is a file: give the model's folder")

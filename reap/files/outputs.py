@@ -45,7 +45,7 @@ def check_file(
         raise ReapError(f"{out.absolute().parent} does not exist: create the folder first")
     if os.path.lexists(out):
         if not overwrite:
-            raise ReapError(f"{out} exists: choose another name or pass --overwrite")
+            raise ReapError(f"{out} exists: choose another name or pass overwrite=True")
         if out.exists() and not out.is_file():
             raise ReapError(f"{out} is not a regular file: choose another name")
         if out.exists() and out.stat().st_size and format_of(out) != form:
@@ -72,7 +72,7 @@ def check_folder(out: AnyPath, *, overwrite: bool = False, inputs: Iterable[AnyP
     if not out.is_dir():
         raise ReapError(f"{out} exists and is not a folder: choose another name")
     if not overwrite:
-        raise ReapError(f"{out} exists: choose another folder or pass --overwrite")
+        raise ReapError(f"{out} exists: choose another folder or pass overwrite=True")
     real = Path(os.path.realpath(out))
     for used in map(os.path.realpath, (os.path.expanduser("~"), os.curdir)):
         if Path(used).is_relative_to(real):

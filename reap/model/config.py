@@ -29,7 +29,7 @@ def not_run(folder: Path, what: str, error: Exception) -> NeedsCodeError | None:
         return None
     return NeedsCodeError(
         f"{folder} needs Python code of its own for its {what}, which is not run: read it, then "
-        "allow it with --trust-remote-code"
+        "allow it with trust_remote_code=True"
     )
 
 

@@ -9,6 +9,7 @@ import hashlib
 import math
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
+from os import PathLike
 
 import torch
 from torch import Tensor
@@ -83,7 +84,9 @@ CRITERIA: dict[str, Callable[[LayerStatistics], Tensor]] = {
 }
 
 
-def saliency(stats: Statistics, criterion: str = "reap", *, seed: int = 0) -> dict[str, Tensor]:
+def saliency(
+    stats: Statistics | str | PathLike[str], criterion: str = "reap", *, seed: int = 0
+) -> dict[str, Tensor]:
     """The score of every expert, {layer: [E] fp64}, higher is better. `seed` is for "random" only.
 
     ReapError for an unknown criterion, and when a layer saw no token.
@@ -93,7 +96,9 @@ def saliency(stats: Statistics, criterion: str = "reap", *, seed: int = 0) -> di
     return {name: score(layer) for name, layer in _observed(stats)}
 
 
-def standard_errors(stats: Statistics, criterion: str = "reap") -> dict[str, Tensor]:
+def standard_errors(
+    stats: Statistics | str | PathLike[str], criterion: str = "reap"
+) -> dict[str, Tensor]:
     """The standard error of every score, {layer: [E] fp64}, tokens taken as independent draws.
 
     Means (reap, ean_mean): sqrt(s^2/n), s^2 the sample variance over the expert's n tokens; NaN for
@@ -127,7 +132,9 @@ def standard_errors(stats: Statistics, criterion: str = "reap") -> dict[str, Ten
 
 
 def cut_confidence(
-    stats: Statistics, kept: Mapping[str, Iterable[int]], criterion: str = "reap"
+    stats: Statistics | str | PathLike[str],
+    kept: Mapping[str, Iterable[int]],
+    criterion: str = "reap",
 ) -> dict[str, float]:
     """Per layer, how sure the cut is: (weakest kept - strongest dropped) / standard error of this
     gap.
@@ -155,7 +162,9 @@ def cut_confidence(
     return confidence
 
 
-def under_sampled(stats: Statistics, minimum: int = 100) -> dict[str, tuple[int, ...]]:
+def under_sampled(
+    stats: Statistics | str | PathLike[str], minimum: int = 100
+) -> dict[str, tuple[int, ...]]:
     """Experts with fewer than `minimum` tokens, ascending, for layers that have any."""
     few = {
         name: tuple((layer.count < minimum).nonzero().flatten().tolist())
@@ -164,7 +173,7 @@ def under_sampled(stats: Statistics, minimum: int = 100) -> dict[str, tuple[int,
     return {name: experts for name, experts in few.items() if experts}
 
 
-def super_experts(stats: Statistics) -> dict[str, tuple[int, ...]]:
+def super_experts(stats: Statistics | str | PathLike[str]) -> dict[str, tuple[int, ...]]:
     """Experts with extreme outputs, ascending, for layers that have any.
 
     A peak strictly above both the 99.5th percentile (interpolated linearly) and a tenth of the
@@ -199,8 +208,11 @@ def _check(criterion: str) -> None:
         raise ReapError(f"criterion is {criterion!r}: it must be one of {', '.join(CRITERIA)}")
 
 
-def _observed(stats: Statistics) -> Iterable[tuple[str, LayerStatistics]]:
+def _observed(
+    stats: Statistics | str | PathLike[str],
+) -> Iterable[tuple[str, LayerStatistics]]:
     """All layers, refusing those without a single token: their scores would be made of nothing."""
+    stats = Statistics.of(stats)
     if not stats.layers:
         raise ReapError(f"model {stats.model.name} has no MoE layers")
     for name in stats.layers:

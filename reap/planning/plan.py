@@ -61,6 +61,10 @@ class Plan:
         kept = {name: tuple(self.kept[name]) for name in names}
         object.__setattr__(self, "kept", MappingProxyType(kept))
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """For copies and pickles, which cannot have a read-only view of a mapping."""
+        return _made, ({**vars(self), "kept": dict(self.kept)},)
+
     @property
     def dropped(self) -> Mapping[str, tuple[int, ...]]:
         """The experts that go, ascending, by layer."""
@@ -178,8 +182,12 @@ class Plan:
         return plan
 
 
+def _made(fields: dict[str, Any]) -> Plan:
+    return Plan(**fields)
+
+
 def make_plan(
-    stats: Statistics,
+    stats: Statistics | str | PathLike[str],
     criterion: str = "reap",
     *,
     ratio: float | str | Fraction | Decimal | None = None,
@@ -199,7 +207,9 @@ def make_plan(
     the rounding exceeds E, groups do not divide `keep`, or more experts are protected than kept.
     """
     from reap.planning.criteria import rank, saliency, super_experts
+    from reap.statistics.stats import Statistics
 
+    stats = Statistics.of(stats)
     if (ratio is None) == (keep is None):
         raise ReapError("say how much to prune with exactly one of ratio and keep")
     share = None if ratio is None else _share(ratio)
@@ -388,10 +398,10 @@ def _split_note(layer: LayerInfo, kept: int) -> str | None:
     if left >= ways:
         return None
     better = math.ceil(kept / ways) * ways
-    hint = f"; try --multiple-of {ways}, which keeps {better}"
+    hint = f"; try multiple_of={ways}, which keeps {better}"
     if better == experts:  # which drops nothing
         fewer = better - ways
-        hint = f"; try --keep {fewer}" if fewer and not _count_fault(layer, fewer) else ""
+        hint = f"; try keep={fewer}" if fewer and not _count_fault(layer, fewer) else ""
     if kept > 2 and all(kept % d for d in range(2, math.isqrt(kept) + 1)):
         return f"kept {kept} per layer is prime: cannot be split over expert-parallel ranks{hint}"
     if left == 1:

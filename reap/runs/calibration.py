@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -22,7 +22,7 @@ from reap.text.batching import Batch, Batches, check_ids
 
 def calibrate(
     model: nn.Module,
-    batches: Iterable[Batch],
+    batches: Iterable[Batch | Mapping[str, Any]],
     *,
     gates: str = "applied",
     pairs: bool = False,
@@ -33,14 +33,13 @@ def calibrate(
 ) -> Statistics:
     """Run `batches` through `model` and return the statistics of its experts, by domain.
 
-    A batch has input_ids and attention_mask, both [B,L] int64, domain (str) and tokens (int, the
-    padding left out); of `reap.batches` the statistics also record which text it was, and what ran
-    it. The language-model head does not run: nothing here needs logits. `progress` is called after
-    each batch with its number of tokens. `partial` takes up what an earlier run measured, and keeps
-    what this one did when it ends early inside `partial.kept`. The other options are those of
-    `observe`, and so are the errors; ReapError also for batches without a single token, and for a
-    token that the model does not embed. The model is in eval mode meanwhile, and left as it was
-    found, whatever happens.
+    A batch is one of `reap.batches`, or what a DataLoader yields (`Batch.of`); of the former the
+    statistics also record which text it was, and what ran it. The language-model head does not run:
+    nothing here needs logits. `progress` is called after each batch with its number of tokens.
+    `partial` takes up what an earlier run measured, and keeps what this one did when it ends early
+    inside `partial.kept`. The other options are those of `observe`, and so are the errors;
+    ReapError also for batches without a single token, and for a token that the model does not
+    embed. The model is in eval mode meanwhile, and left as it was found, whatever happens.
     """
     base = pretrained(model).base_model
     options = {"use_cache": False} if _takes_use_cache(base) else {}
@@ -60,7 +59,8 @@ def calibrate(
             for batch in partial.take_up(stats, recorded, run):
                 if progress is not None:
                     progress(batch.tokens)
-        for batch in batches:
+        for given in batches:
+            batch = Batch.of(given)
             check_ids(base, batch)
             # Without padding no mask is the same, and lets attention take its causal fast path.
             padded = not bool(batch.attention_mask.all())

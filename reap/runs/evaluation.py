@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from reap.errors import ReapError
 from reap.text.batching import Batch, check_ids
@@ -34,7 +34,7 @@ class Evaluation:
 
 def evaluate(
     model: Any,
-    batches: Iterable[Batch],
+    batches: Iterable[Batch | Mapping[str, Any]],
     *,
     teacher: Any | None = None,
     progress: Callable[[int], None] | None = None,
@@ -47,11 +47,18 @@ def evaluate(
     vocabulary, and when a loss or divergence is not finite."""
     sums: dict[str, Tensor] = {}
     models = [model] if teacher is None else [model, teacher]
+    for name, each in zip(("model", "teacher"), models, strict=False):
+        if not isinstance(each, nn.Module):
+            raise ReapError(
+                f"{name} is a {type(each).__name__}: it must be a model, for example one of "
+                "AutoModelForCausalLM.from_pretrained(folder)"
+            )
     modes = [each.training for each in models]
     try:
         for each in models:
             each.eval()
-        for batch in batches:
+        for given in batches:
+            batch = Batch.of(given)
             if batch.domain == TOTAL:
                 raise ReapError(f"domain {TOTAL!r} is the name of the sum over domains: rename it")
             added = _batch_sums(models, batch)

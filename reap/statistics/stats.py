@@ -162,6 +162,22 @@ class Statistics:
             total._parts[key] = total._parts[key] + part if key in total._parts else part
         return total
 
+    def __radd__(self, other: object) -> Statistics:
+        """So that `sum([a, b])` works, which begins with 0."""
+        if type(other) is int and other == 0:
+            return self._like(self.model) + self
+        return NotImplemented
+
+    def __iter__(self) -> Iterator[str]:
+        """The names of the layers, as of a mapping."""
+        return iter(self.layers)
+
+    def __len__(self) -> int:
+        return len(self.layers)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._infos
+
     def __eq__(self, other: object) -> bool:
         """Whether model, gates and every exact sum are the same (not `data` and `versions`)."""
         if not isinstance(other, Statistics):
@@ -197,6 +213,17 @@ class Statistics:
             part = LayerStatistics.from_tensors(tensors, name=name, gates=state.gates)
             stats._parts[domain, name] = part
         return stats
+
+    @classmethod
+    def of(cls, given: Statistics | str | PathLike[str]) -> Statistics:
+        """Statistics as they are, or those in a file. ReapError for anything else."""
+        if isinstance(given, cls):
+            return given
+        if isinstance(given, str | PathLike):
+            return cls.load(given)
+        raise ReapError(
+            f"stats is a {type(given).__name__}: it must be Statistics, or the file of some"
+        )
 
     def digest(self) -> str:
         """Hex SHA-256 of model, gates and every exact sum: equal statistics, equal digests."""

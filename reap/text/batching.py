@@ -10,8 +10,9 @@ import hashlib
 import math
 import platform
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from os import PathLike, fspath
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -25,6 +26,7 @@ from reap.text.sources import Source, check_distinct, parse_spec, read, require_
 
 __all__ = ["Batch", "Batches", "Packer", "Source", "batches", "parse_spec"]
 
+Spec = str | PathLike[str] | Source
 _SEEN_ENOUGH = 1024  # tokens of a source, among which one has to be of text
 READ_AHEAD = 1 << 26  # tokens, of 4 bytes each
 
@@ -42,6 +44,28 @@ class Batch:
         """How many of the B * L positions are not padding."""
         return int(self.attention_mask.sum())
 
+    @classmethod
+    def of(cls, given: Any) -> Batch:
+        """A batch as it is, or what a DataLoader yields: a mapping with input_ids [B,L] and perhaps
+        attention_mask [B,L] and domain. ReapError for anything else."""
+        if isinstance(given, cls):
+            return given
+        ids = given.get("input_ids") if isinstance(given, Mapping) else None
+        if not isinstance(ids, Tensor) or ids.dim() != 2:
+            raise ReapError(
+                f"a batch is a {type(given).__name__}: it must be a reap.text.batching.Batch, or "
+                "a mapping with input_ids [rows, length]"
+            )
+        mask = given.get("attention_mask")
+        if mask is None:
+            mask = torch.ones_like(ids)
+        if not isinstance(mask, Tensor) or mask.shape != ids.shape:
+            raise ReapError(
+                "the attention_mask of a batch must have the shape of its input_ids, "
+                f"{list(ids.shape)}"
+            )
+        return cls(ids, mask, str(given.get("domain", "default")))
+
 
 def check_ids(model: Any, batch: Batch) -> None:
     """ReapError for a token that `model` does not embed: a GPU would not even name it."""
@@ -55,7 +79,7 @@ def check_ids(model: Any, batch: Batch) -> None:
 
 
 def batches(
-    specs: str | Source | Sequence[str | Source],
+    specs: Spec | Sequence[Spec],
     tokenizer: Any,
     *,
     seq_len: int = 2048,
@@ -72,7 +96,7 @@ def batches(
     spec or option, for text that two specs name and for a tokenizer that makes nothing of text,
     and later for text that cannot be read; with `skip_bad` bad rows and files are left out and
     counted."""
-    if isinstance(specs, str | Source):
+    if isinstance(specs, str | PathLike | Source):
         specs = [specs]
     if not specs:
         raise ReapError("no data: give at least one source, for example stdlib:code")
@@ -83,7 +107,7 @@ def batches(
             continue
         if not hasattr(value, "__index__") or value < 1:  # 2e6 would fail only when it is reached
             raise ReapError(f"{name} is {value!r}: it has to be a whole number of at least 1")
-    sources = [parse_spec(spec) if isinstance(spec, str) else spec for spec in specs]
+    sources = [spec if isinstance(spec, Source) else parse_spec(fspath(spec)) for spec in specs]
     if domain is not None:
         sources = [replace(source, domain=domain) for source in sources]
     for source in sources:

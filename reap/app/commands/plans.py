@@ -16,7 +16,7 @@ from reap.app.arguments import (
     Stats,
     load_statistics,
 )
-from reap.app.console import print_json, reports_errors
+from reap.app.console import as_flags, print_json, reports_errors
 from reap.files.outputs import PLAN, check_file
 
 SURE = 2.0  # standard errors between the weakest expert kept and the strongest dropped
@@ -64,7 +64,7 @@ def plan(
                 "kept": kept,
                 "confidence": confidence,
                 "under_sampled": few,
-                "notes": made.notes,
+                "notes": [as_flags(note) for note in made.notes],
             }
         )
         return
@@ -80,7 +80,7 @@ def plan(
             f"note: {sum(map(len, few.values()))} experts in {len(few)} layers saw too few tokens "
             "to be judged: calibrate on more text"
         )
-    for note in made.notes:
+    for note in map(as_flags, made.notes):
         typer.echo(f"note: {note}")
 
 

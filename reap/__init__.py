@@ -17,8 +17,13 @@ from reap.versions import OWN as __version__
 
 __all__ = [
     "CRITERIA",
+    "Batch",
+    "Evaluation",
+    "LayerInfo",
     "LayerStatistics",
+    "ModelInfo",
     "Plan",
+    "PruneReport",
     "ReapError",
     "Statistics",
     "__version__",
@@ -34,28 +39,30 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from reap.checkpoint.pruning import prune
+    from reap.checkpoint.pruning import PruneReport, prune
     from reap.checkpoint.verification import verify
+    from reap.model.info import LayerInfo, ModelInfo
     from reap.observation.patch import observe
     from reap.planning.criteria import CRITERIA, saliency, standard_errors
     from reap.planning.plan import Plan, make_plan
     from reap.runs.calibration import calibrate
-    from reap.runs.evaluation import evaluate
+    from reap.runs.evaluation import Evaluation, evaluate
     from reap.statistics.layerstats import LayerStatistics
     from reap.statistics.stats import Statistics
-    from reap.text.batching import batches
+    from reap.text.batching import Batch, batches
 else:  # a type checker that saw __getattr__ would believe any name
     _HOMES = {
-        "checkpoint.pruning": ("prune",),
+        "checkpoint.pruning": ("PruneReport", "prune"),
         "checkpoint.verification": ("verify",),
+        "model.info": ("LayerInfo", "ModelInfo"),
         "observation.patch": ("observe",),
         "planning.criteria": ("CRITERIA", "saliency", "standard_errors"),
         "planning.plan": ("Plan", "make_plan"),
         "runs.calibration": ("calibrate",),
-        "runs.evaluation": ("evaluate",),
+        "runs.evaluation": ("Evaluation", "evaluate"),
         "statistics.layerstats": ("LayerStatistics",),
         "statistics.stats": ("Statistics",),
-        "text.batching": ("batches",),
+        "text.batching": ("Batch", "batches"),
     }
     _HOME = {name: module for module, names in _HOMES.items() for name in names}
 

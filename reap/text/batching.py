@@ -53,8 +53,8 @@ class Batch:
         ids = given.get("input_ids") if isinstance(given, Mapping) else None
         if not isinstance(ids, Tensor) or ids.dim() != 2:
             raise ReapError(
-                f"a batch is a {type(given).__name__}: it must be a reap.text.batching.Batch, or "
-                "a mapping with input_ids [rows, length]"
+                f"a batch is a {type(given).__name__}: it must be a reap.Batch, or a mapping "
+                "with input_ids [rows, length]"
             )
         mask = given.get("attention_mask")
         if mask is None:

@@ -155,8 +155,9 @@ CHOICES: dict[str, tuple[Choice, ...]] = {
             width=64,
         ),
         Choice(
-            Config(128, Tile(128, 64, 8, 3), Tile(256, 64, 8, 3)),
-            "two warpgroups of 64x256 each, the widest wgmma",
+            Config(128, Tile(128, 64, 8, 3), Tile(256, 64, 8, 4)),
+            "two warpgroups of 64x256 each, the widest wgmma; on an H100 gate_up was 8% faster "
+            "with 3 stages than with 4, and down 9% with 4 than with 3",
         ),
         UNALIGNED,
         *FFMA,

@@ -12,8 +12,9 @@ ON_NEWEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 BY_RELEASE := $(patsubst %,tests/test_%.py,calibration compat config experts identity layers load measure padding \
 	patch pruning surgery)
 
-# What starts compilers, or runs what they made: the emulator, mutants, other processors, all of Triton's interpreter.
-COMPILED := $(patsubst %,--ignore-glob=tests/test_%.py,'cuda*' 'simt*' bench cpu_portability cpu_stops fragments triton triton_offline)
+# What starts compilers or runs what they made (the emulator, mutants, other processors, all of Triton's interpreter), and
+# the stages of `make gpu`, which wait.
+COMPILED := $(patsubst %,--ignore-glob=tests/test_%.py,'cuda*' 'simt*' 'gpu*' bench cpu_portability cpu_stops fragments triton triton_offline)
 
 .PHONY: demo test test-quick test-slow test-oldest test-versions sanitize lint bench gpu gpu-sanitize clean
 

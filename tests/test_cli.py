@@ -512,6 +512,7 @@ def test_json_is_one_document_also_of_errors(work, line, named):
     assert list(document) == ["error"] and named in document["error"]
 
 
+@pytest.mark.sweep
 def test_names_that_are_not_utf_8(work, tmp_path):
     """Any bytes but / and 0 are a name on Linux; what cannot be said in UTF-8 is escaped."""
     folder = os.fsencode(tmp_path) + b"/caf\xe9"

@@ -93,6 +93,7 @@ def raising(code: int) -> Callable[[], None]:
     return fail
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("old", [None, OLD], ids=["new", "overwrite"])
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EIO, None], ids=["full", "io", "interrupt"])
 def test_every_failing_call_leaves_the_old_state(
@@ -347,6 +348,7 @@ def test_a_source_that_changes_meanwhile_is_noticed(
     assert not todo and [p.name for p in tmp_path.iterdir()] == ["base"]
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL], ids=["ctrl-c", "kill -9"])
 def test_a_signal_at_any_time(
     job: tuple[Path, Plan, dict[str, bytes]], tmp_path: Path, number: signal.Signals

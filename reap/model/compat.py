@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import inspect
 import threading
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from importlib.metadata import version
 from pathlib import Path
@@ -146,6 +147,91 @@ def load_on_meta(model: nn.Module, state: Mapping[str, Tensor]) -> Loaded:
     )
 
 
+class Part(NamedTuple):
+    """Of a checkpoint, what `from_pretrained` shall load."""
+
+    tensors: Mapping[str, Tensor]  # in place of the files' own; on the meta device: loaded later
+    places: Mapping[str, str]  # modules and weights -> cpu, or meta for those that wait
+
+
+class PartLoader:
+    """Loads a checkpoint in parts, each as `from_pretrained` loads it whole: its conversions, data
+    types, dequantisation and checks.
+
+        with loader.installed():
+            model = cls.from_pretrained(folder)  # `choose(model, names)` says what this loads
+        loader.load(tensors)                     # the rest, in any portions
+
+    `names` maps keys of the checkpoint to the weights of the model that they become (of several
+    weights made of one key, the first).
+    """
+
+    def __init__(self, choose: Callable[[nn.Module, dict[str, str]], Part]) -> None:
+        self._choose = choose
+        self._thread = threading.get_ident()
+        self._load: Callable[[dict[str, Any]], Any] | None = None
+
+    @contextmanager
+    def installed(self) -> Iterator[None]:
+        """Inside, what this thread loads is loaded in parts. Not for two threads at a time."""
+        from transformers import modeling_utils
+
+        own = modeling_utils.convert_and_load_state_dict_in_model
+
+        def load(model: nn.Module, state_dict: Any, load_config: Any, **rest: Any) -> Any:
+            if threading.get_ident() != self._thread:
+                return own(model, state_dict, load_config, **rest)
+            part = self._choose(model, _names_in_model(model, state_dict, load_config))
+            self._load = lambda tensors: own(model, tensors, load_config, **rest)
+            now = replace(load_config, device_map={"": "cpu", **part.places})
+            return own(model, {**state_dict, **part.tensors}, now, **rest)
+
+        modeling_utils.convert_and_load_state_dict_in_model = load
+        try:
+            yield
+        finally:
+            modeling_utils.convert_and_load_state_dict_in_model = own
+
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
+        """Put these into the model: keys of the checkpoint. ReapError when they do not convert."""
+        assert self._load is not None, "nothing was loaded yet"
+        with quiet(), torch.inference_mode(False), torch.no_grad():
+            info, *_ = self._load(dict(tensors))
+        for name, why in info.conversion_errors.items():
+            raise ReapError(f"{name} cannot be made of what is stored: {' '.join(why.split())}")
+
+
+def _names_in_model(model: nn.Module, keys: Mapping[str, Any], how: Any) -> dict[str, str]:
+    from transformers.core_model_loading import (
+        WeightConverter,
+        WeightRenaming,
+        dot_natural_key,
+        rename_source_key,
+    )
+
+    known = model.state_dict()
+    mapping = how.weight_mapping or []
+    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+    converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+    names = {}
+    for key in sorted(keys, key=dot_natural_key):  # in the loader's order: some renamings count
+        name, _ = rename_source_key(key, renamings, converters, model.base_model_prefix, known)
+        if name not in known and key in known:
+            name, _ = rename_source_key(key, [], [], model.base_model_prefix, known)
+        names[key] = name
+    return names
+
+
+def ties(model: nn.Module) -> dict[str, str]:
+    """Weights that a transformers model says are others by another name -> those others."""
+    return dict(getattr(model, "all_tied_weights_keys", None) or {})
+
+
+def is_quantised(model: nn.Module) -> bool:
+    """Whether a loaded model computes with weights that a quantiser packed."""
+    return getattr(model, "hf_quantizer", None) is not None
+
+
 def is_compiled(model: nn.Module) -> bool:
     """Whether `torch.compile(model)` or `model.compile()` was applied to it or a part of it."""
     from torch._dynamo import OptimizedModule
@@ -181,7 +267,8 @@ class Seam:
 
 OBSERVING, PRUNING = "observing a model", "pruning a checkpoint"
 LOADING = "loading a model from a folder"
-WORKS = (LOADING, OBSERVING, PRUNING)
+STREAMING = "running a model layer by layer"
+WORKS = (LOADING, OBSERVING, STREAMING, PRUNING)
 FREE = "scores and plans of existing statistics"  # of these names
 
 

@@ -41,10 +41,8 @@ def calibrate(
     ReapError also for batches without a single token, and for a token that the model does not
     embed. The model is in eval mode meanwhile, and left as it was found, whatever happens.
     """
-    base = pretrained(model).base_model
-    options = {"use_cache": False} if _takes_use_cache(base) else {}
-    device = _input_device(base)
-    run = {"run": what_runs(base, backend, deterministic)}
+    forward = forward_of(model)
+    run = {"run": what_runs(pretrained(model).base_model, backend, deterministic)}
     recorded = batches if isinstance(batches, Batches) else None
     if partial is not None and recorded is None:
         raise ReapError("a run can be taken up again only with batches of reap.batches")
@@ -52,7 +50,7 @@ def calibrate(
         observe(
             model, gates=gates, pairs=pairs, backend=backend, deterministic=deterministic
         ) as stats,
-        _eval_mode(model),
+        eval_mode(model),
         torch.inference_mode(),
     ):
         if partial is not None and recorded is not None:
@@ -61,33 +59,52 @@ def calibrate(
                     progress(batch.tokens)
         for given in batches:
             batch = Batch.of(given)
-            check_ids(base, batch)
-            # Without padding no mask is the same, and lets attention take its causal fast path.
-            padded = not bool(batch.attention_mask.all())
-            mask = batch.attention_mask.to(device) if padded else None
             with stats.domain(batch.domain):
-                base(input_ids=batch.input_ids.to(device), attention_mask=mask, **options)
+                forward(batch)
             if partial is not None and recorded is not None:
                 partial.mark(stats, batch.domain, recorded, run)
             if progress is not None:
                 progress(batch.tokens)
     total = stats if partial is None else partial.total(stats)
-    if recorded is not None:
-        total.data = [recorded.describe() | run]
+    return completed(total, recorded, run)
+
+
+def completed(total: Statistics, text: Batches | None, run: dict[str, Any]) -> Statistics:
+    """`total` with what went in, where that is known. ReapError when it holds no tokens."""
+    if text is not None:
+        total.data = [text.describe() | run]
     if total.tokens == 0:
         raise ReapError("the calibration data has no tokens: nothing was observed")
     return total
 
 
+def forward_of(model: nn.Module) -> Callable[[Batch], None]:
+    """What runs a batch through `model` without its head. ReapError, then, for a token that the
+    model does not embed; here for one without weights."""
+    base = pretrained(model).base_model
+    options = {"use_cache": False} if _takes_use_cache(base) else {}
+    device = _input_device(base)
+
+    def forward(batch: Batch) -> None:
+        check_ids(base, batch)
+        # Without padding no mask is the same, and lets attention take its causal fast path.
+        padded = not bool(batch.attention_mask.all())
+        mask = batch.attention_mask.to(device) if padded else None
+        base(input_ids=batch.input_ids.to(device), attention_mask=mask, **options)
+
+    return forward
+
+
 def what_runs(model: nn.Module, backend: str, deterministic: bool) -> dict[str, Any]:
-    """What, beside the text and the versions, decides the bits of the statistics."""
+    """What, beside the text and the versions, decides the bits of the statistics. Weights on the
+    meta device are elsewhere, and come where the others are."""
     weights = list(model.parameters())
     if backend == "auto":
         available = [name for name, reason in reap_kernels.backends().items() if reason is None]
         backend = f"auto of {', '.join(available)}"
     return {
         "dtype": ", ".join(sorted({str(w.dtype).removeprefix("torch.") for w in weights})),
-        "device": ", ".join(sorted({_device_name(w.device) for w in weights})),
+        "device": ", ".join(sorted({_device_name(w.device) for w in weights if not w.is_meta})),
         "backend": backend,
         "deterministic": deterministic,
     }
@@ -118,7 +135,7 @@ def _input_device(model: Any) -> torch.device:
 
 
 @contextmanager
-def _eval_mode(model: nn.Module) -> Iterator[None]:
+def eval_mode(model: nn.Module) -> Iterator[None]:
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:

@@ -1,0 +1,227 @@
+"""A model of which only some layers are in memory: each is read from the checkpoint when it is
+needed, and dropped.
+
+A unit is what is read and dropped at once: one entry of a list of layers. The lists with experts
+are split so, and those of the towers for other than text, which are never needed. What lies outside
+of them, the embeddings say, stays in memory; what only the language-model head has is not read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from reap.errors import ReapError
+from reap.files.folder import open_folder
+from reap.model import compat
+from reap.model.experts import OTHER_TOWERS, find_experts, pretrained
+from reap.model.load import from_folder
+from reap.model.stored import Stored
+
+
+class Weight(NamedTuple):
+    """A weight of a unit: what stands for it while it is not here, and wherever it belongs."""
+
+    name: str
+    on_meta: nn.Parameter
+    homes: tuple[tuple[nn.Module, str], ...]  # also in other units, where it is shared
+
+    def put(self, value: nn.Parameter) -> None:
+        for module, name in self.homes:
+            module._parameters[name] = value
+
+
+@dataclass(eq=False)
+class Unit:
+    """One entry of a list of layers."""
+
+    name: str  # of the module
+    module: nn.Module
+    weights: tuple[Weight, ...]
+    keys: tuple[str, ...]  # of the checkpoint, that its weights are made of
+    has_experts: bool
+
+    @property
+    def nbytes(self) -> int:
+        """Of its weights in memory."""
+        return sum(weight.on_meta.nbytes for weight in self.weights)
+
+
+class Layerwise:
+    """The model in `folder`, in eval mode and on the CPU, with the weights of its units on the meta
+    device. A unit's are there inside `with layers.loaded(unit)`.
+
+    dtype and trust_remote_code are those of `load_model`, and so are the errors. ReapError also for
+    a model whose layers are in no list, or compute with packed weights, and later for a file that
+    is not what it was.
+    """
+
+    def __init__(
+        self, folder: Path, *, dtype: str = "auto", trust_remote_code: bool = False
+    ) -> None:
+        compat.require(compat.STREAMING)
+        self._stored = Stored(open_folder(folder).shards)
+        self._first: dict[str, str] = {}  # a weight's names -> its first
+        self._keys: dict[str, list[str]] = {}  # a weight's first name -> what it is made of
+        self._loader = compat.PartLoader(self._choose)
+        self._reader = ThreadPoolExecutor(1, thread_name_prefix="reap-reader")
+        self._ahead: tuple[Unit, Future[dict[str, Tensor]]] | None = None
+        self.model = from_folder(folder, dtype, trust_remote_code, self._loader.installed())
+        if compat.is_quantised(self.model):
+            raise ReapError(
+                f"{folder} is quantised, and transformers computes with its packed weights: such "
+                "a model cannot be run layer by layer"
+            )
+        self.units = self._units()
+        here = (*self.model.parameters(), *self.model.buffers())
+        self.resident = sum(x.nbytes for x in here if not x.is_meta)  # bytes that stay in memory
+
+    def close(self) -> None:
+        """Ends the reading ahead."""
+        self._stored.stop()
+        self._reader.shutdown(cancel_futures=True)
+
+    @contextmanager
+    def loaded(self, unit: Unit) -> Iterator[None]:
+        """Its weights are in memory inside the `with`; read ahead, if that is what was asked."""
+        ahead, self._ahead = self._ahead, None
+        if ahead is not None and ahead[0] is unit:
+            tensors = ahead[1].result()
+        else:
+            del ahead
+            tensors = self._stored.read(unit.keys)
+        try:
+            self._load(unit, tensors)
+            yield
+        finally:
+            for weight in unit.weights:
+                weight.put(weight.on_meta)
+
+    def read_ahead(self, unit: Unit) -> None:
+        """Begin to read what `loaded(unit)` will need, in a thread."""
+        if self._ahead is None or self._ahead[0] is not unit:
+            self._ahead = unit, self._reader.submit(self._stored.read, unit.keys)
+
+    def _load(self, unit: Unit, tensors: dict[str, Tensor]) -> None:
+        read = {tensor.untyped_storage().data_ptr() for tensor in tensors.values()}
+        self._loader.load(tensors)
+        for weight in unit.weights:
+            found = (module._parameters[name] for module, name in weight.homes)
+            made = next((value for value in found if value is not None and not value.is_meta), None)
+            if made is None:
+                raise ReapError(f"{weight.name} was not loaded with its layer")
+            if made.untyped_storage().data_ptr() in read:  # lets go of all that was read with it
+                with torch.inference_mode(False), torch.no_grad():
+                    made.data = made.data.clone()
+            weight.put(made)
+
+    def _choose(self, model: nn.Module, names: dict[str, str]) -> compat.Part:
+        """What stays: the weights outside of units and head, with those that they share, and all
+        buffers, which may hold a state."""
+        self._first = first = _first_names(model)
+        places = [*_places(model), *_head(model)]
+        inside = {name for name in model.state_dict() if _place(name, places) is not None}
+        shared = {name for weight, name in first.items() if weight not in inside}
+        away = {name for name in inside & first.keys() if first[name] not in shared}
+        here = model.state_dict().keys() - away
+        for key, name in names.items():
+            if name in away:
+                self._keys.setdefault(first[name], []).append(key)
+        _check_twice(model, away, set(names.values()))
+        stay = {key for key, name in names.items() if name in here}
+        tensors = self._stored.read(stay) | self._stored.on_meta(names.keys() - stay)
+        where = dict.fromkeys(places, "meta") | dict.fromkeys(inside - away, "cpu")
+        return compat.Part(tensors, where)
+
+    def _units(self) -> tuple[Unit, ...]:
+        experts = _experts(self.model)
+        homes: dict[int, list[tuple[nn.Module, str]]] = {}
+        for module in self.model.modules():
+            for name, weight in module._parameters.items():
+                homes.setdefault(id(weight), []).append((module, name))
+        units: dict[int, Unit] = {}
+        for place in _places(self.model):
+            entry = self.model.get_submodule(place)
+            weights = tuple(
+                Weight(f"{place}.{name}", weight, tuple(homes[id(weight)]))
+                for name, weight in entry.named_parameters()
+                if weight.is_meta
+            )
+            keys = (key for w in weights for key in self._keys.get(self._first[w.name], ()))
+            has_experts = any(name.startswith(f"{place}.") for name in experts)
+            unit = Unit(place, entry, weights, tuple(dict.fromkeys(keys)), has_experts)
+            units.setdefault(id(entry), unit)
+        return tuple(units.values())
+
+
+def _places(model: nn.Module) -> list[str]:
+    """The names of the entries of the outermost lists that hold experts, or are of other towers."""
+    experts = _experts(model)
+    places: list[str] = []
+    lists: list[str] = []
+    for name, module in model.named_modules(remove_duplicate=False):
+        if not isinstance(module, nn.ModuleList) or _place(name, lists) is not None:
+            continue
+        if OTHER_TOWERS.search(name) or any(one.startswith(f"{name}.") for one in experts):
+            lists.append(name)
+            places += [f"{name}.{entry}" for entry, _ in module.named_children()]
+    loose = [one for one in experts if _place(one, places) is None]
+    if loose:
+        raise ReapError(
+            f"{type(model).__name__} cannot be run layer by layer: its experts {loose[0]} are in "
+            "no list of layers"
+        )
+    return places
+
+
+def _experts(model: nn.Module) -> list[str]:
+    """The names of all modules of experts, also of those that share their weights."""
+    found = {id(one.module) for one in find_experts(model)}
+    return [
+        name
+        for name, module in model.named_modules(remove_duplicate=False)
+        if id(module) in found
+    ]
+
+
+def _head(model: nn.Module) -> list[str]:
+    """The modules beside the base model, which is what runs."""
+    base = pretrained(model).base_model
+    return [name for name, child in model.named_children() if base not in (child, model)]
+
+
+def _place(name: str, places: Iterable[str]) -> str | None:
+    return next((place for place in places if name.startswith(f"{place}.")), None)
+
+
+def _first_names(model: nn.Module) -> dict[str, str]:
+    """Every name of a weight -> the first name of the same weight, or of the one that it is tied
+    to."""
+    names: dict[int, str] = {}
+    first = {
+        name: names.setdefault(id(weight), name)
+        for name, weight in model.named_parameters(remove_duplicate=False)
+    }
+    for target, source in compat.ties(model).items():
+        if target in first and source in first:
+            old, new = first[target], first[source]
+            first = {name: new if one == old else one for name, one in first.items()}
+    return first
+
+
+def _check_twice(model: nn.Module, away: set[str], stored: set[str]) -> None:
+    """ReapError for weights of units that are said to be one, and are stored twice: whether they
+    are equal would decide."""
+    for target, source in compat.ties(model).items():
+        if {target, source} <= away & stored:
+            raise ReapError(
+                f"{target} and {source} are tied, but the checkpoint has both: such a model cannot "
+                "be run layer by layer"
+            )

@@ -150,7 +150,7 @@ def load_on_meta(model: nn.Module, state: Mapping[str, Tensor]) -> Loaded:
 class Part(NamedTuple):
     """Of a checkpoint, what `from_pretrained` shall load."""
 
-    tensors: Mapping[str, Tensor]  # in place of the files' own; on the meta device: loaded later
+    tensors: Mapping[str, Any]  # in place of the files' own; on the meta device: loaded later
     places: Mapping[str, str]  # modules and weights -> cpu, or meta for those that wait
 
 
@@ -192,7 +192,7 @@ class PartLoader:
         finally:
             modeling_utils.convert_and_load_state_dict_in_model = own
 
-    def load(self, tensors: Mapping[str, Tensor]) -> None:
+    def load(self, tensors: Mapping[str, Any]) -> None:
         """Put these into the model: keys of the checkpoint. ReapError when they do not convert."""
         assert self._load is not None, "nothing was loaded yet"
         with quiet(), torch.inference_mode(False), torch.no_grad():
@@ -328,8 +328,8 @@ def _check_classes() -> None:
     _check(names == ["MixtralForCausalLM", None], f"a Mixtral configuration maps to {names}")
 
 
-def _check_loader() -> None:
-    """The loader accepts the checkpoint of a tiny model and finds what is wrong with another."""
+def _tiny_checkpoint() -> tuple[nn.Module, dict[str, Tensor]]:
+    """A model on the meta device and what its checkpoint holds, there as well."""
     from transformers import AutoConfig
 
     sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "vocab_size": 8}
@@ -343,8 +343,14 @@ def _check_loader() -> None:
             for expert in range(2)
             for name in ("w1", "w2", "w3")
         }
-        rest = {name: x for name, x in model.state_dict().items() if ".experts." not in name}
-        state |= {name.replace(".mlp.", ".block_sparse_moe."): x for name, x in rest.items()}
+    rest = {name: x for name, x in model.state_dict().items() if ".experts." not in name}
+    return model, state | {name.replace(".mlp.", ".block_sparse_moe."): x for name, x in rest.items()}
+
+
+def _check_loader() -> None:
+    """The loader accepts the checkpoint of a tiny model and finds what is wrong with another."""
+    model, state = _tiny_checkpoint()
+    with torch.device("meta"):
         whole = load_on_meta(model, state)
         _check(not any(whole), f"of a whole checkpoint it says {tuple(whole)}")
         del state["model.norm.weight"]
@@ -352,6 +358,28 @@ def _check_loader() -> None:
         found = load_on_meta(model, state)
     wrong = {"model.norm.weight"}, {"odd"}, {"lm_head.weight"}, set[str]()
     _check(found == Loaded(*wrong), f"of a damaged checkpoint it says {tuple(found)}")
+
+
+def _check_parts() -> None:
+    """A tiny model is loaded without its layer, and then with it."""
+    model, on_meta = _tiny_checkpoint()
+    layer = "model.layers.0"
+    stored = {name: torch.ones_like(x, device="cpu") for name, x in on_meta.items()}
+    inside = {name for name in stored if name.startswith(f"{layer}.")}
+
+    def choose(_: nn.Module, names: dict[str, str]) -> Part:
+        found = {key for key, name in names.items() if name.startswith(f"{layer}.")}
+        _check(found == inside, f"of {layer} it finds {sorted(found)}")
+        return Part({name: on_meta[name] for name in inside}, {layer: "meta"})
+
+    loader = PartLoader(choose)
+    with loader.installed():
+        model = type(model).from_pretrained(None, config=model.config, state_dict=stored)
+    away = {name for name, x in model.named_parameters() if x.is_meta}
+    wanted = {name for name in model.state_dict() if name.startswith(f"{layer}.")}
+    _check(away == wanted, f"without {layer} it leaves out {sorted(away)}")
+    loader.load({name: stored[name] for name in inside})
+    _check(all(bool((x == 1).all()) for x in model.parameters()), f"{layer} is not loaded later")
 
 
 def _check_torch() -> None:
@@ -366,6 +394,7 @@ SEAMS = (
     Seam("transformers' configurations", "transformers", WORKS, _check_configurations),
     Seam("transformers' model classes", "transformers", (LOADING, PRUNING), _check_classes),
     Seam("transformers' loader", "transformers", (PRUNING,), _check_loader),
+    Seam("transformers' loader of parts", "transformers", (STREAMING,), _check_parts),
     Seam("torch's compiled modules and backward passes", "torch", (OBSERVING,), _check_torch),
 )
 _checking = threading.Lock()  # checks of two threads would remove each other's function

@@ -15,15 +15,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from reap.errors import ReapError
 from reap.files.folder import open_folder
 from reap.model import compat
 from reap.model.experts import OTHER_TOWERS, find_experts, pretrained
 from reap.model.load import from_folder
-from reap.model.stored import Stored
+from reap.model.stored import Once, Stored
 
 
 class Weight(NamedTuple):
@@ -72,7 +71,7 @@ class Layerwise:
         self._keys: dict[str, list[str]] = {}  # a weight's first name -> what it is made of
         self._loader = compat.PartLoader(self._choose)
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="reap-reader")
-        self._ahead: tuple[Unit, Future[dict[str, Tensor]]] | None = None
+        self._ahead: tuple[Unit, Future[dict[str, Once]]] | None = None
         self.model = from_folder(folder, dtype, trust_remote_code, self._loader.installed())
         if compat.is_quantised(self.model):
             raise ReapError(
@@ -109,17 +108,13 @@ class Layerwise:
         if self._ahead is None or self._ahead[0] is not unit:
             self._ahead = unit, self._reader.submit(self._stored.read, unit.keys)
 
-    def _load(self, unit: Unit, tensors: dict[str, Tensor]) -> None:
-        read = {tensor.untyped_storage().data_ptr() for tensor in tensors.values()}
+    def _load(self, unit: Unit, tensors: dict[str, Once]) -> None:
         self._loader.load(tensors)
         for weight in unit.weights:
             found = (module._parameters[name] for module, name in weight.homes)
             made = next((value for value in found if value is not None and not value.is_meta), None)
             if made is None:
                 raise ReapError(f"{weight.name} was not loaded with its layer")
-            if made.untyped_storage().data_ptr() in read:  # lets go of all that was read with it
-                with torch.inference_mode(False), torch.no_grad():
-                    made.data = made.data.clone()
             weight.put(made)
 
     def _choose(self, model: nn.Module, names: dict[str, str]) -> compat.Part:

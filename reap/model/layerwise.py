@@ -8,7 +8,7 @@ of them, the embeddings say, stays in memory; what only the language-model head 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -37,6 +37,14 @@ class Weight(NamedTuple):
             module._parameters[name] = value
 
 
+class Needs(NamedTuple):
+    """Bytes of memory that running a model layer by layer takes."""
+
+    stays: int
+    layer: int  # while the largest layer is loaded
+    name: str  # of that layer
+
+
 @dataclass(eq=False)
 class Unit:
     """One entry of a list of layers."""
@@ -59,13 +67,19 @@ class Layerwise:
 
     dtype and trust_remote_code are those of `load_model`, and so are the errors. ReapError also for
     a model whose layers are in no list, or compute with packed weights, and later for a file that
-    is not what it was.
+    is not what it was. `admit` is called before any weight is read, and may raise.
     """
 
     def __init__(
-        self, folder: Path, *, dtype: str = "auto", trust_remote_code: bool = False
+        self,
+        folder: Path,
+        *,
+        dtype: str = "auto",
+        trust_remote_code: bool = False,
+        admit: Callable[[Needs], None] = lambda _: None,
     ) -> None:
         compat.require(compat.STREAMING)
+        self._admit = admit
         self._stored = Stored(open_folder(folder).shards)
         self._first: dict[str, str] = {}  # a weight's names -> its first
         self._keys: dict[str, list[str]] = {}  # a weight's first name -> what it is made of
@@ -79,8 +93,10 @@ class Layerwise:
                 "a model cannot be run layer by layer"
             )
         self.units = self._units()
-        here = (*self.model.parameters(), *self.model.buffers())
-        self.resident = sum(x.nbytes for x in here if not x.is_meta)  # bytes that stay in memory
+
+    def stored(self, unit: Unit) -> int:
+        """Bytes of the checkpoint that its weights are made of."""
+        return self._stored.nbytes(unit.keys)
 
     def close(self) -> None:
         """Ends the reading ahead."""
@@ -131,9 +147,22 @@ class Layerwise:
                 self._keys.setdefault(first[name], []).append(key)
         _check_twice(model, away, set(names.values()))
         stay = {key for key, name in names.items() if name in here}
+        self._admit(self._needs(model, away, self._stored.nbytes(stay)))
         tensors = self._stored.read(stay) | self._stored.on_meta(names.keys() - stay)
         where = dict.fromkeys(places, "meta") | dict.fromkeys(inside - away, "cpu")
         return compat.Part(tensors, where)
+
+    def _needs(self, model: nn.Module, away: set[str], stays: int) -> Needs:
+        largest = Needs(stays, 0, "")
+        for place in _places(model):
+            names = {name for name in away if _place(name, [place]) is not None}
+            made = sum(model.get_parameter(name).nbytes for name in names)
+            firsts = {self._first[name] for name in names}
+            stored = self._stored.nbytes(key for one in firsts for key in self._keys.get(one, ()))
+            # What is read, what is made of it, and what unpacking takes on the way.
+            layer = stored + made + (made if stored < made else 0)
+            largest = max(largest, Needs(stays, layer, place), key=lambda needs: needs.layer)
+        return largest
 
     def _units(self) -> tuple[Unit, ...]:
         experts = _experts(self.model)

@@ -102,11 +102,7 @@ class Partial:
         start = time.monotonic()
         if start < self._remember_at:
             return
-        before = {} if self._whole is None else self._whole[0]
-        parts = {**before, **{name: stats.snapshot(name) for name in self._changed}}
-        done = {"partial": {"batches": self._batches}}
-        self._whole = parts, batches.describe() | data | done
-        self._changed = set()
+        parts = self._remember(stats, batches, data)
         end = time.monotonic()
         self._remember_at = end + (end - start) / _SHARE
         if end >= self._check_at:
@@ -114,6 +110,25 @@ class Partial:
                 part.check()
             self._checked = self._whole
             self._check_at = end + _CHECK_SECONDS
+
+    def keep(
+        self, stats: Statistics, domains: list[str], batches: Batches, data: dict[str, Any]
+    ) -> None:
+        """A wave is whole, of one batch of each of `domains`: write the file now."""
+        self._batches += len(domains)
+        self._changed.update(domains)
+        self._remember(stats, batches, data)
+        self.save()
+
+    def _remember(
+        self, stats: Statistics, batches: Batches, data: dict[str, Any]
+    ) -> dict[str, Statistics]:
+        before = {} if self._whole is None else self._whole[0]
+        parts = {**before, **{name: stats.snapshot(name) for name in self._changed}}
+        done = {"partial": {"batches": self._batches}}
+        self._whole = parts, batches.describe() | data | done
+        self._changed = set()
+        return parts
 
     def total(self, stats: Statistics) -> Statistics:
         """`stats` and what the file has."""

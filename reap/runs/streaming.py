@@ -9,15 +9,17 @@ loop computes, bit for bit.
 from __future__ import annotations
 
 import contextvars
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
 from greenlet import GreenletExit, getcurrent, greenlet
-from torch import nn
+from torch import Tensor, nn
 
 from reap.errors import ReapError
+from reap.model.experts import OTHER_TOWERS
 from reap.model.layerwise import Layerwise, Unit
+from reap.runs.hidden import HiddenFile
 from reap.statistics.stats import Statistics
 from reap.text.batching import Batch
 
@@ -29,6 +31,8 @@ class Job:
         self.batch = batch
         self.at: Unit | None = None  # where it is suspended
         self.steps = 0  # layers that it entered
+        self.held = self.hidden = 0  # bytes that its layer was called with; of its hidden states
+        self.place: tuple[HiddenFile, int, int] | None = None  # for these: a file, where, how much
         self.thread = greenlet(lambda: forward(batch))
         # Of its own: what the forward keeps in context variables is this batch's alone.
         self.thread.gr_context = contextvars.copy_context()
@@ -37,18 +41,28 @@ class Job:
 class Stream:
     """Runs batches through `layers.model`, one layer at a time. Inside `with stream.installed()`.
 
-    What a job runs belongs to its batch's domain in `stats`.
+    What a job runs belongs to its batch's domain in `stats`. `progress` is called with tokens: of a
+    batch that is half through its layers, half of them.
     """
 
     def __init__(
-        self, layers: Layerwise, forward: Callable[[Batch], None], stats: Statistics
+        self,
+        layers: Layerwise,
+        forward: Callable[[Batch], None],
+        stats: Statistics,
+        progress: Callable[[int], None] | None = None,
     ) -> None:
-        self.layers, self.forward, self.stats = layers, forward, stats
+        self.layers, self.stats = layers, stats
         self.jobs: list[Job] = []  # that have not ended
+        self._forward, self._progress = forward, progress
         self._running: Job | None = None
         self._closing = False
         self._next: dict[Unit, Unit] = {}  # what followed a unit
         self._last: Unit | None = None
+        self._depth = sum(not OTHER_TOWERS.search(unit.name) for unit in layers.units)
+        self._weights = {
+            x.untyped_storage().data_ptr() for x in layers.model.parameters() if not x.is_meta
+        }
 
     @contextmanager
     def installed(self) -> Iterator[None]:
@@ -56,41 +70,51 @@ class Stream:
         with ExitStack() as undo:
             undo.callback(self._close)
             for unit in self.layers.units:
-                hook = unit.module.register_forward_pre_hook(self._stopper(unit))
+                stop = self._stopper(unit)
+                hook = unit.module.register_forward_pre_hook(stop, with_kwargs=True)
                 undo.callback(hook.remove)
             yield
 
-    def add(self, batch: Batch) -> Job:
+    def add(self, batch: Batch, place: tuple[HiddenFile, int, int] | None = None) -> Job:
         """Begin with a batch: it runs up to its first layer."""
-        job = Job(batch, self.forward)
+        job = Job(batch, self._forward)
+        job.place = place
         self.jobs.append(job)
         self._resume(job)
         return job
 
-    def step(self) -> Unit | None:
-        """Let the jobs that are furthest behind run through the layer that they wait for, with all
-        others that wait for it. Returns it; None when all jobs have ended."""
-        if not self.jobs:
-            return None
-        unit = min(self.jobs, key=lambda job: job.steps).at
-        assert unit is not None
+    def wanted(self) -> Unit | None:
+        """The layer that the jobs which are furthest behind wait for; None when all have ended."""
+        return min(self.jobs, key=lambda job: job.steps).at if self.jobs else None
+
+    def run(self, unit: Unit, then: Callable[[Unit], None] | None = None) -> None:
+        """Let all jobs that wait for `unit`, which is loaded, run on; `then` is called with what the
+        first of them waits for."""
+        for job in [job for job in self.jobs if job.at is unit]:
+            while job.at is unit:
+                self._resume(job)
+            if then is not None and job.at is not None:
+                then(job.at)
+            then = None
+
+    def step(self) -> bool:
+        """Load the wanted layer, run it, and read the one that will follow meanwhile. False when all
+        jobs have ended."""
+        unit = self.wanted()
+        if unit is None:
+            return False
         if self._last is not None:
             self._next[self._last] = unit
-        self._last = unit
+        self._last, known = unit, self._next.get(unit)
         with self.layers.loaded(unit):
-            self._read_ahead(self._next.get(unit))
-            for job in [job for job in self.jobs if job.at is unit]:
-                while job.at is unit:
-                    self._resume(job)
-                self._read_ahead(self._next.get(unit) or job.at)
-        return unit
-
-    def _read_ahead(self, unit: Unit | None) -> None:
-        if unit is not None:
-            self.layers.read_ahead(unit)
+            if known is not None:
+                self.layers.read_ahead(known)
+            self.run(unit, None if known else self.layers.read_ahead)
+        return True
 
     def _resume(self, job: Job) -> None:
         job.at, self._running = None, job
+        before = self._share(job)
         try:
             with self.stats.domain(job.batch.domain):
                 job.thread.switch()
@@ -103,9 +127,17 @@ class Stream:
             self._running = None
             if job.thread.dead:
                 self.jobs.remove(job)
+        done = self._share(job) - before
+        if self._progress is not None and done:
+            self._progress(done)
+
+    def _share(self, job: Job) -> int:
+        """Tokens of the batch, by the layers that it went through."""
+        tokens = job.batch.tokens
+        return tokens if job.thread.dead else tokens * max(0, job.steps - 1) // max(self._depth, 1)
 
     def _stopper(self, unit: Unit) -> Callable[..., None]:
-        def stop(module: nn.Module, _: Any) -> None:
+        def stop(module: nn.Module, args: Any, kwargs: Any) -> None:
             job = self._running
             if self._closing:
                 raise GreenletExit
@@ -116,9 +148,27 @@ class Stream:
                 )
             job.at = unit
             job.steps += 1
-            job.thread.parent.switch()
+            hidden = args[0] if args else kwargs.get("hidden_states")
+            storages = self._storages([args, kwargs])
+            job.held = sum(storages.values())
+            job.hidden = 0
+            if isinstance(hidden, Tensor):
+                job.hidden = storages.get(hidden.untyped_storage().data_ptr(), 0)
+            with _moved(job, hidden):
+                job.thread.parent.switch()
 
         return stop
+
+    def _storages(self, values: Any) -> dict[int, int]:
+        """Address -> bytes of the memory of all tensors in `values` that are no weights."""
+        found: dict[int, int] = {}
+        for value in values.values() if isinstance(values, Mapping) else values:
+            if isinstance(value, Tensor):
+                storage = value.untyped_storage()
+                found[storage.data_ptr()] = storage.nbytes()
+            elif isinstance(value, Mapping | list | tuple):
+                found |= self._storages(value)
+        return {place: size for place, size in found.items() if place not in self._weights}
 
     def _close(self) -> None:
         """Jobs that are suspended still end here, with all that they hold."""
@@ -128,6 +178,20 @@ class Stream:
                 with suppress(Exception):
                     job.thread.throw(GreenletExit)
         self.jobs.clear()
+
+
+@contextmanager
+def _moved(job: Job, hidden: Any) -> Iterator[None]:
+    """The job's hidden states are in its file meanwhile, if it has one and they fit."""
+    if job.place is None or not 0 < job.hidden <= job.place[2]:
+        yield
+        return
+    file, offset, _ = job.place
+    file.put(hidden, offset)
+    try:
+        yield
+    finally:
+        file.get(hidden, job.hidden, offset)
 
 
 def _met_meta(error: Exception, model: nn.Module) -> ReapError | None:

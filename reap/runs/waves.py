@@ -3,20 +3,29 @@ memory holds. After a wave its statistics are kept, and a run that ends early go
 
 from __future__ import annotations
 
+import math
+import sys
+import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from reap.model.experts import pretrained
+from reap.errors import ReapError
+from reap.files.units import sized
+from reap.model.config import text_config
+from reap.model.experts import OTHER_TOWERS, pretrained
 from reap.model.layerwise import Layerwise
 from reap.observation.patch import observe
+from reap.runs import memory
 from reap.runs.calibration import completed, forward_of, what_runs
+from reap.runs.hidden import HiddenFile
 from reap.runs.partial import Partial
-from reap.runs.streaming import Stream
+from reap.runs.room import Room, admission, measure
+from reap.runs.streaming import Job, Stream
 from reap.statistics.stats import Statistics
 from reap.text.batching import Batch, Batches
 
@@ -31,24 +40,139 @@ def calibrate_streamed(
     deterministic: bool = False,
     dtype: str = "auto",
     trust_remote_code: bool = False,
+    memory_limit: int | None = None,
+    wave_tokens: int | None = None,
+    scratch: str | PathLike[str] | None = None,
+    say: Callable[[str], None] | None = None,
     progress: Callable[[int], None] | None = None,
     partial: Partial | None = None,
 ) -> Statistics:
-    layers = Layerwise(Path(folder), dtype=dtype, trust_remote_code=trust_remote_code)
+    """`calibrate` of the model in `folder`, with one layer of it in memory at a time, on the CPU:
+    the same statistics, bit for bit.
+
+    Batches go through the layers in waves, each layer is read once per wave while the one before it
+    runs. A wave has as many tokens as `memory_limit` bytes hold (by default what the machine and
+    its control groups have free), and at most `wave_tokens`; hidden states that do not fit wait in
+    a file without a name in `scratch` (by default the system's folder for temporary files), where
+    that costs less than another wave. `partial` is written after every wave. `say` is called with a
+    line about all this once it is known.
+
+    The other arguments are those of `calibrate` and `load_model`, and so are the errors. ReapError
+    also for a model that cannot be run layer by layer, for a limit that does not hold a layer, for
+    a disk that does not hold the file, and for weight files that change meanwhile.
+    """
+    limit = memory.allowed() if memory_limit is None else memory_limit
     recorded = batches if isinstance(batches, Batches) else None
-    model = layers.model
-    run = {"run": what_runs(pretrained(model).base_model, backend, deterministic)}
-    options = {"gates": gates, "pairs": pairs}
+    if partial is not None and recorded is None:
+        raise ReapError("a run can be taken up again only with batches of reap.batches")
+    layers = Layerwise(
+        Path(folder), dtype=dtype, trust_remote_code=trust_remote_code, admit=admission(limit)
+    )
     with ExitStack() as undo:
-        undo.callback(layers.close)
+        undo.enter_context(closing(layers))
+        model = layers.model
+        _forget_what_layers_return(model)
+        run = {"run": what_runs(pretrained(model).base_model, backend, deterministic)}
         stats = undo.enter_context(
-            observe(model, backend=backend, deterministic=deterministic, **options)
+            observe(model, gates=gates, pairs=pairs, backend=backend, deterministic=deterministic)
         )
         undo.enter_context(torch.inference_mode())
-        stream = Stream(layers, forward_of(model), stats)
+        if partial is not None and recorded is not None:
+            for batch in partial.take_up(stats, recorded, run):
+                if progress is not None:
+                    progress(batch.tokens)
+        stream = Stream(layers, forward_of(model), stats, progress)
         undo.enter_context(stream.installed())
-        for batch in batches:
-            stream.add(Batch.of(batch))
-        while stream.step():
-            pass
-    return completed(stats, recorded, run)
+        domains = 1 if recorded is None else len(recorded.describe()["sources"])
+        copies = domains if partial is None else 3 * domains  # it remembers some and writes others
+        folder = Path(scratch or tempfile.gettempdir())
+        waves = Waves(stream, limit, wave_tokens, folder, copies, say or (lambda _: None))
+        undo.enter_context(closing(waves))
+        for domains in waves.run(batches):
+            if partial is not None and recorded is not None:
+                partial.keep(stats, domains, recorded, run)
+    total = stats if partial is None else partial.total(stats)
+    return completed(total, recorded, run)
+
+
+class Waves:
+    """Sends batches through `stream` in waves. The first batch of all shows how large they may be."""
+
+    def __init__(
+        self,
+        stream: Stream,
+        limit: int,
+        most: int | None,
+        scratch: Path,
+        copies: int,
+        say: Callable[[str], None],
+    ) -> None:
+        self.stream, self.limit, self.most, self.scratch = stream, limit, most, scratch
+        self.copies, self.say = copies, say
+        self.room: Room | None = None
+        self.tokens = 0  # of a wave, padding included
+        self.in_memory = 0  # of these, that wait in memory
+        self.largest = 1  # of the batches so far
+        self.file: HiddenFile | None = None
+
+    def close(self) -> None:
+        if self.file is not None:
+            self.file.close()
+
+    def run(self, batches: Iterable[Batch | Mapping[str, Any]]) -> Iterator[list[str]]:
+        """Yields the domains of the batches of a wave that has ended."""
+        rest = iter(batches)
+        expected = getattr(batches, "expected", None)
+        while (given := next(rest, None)) is not None:
+            jobs = [self._begin(Batch.of(given), 0)]
+            if self.room is None:
+                self._plan(jobs[0], expected)
+            sent = jobs[0].batch.input_ids.numel()
+            while sent + self.largest <= self.tokens and (given := next(rest, None)) is not None:
+                jobs.append(self._begin(Batch.of(given), sent))
+                sent += jobs[-1].batch.input_ids.numel()
+            while self.stream.step():
+                memory.give_back()
+            if self.file is not None:
+                self.file.clear()
+            yield [job.batch.domain for job in jobs]
+
+    def _begin(self, batch: Batch, sent: int) -> Job:
+        """A batch behind `sent` tokens of its wave; its hidden states in the file if memory has no
+        place for them."""
+        size = batch.input_ids.numel()
+        self.largest = max(self.largest, size)
+        place = None
+        if self.room is not None and self.file is not None and sent + size > self.in_memory:
+            place = self.file.place(math.ceil(size * self.room.hidden))
+        return self.stream.add(batch, place)
+
+    def _plan(self, job: Job, expected: int | None) -> None:
+        layers = [u for u in self.stream.layers.units if not OTHER_TOWERS.search(u.name)]
+        stored = sum(map(self.stream.layers.stored, layers))
+        self.room = room = measure(self.stream, job, self.limit, self.copies)
+        room.check(self.largest)
+        most = min(n for n in (expected, self.most, sys.maxsize) if n is not None)
+        self.tokens = self.in_memory = room.in_memory()
+        if self.tokens < most:
+            self.tokens = room.with_file(self.scratch, len(layers), stored)
+        self.tokens = min(self.tokens, self.most or self.tokens)
+        spilled = room.in_file(min(self.tokens, most))
+        where = "hidden states in memory"
+        if spilled:
+            self.in_memory = min(self.tokens, most) - spilled
+            size = math.ceil((spilled + self.largest) * room.hidden)
+            self.file = HiddenFile(self.scratch, size)
+            where = f"{sized(size)} of hidden states in a file in {self.scratch}"
+        self.say(
+            f"layer by layer: {len(layers)} layers of {sized(stored)}, at most "
+            f"{max(min(self.tokens, most), self.largest):,} tokens at a time, {where}"
+        )
+
+
+def _forget_what_layers_return(model: Any) -> None:
+    """A forward that keeps something of every layer for its caller keeps it for all batches."""
+    for config in (model.config, text_config(model.config)):
+        for name in ("output_hidden_states", "output_router_logits"):
+            if getattr(config, name, False):
+                setattr(config, name, False)

@@ -29,6 +29,7 @@ __all__ = [
     "__version__",
     "batches",
     "calibrate",
+    "calibrate_streamed",
     "evaluate",
     "make_plan",
     "observe",
@@ -47,6 +48,7 @@ if TYPE_CHECKING:
     from reap.planning.plan import Plan, make_plan
     from reap.runs.calibration import calibrate
     from reap.runs.evaluation import Evaluation, evaluate
+    from reap.runs.waves import calibrate_streamed
     from reap.statistics.layerstats import LayerStatistics
     from reap.statistics.stats import Statistics
     from reap.text.batching import Batch, batches
@@ -60,6 +62,7 @@ else:  # a type checker that saw __getattr__ would believe any name
         "planning.plan": ("Plan", "make_plan"),
         "runs.calibration": ("calibrate",),
         "runs.evaluation": ("Evaluation", "evaluate"),
+        "runs.waves": ("calibrate_streamed",),
         "statistics.layerstats": ("LayerStatistics",),
         "statistics.stats": ("Statistics",),
         "text.batching": ("Batch", "batches"),

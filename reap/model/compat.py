@@ -344,7 +344,9 @@ def _tiny_checkpoint() -> tuple[nn.Module, dict[str, Tensor]]:
             for name in ("w1", "w2", "w3")
         }
     rest = {name: x for name, x in model.state_dict().items() if ".experts." not in name}
-    return model, state | {name.replace(".mlp.", ".block_sparse_moe."): x for name, x in rest.items()}
+    return model, state | {
+        name.replace(".mlp.", ".block_sparse_moe."): x for name, x in rest.items()
+    }
 
 
 def _check_loader() -> None:

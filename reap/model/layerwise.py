@@ -13,7 +13,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import nn
 
@@ -24,12 +24,40 @@ from reap.model.experts import OTHER_TOWERS, find_experts, pretrained
 from reap.model.load import from_folder
 from reap.model.stored import Once, Stored
 
+# What may be asked of a weight that is not in memory.
+FACTS = {
+    *("shape", "dtype", "device", "layout", "ndim", "nbytes", "itemsize", "names"),
+    *("is_meta", "is_leaf", "is_sparse", "is_quantized", "is_nested", "requires_grad", "grad_fn"),
+    *("size", "dim", "numel", "nelement", "element_size", "stride", "is_contiguous"),
+    *("is_floating_point", "is_complex", "__hash__", "__len__", "requires_grad_"),
+}
+
+
+class Away(nn.Parameter):
+    """Stands for a weight that is not in memory: it has its shape and so on, and whatever computes
+    with it is told so. (torch itself may take one on the meta device for one of no value.)"""
+
+    name = ""
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        own = getattr(func, "__self__", None)  # of the reading of an attribute, that
+        if getattr(own, "__name__", func.__name__) in FACTS:
+            return super().__torch_function__(func, types, args, kwargs or {})
+        if func.__name__ == "detach":
+            return args[0]
+        away = next((x for x in args if isinstance(x, cls)), None)
+        raise ReapError(
+            f"{getattr(away, 'name', 'a weight')} is used outside of its layer's own call "
+            f"({func.__name__}): such a model cannot be run layer by layer"
+        )
+
 
 class Weight(NamedTuple):
     """A weight of a unit: what stands for it while it is not here, and wherever it belongs."""
 
     name: str
-    on_meta: nn.Parameter
+    away: Away
     homes: tuple[tuple[nn.Module, str], ...]  # also in other units, where it is shared
 
     def put(self, value: nn.Parameter) -> None:
@@ -58,7 +86,7 @@ class Unit:
     @property
     def nbytes(self) -> int:
         """Of its weights in memory."""
-        return sum(weight.on_meta.nbytes for weight in self.weights)
+        return sum(weight.away.nbytes for weight in self.weights)
 
 
 class Layerwise:
@@ -117,7 +145,7 @@ class Layerwise:
             yield
         finally:
             for weight in unit.weights:
-                weight.put(weight.on_meta)
+                weight.put(weight.away)
 
     def read_ahead(self, unit: Unit) -> None:
         """Begin to read what `loaded(unit)` will need, in a thread."""
@@ -165,22 +193,28 @@ class Layerwise:
         return largest
 
     def _units(self) -> tuple[Unit, ...]:
-        experts = _experts(self.model)
-        homes: dict[int, list[tuple[nn.Module, str]]] = {}
-        for module in self.model.modules():
+        """What there is to load; all that is on the meta device is marked as away."""
+        homes: dict[nn.Parameter, list[tuple[nn.Module, str, str]]] = {}
+        for path, module in self.model.named_modules():
             for name, weight in module._parameters.items():
-                homes.setdefault(id(weight), []).append((module, name))
+                if weight is not None and weight.is_meta:
+                    full = f"{path}.{name}" if path else name
+                    homes.setdefault(weight, []).append((module, name, full))
+        weights: dict[str, Weight] = {}
+        for weight, places in homes.items():
+            away = Away(weight, requires_grad=False)
+            away.name = places[0][2]
+            one = Weight(away.name, away, tuple(place[:2] for place in places))
+            one.put(away)
+            weights |= {full: one for _, _, full in places}
+        experts = _experts(self.model)
         units: dict[int, Unit] = {}
         for place in _places(self.model):
             entry = self.model.get_submodule(place)
-            weights = tuple(
-                Weight(f"{place}.{name}", weight, tuple(homes[id(weight)]))
-                for name, weight in entry.named_parameters()
-                if weight.is_meta
-            )
-            keys = (key for w in weights for key in self._keys.get(self._first[w.name], ()))
+            own = [one for name, one in weights.items() if _place(name, [place]) is not None]
+            keys = (key for one in own for key in self._keys.get(self._first[one.name], ()))
             has_experts = any(name.startswith(f"{place}.") for name in experts)
-            unit = Unit(place, entry, weights, tuple(dict.fromkeys(keys)), has_experts)
+            unit = Unit(place, entry, tuple(own), tuple(dict.fromkeys(keys)), has_experts)
             units.setdefault(id(entry), unit)
         return tuple(units.values())
 
@@ -209,9 +243,7 @@ def _experts(model: nn.Module) -> list[str]:
     """The names of all modules of experts, also of those that share their weights."""
     found = {id(one.module) for one in find_experts(model)}
     return [
-        name
-        for name, module in model.named_modules(remove_duplicate=False)
-        if id(module) in found
+        name for name, module in model.named_modules(remove_duplicate=False) if id(module) in found
     ]
 
 

@@ -17,6 +17,7 @@ from reap.files.safefile import Header, open_unchanged
 
 CHUNK = 16 << 20  # bytes; whoever waits for the end of the reading waits for one
 LARGE = 1 << 20  # bytes, from which a tensor's memory is the system's again once it is not used
+FLAGS = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_POPULATE", 0)
 
 DTYPES = {
     "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "I16": torch.int16,
@@ -96,7 +97,7 @@ class Stored:
             if entry.nbytes < LARGE:
                 raw = torch.empty(entry.nbytes, dtype=torch.uint8)
             else:
-                raw = torch.frombuffer(mmap.mmap(-1, entry.nbytes), dtype=torch.uint8)
+                raw = torch.frombuffer(mmap.mmap(-1, entry.nbytes, FLAGS), dtype=torch.uint8)
             memory, done = memoryview(raw.numpy()), 0
             while done < entry.nbytes and not self._stopped:
                 into = memory[done : min(entry.nbytes, done + CHUNK)]

@@ -5,6 +5,8 @@ from __future__ import annotations
 import ctypes
 import os
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -15,8 +17,8 @@ from reap.files.units import sized
 
 
 class HiddenFile:
-    """A file without a name in `folder`, of `size` bytes that the disk has set aside: it is gone with
-    this process, however that ends. ReapError when the disk has not that much."""
+    """A file without a name in `folder`, of `size` bytes that the disk has set aside: it ends with
+    this process, however that does. ReapError when the disk has not that much."""
 
     def __init__(self, folder: Path, size: int) -> None:
         self._size = size
@@ -37,31 +39,43 @@ class HiddenFile:
         """All of it may be used again."""
         self._used = 0
 
-    def place(self, size: int) -> int | None:
-        """The offset of `size` bytes of the file; None when no more are left."""
+    def place(self, size: int) -> Place | None:
+        """`size` bytes of the file; None when so many are not left."""
         if size > self._size - self._used:
             return None
         offset, self._used = self._used, self._used + size
-        return offset
+        return Place(self._file.fileno(), offset, size)
 
-    def put(self, tensor: Tensor, offset: int) -> None:
-        """Move the memory of `tensor` into the file: until `get`, it has none."""
-        storage = tensor.untyped_storage()
-        memory, done = _memory(storage), 0
-        while done < len(memory):
-            done += os.pwrite(self._file.fileno(), memory[done:], offset + done)
-        storage.resize_(0)
 
-    def get(self, tensor: Tensor, size: int, offset: int) -> None:
-        """Undo `put` of a tensor whose memory had `size` bytes."""
+class Place:
+    """Some bytes of the file."""
+
+    def __init__(self, fd: int, offset: int, size: int) -> None:
+        self._fd, self._offset, self._size = fd, offset, size
+
+    @contextmanager
+    def holds(self, tensor: Tensor) -> Iterator[None]:
+        """The memory of `tensor`, and of all that share it, is in the file meanwhile; it stays
+        where it is when it is too large, or not torch's own."""
         storage = tensor.untyped_storage()
-        storage.resize_(size)
-        memory, done = _memory(storage), 0
+        size = storage.nbytes()
+        if not (0 < size <= self._size and storage.resizable()):
+            yield
+            return
+        done, memory = 0, _memory(storage)
         while done < size:
-            got = os.preadv(self._file.fileno(), [memory[done:]], offset + done)
-            if got == 0:
-                raise ReapError("the file of hidden states became shorter: start again")
-            done += got
+            done += os.pwrite(self._fd, memory[done:], self._offset + done)
+        storage.resize_(0)
+        try:
+            yield
+        finally:
+            storage.resize_(size)
+            done, memory = 0, _memory(storage)
+            while done < size:
+                got = os.preadv(self._fd, [memory[done:]], self._offset + done)
+                if got == 0:
+                    raise ReapError("the file of hidden states became shorter: start again")
+                done += got
 
 
 def _memory(storage: torch.UntypedStorage) -> memoryview:

@@ -47,8 +47,8 @@ class Room:
             need = (self.fixed + tokens * self.held) / (1 - MARGIN)
             raise ReapError(
                 f"{sized(self.limit)} of memory do not hold one layer, the next and a batch of "
-                f"{tokens:,} tokens: that takes {sized(round(need))} (--memory-limit), or less with "
-                "a smaller --batch-size or --seq-len"
+                f"{tokens:,} tokens: that takes {sized(round(need))} (--memory-limit), less with a "
+                "smaller --batch-size or --seq-len"
             )
 
     def in_memory(self) -> int:

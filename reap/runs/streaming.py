@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextvars
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from typing import Any
 
 from greenlet import GreenletExit, getcurrent, greenlet
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from reap.errors import ReapError
 from reap.model.experts import OTHER_TOWERS
 from reap.model.layerwise import Layerwise, Unit
-from reap.runs.hidden import HiddenFile
+from reap.runs.hidden import Place
 from reap.statistics.stats import Statistics
 from reap.text.batching import Batch
 
@@ -27,12 +27,12 @@ from reap.text.batching import Batch
 class Job:
     """One batch on its way through the model."""
 
-    def __init__(self, batch: Batch, forward: Callable[[Batch], None]) -> None:
+    def __init__(self, batch: Batch, forward: Callable[[Batch], None], place: Place | None) -> None:
         self.batch = batch
         self.at: Unit | None = None  # where it is suspended
         self.steps = 0  # layers that it entered
         self.held = self.hidden = 0  # bytes that its layer was called with; of its hidden states
-        self.place: tuple[HiddenFile, int, int] | None = None  # for these: a file, where, how much
+        self.place = place  # in a file, for these
         self.thread = greenlet(lambda: forward(batch))
         # Of its own: what the forward keeps in context variables is this batch's alone.
         self.thread.gr_context = contextvars.copy_context()
@@ -75,10 +75,10 @@ class Stream:
                 undo.callback(hook.remove)
             yield
 
-    def add(self, batch: Batch, place: tuple[HiddenFile, int, int] | None = None) -> Job:
-        """Begin with a batch: it runs up to its first layer."""
-        job = Job(batch, self._forward)
-        job.place = place
+    def add(self, batch: Batch, place: Place | None = None) -> Job:
+        """Begin with a batch: it runs up to its first layer. While it waits, its hidden states are
+        in `place`."""
+        job = Job(batch, self._forward, place)
         self.jobs.append(job)
         self._resume(job)
         return job
@@ -88,8 +88,8 @@ class Stream:
         return min(self.jobs, key=lambda job: job.steps).at if self.jobs else None
 
     def run(self, unit: Unit, then: Callable[[Unit], None] | None = None) -> None:
-        """Let all jobs that wait for `unit`, which is loaded, run on; `then` is called with what the
-        first of them waits for."""
+        """Let all jobs that wait for `unit`, which is loaded, run on; `then` is called with what
+        the first of them waits for."""
         for job in [job for job in self.jobs if job.at is unit]:
             while job.at is unit:
                 self._resume(job)
@@ -98,8 +98,8 @@ class Stream:
             then = None
 
     def step(self) -> bool:
-        """Load the wanted layer, run it, and read the one that will follow meanwhile. False when all
-        jobs have ended."""
+        """Load the wanted layer, run it, and read the one that will follow meanwhile. False when
+        all jobs have ended."""
         unit = self.wanted()
         if unit is None:
             return False
@@ -118,11 +118,6 @@ class Stream:
         try:
             with self.stats.domain(job.batch.domain):
                 job.thread.switch()
-        except Exception as error:
-            said = _met_meta(error, self.layers.model)
-            if said is None:
-                raise
-            raise said from error
         finally:
             self._running = None
             if job.thread.dead:
@@ -154,7 +149,8 @@ class Stream:
             job.hidden = 0
             if isinstance(hidden, Tensor):
                 job.hidden = storages.get(hidden.untyped_storage().data_ptr(), 0)
-            with _moved(job, hidden):
+            place = job.place if job.hidden else None
+            with nullcontext() if place is None else place.holds(hidden):
                 job.thread.parent.switch()
 
         return stop
@@ -178,34 +174,3 @@ class Stream:
                 with suppress(Exception):
                     job.thread.throw(GreenletExit)
         self.jobs.clear()
-
-
-@contextmanager
-def _moved(job: Job, hidden: Any) -> Iterator[None]:
-    """The job's hidden states are in its file meanwhile, if it has one and they fit."""
-    if job.place is None or not 0 < job.hidden <= job.place[2]:
-        yield
-        return
-    file, offset, _ = job.place
-    file.put(hidden, offset)
-    try:
-        yield
-    finally:
-        file.get(hidden, job.hidden, offset)
-
-
-def _met_meta(error: Exception, model: nn.Module) -> ReapError | None:
-    """What to say of a computation that met weights which are not there."""
-    if "meta" not in str(error).lower():
-        return None
-    names = {id(module): name for name, module in model.named_modules()}
-    frame, module = error.__traceback__, model
-    while frame is not None:
-        own = frame.tb_frame.f_locals.get("self")
-        module = own if id(own) in names else module
-        frame = frame.tb_next
-    name = f" ({names[id(module)]})" if names[id(module)] else ""
-    return ReapError(
-        f"{type(module).__name__}{name} uses weights of a layer outside of the layer's own call: "
-        "such a model cannot be run layer by layer"
-    )

@@ -83,20 +83,21 @@ def calibrate_streamed(
                     progress(batch.tokens)
         stream = Stream(layers, forward_of(model), stats, progress)
         undo.enter_context(stream.installed())
-        domains = 1 if recorded is None else len(recorded.describe()["sources"])
-        copies = domains if partial is None else 3 * domains  # it remembers some and writes others
+        copies = 1 if recorded is None else len(recorded.describe()["sources"])
+        if partial is not None:
+            copies *= 3  # it remembers some, and writes others
         folder = Path(scratch or tempfile.gettempdir())
         waves = Waves(stream, limit, wave_tokens, folder, copies, say or (lambda _: None))
         undo.enter_context(closing(waves))
-        for domains in waves.run(batches):
+        for wave in waves.run(batches):
             if partial is not None and recorded is not None:
-                partial.keep(stats, domains, recorded, run)
+                partial.keep(stats, [batch.domain for batch in wave], recorded, run)
     total = stats if partial is None else partial.total(stats)
     return completed(total, recorded, run)
 
 
 class Waves:
-    """Sends batches through `stream` in waves. The first batch of all shows how large they may be."""
+    """Sends batches through `stream` in waves. The first batch shows how large they may be."""
 
     def __init__(
         self,
@@ -119,8 +120,8 @@ class Waves:
         if self.file is not None:
             self.file.close()
 
-    def run(self, batches: Iterable[Batch | Mapping[str, Any]]) -> Iterator[list[str]]:
-        """Yields the domains of the batches of a wave that has ended."""
+    def run(self, batches: Iterable[Batch | Mapping[str, Any]]) -> Iterator[list[Batch]]:
+        """Yields the batches of each wave when it has ended."""
         rest = iter(batches)
         expected = getattr(batches, "expected", None)
         while (given := next(rest, None)) is not None:
@@ -135,17 +136,17 @@ class Waves:
                 memory.give_back()
             if self.file is not None:
                 self.file.clear()
-            yield [job.batch.domain for job in jobs]
+            yield [job.batch for job in jobs]
 
     def _begin(self, batch: Batch, sent: int) -> Job:
         """A batch behind `sent` tokens of its wave; its hidden states in the file if memory has no
         place for them."""
         size = batch.input_ids.numel()
         self.largest = max(self.largest, size)
-        place = None
+        waits = None
         if self.room is not None and self.file is not None and sent + size > self.in_memory:
-            place = self.file.place(math.ceil(size * self.room.hidden))
-        return self.stream.add(batch, place)
+            waits = self.file.place(math.ceil(size * self.room.hidden))
+        return self.stream.add(batch, waits)
 
     def _plan(self, job: Job, expected: int | None) -> None:
         layers = [u for u in self.stream.layers.units if not OTHER_TOWERS.search(u.name)]

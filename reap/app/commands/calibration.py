@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from functools import partial as partially
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -29,6 +30,7 @@ from reap.app.arguments import (
 )
 from reap.app.console import reports_errors
 from reap.app.longruns import announce, reported
+from reap.errors import ReapError
 from reap.files.outputs import STATISTICS, check_file
 
 PARTIAL = ".partial.safetensors"  # behind the output's name
@@ -54,6 +56,19 @@ def calibrate(
     deterministic: Annotated[
         bool, typer.Option("--deterministic", help="the same bits in every run, also on a GPU")
     ] = False,
+    stream: Annotated[
+        bool | None,
+        typer.Option(
+            "--stream/--no-stream",
+            help="one layer in memory at a time; by itself where the model does not fit",
+        ),
+    ] = None,
+    memory_limit: Annotated[
+        str | None, typer.Option(help="of memory, like 24G; without it all that is free")
+    ] = None,
+    wave_tokens: Annotated[
+        int | None, typer.Option(min=1, help="of --stream: tokens at a time, which a kill may lose")
+    ] = None,
     revision: Revision = None,
     trust_remote_code: TrustRemoteCode = False,
     overwrite: Overwrite = False,
@@ -66,13 +81,19 @@ def calibrate(
     from reap.observation.patch import check_backend
     from reap.runs.calibration import calibrate as run
     from reap.runs.calibration import what_runs
+    from reap.runs.memory import parse_size
+    from reap.runs.mode import why_streamed
     from reap.runs.partial import Partial
+    from reap.runs.waves import calibrate_streamed
     from reap.statistics.layerstats import check_gates
     from reap.text.sources import local_names, parse_spec
 
     check_gates(gates)
     check_backend(backend)
     check_dtype(dtype)
+    limit = None if memory_limit is None else parse_size(memory_limit)
+    if stream is False and (limit is not None or wave_tokens is not None):
+        raise ReapError("--memory-limit and --wave-tokens are for --stream, not for --no-stream")
     sources = [parse_spec(spec) for spec in data]  # before a model is downloaded
     inputs = [model, *(name for source in sources for name in local_names(source))]
     check_file(out, STATISTICS, overwrite=overwrite, inputs=inputs)
@@ -90,20 +111,31 @@ def calibrate(
     partial = Partial(out.with_name(out.name + PARTIAL))
     rows = rows_of(folder, sources, seq_len, json, trust_remote_code, domain=domain, **options)
     partial.refuse_other(rows.describe())
-    loaded = load_model(folder, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
-    about = what_runs(loaded, backend, deterministic)
-    where = f"{model} in {about['dtype']} on {about['device']}, backend {about['backend']}"
-    announce(where, rows.expected, json)
+    asked = True if wave_tokens is not None else stream
+    streamed = why_streamed(asked, folder, dtype=dtype, device=device, limit=limit)
+    measured: dict[str, Any] = {
+        "gates": gates,
+        "pairs": pairs,
+        "backend": backend,
+        "deterministic": deterministic,
+        "partial": partial,
+    }
+    if streamed is None:
+        loaded = load_model(folder, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
+        about = what_runs(loaded, backend, deterministic)
+        where = f"{model} in {about['dtype']} on {about['device']}, backend {about['backend']}"
+        announce(where, rows.expected, json)
+        call = partially(run, loaded, rows, **measured)
+    else:
+        say(f"{model} runs layer by layer: {streamed}")
+        measured |= {"dtype": dtype, "trust_remote_code": trust_remote_code, "say": say}
+        measured |= {"memory_limit": limit, "wave_tokens": wave_tokens, "scratch": out.parent}
+        call = partially(calibrate_streamed, folder, rows, **measured)
     with partial.kept():
         with reported("calibrating", lambda: rows.expected, "tokens", json) as advance:
-            stats = run(
-                loaded,
-                rows,
-                gates=gates,
-                pairs=pairs,
-                backend=backend,
-                deterministic=deterministic,
-                progress=advance,
-                partial=partial,
-            )
+            stats = call(progress=advance)
         save_statistics(stats, out, overwrite, json, rows.notes())
+
+
+def say(line: str) -> None:
+    typer.echo(f"reap: {line}", err=True)

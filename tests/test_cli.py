@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -430,6 +431,71 @@ def test_an_output_that_appears_meanwhile_loses_nothing(work, tmp_path, monkeypa
     assert "exists" in line and "512 tokens, is in" in line
     monkeypatch.undo()
     assert run_json(*command, "--out", tmp_path / "x.st", "--overwrite")["tokens"] == 512
+
+
+def layer_by_layer(work: Path, out: Path, *more: object) -> tuple[int, str, str]:
+    """`calibrate` as for one.st, with more options."""
+    given = ("--data", work / "a.txt", "--max-tokens", 512, "--seq-len", 64, "--batch-size", 2)
+    return invoke("calibrate", MODEL, *given, "--domain", "one", "--out", out, *more)
+
+
+@pytest.mark.parametrize("more", [("--stream",), ("--wave-tokens", 200)])
+def test_layer_by_layer(work: Path, tmp_path: Path, more: tuple[object, ...]) -> None:
+    code, out, err = layer_by_layer(work, tmp_path / "x.st", *more)
+    assert code == 0 and "512 tokens through 4 MoE layers, domains one" in out
+    assert "runs layer by layer (as asked for): 4 layers of 6.81 MB, at most " in err
+    found, whole = Statistics.load(tmp_path / "x.st"), Statistics.load(work / "one.st")
+    assert found.digest() == whole.digest() and found.data == whole.data
+    assert [path.name for path in tmp_path.iterdir()] == ["x.st"]
+
+
+def test_layer_by_layer_by_itself(work: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    """Where the model would not fit, which is said in the one line."""
+    from reap.runs import memory, mode
+
+    need = memory.resident() + (2 << 30)
+    monkeypatch.setattr(mode, "LOADING", 1e6)
+    code, _, err = layer_by_layer(work, tmp_path / "x.st", "--memory-limit", f"{need}", "--json")
+    assert code == 0 and "runs layer by layer (whole it takes 7" in err and err.count("\n") == 1
+    found = Statistics.load(tmp_path / "x.st")
+    assert found.digest() == Statistics.load(work / "one.st").digest()
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (("--memory-limit", "100M"), "memory do not hold one layer"),
+        (("--memory-limit", "much"), "'much' is not a size: write it like 24G"),
+        (("--no-stream", "--wave-tokens", 100), "are for --stream, not for --no-stream"),
+        (("--no-stream", "--memory-limit", "1G"), "are for --stream, not for --no-stream"),
+        (("--stream", "--device", "cuda"), "layer by layer runs on the CPU alone, not on cuda"),
+    ],
+)
+def test_layer_by_layer_refused(
+    work: Path, tmp_path: Path, more: tuple[object, ...], said: str
+) -> None:
+    code, _, err = layer_by_layer(work, tmp_path / "x.st", *more)
+    assert code == 2 and said in err and err.count("\n") == 1, err
+    assert not list(tmp_path.iterdir())
+
+
+def test_layer_by_layer_survives_a_kill(work: Path, tmp_path: Path) -> None:
+    """Not to be caught: what was whole is in the file, and the same command goes on from it."""
+    options = ("--max-tokens", 6000, "--seq-len", 64, "--wave-tokens", 256)
+    command = [str(word) for word in (*CALIBRATE, tmp_path / "x.st", *options)]
+    kept, digests = tmp_path / f"x.st{PARTIAL}", []
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 60
+    while not kept.exists() and time.monotonic() < deadline and process.poll() is None:
+        time.sleep(0.01)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL and Statistics.load(kept).tokens % 256 == 0
+    for out in ("x.st", "y.st"):
+        command[command.index("--out") + 1] = str(tmp_path / out)
+        done = subprocess.run(command, check=True, capture_output=True, text=True)
+        assert f"{out}: 6,000 tokens" in done.stdout
+        digests.append(Statistics.load(tmp_path / out).digest())
+    assert digests[0] == digests[1] and not kept.exists()
 
 
 def test_bad_rows_are_refused_before_the_model_loads(work, tmp_path, monkeypatch):

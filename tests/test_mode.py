@@ -32,7 +32,7 @@ def why(folder: Path, monkeypatch: Any, free: int = 1 << 40, **options: Any) -> 
 @pytest.mark.parametrize(("free", "fits"), [(4510, True), (4509, False)])
 def test_what_does_not_fit(folder: Path, monkeypatch: Any, free: int, fits: bool) -> None:
     found = why(folder, monkeypatch, free)
-    assert found == (None if fits else "5.51 kB of memory to load it whole, of 5.51 kB")
+    assert found == (None if fits else "whole it takes 5.51 kB of memory, of 5.51 kB")
     assert why(folder, monkeypatch, 0, asked=False) is None
     assert why(folder, monkeypatch, asked=True) == "as asked for"
 

@@ -118,7 +118,7 @@ def test_hidden_states_in_a_file(here: Path, monkeypatch: Any) -> None:
     monkeypatch.setattr(Place, "holds", holds)
     found = streamed(here, say=said.append)
     assert found.digest() == whole(here).digest()
-    assert "at most 384 tokens at a time, 45.06 kB of hidden states in a file in" in said[0]
+    assert "4 layers of 395.26 kB, at most 384 tokens at a time, 45.06 kB of hidden" in said[0]
     assert set(away) <= {2048, int(BATCH * size)} and len(away) >= 4 * 20
     assert sorted(path.name for path in here.iterdir()) == ["a.jsonl", "b.txt", "model"]
 

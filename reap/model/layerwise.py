@@ -90,8 +90,8 @@ class Unit:
 
 
 class Layerwise:
-    """The model in `folder`, in eval mode and on the CPU, with the weights of its units on the meta
-    device. A unit's are there inside `with layers.loaded(unit)`.
+    """The model in `folder`, in eval mode and on the CPU, without the weights of its units; those
+    of one are there inside `with layers.loaded(unit)`. `text`: the units that text goes through.
 
     dtype and trust_remote_code are those of `load_model`, and so are the errors. ReapError also for
     a model whose layers are in no list, or compute with packed weights, and later for a file that
@@ -121,6 +121,7 @@ class Layerwise:
                 "a model cannot be run layer by layer"
             )
         self.units = self._units()
+        self.text = tuple(unit for unit in self.units if not OTHER_TOWERS.search(unit.name))
 
     def stored(self, unit: Unit) -> int:
         """Bytes of the checkpoint that its weights are made of."""
@@ -182,7 +183,7 @@ class Layerwise:
 
     def _needs(self, model: nn.Module, away: set[str], stays: int) -> Needs:
         largest = Needs(stays, 0, "")
-        for place in _places(model):
+        for place in (place for place in _places(model) if not OTHER_TOWERS.search(place)):
             names = {name for name in away if _place(name, [place]) is not None}
             made = sum(model.get_parameter(name).nbytes for name in names)
             firsts = {self._first[name] for name in names}

@@ -38,7 +38,7 @@ def why_streamed(
     # A mapped file is memory to a control group until the system drops it.
     need = memory.resident() + round(made * LOADING) + (stored if limit is not None else 0)
     have = memory.allowed() if limit is None else limit
-    return f"{sized(need)} of memory to load it whole, of {sized(have)}" if need > have else None
+    return f"whole it takes {sized(need)} of memory, of {sized(have)}" if need > have else None
 
 
 def _weights(folder: Path, dtype: str) -> tuple[int, int]:

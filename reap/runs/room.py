@@ -90,7 +90,7 @@ def measure(stream: Stream, job: Job, limit: int, copies: int) -> Room:
     """What the first batch needs, by sending it through the layers up to the first with experts. It
     stays behind that, and the others can follow it. There will be `copies` of the statistics."""
     layers, tokens = stream.layers, max(1, job.batch.input_ids.numel())
-    largest = max(unit.nbytes for unit in layers.units)
+    largest = max(unit.nbytes for unit in layers.text)
     held, hidden, loading, running = job.held, job.hidden, 0.0, 0
     while (unit := stream.wanted()) is not None:
         memory.give_back()
@@ -107,7 +107,7 @@ def measure(stream: Stream, job: Job, limit: int, copies: int) -> Room:
             break
     memory.give_back()
     base = memory.resident() - job.held
-    stored = max(layers.stored(unit) for unit in layers.units)
+    stored = max(layers.stored(unit) for unit in layers.text)
     fixed = base + max(largest + stored + running, round(largest * loading))
     fixed += copies * _sums(stream.stats)
     return Room(limit, fixed, (held + FRAMES) / tokens, hidden / tokens)

@@ -17,7 +17,6 @@ from greenlet import GreenletExit, getcurrent, greenlet
 from torch import Tensor, nn
 
 from reap.errors import ReapError
-from reap.model.experts import OTHER_TOWERS
 from reap.model.layerwise import Layerwise, Unit
 from reap.runs.hidden import Place
 from reap.statistics.stats import Statistics
@@ -59,7 +58,6 @@ class Stream:
         self._closing = False
         self._next: dict[Unit, Unit] = {}  # what followed a unit
         self._last: Unit | None = None
-        self._depth = sum(not OTHER_TOWERS.search(unit.name) for unit in layers.units)
         self._weights = {
             x.untyped_storage().data_ptr() for x in layers.model.parameters() if not x.is_meta
         }
@@ -128,8 +126,10 @@ class Stream:
 
     def _share(self, job: Job) -> int:
         """Tokens of the batch, by the layers that it went through."""
-        tokens = job.batch.tokens
-        return tokens if job.thread.dead else tokens * max(0, job.steps - 1) // max(self._depth, 1)
+        if job.thread.dead:
+            return job.batch.tokens
+        depth = len(self.layers.text)
+        return job.batch.tokens * min(max(0, job.steps - 1), depth) // depth
 
     def _stopper(self, unit: Unit) -> Callable[..., None]:
         def stop(module: nn.Module, args: Any, kwargs: Any) -> None:

@@ -17,7 +17,7 @@ import torch
 from reap.errors import ReapError
 from reap.files.units import sized
 from reap.model.config import text_config
-from reap.model.experts import OTHER_TOWERS, pretrained
+from reap.model.experts import pretrained
 from reap.model.layerwise import Layerwise
 from reap.observation.patch import observe
 from reap.runs import memory
@@ -149,7 +149,7 @@ class Waves:
         return self.stream.add(batch, waits)
 
     def _plan(self, job: Job, expected: int | None) -> None:
-        layers = [u for u in self.stream.layers.units if not OTHER_TOWERS.search(u.name)]
+        layers = self.stream.layers.text
         stored = sum(map(self.stream.layers.stored, layers))
         self.room = room = measure(self.stream, job, self.limit, self.copies)
         room.check(self.largest)
@@ -166,7 +166,7 @@ class Waves:
             self.file = HiddenFile(self.scratch, size)
             where = f"{sized(size)} of hidden states in a file in {self.scratch}"
         self.say(
-            f"layer by layer: {len(layers)} layers of {sized(stored)}, at most "
+            f"{len(layers)} layers of {sized(stored)}, at most "
             f"{max(min(self.tokens, most), self.largest):,} tokens at a time, {where}"
         )
 

@@ -127,7 +127,10 @@ def calibrate(
         announce(where, rows.expected, json)
         call = partially(run, loaded, rows, **measured)
     else:
-        say(f"{model} runs layer by layer: {streamed}")
+
+        def say(line: str) -> None:
+            typer.echo(f"reap: {model} runs layer by layer ({streamed}): {line}", err=True)
+
         measured |= {"dtype": dtype, "trust_remote_code": trust_remote_code, "say": say}
         measured |= {"memory_limit": limit, "wave_tokens": wave_tokens, "scratch": out.parent}
         call = partially(calibrate_streamed, folder, rows, **measured)
@@ -135,7 +138,3 @@ def calibrate(
         with reported("calibrating", lambda: rows.expected, "tokens", json) as advance:
             stats = call(progress=advance)
         save_statistics(stats, out, overwrite, json, rows.notes())
-
-
-def say(line: str) -> None:
-    typer.echo(f"reap: {line}", err=True)

@@ -230,7 +230,7 @@ def _places(model: nn.Module) -> list[str]:
             continue
         if OTHER_TOWERS.search(name) or any(one.startswith(f"{name}.") for one in experts):
             lists.append(name)
-            places += [f"{name}.{entry}" for entry, _ in module.named_children()]
+            places += [f"{name}.{entry}" for entry in range(len(module))]
     loose = [one for one in experts if _place(one, places) is None]
     if loose:
         raise ReapError(

@@ -132,7 +132,7 @@ ALSO = {
         (LOADER, *LOAD, with_another_argument, "parallel"),
         (LOADER, *LOAD, reporting_nothing, "of a damaged checkpoint it says"),
         (PARTS, *BOUND, GONE, "convert_and_load"),
-        (PARTS, *BOUND, with_another_argument, "disk_offload_index"),
+        (PARTS, *BOUND, with_another_argument, "with_another_argument"),
         (PARTS, core_model_loading, "rename_source_key", GONE, "rename_source_key"),
         (PARTS, core_model_loading, "rename_source_key", lambda *_: ("a", None), "finds []"),
         (TORCH, torch._C, "_current_graph_task_id", GONE, "_current_graph_task_id"),

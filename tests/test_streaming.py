@@ -103,7 +103,7 @@ def test_progress_is_of_layers(tmp_path: Path) -> None:
 
 def suspended() -> int:
     gc.collect()
-    return sum(isinstance(thing, greenlet) and not thing.dead for thing in gc.get_objects())
+    return sum(type(thing) is greenlet and not thing.dead for thing in gc.get_objects())
 
 
 def failing(error: type[BaseException]) -> Callable[..., Any]:

@@ -6,6 +6,8 @@ import json
 import math
 import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ from folders import saved, tensors_of
 from safetensors.torch import save_file
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeDecoderLayer
 
+from bench.prune import write_checkpoint
 from reap.errors import ReapError
 from reap.model.load import load_model
 from reap.runs import memory
@@ -238,3 +241,41 @@ def test_weights_that_are_not_numbers_are_named(here: Path) -> None:
     save_file(tensors, here / "model/model.safetensors", {"format": "pt"})
     with pytest.raises(ReapError, match=r"layers\.1\..*expert 3"):
         streamed(here)
+
+
+def test_arguments_that_are_refused(here: Path) -> None:
+    with pytest.raises(ReapError, match="'much' is not a size"):
+        streamed(here, memory_limit="much")
+    with pytest.raises(ReapError, match="wave_tokens is 0: it has to be at least 1"):
+        streamed(here, wave_tokens=0)
+
+
+_CHILD = """
+import sys, torch, reap
+from transformers import Qwen3MoeForCausalLM
+from reap.runs import memory
+torch.set_num_threads(1)
+limit = memory.resident() + 320_000_000
+peaks, reset = [], memory.reset_peak
+
+def reset_peak():
+    peaks.append(memory.peak())
+    reset()
+
+reset_peak()
+memory.reset_peak = reset_peak
+rows = [{"input_ids": torch.full((1, 64), i)} for i in range(8)]
+stats = reap.calibrate_streamed(sys.argv[1], rows, memory_limit=limit)
+reset_peak()
+print(max(peaks[1:]), limit, stats.tokens)
+"""
+
+
+def test_a_limit_is_kept(tmp_path: Path) -> None:
+    """Of a model of 450 MB, by a process that may have 320 MB more than it has without it."""
+    noise = (torch.randn(1 << 20) * 0.03).bfloat16().view(torch.uint8).numpy().tobytes()
+    write_checkpoint(tmp_path / "model", 6, 2048, 768, 8, noise)
+    command = [sys.executable, "-c", _CHILD, str(tmp_path / "model")]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    peak, limit, tokens = map(int, done.stdout.split())
+    assert limit - 200_000_000 < peak <= limit and tokens == 512

@@ -87,6 +87,10 @@ class Stored:
         for path, own in by_path.items():
             own.sort(key=lambda name: self._where[name][1].start)
             with open_unchanged(path, self._where[own[0]][0].version) as fd:
+                for name in own:  # all at once, which a disk does faster than one after the other
+                    shard, entry = self._where[name]
+                    start = shard.data + entry.start
+                    os.posix_fadvise(fd, start, entry.nbytes, os.POSIX_FADV_WILLNEED)
                 for name in own:
                     found[name] = self._read(fd, name)
         return found

@@ -40,7 +40,7 @@ def calibrate_streamed(
     deterministic: bool = False,
     dtype: str = "auto",
     trust_remote_code: bool = False,
-    memory_limit: int | None = None,
+    memory_limit: int | str | None = None,
     wave_tokens: int | None = None,
     scratch: str | PathLike[str] | None = None,
     say: Callable[[str], None] | None = None,
@@ -51,17 +51,19 @@ def calibrate_streamed(
     the same statistics, bit for bit.
 
     Batches go through the layers in waves, each layer is read once per wave while the one before it
-    runs. A wave has as many tokens as `memory_limit` bytes hold (by default what the machine and
-    its control groups have free), and at most `wave_tokens`; hidden states that do not fit wait in
-    a file without a name in `scratch` (by default the system's folder for temporary files), where
-    that costs less than another wave. `partial` is written after every wave. `say` is called with a
-    line about all this once it is known.
+    runs. A wave has as many tokens as `memory_limit` holds (bytes, or like "24G"; by default what
+    the machine and its control groups have free), and at most `wave_tokens`. Hidden states that do
+    not fit wait in a file without a name in `scratch` (by default the system's folder for temporary
+    files), where that costs less than another wave. `partial` is written after every wave. `say` is
+    called with a line about all this once it is known.
 
     The other arguments are those of `calibrate` and `load_model`, and so are the errors. ReapError
     also for a model that cannot be run layer by layer, for a limit that does not hold a layer, for
     a disk that does not hold the file, and for weight files that change meanwhile.
     """
-    limit = memory.allowed() if memory_limit is None else memory_limit
+    limit = memory.allowed() if memory_limit is None else memory.parse_size(str(memory_limit))
+    if wave_tokens is not None and wave_tokens < 1:
+        raise ReapError(f"wave_tokens is {wave_tokens}: it has to be at least 1")
     recorded = batches if isinstance(batches, Batches) else None
     if partial is not None and recorded is None:
         raise ReapError("a run can be taken up again only with batches of reap.batches")

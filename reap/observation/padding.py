@@ -47,6 +47,11 @@ class Padding(threading.local):
     def __init__(self) -> None:
         self._calls: list[_Call] = []
 
+    @property
+    def shape(self) -> tuple[int, int] | None:
+        """[B,q] of the tokens that the innermost running model was called with, if known."""
+        return self._calls[-1].shape if self._calls else None
+
     def install(self, models: Iterable[nn.Module], undo: ExitStack) -> None:
         """Hooks that `undo` removes. `models` are those that contain the experts."""
         for model in models:

@@ -66,7 +66,8 @@ def observe(
 
     gates: "applied" (the weight that the model multiplies with) or "renormalized" (divided by the
     token's sum). pairs: also statistics of pairs of experts, [E,E] per layer. backend and
-    deterministic go to `reap_kernels.moe_saliency`. `with stats.domain("code"):` separates domains.
+    deterministic go to `reap_kernels.moe_saliency`. `with stats.domain("code"):` separates domains,
+    and in `with stats.counting(mask):` only some tokens of the calls count.
 
     Outputs equal the unobserved model's up to rounding. They carry no gradient: this is inference.
     Padding, read from the 2-D `attention_mask` of the call, is not counted. Experts that
@@ -76,9 +77,9 @@ def observe(
     checkpointing count once. A slot that the router chose counts, whatever its gate is rounded to.
 
     What changes a model comes first: quantise, linearise or wrap it, then observe what came out,
-    then run it. Of programs that do both (llm-compressor's `oneshot`) observe the model that they have
-    changed, in a run that calls every layer once: their sequential pipelines run each layer twice
-    on the same tokens, which counts twice, and which the log says where it shows.
+    then run it. With a program that does all this by itself (llm-compressor's `oneshot`) begin to
+    observe after it has changed the model, and let it call every layer once: a sequential pipeline
+    runs each layer twice on the same tokens, which count twice, as the log says where it shows.
 
     On a GPU no layer makes the host wait: bad ids and numbers are noted there and reported at the
     end. The first call of each kind of experts waits once, to compare `moe_saliency` with their own
@@ -150,6 +151,7 @@ class _Observation:
         if compat.in_backward():  # recomputed, and counted before
             return
         real = self.padding.real(len(ids), ids.device)
+        self.stats.check_counted(self.padding.shape)
         ids = layer.mark(ids)
         with self._recording:
             self.witness.record(layer, ids, gates)

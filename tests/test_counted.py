@@ -90,6 +90,26 @@ def test_what_follows_the_first_marker_of_a_document(here: Path, tokenizer: Any,
     ]
 
 
+@pytest.mark.parametrize("packing", [True, False])
+@pytest.mark.parametrize("block", [1, 5, 1000])
+def test_spans_between_markers(here: Path, monkeypatch: Any, packing: bool, block: int) -> None:
+    """Every one, with its end: the turns of a chat whose template marks none."""
+    chat = "<u>hi</e><a>yo</e><u>and</e><a>so</e>\n<a>open"
+    Path("c.txt").write_text(chat)
+    monkeypatch.setattr(localfiles, "_BLOCK", block)
+    options: dict[str, Any] = {"count_after": "<a>", "count_until": "</e>", "packing": packing}
+    told, rows = read(["c.txt"], seq_len=99, **options)
+    assert told == "yo</e>|so</e>|open" + "<end>" * packing
+    assert rows.describe()["count"] == {"after": "<a>", "until": "</e>"}
+    assert "those after '<a>' until '</e>'" in rows.notes()[0]
+
+
+def test_one_marker_may_be_both(here: Path) -> None:
+    Path("c.txt").write_text("a``b``c``")
+    told, _ = read(["c.txt"], seq_len=99, count_after="``", count_until="``")
+    assert told == "b``"
+
+
 def test_one_sample_per_row(here: Path) -> None:
     told, rows = read(["a.jsonl"], seq_len=99, count_after="</think>", packing=False, batch_size=4)
     assert told == "yes, so /  /  / b</think>c"
@@ -123,12 +143,15 @@ def test_a_tokenizer_without_offsets(here: Path) -> None:
     told, rows = read_ids(Slow(), "</think>")
     assert rows.counted == 7 + 3
     assert told[0] == [ord(letter) % 60 for letter in "yes, so"]
+    told, _ = read_ids(Slow(), "</think>", count_until="</think>")
+    assert told[3] == [ord("b") % 60, 63]
     with pytest.raises(ReapError, match=r"'so': Slow does not say .* a token of its own"):
         batches(["a.jsonl"], Slow(), count_after="so")
 
 
-def read_ids(tokenizer: Any, marker: str) -> tuple[list[list[int]], Batches]:
-    rows = batches(["a.jsonl"], tokenizer, seq_len=99, packing=False, count_after=marker)
+def read_ids(tokenizer: Any, marker: str, **options: Any) -> tuple[list[list[int]], Batches]:
+    options = {"seq_len": 99, "packing": False, "count_after": marker} | options
+    rows = batches(["a.jsonl"], tokenizer, **options)
     return [batch.input_ids[batch.counted].tolist() for batch in rows], rows
 
 
@@ -163,11 +186,12 @@ def test_the_assistant_s_turns(here: Path, packing: bool) -> None:
 @pytest.mark.parametrize(
     ("tokenizer", "options", "message"),
     [
-        (CHAT, {"count": "assistant"}, r"Token\w+ has a chat template without {% generation"),
-        (CHAT, {"count": "assistant"}, "give count_after the text"),
+        (CHAT, {"count": "assistant"}, r"template of Token\w+ does not mark .* by {% generation"),
+        (CHAT, {"count": "assistant"}, "give count_after and count_until"),
         (TOKENIZER, {"count": "assistant"}, "has no chat template"),
         (TURNS, {"count": "asistant"}, "must be all or assistant"),
         (TURNS, {"count": "assistant", "count_after": "x"}, "choose one"),
+        (TOKENIZER, {"count_until": "x"}, "needs count_after"),
         (TOKENIZER, {"count_after": ""}, "must be text that the samples hold"),
         (TOKENIZER, {"count_after": 7}, "must be text that the samples hold"),
     ],

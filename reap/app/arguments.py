@@ -43,6 +43,9 @@ CountAfter = Annotated[
     str | None,
     typer.Option(metavar="TEXT", help="count only what follows this in a sample, </think> say"),
 ]
+CountUntil = Annotated[
+    str | None, typer.Option(metavar="TEXT", help="and only until behind this, every time")
+]
 SeqLen = Annotated[
     int | None, typer.Option(min=2, help="tokens per row; 2048, or the model's limit if lower")
 ]

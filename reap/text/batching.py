@@ -98,12 +98,14 @@ def batches(
     skip_bad: bool = False,
     count: str = ALL,
     count_after: str | None = None,
+    count_until: str | None = None,
 ) -> Batches:
     """Batches over the specs' text, once, as `Batches` describes. `domain` replaces the names that
     the specs give to theirs.
 
     All tokens run. Which of them go into the statistics: all; with `count_after` those of every
-    document (row, file) that follow the first place where it has this text, `</think>` say; with
+    document (row, file) that follow the first place where it has this text, `</think>` say, and
+    with `count_until` after every such place until behind the next one with that text; with
     `count="assistant"` those of conversations that the chat template marks as the assistant's
     ({% generation %}). A token counts or not: statistics are counts and exact sums of tokens, for
     which other weights have no meaning. The end-of-text token of packing goes with what it ends.
@@ -131,7 +133,7 @@ def batches(
             require_datasets(source)
     check_distinct(sources, seed)
     check_tokenizer(tokenizer)
-    counting = Counting.of(count, count_after, tokenizer)
+    counting = Counting.of(count, count_after, count_until, tokenizer)
     packer = Packer(tokenizer, seq_len, packing, counting)
     special = tuple(special_ids(tokenizer))
     seen: set[bytes] = set()

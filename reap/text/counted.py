@@ -1,4 +1,4 @@
-"""Which tokens of a document count: all, those that follow a marker, or the assistant's.
+"""Which tokens of a document count: all, those behind or between markers, or the assistant's.
 
 All of them run, since they are what the others attend to. A token counts or it does not: the
 statistics are counts of tokens and exact sums over them, in which a fractional weight has no
@@ -7,7 +7,9 @@ meaning (of how many tokens is 0.3 of one?), and a whole one is what weights of 
 
 from __future__ import annotations
 
+import math
 import re
+from collections import deque
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,55 +22,72 @@ _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")  # what marks the assist
 
 @dataclass(frozen=True)
 class Counting:
-    """`count` is "all" or "assistant"; `after` is a marker, or empty."""
+    """`count` is "all" or "assistant"; `after` and `until` are markers, or empty."""
 
     count: str = ALL
     after: str = ""
+    until: str = ""
 
     @classmethod
-    def of(cls, count: str, after: str | None, tokenizer: Any) -> Counting:
+    def of(cls, count: str, after: str | None, until: str | None, tokenizer: Any) -> Counting:
         """ReapError for what does not go together, or not with this tokenizer."""
-        name = type(tokenizer).__name__
         if count not in (ALL, ASSISTANT):
             raise ReapError(f"count is {count!r}: it must be {ALL} or {ASSISTANT}")
-        if after is not None and (not isinstance(after, str) or not after):
-            raise ReapError(f"count_after is {after!r}: it must be text that the samples hold")
-        if count == ASSISTANT and after:
-            raise ReapError(f"count {ASSISTANT} and count_after {after!r}: choose one of them")
-        template = str(getattr(tokenizer, "chat_template", None) or "")
-        if count == ASSISTANT and not _GENERATION.search(template):
-            has = "has no chat template" if not template else "has a chat template without"
-            what = "" if not template else " {% generation %}, which marks the assistant's turns"
-            raise ReapError(
-                f"count {ASSISTANT}: {name} {has}{what}: give count_after the text that their "
-                "answers begin with"
-            )
-        if count == ASSISTANT and not _has_offsets(tokenizer):
-            raise ReapError(
-                f"count {ASSISTANT}: {name} does not say which text a token is from: give "
-                "count_after a token of its own"
-            )
-        if after and not _has_offsets(tokenizer) and after not in _added(tokenizer):
-            raise ReapError(
-                f"count_after {after!r}: {name} does not say which text a token is from, so the "
-                "marker has to be a token of its own, which this is not"
-            )
-        return cls(count, after or "")
+        markers = {"count_after": after, "count_until": until}
+        for what, marker in markers.items():
+            if marker is not None and (not isinstance(marker, str) or not marker):
+                raise ReapError(f"{what} is {marker!r}: it must be text that the samples hold")
+        if count == ASSISTANT and (after or until):
+            raise ReapError(f"count {ASSISTANT} and a marker, {after or until!r}: choose one")
+        if until and not after:
+            raise ReapError(f"count_until {until!r} needs count_after, with which a span begins")
+        if count == ASSISTANT:
+            _check_template(tokenizer)
+        for what, marker in markers.items():
+            if marker and not _has_offsets(tokenizer) and marker not in _added(tokenizer):
+                raise ReapError(
+                    f"{what} {marker!r}: {type(tokenizer).__name__} does not say which text a "
+                    "token is from, so the marker has to be a token of its own, which this is not"
+                )
+        return cls(count, after or "", until or "")
 
     @property
     def restricted(self) -> bool:
         return self.count != ALL or bool(self.after)
 
     def describe(self) -> Any:
-        """As JSON: None, "assistant" or {"after": marker}."""
-        return {"after": self.after} if self.after else self.count if self.restricted else None
+        """As JSON: None, "assistant" or {"after": marker}, perhaps with "until"."""
+        if self.after:
+            return {"after": self.after} | ({"until": self.until} if self.until else {})
+        return self.count if self.restricted else None
 
 
 def said(described: Any) -> str:
     """What `Counting.describe` gave, in words."""
     if isinstance(described, dict):
-        return f"those after {described.get('after')!r}"
+        until = f" until {described['until']!r}" if "until" in described else ""
+        return f"those after {described.get('after')!r}{until}"
     return "the assistant's" if described == ASSISTANT else "all"
+
+
+def _check_template(tokenizer: Any) -> None:
+    """ReapError where the assistant's turns cannot be told."""
+    name = type(tokenizer).__name__
+    template = str(getattr(tokenizer, "chat_template", None) or "")
+    reason = None
+    if not template:
+        reason = f"{name} has no chat template"
+    elif not _GENERATION.search(template):
+        reason = (
+            f"the chat template of {name} does not mark the assistant's turns by {{% generation %}}"
+        )
+    elif not _has_offsets(tokenizer):
+        reason = f"{name} does not say which text a token is from"
+    if reason is not None:
+        raise ReapError(
+            f"count {ASSISTANT}: {reason}: give count_after and count_until the texts between "
+            "which an answer stands"
+        )
 
 
 @dataclass
@@ -77,7 +96,7 @@ class Counter:
 
     counting: Counting
     tokenizer: Any
-    _found: bool = False  # the marker, in this document
+    _on: bool = False  # between the markers, where the last piece ended
     _tail: str = field(default="", repr=False)  # of the text before, which a marker may begin in
 
     def encode(self, piece: Text, special: bool) -> tuple[list[int], list[bool] | None]:
@@ -85,45 +104,62 @@ class Counter:
         tokenizer puts around a document."""
         if piece.tokens is not None:
             return list(piece.tokens[0]), list(piece.tokens[1])
-        if self.counting.count == ASSISTANT:
-            return (ids := self._ids(piece.text, special)), [False] * len(ids)
-        if not self.counting.after:
-            return self._ids(piece.text, special), None
-        return self._after(piece.text, special)
+        spans = bool(self.counting.after) and _has_offsets(self.tokenizer)
+        options = {"return_offsets_mapping": True} if spans else {}
+        encoding = self.tokenizer(piece.text, add_special_tokens=special, verbose=False, **options)
+        ids = list(encoding["input_ids"])
+        if not self.counting.restricted:
+            return ids, None
+        if spans:
+            return ids, self._by_text(piece.text, encoding["offset_mapping"])
+        if self.counting.after:
+            return ids, self._by_tokens(ids)
+        return ids, [False] * len(ids)  # no turn of a conversation
 
     def end(self) -> None:
         """The next piece is of another document."""
-        self._found, self._tail = False, ""
+        self._on, self._tail = False, ""
 
-    def _ids(self, text: str, special: bool) -> list[int]:
-        encoding = self.tokenizer(text, add_special_tokens=special, verbose=False)
-        return list(encoding["input_ids"])
+    def _by_text(self, text: str, offsets: list[tuple[int, int]]) -> list[bool]:
+        """A token counts whose text begins between the markers; one of no text goes with the one
+        before it."""
+        counts, marks = self._on, []
+        spans = deque(self._spans(text))
+        for start, stop in offsets:
+            if stop > start:
+                while spans and spans[0][1] <= start:
+                    spans.popleft()
+                counts = bool(spans) and spans[0][0] <= start
+            marks.append(counts)
+        return marks
 
-    def _after(self, text: str, special: bool) -> tuple[list[int], list[bool]]:
-        """A token counts whose text begins behind the marker's first end, and all that follow."""
-        marker, begun = self.counting.after, len(self._tail)
-        if self._found:
-            ids = self._ids(text, special)
-            return ids, [True] * len(ids)
-        joined = self._tail + text
-        at = joined.find(marker)
-        self._found = at >= 0
-        self._tail = joined[max(0, len(joined) - len(marker) + 1) :]
-        if not _has_offsets(self.tokenizer):
-            ids, token = self._ids(text, special), _added(self.tokenizer)[marker]
-            first = ids.index(token) + 1 if token in ids else len(ids)
-            self._found = token in ids
-        else:
-            encoding = self.tokenizer(
-                text, add_special_tokens=special, return_offsets_mapping=True, verbose=False
-            )
-            ids, end = list(encoding["input_ids"]), at + len(marker) - begun
-            first = len(ids)
-            if self._found:
-                spans = enumerate(encoding["offset_mapping"])
-                behind = (i for i, (start, stop) in spans if stop > start >= end)
-                first = next(behind, len(ids))
-        return ids, [i >= first for i in range(len(ids))]
+    def _spans(self, text: str) -> list[tuple[float, float]]:
+        """Where the text counts: from behind the first marker to behind the second."""
+        joined, begun = self._tail + text, len(self._tail)
+        spans: list[tuple[float, float]] = []
+        place, start = 0, 0
+        while sought := self.counting.until if self._on else self.counting.after:
+            at = joined.find(sought, place)
+            if at < 0:
+                break
+            place = at + len(sought)
+            if self._on:
+                spans.append((start - begun, place - begun))
+            self._on, start = not self._on, place
+        if self._on:
+            spans.append((start - begun, math.inf))
+        kept = max(place, len(joined) - len(sought) + 1) if sought else len(joined)
+        self._tail = joined[kept:]
+        return spans
+
+    def _by_tokens(self, ids: list[int]) -> list[bool]:
+        added = _added(self.tokenizer)
+        begin, end = added[self.counting.after], added.get(self.counting.until)
+        marks = []
+        for token in ids:
+            marks.append(self._on)
+            self._on = token != end if self._on else token == begin
+        return marks
 
 
 def _has_offsets(tokenizer: Any) -> bool:

@@ -12,6 +12,7 @@ from reap.app.arguments import (
     BatchSize,
     Count,
     CountAfter,
+    CountUntil,
     Data,
     Device,
     Domain,
@@ -50,6 +51,7 @@ def calibrate(
     skip_bad: SkipBad = False,
     count: Count = "all",
     count_after: CountAfter = None,
+    count_until: CountUntil = None,
     gates: Annotated[str, typer.Option(help="applied or renormalized")] = "applied",
     pairs: Annotated[bool, typer.Option("--pairs", help="also record pair matrices")] = False,
     backend: Backend = "auto",
@@ -92,6 +94,7 @@ def calibrate(
         "skip_bad": skip_bad,
         "count": count,
         "count_after": count_after,
+        "count_until": count_until,
     }
     partial = Partial(out.with_name(out.name + PARTIAL))
     rows = rows_of(folder, sources, seq_len, json, trust_remote_code, domain=domain, **options)

@@ -150,8 +150,8 @@ def test_a_tokenizer_without_offsets(here: Path) -> None:
 
 
 def read_ids(tokenizer: Any, marker: str, **options: Any) -> tuple[list[list[int]], Batches]:
-    options = {"seq_len": 99, "packing": False, "count_after": marker} | options
-    rows = batches(["a.jsonl"], tokenizer, **options)
+    how = options | {"count_after": marker}
+    rows = batches(["a.jsonl"], tokenizer, seq_len=99, packing=False, **how)
     return [batch.input_ids[batch.counted].tolist() for batch in rows], rows
 
 

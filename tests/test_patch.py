@@ -255,6 +255,25 @@ def test_domains() -> None:
     assert stats.tokens == 36
 
 
+@pytest.mark.parametrize("model_type", ["qwen3_moe", "llama4_text", "gemma4", "longcat_flash"])
+def test_counting(model_type: str) -> None:
+    """Only some tokens of a call count, of which padding is none; the two halves are the whole."""
+    model = tiny_model(model_type)
+    inputs = tiny_inputs(model, lengths=[9, 5])
+    counted = torch.rand(2, 9, generator=torch.Generator().manual_seed(0)) < 0.5
+    counts = [counted, ~counted, None]
+    parts = []
+    for tokens in counts:
+        with observe(model) as stats, stats.counting(tokens):
+            run(model, inputs)
+        parts.append(stats)
+    assert parts[0].tokens == int((counted & inputs["attention_mask"].bool()).sum())
+    assert parts[0] + parts[1] == parts[2]
+    with pytest.raises(ReapError, match=r"given \[9, 2\], and the model is called .* \[2, 9\]"):
+        with observe(model) as stats, stats.counting(counted.T):
+            run(model, inputs)
+
+
 def test_partitions_of_batches_give_the_same_bits() -> None:
     model = tiny_model("qwen3_moe")
     batches = [tiny_inputs(model, seed=seed) for seed in range(4)]

@@ -20,7 +20,7 @@ def sharpened(model_type: str) -> nn.Module:
     model = tiny_model(model_type, dtype=torch.float16)
     model.set_experts_implementation("eager")  # others have no kernel for these sizes
     for experts in find_experts(model):
-        router: Any = router_of(experts.block)
+        router: Any = getattr(experts.block, "gate", None) or experts.block.router
         weight = router.router_mlp.out_proj.weight if model_type == "zaya" else router.weight
         weight.mul_(150)
     return model

@@ -68,7 +68,7 @@ class Witness:
         for layer in layers:
             experts = layer.experts
             holders = [model for model, parts in inside if id(experts.module) in parts]
-            calls = self._layers[layer] = _Calls(holders[-1])
+            calls = self._layers[layer] = _Calls(holders[-1] if holders else _Model(experts.block))
             for field, part in (("module", experts.module), ("block", experts.block)):
                 hook = self._counting_in(calls, field)
                 undo.callback(part.register_forward_hook(hook).remove)

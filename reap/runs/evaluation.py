@@ -99,7 +99,7 @@ def _batch_sums(models: list[Any], batch: Batch) -> Tensor:
     seen = batch.attention_mask.bool()
     counted = seen[:, 1:] & seen[:, :-1]  # [B, L-1]
     if batch.counted is not None:
-        counted &= batch.counted[:, 1:]
+        counted &= batch.counted[:, 1:] != 0
     targets = batch.input_ids[:, 1:][counted]  # [N] int64
     logits = [_logits(model, batch, counted) for model in models]  # [N, V] each, model's dtype
     vocabularies = [each.shape[-1] for each in logits]

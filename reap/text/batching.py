@@ -234,7 +234,7 @@ class Batches(Iterator[Batch]):
             what = said(counting.describe())
             raise ReapError(
                 f"data {stream.source.spec!r}: of its {stream.read:,} tokens none counts, which "
-                f"are to be {what}: correct that, or leave this source out"
+                f"are to be {what}: correct that, take more of it or leave it out"
             )
 
     def describe(self) -> dict[str, Any]:

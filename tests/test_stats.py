@@ -53,13 +53,13 @@ def test_counting_restricts_what_counts(shape):
     for mask in (None, real):
         stats, want = Statistics(MODEL, pairs=True), Statistics(MODEL, pairs=True)
         with stats.counting(counted.view(shape).to(torch.int64) * 3):
-            stats.update(NAME, *data, mask)
+            stats.update(NAME, *data, *[mask])
             with stats.counting(None):
-                stats.update(NAME, *data, mask)
-        stats.update(NAME, *data, mask)
-        want.update(NAME, *data, counted if mask is None else counted & mask)
+                stats.update(NAME, *data, *[mask])
+        stats.update(NAME, *data, *[mask])
+        want.update(NAME, *data, *[counted if mask is None else counted & mask])
         for _ in range(2):
-            want.update(NAME, *data, mask)
+            want.update(NAME, *data, *[mask])
         assert stats == want
 
 

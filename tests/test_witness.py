@@ -116,6 +116,19 @@ def test_a_model_that_ran_without_its_layers_is_an_error() -> None:
         run(model, tiny_inputs(model))
 
 
+@torch.no_grad()
+def test_layers_that_are_replaced_for_a_while_are_an_error() -> None:
+    """A pipeline that calls parts of the model and puts its layers back before the end."""
+    model = tiny_model("qwen3_moe")
+    with pytest.raises(ReapError, match="ran and none of its 4 MoE layers did"), observe(model):
+        blocks = [layer.mlp for layer in model.model.layers]
+        for layer in model.model.layers:
+            layer.mlp = nn.Identity()
+        sequential(model, [tiny_inputs(model)["input_ids"]], 2)
+        for layer, block in zip(model.model.layers, blocks, strict=True):
+            layer.mlp = block
+
+
 def test_an_error_under_way_is_not_masked() -> None:
     model = tiny_model("qwen3_moe")
     with pytest.raises(KeyError, match="mine"), observe(model):
@@ -191,6 +204,19 @@ def test_runs_that_count_once_say_nothing(caplog: Any) -> None:
         for ids in batches * 2:
             run(model, {"input_ids": ids})
     assert not [r for r in caplog.records if "layers" in r.message]
+
+
+@torch.no_grad()
+def test_layers_called_from_outside_in_different_numbers_are_told(caplog: Any) -> None:
+    """As in a pipeline that ends before its last layer, with other tokens each time."""
+    model = tiny_model("qwen3_moe")
+    experts = [found.module for found in find_experts(model)]
+    ids, gates = torch.zeros(5, 2, dtype=torch.int64), torch.rand(5, 2)
+    with observe(model):
+        for module in (*experts, experts[2]):
+            module(torch.randn(5, 32), ids, gates)
+            gates = torch.rand(5, 2)
+    assert "(model.layers.2.mlp.experts 10, model.layers.0.mlp.experts 5)" in caplog.text
 
 
 @torch.no_grad()

@@ -8,6 +8,7 @@ once. Both are seen by counting calls and tokens where they enter and where they
 from __future__ import annotations
 
 import logging
+import math
 import threading
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
@@ -30,7 +31,7 @@ class _Model:
     """A model that contains experts."""
 
     module: nn.Module
-    tokens: int = 0  # that it was called with, padding included
+    tokens: float = 0  # that it was called with, padding included; infinite: that cannot be told
     returned: int = 0  # calls
 
 
@@ -53,6 +54,7 @@ class Witness:
     def __init__(self) -> None:
         self._layers: dict[Layer, _Calls] = {}
         self._models: list[_Model] = []
+        self._embeddings = _Model(nn.Identity())  # they run even where no model is called
         self._counting = threading.Lock()
 
     def install(self, layers: Iterable[Layer], models: list[nn.Module], undo: ExitStack) -> None:
@@ -65,6 +67,10 @@ class Witness:
             enter = module.register_forward_pre_hook(self._entering(model), with_kwargs=True)
             undo.callback(enter.remove)
             undo.callback(module.register_forward_hook(self._counting_in(model, "returned")).remove)
+        for part in models[0].modules() if models else ():
+            if isinstance(part, nn.Embedding):
+                hook = self._counting_in(self._embeddings, "returned")
+                undo.callback(part.register_forward_hook(hook).remove)
         for layer in layers:
             experts = layer.experts
             holders = [model for model, parts in inside if id(experts.module) in parts]
@@ -100,7 +106,7 @@ class Witness:
         for layer, calls in self._layers.items():
             ran[layer.info.name] |= calls.recorded > 0
         idle = [name for name, recorded in ran.items() if not recorded]
-        if len(idle) == len(ran) and any(model.returned for model in self._models):
+        if len(idle) == len(ran) and self._ran():
             raise ReapError(
                 f"the model ran and none of its {len(idle)} MoE layers did, such as {idle[0]}: "
                 "something took their place: change the model first and observe it then"
@@ -108,6 +114,10 @@ class Witness:
         if idle:
             log.warning("%d MoE layers were never called, such as %s", len(idle), idle[0])
         self._report_repeated()
+
+    def _ran(self) -> bool:
+        """Whether the model did, as a whole or, in a pipeline, in parts."""
+        return any(part.returned for part in (self._embeddings, *self._models))
 
     def _report_repeated(self) -> None:
         remedy = "observe a run that calls every layer once to have exact totals"
@@ -125,7 +135,7 @@ class Witness:
             by_tokens: dict[int, str] = {}
             for layer, calls in its.items():
                 by_tokens.setdefault(calls.tokens, layer.info.name)
-            if len(by_tokens) > 1 and any(int(calls.repeats or 0) for calls in its.values()):
+            if len(by_tokens) > 1 and max(by_tokens) > model.tokens:
                 ends = max(by_tokens), min(by_tokens)
                 named = ", ".join(f"{by_tokens[tokens]} {tokens:,}" for tokens in ends)
                 log.warning("MoE layers saw different numbers of tokens (%s): %s", named, remedy)
@@ -135,9 +145,9 @@ class Witness:
 
         @torch.compiler.disable
         def entering(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            batch, length = token_shape(named(args, kwargs)) or (0, 0)
+            shape = token_shape(named(args, kwargs))
             with self._counting:
-                model.tokens += batch * length
+                model.tokens += math.inf if shape is None else math.prod(shape)
 
         return entering
 
@@ -161,7 +171,7 @@ def _times(calls: _Calls) -> int:
     if not repeats or not calls.model.tokens:
         return 1 + repeats
     times, rest = divmod(calls.tokens, calls.model.tokens)
-    return 1 if rest else times
+    return 1 if rest else int(times)
 
 
 def _replaced(layer: Layer, calls: _Calls, present: set[int]) -> str | None:

@@ -56,7 +56,7 @@ def _statistics(file: Path) -> dict[str, Any]:
     counted = [
         f"{entry.get('counted'):,} of {entry.get('tokens'):,} tokens, {said(entry['count'])}"
         for entry in stats.data
-        if entry.get("count")
+        if entry.get("count") and type(entry.get("counted")) is type(entry.get("tokens")) is int
     ]
     return {
         "kind": "statistics",

@@ -1,4 +1,5 @@
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -69,6 +70,9 @@ def test_counting_of_other_tokens_is_an_error():
         with pytest.raises(ReapError, match="given 11 values, and a layer was called with 12"):
             stats.update(NAME, *slots(12))
     assert stats.tokens == 0
+    given: Any = [1, 0]
+    with pytest.raises(ReapError, match="given a list: it must be a tensor"), stats.counting(given):
+        pass
 
 
 def test_domains():

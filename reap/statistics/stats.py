@@ -86,7 +86,12 @@ class Statistics:
         model's input_ids, or [T] as the experts get them, of any dtype. The others run, for the
         counted ones to attend to. None: all count. Padding never does.
 
-        ReapError in a call with tokens of another shape."""
+        ReapError for anything else, and in a call with tokens of another shape."""
+        if tokens is not None and not isinstance(tokens, Tensor):
+            raise ReapError(
+                f"counting was given a {type(tokens).__name__}: it must be a tensor, one value per "
+                "token of the call, or None"
+            )
         before = self._counted
         self._counted, self._placed = tokens, {}
         try:

@@ -10,10 +10,10 @@ import hashlib
 import math
 import platform
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from os import PathLike, fspath
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,11 +21,12 @@ from torch import Tensor
 
 from reap.errors import ReapError
 from reap.model.load import check_tokenizer, special_ids
-from reap.text.counted import ALL, ASSISTANT, Counter, Counting, said
-from reap.text.samples import Tally, Text
+from reap.text.counted import ALL, ASSISTANT, Counting, said
+from reap.text.packing import HeldRow, Packer, Row
+from reap.text.samples import Tally
 from reap.text.sources import Source, check_distinct, parse_spec, read, require_datasets
 
-__all__ = ["Batch", "Batches", "Packer", "Source", "batches", "parse_spec"]
+__all__ = ["Batch", "Batches", "Source", "batches", "parse_spec"]
 
 Spec = str | PathLike[str] | Source
 _SEEN_ENOUGH = 1024  # tokens of a source, among which one has to be of text
@@ -167,7 +168,7 @@ class Batches(Iterator[Batch]):
         self._max_tokens = max_tokens
         self._max_tokens_per_source = max_tokens_per_source
         self._seed = seed
-        self._ahead: deque[tuple[_Stream, list[_Row]]] = deque()  # read and not handed out
+        self._ahead: deque[tuple[_Stream, list[HeldRow]]] = deque()  # read and not handed out
 
     @property
     def tokens(self) -> int:
@@ -212,7 +213,7 @@ class Batches(Iterator[Batch]):
         ids, mask, counted = self._packer.pad(rows)
         return Batch(ids, mask, stream.source.domain, counted)
 
-    def _take(self) -> tuple[_Stream, list[_Row]] | None:
+    def _take(self) -> tuple[_Stream, list[HeldRow]] | None:
         """The next batch's rows, and where they are from. ReapError when a source has ended without
         a token that counts."""
         read = sum(stream.read for stream in self._streams)
@@ -270,22 +271,6 @@ class Batches(Iterator[Batch]):
         ]
 
 
-class Row(NamedTuple):
-    """Token ids, the share of the source that has been read at their end (`Text.share`), and which
-    of them count, None for all."""
-
-    ids: list[int]
-    share: float
-    counted: list[bool] | None = None
-
-
-class _Row(NamedTuple):
-    """One that is held: in numpy, where a token takes 4 bytes."""
-
-    ids: Any  # [n] int32
-    counted: Any  # [n] bool, or None
-
-
 @dataclass(eq=False)
 class _Stream:
     source: Source
@@ -308,13 +293,13 @@ class _Stream:
         total = self.read / self.share if self.share else math.nan
         return total if self.cap is None or math.isnan(total) else min(total, self.cap)
 
-    def take(self, count: int, budget: int | None) -> list[_Row]:
+    def take(self, count: int, budget: int | None) -> list[HeldRow]:
         """Up to `count` rows of at most `budget` tokens together; none when the source has ended,
         which is a ReapError if it never gave any."""
         if self.cap is not None:
             left = self.cap - self.read
             budget = left if budget is None else min(left, budget)
-        rows: list[_Row] = []
+        rows: list[HeldRow] = []
         while len(rows) < count and budget != 0:
             ids, self.share, counted = next(self.rows, Row([], 1.0))
             if not ids:
@@ -322,7 +307,7 @@ class _Stream:
             ids = ids[:budget]
             budget = None if budget is None else budget - len(ids)
             marks = None if counted is None else np.array(counted[: len(ids)], bool)
-            rows.append(_Row(np.array(ids, "<i4"), marks))
+            rows.append(HeldRow(np.array(ids, "<i4"), marks))
             self.read += len(ids)
             self.counts += len(ids) if marks is None else int(marks.sum())
             self.plain += len(ids) - int(np.isin(rows[-1].ids, self.special).sum())
@@ -336,7 +321,7 @@ class _Stream:
             )
         return rows
 
-    def hand_out(self, rows: list[_Row]) -> None:
+    def hand_out(self, rows: list[HeldRow]) -> None:
         for ids, counted in rows:
             self.tokens += len(ids)
             self.counted += len(ids) if counted is None else int(counted.sum())
@@ -357,84 +342,3 @@ class _Stream:
             "sha256": self.digest.hexdigest(),
             **self.tally.counts(),
         }
-
-
-@dataclass(frozen=True)
-class Packer:
-    """Documents to rows of token ids. Packing, as in the paper, joins the documents with the
-    end-of-text token and cuts the stream every `seq_len`; its last row may be short and is padded,
-    so no token is lost. Without packing a row is the beginning of one document."""
-
-    tokenizer: Any
-    seq_len: int
-    packing: bool
-    counting: Counting = field(default_factory=Counting)
-
-    def rows(self, texts: Iterable[Text], tally: Tally | None = None) -> Iterator[Row]:
-        """Rows of 1 to `seq_len` ids. The tally counts documents that were cut, or gave none, or
-        none that counts."""
-        tally = Tally() if tally is None else tally
-        counter = Counter(self.counting, self.tokenizer)
-        pending: list[int] = []
-        marks: list[bool] = []  # of pending, where not all count
-        counts = False  # a token of this document
-        starts, share, length = True, 0.0, 0  # the last is of this document, as far as it is read
-        for piece in texts:
-            if self.packing or len(pending) <= self.seq_len:
-                ids, its_marks = self._encode(counter, piece, starts)
-                length += len(ids)
-                pending += ids
-                marks += its_marks or ()
-                seen = its_marks if self.packing else marks[: self.seq_len]
-                counts |= its_marks is None or True in (seen or ())
-            starts = piece.ends
-            if piece.ends:
-                tally.empty += length == 0
-                tally.cut += not self.packing and length > self.seq_len
-                tally.uncounted += length > 0 and not counts
-                length, counts = 0, False
-                counter.end()
-            if self.packing:
-                whole = len(pending) - len(pending) % self.seq_len
-                for end in range(self.seq_len, whole + 1, self.seq_len):
-                    reached = share + (piece.share - share) * end / len(pending)
-                    yield self._row(pending, marks, slice(end - self.seq_len, end), reached)
-                pending, marks = pending[whole:], marks[whole:]
-            elif piece.ends and pending:
-                yield self._row(pending, marks, slice(self.seq_len), piece.share)
-                pending, marks = [], []
-            share = piece.share
-        if pending:
-            yield self._row(pending, marks, slice(self.seq_len), 1.0)
-
-    def _row(self, ids: list[int], marks: list[bool], part: slice, share: float) -> Row:
-        return Row(ids[part], share, marks[part] if self.counting.restricted else None)
-
-    def _encode(
-        self, counter: Counter, piece: Text, starts: bool
-    ) -> tuple[list[int], list[bool] | None]:
-        """Token ids of a piece, with the end-of-text token of packing, and which of them count."""
-        ids, marks = counter.encode(piece, special=starts and not piece.templated)
-        end = self.tokenizer.eos_token_id
-        if self.packing and piece.ends and end is not None and ids[-1:] not in ([], [end]):
-            ids.append(end)
-            if marks is not None:
-                marks.append(marks[-1])
-        return ids, marks
-
-    def pad(self, rows: list[_Row]) -> tuple[Tensor, Tensor, Tensor | None]:
-        """(input_ids, attention_mask), both [B, L] int64, and which tokens count [B, L] bool, None
-        for all. L is `seq_len` when packing, else the longest row's length."""
-        length = self.seq_len if self.packing else max(len(row.ids) for row in rows)
-        fill = self.tokenizer.pad_token_id
-        if fill is None:  # any id will do: the mask keeps it from being seen or counted
-            fill = self.tokenizer.eos_token_id or 0
-        ids = torch.full((len(rows), length), fill, dtype=torch.int64)
-        mask = torch.zeros_like(ids)
-        counted = torch.zeros_like(ids, dtype=torch.bool)
-        for index, (row, marks) in enumerate(rows):
-            ids[index, : len(row)] = torch.from_numpy(row.astype(np.int64))
-            mask[index, : len(row)] = 1
-            if marks is not None:
-                counted[index, : len(row)] = torch.from_numpy(marks)
-        return ids, mask, counted if self.counting.restricted else None

@@ -11,12 +11,14 @@ from typing import Any
 import torch
 
 from reap.errors import first_line
+from reap.files.garbage import uncollected
 from reap.model import compat
 from reap.model.quiet import quiet
 
 Tensors = Mapping[str, tuple[str, tuple[int, ...]]]  # name -> dtype as safetensors calls it, shape
 
 
+@uncollected()
 def loading_problems(fields: Mapping[str, Any], tensors: Tensors) -> set[str]:
     """One line for each parameter missing, unexpected or of the wrong shape; `fields`: config.json.
 
@@ -35,10 +37,12 @@ def loading_problems(fields: Mapping[str, Any], tensors: Tensors) -> set[str]:
                 model = _model_class(config)(config)
         except Exception as error:  # whatever a config from anywhere makes a model class raise
             raise NotImplementedError(_reason(error)) from error
-    state = {
-        name: torch.empty(shape, dtype=_dtype(dtype), device="meta")
-        for name, (dtype, shape) in tensors.items()
+    # One of each kind is enough: without data they are all alike.
+    like = {
+        (dtype, shape): torch.empty(shape, dtype=_dtype(dtype), device="meta")
+        for dtype, shape in set(tensors.values())
     }
+    state = {name: like[kind] for name, kind in tensors.items()}
     with quiet():
         try:
             found = compat.load_on_meta(model, state)

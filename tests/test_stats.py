@@ -54,8 +54,10 @@ def test_counting_restricts_what_counts(shape):
     for mask in (None, real):
         stats, want = Statistics(MODEL, pairs=True), Statistics(MODEL, pairs=True)
         with stats.counting(counted.view(shape).to(torch.int64) * 3):
+            assert stats.counted is not None and stats.counted.shape == shape
             stats.update(NAME, *data, *[mask])
             with stats.counting(None):
+                assert stats.counted is None
                 stats.update(NAME, *data, *[mask])
         stats.update(NAME, *data, *[mask])
         want.update(NAME, *data, *[counted if mask is None else counted & mask])

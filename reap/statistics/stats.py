@@ -99,6 +99,11 @@ class Statistics:
         finally:
             self._counted, self._placed = before, {}
 
+    @property
+    def counted(self) -> Tensor | None:
+        """What `counting` was given, inside it; None: all tokens count."""
+        return self._counted
+
     def check_counted(self, shape: tuple[int, int] | None) -> None:
         """ReapError when what `counting` was given is not of tokens [B,L] shaped so."""
         tokens = self._counted

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 
 from reap.errors import ReapError, first_line
 from reap.files.folder import Folder, open_folder
 from reap.files.safefile import check_is_here
 from reap.model import compat
 from reap.model.config import model_classes, not_run, read_config
+from reap.model.experts import pretrained
+from reap.model.mtp import UnsupportedMtpError
+from reap.model.mtplayer import Mtp, configuration, mtp_on_meta, stack_of
 from reap.model.quiet import quiet
-from reap.model.shapes import loading_problems
+from reap.model.shapes import loading_problems, mtp_problems
 
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 # Ordinary text: of this any tokenizer makes several different tokens.
@@ -119,6 +124,55 @@ def load_model(
             f"missing, such as {min(report['missing_keys'])}"
         )
     return model.eval()
+
+
+def load_mtp(model: Any, folder: str | os.PathLike[str] | None = None) -> Mtp | None:
+    """The multi-token-prediction layer that the folder of `model` holds, for `observe` and
+    `calibrate`; None where it has none with experts.
+
+    It is in the model's dtype, and where its last hidden states are. `folder` is needed where the
+    model does not know a local folder that it came from. UnsupportedMtpError, a ReapError, for a
+    layer that is not known, or is not whole.
+    """
+    stack = stack_of(model)
+    known = compat.source(pretrained(model).config)
+    if folder is None and not os.path.isdir(known):
+        raise ReapError(
+            f"{known or type(model).__name__} is no folder here, in which a multi-token-prediction "
+            "layer could be: say the folder of the model's files"
+        )
+    opened = open_folder(folder or known)
+    tensors = {name: (t.dtype, t.shape) for s in opened.shards for name, t in s.tensors.items()}
+    made = mtp_on_meta(model, tensors)
+    if made is None:
+        return None
+    place = made.place
+    try:
+        problems = mtp_problems(made, tensors)
+    except NotImplementedError as error:
+        problems = {f"{place.root}: {error}"}
+    if problems:
+        raise UnsupportedMtpError(min(problems))
+    # As nothing is missing or left over here, all is loaded but an embedding that nothing reads.
+    with quiet():
+        loaded = type(stack).from_pretrained(
+            None,
+            config=configuration(place, stack.config),
+            state_dict={new: _read(opened, name) for name, new in place.inside.items()},
+            dtype=stack.dtype,
+        )
+    mtp = Mtp(place, loaded)
+    mtp.load_state_dict(
+        {new: _read(opened, name) for name, new in place.beside.items()}, strict=False
+    )
+    device = next(iter(reversed(list(stack.parameters())))).device
+    return mtp.to(device).eval()
+
+
+def _read(folder: Folder, name: str) -> torch.Tensor:
+    home = next(shard.path for shard in folder.shards if name in shard.tensors)
+    with safe_open(home, framework="pt") as file:
+        return file.get_tensor(name)
 
 
 def _why(folder: Folder, error: Exception) -> str:

@@ -9,9 +9,12 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+from torch import nn
 
 from reap.errors import first_line
 from reap.model import compat
+from reap.model.mtp import UnsupportedMtpError
+from reap.model.mtplayer import Mtp, embedding_names, mtp_on_meta
 from reap.model.quiet import quiet
 
 Tensors = Mapping[str, tuple[str, tuple[int, ...]]]  # name -> dtype as safetensors calls it, shape
@@ -35,15 +38,41 @@ def loading_problems(fields: Mapping[str, Any], tensors: Tensors) -> set[str]:
                 model = _model_class(config)(config)
         except Exception as error:  # whatever a config from anywhere makes a model class raise
             raise NotImplementedError(_reason(error)) from error
-    state = {
-        name: torch.empty(shape, dtype=_dtype(dtype), device="meta")
-        for name, (dtype, shape) in tensors.items()
-    }
+    state = {name: _empty(*tensor) for name, tensor in tensors.items()}
+    try:
+        mtp = mtp_on_meta(model, tensors)
+    except UnsupportedMtpError:
+        mtp = None  # not part of the model
+    of_mtp = mtp_problems(mtp, tensors) if mtp is not None else set()
+    for name in mtp.place.tensors if mtp is not None else ():
+        del state[name]
+    return _said(_loaded(model, state)) | of_mtp
+
+
+def mtp_problems(mtp: Mtp, tensors: Tensors) -> set[str]:
+    """The same for the tensors of a multi-token-prediction layer on the meta device."""
+    place = mtp.place
+    own = {n: p.shape for n, p in mtp.named_parameters() if not n.startswith("stack.")}
+    problems = {f"{place.root} has no {n}" for n in own.keys() - set(place.beside.values())}
+    for name, new in place.beside.items():
+        dtype, shape = tensors[name]
+        if own.get(new) != shape or not _dtype(dtype).is_floating_point:
+            problems.add(f"{name} is {dtype} {list(shape)}")
+    state = {new: _empty(*tensors[name]) for name, new in place.inside.items()}
+    found = _loaded(mtp.stack, state)
+    found = found._replace(missing=found.missing - embedding_names(mtp.stack))
+    return problems | {f"{place.root}: {problem}" for problem in _said(found)}
+
+
+def _loaded(model: nn.Module, state: Mapping[str, torch.Tensor]) -> compat.Loaded:
     with quiet():
         try:
-            found = compat.load_on_meta(model, state)
+            return compat.load_on_meta(model, state)
         except Exception as error:  # a format that only its quantiser can convert
             raise NotImplementedError(_reason(error)) from error
+
+
+def _said(found: compat.Loaded) -> set[str]:
     return (
         {f"{name} is missing" for name in found.missing}
         | {f"{name} is not part of the model" for name in found.unexpected}
@@ -66,6 +95,10 @@ def _model_class(config: Any) -> Any:
     if found is None:
         raise LookupError(f"no causal language model of type {config.model_type}")
     return found
+
+
+def _empty(dtype: str, shape: tuple[int, ...]) -> torch.Tensor:
+    return torch.empty(shape, dtype=_dtype(dtype), device="meta")
 
 
 def _dtype(name: str) -> Any:

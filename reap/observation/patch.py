@@ -22,6 +22,8 @@ from reap.errors import ReapError
 from reap.model import compat
 from reap.model.experts import Experts, find_experts
 from reap.model.identity import describe
+from reap.model.mtplayer import Mtp
+from reap.observation.following import follow
 from reap.observation.hooks import install_hooks
 from reap.observation.layers import Layer
 from reap.observation.measure import Measured
@@ -55,6 +57,7 @@ def observe(
     pairs: bool = False,
     backend: str = "auto",
     deterministic: bool = False,
+    mtp: Mtp | None = None,
 ) -> Iterator[Statistics]:
     """Collect the statistics of every expert of `model` while it is called inside the `with`.
 
@@ -65,6 +68,8 @@ def observe(
     gates: "applied" (the weight that the model multiplies with) or "renormalized" (divided by the
     token's sum). pairs: also statistics of pairs of experts, [E,E] per layer. backend and
     deterministic go to `reap_kernels.moe_saliency`. `with stats.domain("code"):` separates domains.
+    mtp: a multi-token-prediction layer of the model, from `load_mtp`, which then runs after every
+    forward, on what that computed, and is observed too.
 
     Outputs equal the unobserved model's up to rounding. They carry no gradient: this is inference.
     Padding, read from the 2-D `attention_mask` of the call, is not counted. Experts that
@@ -90,13 +95,19 @@ def observe(
     found = find_experts(model)
     for experts in found:
         _check_not_split(experts)
-    stats = Statistics(describe(model, found), gates=gates, pairs=pairs)
-    observation = _Observation(stats, {"backend": backend, "deterministic": deterministic})
+    stats = Statistics(describe(model, found, mtp), gates=gates, pairs=pairs)
+    options = {"backend": backend, "deterministic": deterministic}
+    observations = [_Observation(stats, options)]
     with ExitStack() as undo:
-        observation.install(model, found, undo)
+        observations[0].install(model, found, undo)
+        if mtp is not None:  # apart, since its calls are of other tokens
+            observations.append(_Observation(stats, options))
+            observations[1].install(mtp.stack, mtp.experts, undo)
+            follow(model, mtp, undo)
         yield stats
         stats.check()
-        observation.report_unused()
+        for observation in observations:
+            observation.report_unused()
 
 
 class _Observation:
@@ -107,6 +118,7 @@ class _Observation:
         self.options = options
         self.padding = Padding()
         self._recording = threading.Lock()  # threads may call one model
+        self._installed: set[str] = set()
         self._called: set[str] = set()
         self._verdicts: dict[Any, str | None] = {}
         self._said: set[str] = set()
@@ -126,6 +138,7 @@ class _Observation:
                     experts, self.stats.model.layer(experts.name), self, _own_forward(experts)
                 )
                 _layers[experts.module] = layer
+                self._installed.add(experts.name)
                 if experts.kind == "interface":
                     _patch(experts.module.config, undo)
                 else:
@@ -151,7 +164,7 @@ class _Observation:
             log.warning(message)
 
     def report_unused(self) -> None:
-        unused = [name for name in self.stats.layers if name not in self._called]
+        unused = sorted(self._installed - self._called)
         if unused:
             log.warning("%d MoE layers were never called, such as %s", len(unused), unused[0])
 

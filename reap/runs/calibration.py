@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+import logging
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -14,10 +16,15 @@ import reap_kernels
 from reap.errors import ReapError
 from reap.model import compat
 from reap.model.experts import pretrained
+from reap.model.load import load_mtp
+from reap.model.mtp import UnsupportedMtpError
+from reap.model.mtplayer import Mtp
 from reap.observation.patch import observe
 from reap.runs.partial import Partial
 from reap.statistics.stats import Statistics
 from reap.text.batching import Batch, Batches, check_ids
+
+log = logging.getLogger("reap")
 
 
 def calibrate(
@@ -28,6 +35,7 @@ def calibrate(
     pairs: bool = False,
     backend: str = "auto",
     deterministic: bool = False,
+    mtp: Mtp | bool = True,
     progress: Callable[[int], None] | None = None,
     partial: Partial | None = None,
 ) -> Statistics:
@@ -35,7 +43,9 @@ def calibrate(
 
     A batch is one of `reap.batches`, or what a DataLoader yields (`Batch.of`); of the former the
     statistics also record which text it was, and what ran it. The language-model head does not run:
-    nothing here needs logits. `progress` is called after each batch with its number of tokens.
+    nothing here needs logits. `mtp` is the model's multi-token-prediction layer; True loads the one
+    that its folder has, and leaves one out, with a line in the log, that is not known how to run.
+    `progress` is called after each batch with its number of tokens.
     `partial` takes up what an earlier run measured, and keeps what this one did when it ends early
     inside `partial.kept`. The other options are those of `observe`, and so are the errors;
     ReapError also for batches without a single token, and for a token that the model does not
@@ -50,7 +60,12 @@ def calibrate(
         raise ReapError("a run can be taken up again only with batches of reap.batches")
     with (
         observe(
-            model, gates=gates, pairs=pairs, backend=backend, deterministic=deterministic
+            model,
+            gates=gates,
+            pairs=pairs,
+            backend=backend,
+            deterministic=deterministic,
+            mtp=own_mtp(model) if mtp is True else mtp or None,
         ) as stats,
         _eval_mode(model),
         torch.inference_mode(),
@@ -77,6 +92,18 @@ def calibrate(
     if total.tokens == 0:
         raise ReapError("the calibration data has no tokens: nothing was observed")
     return total
+
+
+def own_mtp(model: nn.Module) -> Mtp | None:
+    """The multi-token-prediction layer in the folder that the model came from, if it is there and
+    known."""
+    if not os.path.isdir(compat.source(pretrained(model).config)):
+        return None
+    try:
+        return load_mtp(model)
+    except UnsupportedMtpError as error:
+        log.warning("multi-token prediction is left out: %s", error)
+        return None
 
 
 def what_runs(model: nn.Module, backend: str, deterministic: bool) -> dict[str, Any]:

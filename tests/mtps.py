@@ -6,13 +6,15 @@ import copy
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from folders import add_tensors, edit_config, saved, tensors_of
+from brute import Truth, brute_force
+from folders import edit_config, saved, tensors_of
 from safetensors.torch import save_file
 from tiny import LAYERS, tiny_model
-from torch import Tensor, nn
+from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -72,6 +74,8 @@ FAMILIES = {
     "nemotron_h": NEMOTRON,
 }
 
+EACH_ROW = ("glm4_moe", "hy_v3", "qwen3_5_moe", "nemotron_h")  # of the table of families
+
 
 @dataclass(frozen=True)
 class Checkpoint:
@@ -79,8 +83,8 @@ class Checkpoint:
     its layers."""
 
     folder: Path
-    model: nn.Module
-    donor: nn.Module
+    model: Any
+    donor: Any
     names: Names
 
     @property
@@ -93,19 +97,17 @@ def saved_with_mtp(folder: Path, model_type: str, **overrides: Any) -> Checkpoin
     """A tiny model, saved with an MTP layer under its family's names."""
     names = FAMILIES[model_type]
     model = saved(folder, model_type, **overrides)
-    donor = tiny_model(model_type, seed=7, **overrides)
-    donor.save_pretrained(folder / "donor")
-    given = tensors_of(folder / "donor")
-    for path in (folder / "donor").iterdir():
-        path.unlink()
-    (folder / "donor").rmdir()
+    donor: Any = tiny_model(model_type, seed=7, **overrides)
+    with TemporaryDirectory() as other:
+        donor.save_pretrained(other)
+        given = tensors_of(Path(other))
     extra: dict[str, Tensor] = {}
     for block, number in names.blocks.items():
         for name, tensor in given.items():
             place = re.fullmatch(rf".*\.layers\.{number}\.(.*)", name)
             if place:
                 extra[f"{block}.{place[1]}"] = tensor
-    size = model.get_input_embeddings().weight.shape[1]  # type: ignore[operator, union-attr]
+    size = donor.get_decoder().config.hidden_size
     generator = torch.Generator().manual_seed(3)
     for norm in (names.embedding_norm, names.hidden_norm, names.final_norm):
         extra[f"{norm}.weight"] = torch.rand(size, generator=generator) + 0.5
@@ -118,45 +120,39 @@ def saved_with_mtp(folder: Path, model_type: str, **overrides: Any) -> Checkpoin
     return Checkpoint(folder, model, donor, names)
 
 
-def computed_by_hand(made: Checkpoint, input_ids: Tensor) -> Tensor:
-    """[1,L] -> [1,L-1,H] in fp64: the MTP layer's output for every token that has a next one."""
+def computed_by_hand(made: Checkpoint, input_ids: Tensor) -> tuple[Tensor, Truth]:
+    """[1,L] -> [1,L-1,H] in fp64: the MTP layer's output for every token that has a next one; and
+    the truth of its experts."""
     model, donor = (copy.deepcopy(each).double() for each in (made.model, made.donor))
     for each in (model, donor):
-        each.set_experts_implementation("eager")  # type: ignore[operator]
-    stack = donor.get_decoder()  # type: ignore[operator]
-    hidden = model.get_decoder()(input_ids=input_ids, use_cache=False)[0]  # type: ignore[operator]
+        each.set_experts_implementation("eager")
+    stack = donor.get_decoder()
+    hidden = model.get_decoder()(input_ids=input_ids, use_cache=False)[0]
     tensors = {name: x.double() for name, x in made.mtp_tensors.items()}
-    eps = float(
-        next(
-            m.variance_epsilon if hasattr(m, "variance_epsilon") else m.eps
-            for n, m in stack.named_modules()
-            if n in ("norm", "norm_f")
-        )
-    )
+    last: Any = getattr(stack, "norm_f", None) or stack.norm
+    eps = float(getattr(last, "variance_epsilon", None) or last.eps)
 
     def norm(name: str, x: Tensor) -> Tensor:
         weight = tensors[f"{name}.weight"] + (1 if made.names.one_plus else 0)
         return x * (x.pow(2).mean(-1, keepdim=True) + eps).rsqrt() * weight
 
-    following = model.get_input_embeddings()(input_ids[:, 1:])  # type: ignore[operator]
+    embedded = model.get_input_embeddings()(input_ids)
     halves = (
-        norm(made.names.embedding_norm, following),
+        norm(made.names.embedding_norm, embedded[:, 1:]),
         norm(made.names.hidden_norm, hidden[:, :-1]),
     )
     x = torch.cat(halves, -1) @ tensors[f"{made.names.projection}.weight"].T
-    length = x.shape[1]
-    mask = torch.full((length, length), -1e30, dtype=x.dtype).triu(1)[None, None]
-    positions = torch.arange(length)[None]
-    given: dict[str, Any] = {"attention_mask": mask, "position_ids": positions}
-    for number in made.names.blocks.values():
-        layer = stack.layers[number]
-        if hasattr(stack, "rotary_emb"):
-            kinds = getattr(stack.config, "layer_types", None)
-            per_kind = (
-                {"layer_type": kinds[number]} if made.donor.config.model_type == "mellum" else {}
-            )
-            where = positions
-            given["position_embeddings"] = stack.rotary_emb(x, where, **per_kind)
-        x = layer(x, **given)
-        x = x[0] if isinstance(x, tuple) else x
-    return norm(made.names.final_norm, x)
+    positions = torch.arange(x.shape[1])[None]
+    later = torch.full((x.shape[1], x.shape[1]), -1e30, dtype=x.dtype).triu(1)
+    given: dict[str, Any] = {"attention_mask": later[None, None], "position_ids": positions}
+    kinds: Any = getattr(stack.config, "layer_types", None)
+    with brute_force(donor) as truths, torch.no_grad():
+        for number in made.names.blocks.values():
+            if hasattr(stack, "rotary_emb"):
+                by_kind = made.donor.config.model_type == "mellum"
+                kind = {"layer_type": kinds[number]} if by_kind else {}
+                given["position_embeddings"] = stack.rotary_emb(x, positions, **kind)
+            x = stack.layers[number](x, **given)
+            x = x[0] if isinstance(x, tuple) else x
+    (truth,) = truths.values()
+    return norm(made.names.final_norm, x).detach(), truth

@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import shutil
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -35,10 +35,9 @@ from reap.files.outputs import RECORD, check_folder
 from reap.files.safefile import Tensor, span
 from reap.files.units import sized
 from reap.model import compat
-from reap.model.config import NeedsCodeError, read_config
-from reap.model.identity import describe_folder, weights_fingerprint
+from reap.model.config import NeedsCodeError
+from reap.model.identity import describe_folder, mtp_of, weights_fingerprint
 from reap.model.info import ModelInfo
-from reap.model.mtp import find_mtp
 from reap.model.shapes import Tensors, loading_problems
 from reap.planning.plan import Plan
 
@@ -189,17 +188,16 @@ def prune(
         verify_seconds=sum(check.times) if check else None,
         notes=notes,
         mtp_layers=operation.mtp.kept,
-        why_dropped=_why_dropped(folder, before) if operation.mtp.dropped else None,
+        why_dropped=_why_dropped(folder) if operation.mtp.dropped else None,
     )
 
 
-def _why_dropped(folder: Folder, names: Collection[str]) -> str:
+def _why_dropped(folder: Folder) -> str:
     """What it takes to keep the multi-token-prediction layer of which the plan does not speak."""
-    try:
-        find_mtp(read_config(folder.path), names)
-    except ReapError as error:
-        return str(error)
-    return "a plan of statistics with it, as `reap calibrate` makes them, keeps it"
+    known, reason = mtp_of(folder.path)
+    if known:
+        return "a plan of statistics with it, as `reap calibrate` makes them, keeps it"
+    return reason.partition(": ")[2] if reason else "it is not known how to run it"
 
 
 def _files(folder: Path, check: Check | None) -> dict[str, dict[str, int]]:

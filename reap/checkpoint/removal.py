@@ -167,7 +167,8 @@ def kept_by_place(removals: Iterable[Removal]) -> dict[counts.Place, dict[int, i
             if found.setdefault(place, {}).setdefault(number, kept) != kept:
                 raise ReapError(
                     f"{removal.block.module} would keep {kept} experts and another block of layer "
-                    f"{removal.block.number} {found[place][number]}, but {place} counts both: make a uniform plan"
+                    f"{removal.block.number} {found[place][number]}, but {place} counts both: "
+                    "make a uniform plan"
                 )
     return found
 
@@ -194,7 +195,7 @@ def mtp_layers(
     places = dict.fromkeys(place for removal in removals for place in removal.places)
     depths = (counts.depth_of(config, place.path) for place in places)
     depth = next((d for d in depths if d is not None), None)
-    kept, dropped = set(), set()
+    kept, dropped = set[str](), set[str]()
     for module, block in blocks.items():
         prefix = extra_prefix(block, stacks, depth)
         if prefix is not None:

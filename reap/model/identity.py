@@ -22,7 +22,7 @@ from reap.model import compat
 from reap.model.config import check_has_experts, config_for, model_classes, read_config, text_config
 from reap.model.experts import Experts, find_experts, layer_info, pretrained
 from reap.model.info import LayerInfo, ModelInfo
-from reap.model.mtp import UnsupportedMtpError
+from reap.model.mtp import UnsupportedMtpError, find_mtp
 from reap.model.mtplayer import Mtp, mtp_on_meta
 from reap.model.structure import NOT_STRUCTURE, Structure, as_written
 
@@ -104,6 +104,20 @@ def _mtp_layers(model: nn.Module, folder: Path) -> tuple[LayerInfo, ...]:
     except UnsupportedMtpError:
         return ()
     return mtp.layers if mtp is not None else ()
+
+
+def mtp_of(folder: Path, config: Any = None) -> tuple[str | None, str | None]:
+    """The prefix of the folder's multi-token-prediction layer with experts, if it is known how to
+    run it, else why it is not; both None without one. `config` is the folder's, if that is at hand.
+    """
+    names = [name for header in _headers(folder) for name in header.tensors]
+    try:
+        place = find_mtp(config or read_config(folder), names)
+    except UnsupportedMtpError as error:
+        return None, str(error)
+    except ReapError:  # code that is not run, say: nothing is known of the layers at all
+        return None, None
+    return (place.root if place else None), None
 
 
 def fingerprint(config: Any) -> str:

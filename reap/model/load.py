@@ -17,10 +17,10 @@ from reap.files.safefile import check_is_here
 from reap.model import compat
 from reap.model.config import model_classes, not_run, read_config
 from reap.model.experts import pretrained
-from reap.model.mtp import UnsupportedMtpError
-from reap.model.mtplayer import Mtp, configuration, mtp_on_meta, stack_of
+from reap.model.mtp import UnsupportedMtpError, find_mtp
+from reap.model.mtplayer import Mtp, configuration, device_of, embedding_names, stack_of
 from reap.model.quiet import quiet
-from reap.model.shapes import loading_problems, mtp_problems
+from reap.model.shapes import loading_problems
 
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 # Ordinary text: of this any tokenizer makes several different tokens.
@@ -134,7 +134,6 @@ def load_mtp(model: Any, folder: str | os.PathLike[str] | None = None) -> Mtp | 
     model does not know a local folder that it came from. UnsupportedMtpError, a ReapError, for a
     layer that is not known, or is not whole.
     """
-    stack = stack_of(model)
     known = compat.source(pretrained(model).config)
     if folder is None and not os.path.isdir(known):
         raise ReapError(
@@ -142,31 +141,38 @@ def load_mtp(model: Any, folder: str | os.PathLike[str] | None = None) -> Mtp | 
             "layer could be: say the folder of the model's files"
         )
     opened = open_folder(folder or known)
-    tensors = {name: (t.dtype, t.shape) for s in opened.shards for name, t in s.tensors.items()}
-    made = mtp_on_meta(model, tensors)
-    if made is None:
+    place = find_mtp(pretrained(model).config, {n for s in opened.shards for n in s.tensors})
+    if place is None:
         return None
-    place = made.place
+    stack = stack_of(model)
+    device = device_of(stack)
+    moved = find_spec("accelerate") is None or device.type == "cpu"
     try:
-        problems = mtp_problems(made, tensors)
-    except NotImplementedError as error:
-        problems = {f"{place.root}: {error}"}
-    if problems:
-        raise UnsupportedMtpError(min(problems))
-    # As nothing is missing or left over here, all is loaded but an embedding that nothing reads.
-    with quiet():
-        loaded = type(stack).from_pretrained(
-            None,
-            config=configuration(place, stack.config),
-            state_dict={new: _read(opened, name) for name, new in place.inside.items()},
-            dtype=stack.dtype,
+        with quiet(bars=sys.stderr.isatty()):
+            blocks, report = type(stack).from_pretrained(
+                None,
+                config=configuration(place, stack.config, opened.config),
+                state_dict={new: _read(opened, name) for name, new in place.inside.items()},
+                dtype=stack.dtype,
+                device_map=None if moved else device,
+                output_loading_info=True,
+            )
+        mtp = Mtp(place, blocks.to(device) if moved else blocks)
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        raise ReapError(
+            f"{place.root} does not fit in the memory of {device}: {first_line(error)}: leave "
+            "multi-token prediction out with mtp=False"
+        ) from error
+    except Exception as error:  # whatever the class or the loader makes of these tensors
+        raise UnsupportedMtpError(f"{place.root}: {first_line(error)}") from error
+    wrong = report["missing_keys"] - embedding_names(blocks) | report["unexpected_keys"]
+    wrong |= mtp.take({new: _read(opened, name) for name, new in place.beside.items()})
+    if wrong:
+        raise UnsupportedMtpError(
+            f"{place.root} is not what {type(stack).__name__} has layers of: {min(wrong)} is "
+            "missing, or is not known"
         )
-    mtp = Mtp(place, loaded)
-    mtp.load_state_dict(
-        {new: _read(opened, name) for name, new in place.beside.items()}, strict=False
-    )
-    device = next(iter(reversed(list(stack.parameters())))).device
-    return mtp.to(device).eval()
+    return mtp.eval()
 
 
 def _read(folder: Folder, name: str) -> torch.Tensor:

@@ -10,7 +10,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -36,6 +36,8 @@ _OF_MTP = {
     "mlp_layer_types": "mtp_mlp_layer_types",
     "layers_block_type": "mtp_layers_block_type",
 }
+# Formats whose own configuration asks for that, so that experts can be observed.
+_DEQUANTISED = ("fp8", "mxfp4")
 
 
 class Mtp(nn.Module):
@@ -50,8 +52,20 @@ class Mtp(nn.Module):
         self.place, self.stack = place, stack
         norm: Any = stack.get_submodule(place.family.stack_norm.rstrip("."))
         self.embedding_norm, self.hidden_norm = copy.deepcopy(norm), copy.deepcopy(norm)
-        size = norm.weight.shape[0]
-        self.projection = nn.Linear(2 * size, size, bias=False).to(norm.weight)
+        self.width: int = norm.weight.shape[0]  # H
+        like = {"device": norm.weight.device, "dtype": norm.weight.dtype}
+        self.projection = nn.Linear(2 * self.width, self.width, bias=False, **like)
+
+    def take(self, weights: Mapping[str, Tensor]) -> set[str]:
+        """The weights beside the stack; names of those that are not all of them, or do not fit."""
+        own = {n: p for n, p in self.named_parameters() if not n.startswith("stack.")}
+        fits = {
+            name: weight
+            for name, weight in weights.items()
+            if name in own and weight.shape == own[name].shape and weight.is_floating_point()
+        }
+        self.load_state_dict(fits, strict=False)
+        return (own.keys() | weights.keys()) - fits.keys()
 
     @property
     def experts(self) -> list[Experts]:
@@ -80,8 +94,12 @@ class Mtp(nn.Module):
         return self.stack(inputs_embeds=joined, use_cache=False, **placed)[0]
 
 
-def configuration(place: Place, config: Any) -> Any:
-    """That of the model's stack, for a stack of the MTP layer's blocks."""
+def configuration(place: Place, config: Any, written: Mapping[str, Any] | None = None) -> Any:
+    """That of the model's stack, for a stack of the MTP layer's blocks.
+
+    A model that was dequantised as it was loaded has forgotten how its files are quantised:
+    `written`, its config.json, knows, and the blocks are dequantised as well.
+    """
     new, count = copy.deepcopy(config), len(place.family.blocks)
     depth = config.num_hidden_layers
     kinds: dict[str, Any] = {
@@ -97,9 +115,21 @@ def configuration(place: Place, config: Any) -> Any:
     kinds |= {name: value for name, value in _SPARSE.items() if hasattr(config, name)}
     # The embedding is the model's: none of the size of a vocabulary is made for nothing.
     kinds |= {"num_hidden_layers": count, "vocab_size": 1, "pad_token_id": None}
+    quantised = (written or {}).get("quantization_config")
+    if quantised and getattr(config, "quantization_config", None) is None:
+        dequantised = {"dequantize": True} if quantised.get("quant_method") in _DEQUANTISED else {}
+        kinds["quantization_config"] = {**quantised, **dequantised}
     for name, value in kinds.items():
         setattr(new, name, value)
     return new
+
+
+def device_of(stack: Any) -> torch.device:
+    """Where the stack's hidden states come out: of offloaded weights, where they are run."""
+    device = next(reversed(list(stack.parameters()))).device
+    if device.type != "meta":
+        return device
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def stack_of(model: nn.Module) -> Any:

@@ -21,6 +21,11 @@ def follow(model: nn.Module, mtp: Mtp, undo: ExitStack) -> None:
     that continues a cache, of which the layer has none, and for a mask that is not [batch, length].
     """
     stack = stack_of(model)
+    if type(mtp.stack) is not type(stack) or mtp.width != stack.config.hidden_size:
+        raise ReapError(
+            f"mtp is of another model than this {type(stack).__name__}: give what "
+            "reap.load_mtp(model) gives"
+        )
     embedding: Any = stack.get_input_embeddings()
     names = list(inspect.signature(type(stack).forward).parameters)[1:]
 

@@ -91,6 +91,10 @@ def observe(
     the end).
     """
     check_backend(backend)
+    if not isinstance(mtp, Mtp | None):
+        raise ReapError(
+            f"mtp is a {type(mtp).__name__}: it must be what reap.load_mtp(model) gives"
+        )
     compat.require(compat.OBSERVING)
     found = find_experts(model)
     for experts in found:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import inspect
 import logging
-import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -95,9 +95,10 @@ def calibrate(
 
 
 def own_mtp(model: nn.Module) -> Mtp | None:
-    """The multi-token-prediction layer in the folder that the model came from, if it is there and
-    known."""
-    if not os.path.isdir(compat.source(pretrained(model).config)):
+    """The multi-token-prediction layer in the folder that the model came from, if there is one that
+    can be run."""
+    source = Path(compat.source(pretrained(model).config) or "-")
+    if not any(source.glob("*.safetensors")):
         return None
     try:
         return load_mtp(model)

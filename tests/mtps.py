@@ -126,6 +126,7 @@ def computed_by_hand(made: Checkpoint, input_ids: Tensor) -> tuple[Tensor, Truth
     model, donor = (copy.deepcopy(each).double() for each in (made.model, made.donor))
     for each in (model, donor):
         each.set_experts_implementation("eager")
+        each.set_attn_implementation("eager")
     stack = donor.get_decoder()
     hidden = model.get_decoder()(input_ids=input_ids, use_cache=False)[0]
     tensors = {name: x.double() for name, x in made.mtp_tensors.items()}

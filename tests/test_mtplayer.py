@@ -19,6 +19,8 @@ from reap.model.mtplayer import Mtp, configuration, mtp_on_meta
 
 def loaded(folder: Path) -> tuple[Any, Mtp]:
     model = load_model(folder)
+    # With others the sparse attention of transformers 5.7 is given no mask and sees what follows.
+    model.set_attn_implementation("eager")
     mtp = load_mtp(model)
     assert mtp is not None
     return model, mtp

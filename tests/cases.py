@@ -15,15 +15,12 @@ from itertools import product
 import torch
 import torch.nn.functional as F
 
-from reap_kernels import Saliency, swiglu_clamped
+from reap_kernels import Saliency, moe_saliency, swiglu_clamped
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 # Relative to the size of the tensor: half of one rounding to the model dtype (its eps / 4), and in
 # fp32, where all errors come from the order of the sums, two eps.
 EPSILON = {torch.bfloat16: 2.0**-9, torch.float16: 2.0**-12, torch.float32: 2.0**-22}
-# In tensors of fewer elements the worst one may be lucky in `plain` by a whole rounding: of 300
-# seeds of one such case the specification itself failed with one.
-FEW_ELEMENTS = 4096
 
 
 @dataclass(frozen=True)
@@ -161,10 +158,18 @@ def _restride(tensor: torch.Tensor, strides: str) -> torch.Tensor:
 
 
 def assert_accurate(
-    result: Saliency, inputs: dict, known: tuple[Saliency, Saliency] | None = None
+    result: Saliency,
+    inputs: dict,
+    known: tuple[Saliency, Saliency] | None = None,
+    *,
+    drawn: bool = False,
 ) -> None:
     """The accuracy rule, on the tensor as a whole (root mean square) and on its worst element.
-    known: `truth` and `plain` of these inputs, where they are asked for more than once."""
+
+    known: `truth` and `plain` of these inputs, where they are asked for more than once.
+    drawn: the inputs are one of many draws. In one of some hundred small ones `plain` is so lucky
+    in its worst element that the specification fails: its error then stands beside `plain`'s.
+    """
     dtype = inputs["hidden_states"].dtype
     assert result.out.dtype == dtype
     assert result.norms.dtype == result.peaks.dtype == torch.float32
@@ -178,8 +183,10 @@ def assert_accurate(
         for measure in (_root_mean_square, _worst):
             scale = measure(exact) or 1.0
             error = measure(ours.cpu().double() - exact) / scale
-            luck = 2 if measure is _worst and exact.numel() < FEW_ELEMENTS else 1
-            bound = measure(theirs.cpu().double() - exact) / scale + luck * EPSILON[dtype]
+            bound = measure(theirs.cpu().double() - exact) / scale + EPSILON[dtype]
+            if error > bound and drawn:
+                specified = getattr(moe_saliency(**inputs, backend="reference"), name)
+                bound = measure(specified.cpu().double() - exact) / scale + EPSILON[dtype]
             assert error <= bound, f"{name}: {measure.__name__} error {error:.3g} > {bound:.3g}"
 
 

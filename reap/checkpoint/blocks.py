@@ -8,6 +8,7 @@ them. A layer of the plan belongs to the block with the same layer number and th
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -80,7 +81,8 @@ def find_blocks(names: Iterable[str]) -> dict[str, Block]:
             continue
         experts, fused = found.setdefault(match["module"], ([], []))
         if each:
-            experts.append(ExpertTensor(name, int(each["id"]), each["rest"] or ""))
+            rest = sys.intern(each["rest"] or "")
+            experts.append(ExpertTensor(name, int(each["id"]), rest))
         else:
             fused.append(name)
     return {module: _block(module, *tensors) for module, tensors in found.items()}

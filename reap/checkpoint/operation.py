@@ -13,6 +13,7 @@ from reap.checkpoint.blocks import Shapes, find_blocks
 from reap.checkpoint.removal import MtpLayers, Removal, kept_by_place, mtp_layers, removals_of
 from reap.errors import ReapError
 from reap.files.folder import CONFIG, Folder
+from reap.files.garbage import uncollected
 from reap.files.safefile import BITS, Header, Tensor, read_json, span
 from reap.planning.plan import Plan
 
@@ -37,6 +38,7 @@ class Operation:
     rewritten: Mapping[str, Any]
 
 
+@uncollected()
 def operate(folder: Folder, plan: Plan) -> Operation:
     """Decides what becomes of every tensor and of the config.
 
@@ -113,12 +115,12 @@ def _check_edit(name: str, tensor: tuple[str, tuple[int, ...]], edit: surgery.Ed
 
 def own_tensors(folder: Folder, shard: Header) -> Iterator[tuple[str, Tensor]]:
     """A shard's tensors, without those that the index places in another shard."""
-    places = folder.index["weight_map"] if folder.index else {}
     for name, tensor in shard.tensors.items():
-        if places.get(name, shard.path.name) == shard.path.name:
+        if folder.placed.get(name, shard.path.name) == shard.path.name:
             yield name, tensor
 
 
+@uncollected()
 def layout_of(folder: Folder, operation: Operation) -> Layout:
     """The tensors of every shard that has any left. ReapError when two would have one name."""
     homes: dict[str, str] = {}

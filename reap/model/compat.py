@@ -8,9 +8,12 @@ itself needs: the classes of one model, for seams that build models.
 
 from __future__ import annotations
 
+import copy
 import inspect
+import os
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache, partial
 from importlib.metadata import version
@@ -133,10 +136,11 @@ def load_on_meta(model: nn.Module, state: Mapping[str, Tensor]) -> Loaded:
     from transformers.core_model_loading import convert_and_load_state_dict_in_model as load
     from transformers.modeling_utils import LoadStateDictConfig
 
-    mapping = get_model_conversion_mapping(model)
+    mapping = [_quick_to_copy(step) for step in get_model_conversion_mapping(model)]
     how = LoadStateDictConfig(device_map={"": "meta"}, weight_mapping=mapping)
     plans = {"tp_plan": None} if "tp_plan" in inspect.signature(load).parameters else {}
-    info, *_ = load(model, dict(state), how, **plans)
+    with _in_one_thread():
+        info, *_ = load(model, dict(state), how, **plans)
     tied = set(getattr(model, "all_tied_weights_keys", {}) or {})
     return Loaded(
         missing=set(info.missing_keys) - tied,
@@ -144,6 +148,40 @@ def load_on_meta(model: nn.Module, state: Mapping[str, Tensor]) -> Loaded:
         mismatched={name for name, *_ in info.mismatched_keys},
         unconverted=set(info.conversion_errors),
     )
+
+
+@contextmanager
+def _in_one_thread() -> Iterator[None]:
+    """The loader starts no threads: there is nothing to wait for on the meta device, and a promise
+    per key of 200,000 takes as much memory as all else."""
+    name = "HF_DEACTIVATE_ASYNC_LOAD"
+    before = os.environ.get(name)
+    os.environ[name] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = before
+
+
+def _quick_to_copy(step: Any) -> Any:
+    """`step` of a conversion. The loader makes a deep copy of it for every key, which of 200,000
+    takes most of its time, and uses one per parameter: one that was not used is given again."""
+    kind, spare = type(step), None
+
+    def copied(self: Any, memo: Any) -> Any:
+        nonlocal spare
+        if spare is None or spare.collected_tensors:
+            self.__class__ = kind
+            spare = copy.deepcopy(self, memo)
+            self.__class__ = quick
+        return spare
+
+    quick = type(kind.__name__, (kind,), {"__slots__": (), "__deepcopy__": copied})
+    step.__class__ = quick
+    return step
 
 
 def is_compiled(model: nn.Module) -> bool:

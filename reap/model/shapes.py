@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from reap.errors import first_line
+from reap.files.garbage import uncollected
 from reap.model import compat
 from reap.model.mtp import UnsupportedMtpError
 from reap.model.mtplayer import Mtp, embedding_names, mtp_on_meta
@@ -20,6 +21,7 @@ from reap.model.quiet import quiet
 Tensors = Mapping[str, tuple[str, tuple[int, ...]]]  # name -> dtype as safetensors calls it, shape
 
 
+@uncollected()
 def loading_problems(fields: Mapping[str, Any], tensors: Tensors) -> set[str]:
     """One line for each parameter missing, unexpected or of the wrong shape; `fields`: config.json.
 
@@ -38,7 +40,7 @@ def loading_problems(fields: Mapping[str, Any], tensors: Tensors) -> set[str]:
                 model = _model_class(config)(config)
         except Exception as error:  # whatever a config from anywhere makes a model class raise
             raise NotImplementedError(_reason(error)) from error
-    state = {name: _empty(*tensor) for name, tensor in tensors.items()}
+    state = _empty(tensors)
     try:
         mtp = mtp_on_meta(model, tensors)
     except UnsupportedMtpError:
@@ -58,7 +60,7 @@ def mtp_problems(mtp: Mtp, tensors: Tensors) -> set[str]:
         dtype, shape = tensors[name]
         if own.get(new) != shape or not _dtype(dtype).is_floating_point:
             problems.add(f"{name} is {dtype} {list(shape)}")
-    state = {new: _empty(*tensors[name]) for name, new in place.inside.items()}
+    state = _empty({new: tensors[name] for name, new in place.inside.items()})
     found = _loaded(mtp.stack, state)
     found = found._replace(missing=found.missing - embedding_names(mtp.stack))
     return problems | {f"{place.root}: {problem}" for problem in _said(found)}
@@ -97,8 +99,13 @@ def _model_class(config: Any) -> Any:
     return found
 
 
-def _empty(dtype: str, shape: tuple[int, ...]) -> torch.Tensor:
-    return torch.empty(shape, dtype=_dtype(dtype), device="meta")
+def _empty(tensors: Tensors) -> dict[str, torch.Tensor]:
+    # One of each kind is enough: without data they are all alike.
+    like = {
+        (dtype, shape): torch.empty(shape, dtype=_dtype(dtype), device="meta")
+        for dtype, shape in set(tensors.values())
+    }
+    return {name: like[kind] for name, kind in tensors.items()}
 
 
 def _dtype(name: str) -> Any:

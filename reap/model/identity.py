@@ -85,13 +85,12 @@ def describe_folder(
             raise ReapError(f"{folder}/config.json builds no model: {first_line(error)}") from error
         compat.set_source(model.config, folder)
         plain = describe(model)
+        if like is not None and plain.layers == like.layers:
+            return plain
         extra = _mtp_layers(model, folder) if mtp or like is not None else ()
         whole = replace(plain, layers=(*plain.layers, *extra))
-        if like is None:
+        if like is None or whole.layers == like.layers:
             return whole
-        for found in (whole, plain):
-            if found.layers == like.layers:
-                return found
         # Of layers that a release moved, their number tells which of the two is meant.
         described.append(whole if len(whole.layers) == len(like.layers) else plain)
     return described[0]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -152,7 +153,7 @@ def load_mtp(model: Any, folder: str | os.PathLike[str] | None = None) -> Mtp | 
             blocks, report = type(stack).from_pretrained(
                 None,
                 config=configuration(place, stack.config, opened.config),
-                state_dict={new: _read(opened, name) for name, new in place.inside.items()},
+                state_dict=_read(opened, place.inside),
                 dtype=stack.dtype,
                 device_map=None if moved else device,
                 output_loading_info=True,
@@ -166,7 +167,7 @@ def load_mtp(model: Any, folder: str | os.PathLike[str] | None = None) -> Mtp | 
     except Exception as error:  # whatever the class or the loader makes of these tensors
         raise UnsupportedMtpError(f"{place.root}: {first_line(error)}") from error
     wrong = report["missing_keys"] - embedding_names(blocks) | report["unexpected_keys"]
-    wrong |= mtp.take({new: _read(opened, name) for name, new in place.beside.items()})
+    wrong |= mtp.take(_read(opened, place.beside))
     if wrong:
         raise UnsupportedMtpError(
             f"{place.root} is not what {type(stack).__name__} has layers of: {min(wrong)} is "
@@ -175,10 +176,15 @@ def load_mtp(model: Any, folder: str | os.PathLike[str] | None = None) -> Mtp | 
     return mtp.eval()
 
 
-def _read(folder: Folder, name: str) -> torch.Tensor:
-    home = next(shard.path for shard in folder.shards if name in shard.tensors)
-    with safe_open(home, framework="pt") as file:
-        return file.get_tensor(name)
+def _read(folder: Folder, names: Mapping[str, str]) -> dict[str, torch.Tensor]:
+    """The tensors with these names in the folder, under others."""
+    found: dict[str, torch.Tensor] = {}
+    for shard in folder.shards:
+        wanted = [name for name in names if name in shard.tensors]
+        if wanted:
+            with safe_open(shard.path, framework="pt") as file:
+                found |= {names[name]: file.get_tensor(name) for name in wanted}
+    return found
 
 
 def _why(folder: Folder, error: Exception) -> str:

@@ -22,7 +22,7 @@ from reap.errors import ReapError
 from reap.model.config import text_config
 
 MTP = re.compile(r"mtp|nextn")  # how parts of names begin in most families
-_STACKED = re.compile(r"(?:.*\.)?layers\.(\d+)\..*")
+_STACKED = re.compile(r"(?:.*?\.)?layers\.(\d+)(?=\.)")
 
 
 class UnsupportedMtpError(ReapError):
@@ -119,8 +119,9 @@ def find_mtp(config: Any, names: Collection[str]) -> Place | None:
     UnsupportedMtpError where it is not known how to run it.
     """
     text = text_config(config)
-    roots = {name: _root(name, getattr(text, "num_hidden_layers", None) or 0) for name in names}
-    extra = {root for name, root in roots.items() if root and ".experts." in name}
+    depth = getattr(text, "num_hidden_layers", None) or 0
+    roots = {name: root for name in names if (root := _root(name, depth)) is not None}
+    extra = {root for name, root in roots.items() if ".experts." in name}
     if not extra:
         return None
     family = next((row for row in FAMILIES if text.model_type in row.types), None)
@@ -128,11 +129,11 @@ def find_mtp(config: Any, names: Collection[str]) -> Place | None:
         raise UnsupportedMtpError(
             f"{min(extra)}: it is not known how {text.model_type} models run it"
         )
-    root = family.root.format(depth=text.num_hidden_layers)
+    root = family.root.format(depth=depth)
     parts = _parts(family, root)
     found: dict[str, dict[str, str]] = {"beside": {}, "inside": {}, "copied": {}}
     stacks = {root.rpartition(".")[0] for root in extra}
-    for name in (name for name, at in roots.items() if at and at.rpartition(".")[0] in stacks):
+    for name in (name for name, at in roots.items() if at.rpartition(".")[0] in stacks):
         # A block may be the root, under which the other parts lie too: the longest prefix counts.
         prefix = max(filter(name.startswith, parts), key=len, default=None)
         if prefix is None:
@@ -168,9 +169,10 @@ def _dotted(*parts: str) -> str:
 
 def _root(name: str, depth: int) -> str | None:
     """The prefix of the MTP layer that a tensor belongs to, if it does."""
-    parts = name.split(".")
-    named = next((end for end, part in enumerate(parts, 1) if MTP.match(part)), None)
-    if named is not None:
-        return ".".join(parts[:named])
-    stacked = _STACKED.fullmatch(name)
-    return name[: stacked.end(1)] if stacked and 0 < depth <= int(stacked[1]) else None
+    if "mtp" in name or "nextn" in name:
+        parts = name.split(".")
+        named = next((end for end, part in enumerate(parts, 1) if MTP.match(part)), None)
+        if named is not None:
+            return ".".join(parts[:named])
+    stacked = _STACKED.match(name)
+    return stacked[0] if stacked and 0 < depth <= int(stacked[1]) else None

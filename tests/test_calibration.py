@@ -9,7 +9,6 @@ import pytest
 import torch
 from brute import check
 from mtps import saved_with_mtp
-from safetensors.torch import load_file, save_file
 from tiny import model_types, tiny_inputs, tiny_model
 
 from reap.errors import ReapError
@@ -138,9 +137,9 @@ def test_nan_weights_are_named() -> None:
         calibrate(model, [rows(model, 9, 9, seed=seed) for seed in range(3)])
 
 
-def test_the_mtp_layer_of_the_models_folder(tmp_path: Path, caplog: Any) -> None:
-    """It is found where the model came from, unless it is not wanted; one that cannot be run is
-    left out with a line, and its statistics are not those of a model without."""
+def test_the_mtp_layer_of_the_models_folder(tmp_path: Path) -> None:
+    """It is found where the model came from, unless it is not wanted, and statistics with it are
+    not those of a model without."""
     made = saved_with_mtp(tmp_path / "model", "qwen3_next")
     model = load_model(made.folder)
     batches = [rows(model, 6, 3)]
@@ -154,17 +153,3 @@ def test_the_mtp_layer_of_the_models_folder(tmp_path: Path, caplog: Any) -> None
     assert torch.equal(given[made.names.experts].count, found[made.names.experts].count)
     with pytest.raises(ReapError, match="4 MoE layers against 5, mtp.layers.0.mlp.experts in one"):
         plain + found
-    tensors = load_file(made.folder / "model.safetensors")
-    del tensors["mtp.fc.weight"]
-    save_file(tensors, made.folder / "model.safetensors", {"format": "pt"})
-    with caplog.at_level("WARNING", "reap"):
-        assert calibrate(model, batches).layers == plain.layers
-    assert "multi-token prediction is left out: mtp is not what Qwen3NextModel" in caplog.text
-
-
-def test_a_models_folder_that_is_gone_or_has_no_safetensors(tmp_path: Path) -> None:
-    model = tiny_model("glm4_moe")
-    model.save_pretrained(tmp_path / "model")
-    model = load_model(tmp_path / "model")
-    (tmp_path / "model/model.safetensors").rename(tmp_path / "model/other")
-    assert calibrate(model, [rows(model, 6)]).tokens == 6

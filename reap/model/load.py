@@ -19,9 +19,16 @@ from reap.model import compat
 from reap.model.config import model_classes, not_run, read_config
 from reap.model.experts import pretrained
 from reap.model.mtp import UnsupportedMtpError, find_mtp
-from reap.model.mtplayer import Mtp, configuration, device_of, embedding_names, stack_of
+from reap.model.mtplayer import (
+    Mtp,
+    configuration,
+    device_of,
+    embedding_names,
+    mtp_on_meta,
+    stack_of,
+)
 from reap.model.quiet import quiet
-from reap.model.shapes import loading_problems
+from reap.model.shapes import loading_problems, mtp_problems
 
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 # Ordinary text: of this any tokenizer makes several different tokens.
@@ -165,7 +172,9 @@ def load_mtp(model: Any, folder: str | os.PathLike[str] | None = None) -> Mtp | 
             "multi-token prediction out with mtp=False"
         ) from error
     except Exception as error:  # whatever the class or the loader makes of these tensors
-        raise UnsupportedMtpError(f"{place.root}: {first_line(error)}") from error
+        raise UnsupportedMtpError(
+            _why_no_mtp(model, opened, f"{place.root}: {first_line(error)}")
+        ) from error
     wrong = report["missing_keys"] - embedding_names(blocks) | report["unexpected_keys"]
     wrong |= mtp.take(_read(opened, place.beside))
     if wrong:
@@ -187,11 +196,25 @@ def _read(folder: Folder, names: Mapping[str, str]) -> dict[str, torch.Tensor]:
     return found
 
 
+def _shapes(folder: Folder) -> dict[str, tuple[str, tuple[int, ...]]]:
+    return {name: (t.dtype, t.shape) for s in folder.shards for name, t in s.tensors.items()}
+
+
+def _why_no_mtp(model: Any, folder: Folder, reason: str) -> str:
+    """What is wrong with the weights, which transformers prints as a table, or else the reason."""
+    tensors = _shapes(folder)
+    try:
+        mtp = mtp_on_meta(model, tensors)
+        problems = mtp_problems(mtp, tensors) if mtp is not None else set()
+    except (NotImplementedError, UnsupportedMtpError):
+        problems = set()
+    return min(problems, default=reason)
+
+
 def _why(folder: Folder, error: Exception) -> str:
     """What is wrong: with the weights, which transformers prints as a table, or else."""
-    tensors = {name: (t.dtype, t.shape) for s in folder.shards for name, t in s.tensors.items()}
     try:
-        problems = loading_problems(folder.config, tensors)
+        problems = loading_problems(folder.config, _shapes(folder))
     except NotImplementedError:
         problems = set()
     return min((p for p in problems if "not part of" not in p), default=first_line(error))

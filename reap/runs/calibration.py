@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import inspect
-import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,15 +14,12 @@ import reap_kernels
 from reap.errors import ReapError
 from reap.model import compat
 from reap.model.experts import pretrained
-from reap.model.load import load_mtp
-from reap.model.mtp import UnsupportedMtpError
 from reap.model.mtplayer import Mtp
 from reap.observation.patch import observe
+from reap.runs.heads import own_mtp
 from reap.runs.partial import Partial
 from reap.statistics.stats import Statistics
 from reap.text.batching import Batch, Batches, check_ids
-
-log = logging.getLogger("reap")
 
 
 def calibrate(
@@ -92,19 +87,6 @@ def calibrate(
     if total.tokens == 0:
         raise ReapError("the calibration data has no tokens: nothing was observed")
     return total
-
-
-def own_mtp(model: nn.Module) -> Mtp | None:
-    """The multi-token-prediction layer in the folder that the model came from, if there is one that
-    can be run."""
-    source = Path(compat.source(pretrained(model).config) or "-")
-    if not any(source.glob("*.safetensors")):
-        return None
-    try:
-        return load_mtp(model)
-    except UnsupportedMtpError as error:
-        log.warning("multi-token prediction is left out: %s", error)
-        return None
 
 
 def what_runs(model: nn.Module, backend: str, deterministic: bool) -> dict[str, Any]:

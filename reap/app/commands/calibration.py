@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -30,9 +30,6 @@ from reap.app.arguments import (
 from reap.app.console import reports_errors
 from reap.app.longruns import announce, reported
 from reap.files.outputs import STATISTICS, check_file
-
-if TYPE_CHECKING:
-    from reap.model.mtplayer import Mtp
 
 PARTIAL = ".partial.safetensors"  # behind the output's name
 
@@ -73,6 +70,7 @@ def calibrate(
     from reap.observation.patch import check_backend
     from reap.runs.calibration import calibrate as run
     from reap.runs.calibration import what_runs
+    from reap.runs.heads import chosen_mtp
     from reap.runs.partial import Partial
     from reap.statistics.layerstats import check_gates
     from reap.text.sources import local_names, parse_spec
@@ -98,7 +96,7 @@ def calibrate(
     rows = rows_of(folder, sources, seq_len, json, trust_remote_code, domain=domain, **options)
     partial.refuse_other(rows.describe())
     loaded = load_model(folder, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
-    head, about_mtp = _mtp(loaded, folder, mtp)
+    head, of_head = chosen_mtp(loaded, folder, mtp)
     about = what_runs(loaded, backend, deterministic)
     where = f"{model} in {about['dtype']} on {about['device']}, backend {about['backend']}"
     announce(where, rows.expected, json)
@@ -115,23 +113,4 @@ def calibrate(
                 progress=advance,
                 partial=partial,
             )
-        save_statistics(stats, out, overwrite, json, [*rows.notes(), *about_mtp])
-
-
-def _mtp(model: Any, folder: Path, wanted: bool) -> tuple[Mtp | None, list[str]]:
-    """The multi-token-prediction layer to run, and a line of what becomes of the folder's."""
-    from reap.model.identity import mtp_of
-    from reap.model.load import load_mtp
-    from reap.model.mtp import UnsupportedMtpError
-
-    prefix, unknown = mtp_of(folder, model.config)
-    if prefix is None and unknown is None:
-        return None, []
-    try:
-        head = load_mtp(model, folder) if wanted else None
-    except UnsupportedMtpError as error:
-        head, unknown = None, str(error)
-    if head is not None:
-        return head, [f"multi-token prediction: {prefix} counted too, `reap prune` will keep it"]
-    why = unknown if wanted else "--no-mtp"
-    return None, [f"multi-token prediction is left out, `reap prune` will drop it: {why}"]
+        save_statistics(stats, out, overwrite, json, [*rows.notes(), *of_head])

@@ -74,8 +74,9 @@ def test_statistics(masked, pairs, monkeypatch):
         layer = LayerStatistics(4, pairs=pairs)
         layer._fused = True
         given = [*columns, mask, layer._tokens, layer._count, layer._peak, layer._sums._limbs]
-        given += [layer._faults, layer._pair_count]
-        given += [layer._pair_sums._limbs] if layer._pair_sums is not None else []
+        given += [layer._faults]
+        if layer._pairs is not None:
+            given += [layer._pairs.live_count, layer._pairs.sums._limbs]
         seen, _ = launches(lambda: layer.update(*columns, mask), given)
         return [
             (grid, [x if not isinstance(x, tuple) else x[2] for x in told]) for grid, told in seen

@@ -6,17 +6,21 @@ import ctypes
 import errno
 import os
 import secrets
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 
 from reap.errors import ReapError
 
+Buffer = bytes | bytearray | memoryview
 NOREPLACE, EXCHANGE = 1, 2  # linux/fs.h: RENAME_NOREPLACE, RENAME_EXCHANGE
 _AT_FDCWD = -100
 
 
-def write_file(path: str | os.PathLike[str], content: bytes, *, overwrite: bool = False) -> None:
-    """Write `content` to `path`: whole or not at all.
+def write_file(
+    path: str | os.PathLike[str], content: bytes | Iterable[Buffer], *, overwrite: bool = False
+) -> None:
+    """Write `content`, whole or in pieces, to `path`: whole or not at all.
 
     The bytes go to a temporary file beside it, are synced, and then take its name; a crash leaves
     the old file or none. ReapError when `path` exists and `overwrite` is not set, also when it
@@ -28,7 +32,8 @@ def write_file(path: str | os.PathLike[str], content: bytes, *, overwrite: bool 
     temporary = path.parent / f".{path.name}.{secrets.token_hex(8)}.part"
     try:
         with open(temporary, "xb") as file:
-            file.write(content)
+            for piece in [content] if isinstance(content, bytes) else content:
+                file.write(piece)
             file.flush()
             os.fsync(file.fileno())
         if overwrite:

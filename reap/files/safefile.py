@@ -117,6 +117,28 @@ def open_unchanged(path: Path, version: tuple[int, ...] | None = None) -> Iterat
         os.close(fd)
 
 
+class OpenFile:
+    """A regular file that is read from later, a piece at a time, as it was when it was opened."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._fd = open_regular(path)
+        weakref.finalize(self, os.close, self._fd)
+        self.version = version_of(self._fd)
+
+    def read(self, offset: int, length: int) -> bytearray:
+        """ReapError when the file was written to since, or is shorter."""
+        data = bytearray(length)
+        done = os.preadv(self._fd, [data], offset) if length else 0
+        while 0 < done < length:
+            more = os.preadv(self._fd, [memoryview(data)[done:]], offset + done)
+            done = done + more if more else 0
+        # Another file may have taken the name since: this one is as it was.
+        if done < length or version_of(self._fd) != self.version:
+            raise ReapError(f"{self.path} changed while it was read: start again when it is whole")
+        return data
+
+
 def parse_json(text: bytes, what: str) -> dict[str, Any]:
     """A JSON object. ReapError for anything else: no object, a key twice, nesting, broken text."""
     value = _parse(text, what)

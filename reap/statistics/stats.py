@@ -209,9 +209,7 @@ class Statistics:
             data=state.data,
             versions=state.versions,
         )
-        for (domain, name), tensors in state.parts.items():
-            part = LayerStatistics.from_tensors(tensors, name=name, gates=state.gates)
-            stats._parts[domain, name] = part
+        stats._parts.update(state.parts)
         return stats
 
     @classmethod
@@ -230,8 +228,9 @@ class Statistics:
         return statsfile.digest(self._state())
 
     def _state(self) -> statsfile.State:
-        parts = {key: part.tensors() for key, part in self._parts.items()}
-        return statsfile.State(self.model, self.gates, self.pairs, self.data, self.versions, parts)
+        return statsfile.State(
+            self.model, self.gates, self.pairs, self.data, self.versions, self._parts
+        )
 
     def _most_tokens(self, domains: tuple[str, ...]) -> int:
         seen = Counter[str]()

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 import typer
+from mtps import saved_with_mtp
 from typer.testing import CliRunner
 
 from reap.app.cli import app
@@ -564,3 +565,26 @@ def test_info_says_what_a_path_is(work, pruned):
 def test_h_is_help():
     assert invoke("-h")[1] == invoke("--help")[1]
     assert invoke("prune", "-h")[1] == invoke("prune", "--help")[1]
+
+
+def test_multi_token_prediction(tmp_path: Path) -> None:
+    """From calibration to the pruned model, with the layer and without; each says what it does."""
+    model = tmp_path / "model"
+    made = saved_with_mtp(model, "glm4_moe", vocab_size=8192)
+    for file in MODEL.glob("*token*"):
+        shutil.copy(file, model)
+    assert run_json("info", model)["mtp"] == "model.layers.4"
+    few = ("--data", "stdlib:code", "--max-tokens", 200, "--seq-len", 20)
+    for option, layers, said in (
+        ("--mtp", 4, ": model.layers.4 counted too, `reap prune` will keep it"),
+        ("--no-mtp", 3, " is left out, `reap prune` will drop it: --no-mtp"),
+    ):
+        stats, plan, out = (tmp_path / f"{name}{option}" for name in ("stats", "plan", "out"))
+        told = run_json("calibrate", model, *few, "--out", stats, option)
+        assert told["layers"] == layers and told["notes"] == [f"multi-token prediction{said}"]
+        run_json("plan", stats, "--keep", 4, "--out", plan)
+        report = run_json("prune", model, plan, out)
+        assert bool(report["mtp_layers"]) == (option == "--mtp") != bool(report["dropped_layers"])
+        found = run_json("verify", out, "--source", model)
+        assert (made.names.experts in found["experts"]) == (option == "--mtp")
+    assert run_json("info", out)["mtp"] == "none with experts"

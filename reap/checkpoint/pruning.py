@@ -36,7 +36,7 @@ from reap.files.safefile import Tensor, span
 from reap.files.units import sized
 from reap.model import compat
 from reap.model.config import NeedsCodeError
-from reap.model.identity import describe_folder, weights_fingerprint
+from reap.model.identity import describe_folder, mtp_of, weights_fingerprint
 from reap.model.info import ModelInfo
 from reap.model.shapes import Tensors, loading_problems
 from reap.planning.plan import Plan
@@ -51,7 +51,9 @@ class PruneReport:
 
     `unchecked` is None when transformers' own loader accepted every shape, else why it could not be
     asked. `verify_seconds` is what threads spent reading back, while others wrote; None where it
-    was not asked for. `notes`: how the folder is not quite what the plan was made from, such as its
+    was not asked for. `mtp_layers` are prefixes of multi-token-prediction layers that are pruned
+    like the others, `dropped_layers` of those that are gone, and `why_dropped` what it takes to
+    keep them. `notes`: how the folder is not quite what the plan was made from, such as its
     precision.
     """
 
@@ -66,6 +68,8 @@ class PruneReport:
     seconds: float
     verify_seconds: float | None
     notes: tuple[str, ...] = ()
+    mtp_layers: tuple[str, ...] = ()
+    why_dropped: str | None = None
 
     def to_json(self) -> dict[str, Any]:
         return {**vars(self), "out": str(self.out), "kept": dict(self.kept)}
@@ -81,8 +85,10 @@ class PruneReport:
             lines.append(f"read back and the same as the original: {self.verify_seconds:.1f} s")
         lines += [f"note: {note}" for note in self.notes]
         lines += [f"config.json: {change}" for change in self.config_changes]
+        lines += [f"multi-token prediction is kept: {prefix}" for prefix in self.mtp_layers]
         lines += [
-            f"dropped, no statistics exist for it: {prefix}" for prefix in self.dropped_layers
+            f"dropped, no statistics exist for it: {prefix} ({self.why_dropped})"
+            for prefix in self.dropped_layers
         ]
         lines += [f"not copied: {name}" for name in self.left_out]
         if self.unchecked:
@@ -175,13 +181,23 @@ def prune(
         bytes_after=size,
         kept={name: len(ids) for name, ids in plan.kept.items()},
         config_changes=operation.changes,
-        dropped_layers=operation.dropped_layers,
+        dropped_layers=operation.mtp.dropped,
         left_out=folder.left_out,
         unchecked=unchecked,
         seconds=time.monotonic() - started,
         verify_seconds=sum(check.times) if check else None,
         notes=notes,
+        mtp_layers=operation.mtp.kept,
+        why_dropped=_why_dropped(folder) if operation.mtp.dropped else None,
     )
+
+
+def _why_dropped(folder: Folder) -> str:
+    """What it takes to keep the multi-token-prediction layer of which the plan does not speak."""
+    known, reason = mtp_of(folder.path)
+    if known:
+        return "a plan of statistics with it, as `reap calibrate` makes them, keeps it"
+    return reason.partition(": ")[2] if reason else "it is not known how to run it"
 
 
 def _files(folder: Path, check: Check | None) -> dict[str, dict[str, int]]:

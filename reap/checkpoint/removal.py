@@ -161,43 +161,53 @@ def kept_by_place(removals: Iterable[Removal]) -> dict[counts.Place, dict[int, i
     found: dict[counts.Place, dict[int, int]] = {}
     for removal in removals:
         for place in removal.places:
-            number, kept = removal.block.number, len(removal.kept_by_modality[0])
+            kept = len(removal.kept_by_modality[0])
+            # Layers that are numbered apart from the model's are in none of its lists.
+            number = -1 if removal.block.named_mtp else removal.block.number
             if found.setdefault(place, {}).setdefault(number, kept) != kept:
                 raise ReapError(
                     f"{removal.block.module} would keep {kept} experts and another block of layer "
-                    f"{number} {found[place][number]}, but {place} counts both: make a uniform plan"
+                    f"{removal.block.number} {found[place][number]}, but {place} counts both: "
+                    "make a uniform plan"
                 )
     return found
 
 
-def dropped_layers(
+@dataclass(frozen=True)
+class MtpLayers:
+    """Prefixes of multi-token-prediction layers with experts, sorted: the plan speaks of those that
+    are `kept`; the others are `dropped`, since no statistics say which of their experts matter."""
+
+    kept: tuple[str, ...]
+    dropped: tuple[str, ...]
+
+
+def mtp_layers(
     config: Mapping[str, Any],
     shapes: Shapes,
     blocks: Mapping[str, Block],
     removals: Sequence[Removal],
-) -> tuple[str, ...]:
-    """Prefixes of multi-token-prediction layers with experts, which are dropped, sorted.
-
-    ReapError for another block that the plan does not speak of, if a number that is edited counts
-    its experts too.
-    """
+) -> MtpLayers:
+    """ReapError for another block that the plan does not speak of, if a number that is edited
+    counts its experts too."""
     spoken_of = {removal.block.module for removal in removals}
     stacks = {removal.block.stack for removal in removals}
     places = dict.fromkeys(place for removal in removals for place in removal.places)
     depths = (counts.depth_of(config, place.path) for place in places)
     depth = next((d for d in depths if d is not None), None)
-    dropped = set()
+    kept, dropped = set[str](), set[str]()
     for module, block in blocks.items():
-        if module in spoken_of:
-            continue
         prefix = extra_prefix(block, stacks, depth)
         if prefix is not None:
-            dropped.add(prefix)
-            continue
-        total = experts_in(block, shapes)
-        counted = counts.places_of(config, module, block.number, total)
-        if not counted or not places.keys().isdisjoint(counted):
-            raise ReapError(
-                f"{module} has experts that the plan does not speak of, counted by the same number"
-            )
-    return tuple(sorted(dropped))
+            (kept if module in spoken_of else dropped).add(prefix)
+        elif module not in spoken_of:
+            total = experts_in(block, shapes)
+            counted = counts.places_of(config, module, block.number, total)
+            if not counted or not places.keys().isdisjoint(counted):
+                raise ReapError(
+                    f"{module} has experts that the plan does not speak of, counted by the same "
+                    "number"
+                )
+    if kept & dropped:
+        raise ReapError(f"{min(kept & dropped)} has experts that the plan does not speak of")
+    return MtpLayers(tuple(sorted(kept)), tuple(sorted(dropped)))

@@ -22,6 +22,8 @@ from reap.errors import ReapError
 from reap.model import compat
 from reap.model.experts import Experts, find_experts, router_of
 from reap.model.identity import describe
+from reap.model.mtplayer import Mtp
+from reap.observation.following import follow
 from reap.observation.hooks import install_hooks
 from reap.observation.layers import Layer
 from reap.observation.measure import Measured
@@ -57,6 +59,7 @@ def observe(
     pairs: bool = False,
     backend: str = "auto",
     deterministic: bool = False,
+    mtp: Mtp | None = None,
 ) -> Iterator[Statistics]:
     """Collect the statistics of every expert of `model` while it is called inside the `with`.
 
@@ -68,6 +71,8 @@ def observe(
     token's sum). pairs: also statistics of pairs of experts, [E,E] per layer. backend and
     deterministic go to `reap_kernels.moe_saliency`. `with stats.domain("code"):` separates domains,
     and in `with stats.counting(mask):` only some tokens of the calls count.
+    mtp: a multi-token-prediction layer of the model, from `load_mtp`, which then runs after every
+    forward, on what that computed, and is observed too.
 
     Outputs equal the unobserved model's up to rounding. They carry no gradient: this is inference.
     Padding, read from the 2-D `attention_mask` of the call, is not counted. Experts that
@@ -96,17 +101,28 @@ def observe(
     model that ran without any of its layers. A layer that was merely never called is a warning.
     """
     check_backend(backend)
+    if not isinstance(mtp, Mtp | None):
+        raise ReapError(
+            f"mtp is a {type(mtp).__name__}: it must be what reap.load_mtp(model) gives"
+        )
     compat.require(compat.OBSERVING)
     found = find_experts(model)
     for experts in found:
         _check_not_split(experts)
-    stats = Statistics(describe(model, found), gates=gates, pairs=pairs)
-    observation = _Observation(stats, {"backend": backend, "deterministic": deterministic})
+    stats = Statistics(describe(model, found, mtp), gates=gates, pairs=pairs)
+    options = {"backend": backend, "deterministic": deterministic}
+    observations = [_Observation(stats, options)]
     with ExitStack() as undo:
-        observation.install(model, found, undo)
+        observations[0].install(model, found, undo)
+        if mtp is not None:  # apart, since its calls are of other tokens
+            observations.append(_Observation(stats, options))
+            observations[1].install(mtp.stack, mtp.experts, undo)
+            follow(model, mtp, stats, undo)
         yield stats
         stats.check()
-        observation.witness.check(model)
+        observations[0].witness.check(model)
+        if mtp is not None:
+            observations[1].witness.check(mtp.stack)
 
 
 class _Observation:

@@ -60,6 +60,10 @@ def calibrate(
     deterministic: Annotated[
         bool, typer.Option("--deterministic", help="the same bits in every run, also on a GPU")
     ] = False,
+    mtp: Annotated[
+        bool,
+        typer.Option("--mtp/--no-mtp", help="also the layer for multi-token prediction, if any"),
+    ] = True,
     revision: Revision = None,
     trust_remote_code: TrustRemoteCode = False,
     overwrite: Overwrite = False,
@@ -72,6 +76,7 @@ def calibrate(
     from reap.observation.patch import check_backend
     from reap.runs.calibration import calibrate as run
     from reap.runs.calibration import what_runs
+    from reap.runs.heads import chosen_mtp
     from reap.runs.partial import Partial
     from reap.statistics.layerstats import check_gates
     from reap.text.sources import local_names, parse_spec
@@ -100,6 +105,7 @@ def calibrate(
     rows = rows_of(folder, sources, seq_len, json, trust_remote_code, domain=domain, **options)
     partial.refuse_other(rows.describe())
     loaded = load_model(folder, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
+    head, of_head = chosen_mtp(loaded, folder, mtp)
     about = what_runs(loaded, backend, deterministic)
     where = f"{model} in {about['dtype']} on {about['device']}, backend {about['backend']}"
     announce(where, rows.expected, json)
@@ -112,7 +118,8 @@ def calibrate(
                 pairs=pairs,
                 backend=backend,
                 deterministic=deterministic,
+                mtp=head or False,
                 progress=advance,
                 partial=partial,
             )
-        save_statistics(stats, out, overwrite, json, rows.notes())
+        save_statistics(stats, out, overwrite, json, [*rows.notes(), *of_head])

@@ -91,16 +91,18 @@ def _folder(name: str) -> dict[str, Any]:
     from reap.files.folder import open_folder
     from reap.files.hub import resolve_model
     from reap.files.safefile import read_json
-    from reap.model.identity import describe_folder
+    from reap.model.identity import describe_folder, mtp_of
 
     opened = open_folder(resolve_model(name))
     pruned = (opened.path / RECORD).is_file()
     record = read_json(opened.path / RECORD) if pruned else {}
     found: dict[str, Any] = {"kind": "pruned model" if pruned else "model"}
     try:
-        found |= _model(describe_folder(opened.path))
+        found |= _model(describe_folder(opened.path, mtp=True))
     except ReapError as error:  # dense, or of a type that is not known here
         found |= {"model": opened.path.name, "experts": str(error)}
+    mtp, unknown = mtp_of(opened.path)
+    found["mtp"] = mtp or (f"not known how to run: {unknown}" if unknown else "none with experts")
     found["weights"] = sum(t.nbytes for shard in opened.shards for t in shard.tensors.values())
     if pruned:
         calibration = record.get("calibration")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import glob
 import os
 import secrets
 from collections.abc import Iterable
@@ -13,6 +14,7 @@ from pathlib import Path
 from reap.errors import ReapError
 
 Buffer = bytes | bytearray | memoryview
+_UNFINISHED = ".part"
 NOREPLACE, EXCHANGE = 1, 2  # linux/fs.h: RENAME_NOREPLACE, RENAME_EXCHANGE
 _AT_FDCWD = -100
 
@@ -29,7 +31,7 @@ def write_file(
     path = Path(path)
     if not overwrite:
         _refuse_existing(path)
-    temporary = path.parent / f".{path.name}.{secrets.token_hex(8)}.part"
+    temporary = path.parent / f".{path.name}.{secrets.token_hex(8)}{_UNFINISHED}"
     try:
         with open(temporary, "xb") as file:
             for piece in [content] if isinstance(content, bytes) else content:
@@ -48,6 +50,16 @@ def write_file(
     finally:
         with suppress(OSError):
             temporary.unlink()
+
+
+def discard_unfinished(path: Path) -> None:
+    """Remove what killed writers of `path` left. The caller knows that none is at work."""
+    start = f".{path.name}."
+    for temporary in path.parent.glob(f"{glob.escape(start)}*{_UNFINISHED}"):
+        # Not what is for a name that goes on behind a dot.
+        if "." not in temporary.name.removeprefix(start).removesuffix(_UNFINISHED):
+            with suppress(OSError):
+                temporary.unlink()
 
 
 def rename_new(source: Path, target: Path) -> None:

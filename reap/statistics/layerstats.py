@@ -18,8 +18,8 @@ from torch import Tensor
 
 from reap.errors import ReapError
 from reap.statistics.exact import ExactSum, in_range
+from reap.statistics.lazyrows import LazyRows
 from reap.statistics.pairs import Pairs
-from reap.statistics.stored import Stored
 from reap_kernels import triton
 
 SUMS = ("gate_sum", "norm_sum", "norm_sq_sum", "weighted_sum", "weighted_sq_sum")
@@ -227,7 +227,7 @@ class LayerStatistics:
 
     @classmethod
     def from_tensors(
-        cls, state: Mapping[str, Tensor | Stored], *, name: str, gates: str
+        cls, state: Mapping[str, Tensor | LazyRows], *, name: str, gates: str
     ) -> LayerStatistics:
         """The inverse of `tensors`, for a state that has been validated. What is stored of pairs is
         read when it is asked for."""
@@ -238,7 +238,7 @@ class LayerStatistics:
         self._sums = ExactSum.from_canonical(torch.cat([state[field][:] for field in SUMS]))
         if "pair_sums" in state:
             both = (state[field] for field in ("pair_count", "pair_sums"))
-            kept = (x if isinstance(x, Stored) else x.clone() for x in both)
+            kept = (x if isinstance(x, LazyRows) else x.clone() for x in both)
             self._pairs = Pairs.of(self.num_experts, *kept)
         return self
 

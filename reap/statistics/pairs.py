@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from reap.statistics.exact import ExactSum, Rows
-from reap.statistics.stored import Stored
+from reap.statistics.lazyrows import LazyRows
 
 
 class Pairs:
@@ -18,11 +18,11 @@ class Pairs:
 
     def __init__(self, experts: int, device: torch.device) -> None:
         self._experts, self._device = experts, device
-        self._count: Tensor | Stored | None = None  # [P] int64; None: zero
+        self._count: Tensor | LazyRows | None = None  # [P] int64; None: zero
         self.sums = ExactSum(experts * (experts - 1) // 2, device)  # [P]
 
     @classmethod
-    def of(cls, experts: int, count: Tensor | Stored, sums: Rows) -> Pairs:
+    def of(cls, experts: int, count: Tensor | LazyRows, sums: Rows) -> Pairs:
         """From [P] int64 and canonical sums [P,20] int32, which nobody writes to any more."""
         self = cls(experts, torch.device("cpu"))
         self._count, self.sums = count, ExactSum.from_canonical(sums)
@@ -65,7 +65,7 @@ class Pairs:
 
     def merge(self, other: Pairs) -> None:
         """Add those of `other`."""
-        if self._count is None and isinstance(other._count, Stored):
+        if self._count is None and isinstance(other._count, LazyRows):
             self._count = other._count
         elif other._count is not None:
             self.live_count.add_(other.count.to(self._device))

@@ -26,7 +26,7 @@ from reap.files.safefile import OpenFile, encode_header, parse_json, read_header
 from reap.model.info import LayerInfo, ModelInfo
 from reap.statistics.exact import LIMBS
 from reap.statistics.layerstats import PAIRS, SUMS, LayerStatistics
-from reap.statistics.stored import Stored
+from reap.statistics.lazyrows import LazyRows
 
 FORMAT = STATISTICS
 VERSION = 2
@@ -114,7 +114,7 @@ def read(path: str | PathLike[str]) -> State:
         part = {}
         for field, (dtype, shape) in _shapes(layer, pairs).items():
             offset = header.data + header.tensors[f"{prefix}/{field}"].start
-            part[field] = Stored(file, offset, shape, DTYPES[dtype])
+            part[field] = LazyRows(file, offset, shape, DTYPES[dtype])
         fault = _contradiction(part, layer)
         if fault:
             raise ReapError(f"{path} is damaged: domain {domain}, layer {layer.name}: {fault}")
@@ -205,7 +205,7 @@ def _show(entry: tuple[str, tuple[int, ...]] | None) -> str:
     return "absent" if entry is None else f"{entry[0]} {list(entry[1])}"
 
 
-def _contradiction(stored: Mapping[str, Stored], layer: LayerInfo) -> str | None:
+def _contradiction(stored: Mapping[str, LazyRows], layer: LayerInfo) -> str | None:
     """What in the numbers cannot come from any tokens, or None."""
     state = {field: rows[:] for field, rows in stored.items() if field not in PAIRS}
     tokens, count, peak = int(state["tokens"]), state["count"], state["peak"]
@@ -235,7 +235,7 @@ def _contradiction(stored: Mapping[str, Stored], layer: LayerInfo) -> str | None
     )
 
 
-def _contradiction_of_pairs(stored: Mapping[str, Stored], most: int) -> str | None:
+def _contradiction_of_pairs(stored: Mapping[str, LazyRows], most: int) -> str | None:
     count, sums = (stored[field] for field in PAIRS)
     pairs = 0
     for start in range(0, len(count), PAIRS_AT_ONCE):

@@ -12,7 +12,7 @@ from torch import Tensor
 from reap.files.safefile import OpenFile
 
 
-class Stored:
+class LazyRows:
     """A tensor of `shape` and `dtype` at a byte offset of a file: a slice of its rows is read, into
     memory of its own, at every `[...]`. Copies share it; a pickle has the tensor itself. ReapError,
     when read, for a file that changed."""
@@ -36,7 +36,7 @@ class Stored:
         data = self._file.read(self._offset + start * row, shape[0] * row)
         return torch.frombuffer(data, dtype=self._dtype).view(shape)
 
-    def __deepcopy__(self, memo: Any) -> Stored:
+    def __deepcopy__(self, memo: Any) -> LazyRows:
         return self
 
     def __reduce__(self) -> tuple[Callable[[Tensor], Tensor], tuple[Tensor]]:

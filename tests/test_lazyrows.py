@@ -9,7 +9,7 @@ import torch
 
 from reap.errors import ReapError
 from reap.files.safefile import OpenFile
-from reap.statistics.stored import Stored
+from reap.statistics.lazyrows import LazyRows
 
 ROWS = torch.arange(60, dtype=torch.int32).view(12, 5)
 
@@ -18,7 +18,7 @@ ROWS = torch.arange(60, dtype=torch.int32).view(12, 5)
 def stored(tmp_path):
     path = tmp_path / "file"
     path.write_bytes(b"head" + ROWS.numpy().tobytes() + b"tail")
-    return Stored(OpenFile(path), 4, (12, 5), torch.int32)
+    return LazyRows(OpenFile(path), 4, (12, 5), torch.int32)
 
 
 @pytest.mark.parametrize(
@@ -69,7 +69,7 @@ def test_the_file_as_it_was(stored, tmp_path, change):
 def test_the_file_is_closed_with_its_last_reader(tmp_path):
     (tmp_path / "file").write_bytes(bytes(8))
     before = set(os.listdir("/proc/self/fd"))
-    rows = Stored(OpenFile(tmp_path / "file"), 0, (2,), torch.int32)
+    rows = LazyRows(OpenFile(tmp_path / "file"), 0, (2,), torch.int32)
     assert set(os.listdir("/proc/self/fd")) != before
     del rows
     assert set(os.listdir("/proc/self/fd")) == before

@@ -132,3 +132,19 @@ def test_what_is_no_layer_of_this_model(made: Checkpoint, tmp_path: Path) -> Non
             pass
     with observe(model):  # nothing of the failed ones is left
         pass
+
+
+def test_only_some_tokens_count(made: Checkpoint, tmp_path: Path) -> None:
+    """Those of the model, and at the layer the same ones but for each row's last."""
+    model = load_model(tmp_path)
+    inputs = tiny_inputs(model, lengths=[9, 5])
+    counted = torch.rand(2, 9, generator=torch.Generator().manual_seed(0)) < 0.5
+    parts = []
+    for tokens in (counted, ~counted, None):
+        with torch.no_grad(), observe(model, mtp=load_mtp(model)) as stats, stats.counting(tokens):
+            model(**inputs)
+        parts.append(stats)
+    assert parts[0] + parts[1] == parts[2]
+    real = inputs["attention_mask"].bool()
+    expected = counted[:, :-1] & real[:, :-1] & real[:, 1:]
+    assert parts[0][made.names.experts].tokens == int(expected.sum())

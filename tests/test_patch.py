@@ -255,6 +255,25 @@ def test_domains() -> None:
     assert stats.tokens == 36
 
 
+@pytest.mark.parametrize("model_type", ["qwen3_moe", "llama4_text", "gemma4", "longcat_flash"])
+def test_counting(model_type: str) -> None:
+    """Only some tokens of a call count, of which padding is none; the two halves are the whole."""
+    model = tiny_model(model_type)
+    inputs = tiny_inputs(model, lengths=[9, 5])
+    counted = torch.rand(2, 9, generator=torch.Generator().manual_seed(0)) < 0.5
+    counts = [counted, ~counted, None]
+    parts = []
+    for tokens in counts:
+        with observe(model) as stats, stats.counting(tokens):
+            run(model, inputs)
+        parts.append(stats)
+    assert parts[0].tokens == int((counted & inputs["attention_mask"].bool()).sum())
+    assert parts[0] + parts[1] == parts[2]
+    with pytest.raises(ReapError, match=r"given \[9, 2\], and the model is called .* \[2, 9\]"):
+        with observe(model) as stats, stats.counting(counted.T):
+            run(model, inputs)
+
+
 def test_partitions_of_batches_give_the_same_bits() -> None:
     model = tiny_model("qwen3_moe")
     batches = [tiny_inputs(model, seed=seed) for seed in range(4)]
@@ -331,14 +350,6 @@ def test_threads_that_call_one_model(model_type: str) -> None:
     with observe(model) as stats, ThreadPoolExecutor(8) as pool:
         list(pool.map(lambda batch: run(model, batch), batches * 3))
     assert stats == alone + alone + alone
-
-
-def test_layers_that_are_never_called_are_named(caplog: Any) -> None:
-    model = tiny_model("qwen3_moe")
-    with observe(model):
-        model.set_experts_implementation("eager")  # which takes the place of what observe has set
-        run(model, tiny_inputs(model))
-    assert "4 MoE layers were never called, such as model.layers.0" in caplog.text
 
 
 def test_a_model_without_weights_is_an_error() -> None:

@@ -36,6 +36,16 @@ MaxTokensPerSource = Annotated[
 SkipBad = Annotated[
     bool, typer.Option("--skip-bad", help="leave out and count rows that cannot be used")
 ]
+Count = Annotated[
+    str, typer.Option(help="all tokens, or of chats the assistant's alone; the others still run")
+]
+CountAfter = Annotated[
+    str | None,
+    typer.Option(metavar="TEXT", help="count only what follows this in a sample, </think> say"),
+]
+CountUntil = Annotated[
+    str | None, typer.Option(metavar="TEXT", help="and only until behind this, every time")
+]
 SeqLen = Annotated[
     int | None, typer.Option(min=2, help="tokens per row; 2048, or the model's limit if lower")
 ]
@@ -76,7 +86,7 @@ def rows_of(
     tokenizer = load_tokenizer(folder, trust_remote_code=trust)
     length = row_length(folder, seq_len, trust_remote_code=trust)
     rows = batches(data, tokenizer, seq_len=length, **options)
-    if any(source.kind != "stdlib" for source in data):
+    if any(source.kind != "stdlib" for source in data) or rows.describe()["count"]:
         with reported("reading", lambda: rows.expected, "tokens", quiet) as advance:
             if not rows.read_ahead(advance) and not quiet:
                 typer.echo("reap: long text: its beginning was checked, not all of it", err=True)

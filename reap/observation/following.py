@@ -12,12 +12,14 @@ from torch import Tensor, nn
 
 from reap.errors import ReapError
 from reap.model.mtplayer import Mtp, stack_of
+from reap.statistics.stats import Statistics
 
 
-def follow(model: nn.Module, mtp: Mtp, undo: ExitStack) -> None:
+def follow(model: nn.Module, mtp: Mtp, stats: Statistics, undo: ExitStack) -> None:
     """Run `mtp` after every forward of `model`, until `undo`.
 
-    A token is counted when it and the next one are no padding. ReapError, in a forward, for a call
+    A token is counted when it and the next one are no padding, and it is of those that
+    `stats.counting` lets count. ReapError, in a forward, for a call
     that continues a cache, of which the layer has none, and for a mask that is not [batch, length].
     """
     stack = stack_of(model)
@@ -43,12 +45,16 @@ def follow(model: nn.Module, mtp: Mtp, undo: ExitStack) -> None:
         else:
             embedded = embedded[:, 1:]
         mask, positions = given.get("attention_mask"), given.get("position_ids")
-        mtp(
-            hidden[:, :-1],
-            embedded,
-            attention_mask=None if mask is None else mask[:, :-1] * mask[:, 1:],
-            position_ids=None if positions is None else positions[..., :-1],
-        )
+        counted = stats.counted
+        if counted is not None:
+            counted = counted.reshape(hidden.shape[:2])[:, :-1]
+        with stats.counting(counted):
+            mtp(
+                hidden[:, :-1],
+                embedded,
+                attention_mask=None if mask is None else mask[:, :-1] * mask[:, 1:],
+                position_ids=None if positions is None else positions[..., :-1],
+            )
 
     undo.callback(stack.register_forward_hook(after, with_kwargs=True).remove)
 

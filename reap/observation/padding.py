@@ -47,28 +47,33 @@ class Padding(threading.local):
     def __init__(self) -> None:
         self._calls: list[_Call] = []
 
+    @property
+    def shape(self) -> tuple[int, int] | None:
+        """[B,q] of the tokens that the innermost running model was called with, if known."""
+        return self._calls[-1].shape if self._calls else None
+
     def install(self, models: Iterable[nn.Module], undo: ExitStack) -> None:
         """Hooks that `undo` removes. `models` are those that contain the experts."""
         for model in models:
-            names = list(inspect.signature(type(model).forward).parameters)[1:]
-            enter = model.register_forward_pre_hook(self._entering(names), with_kwargs=True)
+            enter = model.register_forward_pre_hook(self._entering(model), with_kwargs=True)
             undo.callback(enter.remove)
             # A function, which copies of the model can have: they cannot have what is a thread's.
             leave = model.register_forward_hook(lambda *_: self._leave(), always_call=True)
             undo.callback(leave.remove)
 
-    def _entering(self, names: list[str]) -> Callable[..., None]:
+    def _entering(self, model: nn.Module) -> Callable[..., None]:
+        named = naming(model)
+
         @torch.compiler.disable
         def enter(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            # Not bound to the signature, which lacks the old names that a decorator still takes.
-            given = {**dict(zip(names, args, strict=False)), **kwargs}
+            given = named(args, kwargs)
             if any(call.model is model for call in self._calls):
                 # No model runs inside itself: that call was cut short, by an interrupt say.
                 self._calls.clear()
             self._calls.append(
                 _Call(
                     model=model,
-                    shape=_token_shape(given),
+                    shape=token_shape(given),
                     cached=_cached(given),
                     mask=given.get("attention_mask"),
                     maskless=not any("mask" in name and x is not None for name, x in given.items()),
@@ -126,7 +131,14 @@ class Padding(threading.local):
         return None
 
 
-def _token_shape(given: Mapping[str, Any]) -> tuple[int, int] | None:
+def naming(model: nn.Module) -> Callable[[tuple[Any, ...], dict[str, Any]], dict[str, Any]]:
+    """What gives a call's arguments their names. They are not bound to the signature, which lacks
+    the old names that a decorator still takes."""
+    names = list(inspect.signature(type(model).forward).parameters)[1:]
+    return lambda args, kwargs: {**dict(zip(names, args, strict=False)), **kwargs}
+
+
+def token_shape(given: Mapping[str, Any]) -> tuple[int, int] | None:
     """[B,q] of the tokens of a call."""
     for name in ("input_ids", "inputs_embeds"):
         tokens = given.get(name)

@@ -37,14 +37,15 @@ def calibrate(
     """Run `batches` through `model` and return the statistics of its experts, by domain.
 
     A batch is one of `reap.batches`, or what a DataLoader yields (`Batch.of`); of the former the
-    statistics also record which text it was, and what ran it. The language-model head does not run:
-    nothing here needs logits. `mtp` is the model's multi-token-prediction layer; True loads the one
-    that its folder has, and leaves one out, with a line in the log, that is not known how to run.
-    `progress` is called after each batch with its number of tokens.
-    `partial` takes up what an earlier run measured, and keeps what this one did when it ends early
-    inside `partial.kept`. The other options are those of `observe`, and so are the errors;
-    ReapError also for batches without a single token, and for a token that the model does not
-    embed. The model is in eval mode meanwhile, and left as it was found, whatever happens.
+    statistics also record which text it was, and what ran it. Where a batch says which tokens are
+    `counted`, all of them run and only those go into the statistics. The language-model head does
+    not run: nothing here needs logits. `mtp` is the model's multi-token-prediction layer; True
+    loads the one that its folder has, and leaves one out, with a line in the log, that is not known
+    how to run. `progress` is called after each batch with its number of tokens. `partial` takes up
+    what an earlier run measured, and keeps what this one did when it ends early inside
+    `partial.kept`. The other options are those of `observe`, and so are the errors; ReapError also
+    for batches without a single token that counts, and for a token that the model does not embed.
+    The model is in eval mode meanwhile, and left as it was found, whatever happens.
     """
     base = pretrained(model).base_model
     options = {"use_cache": False} if _takes_use_cache(base) else {}
@@ -75,7 +76,7 @@ def calibrate(
             # Without padding no mask is the same, and lets attention take its causal fast path.
             padded = not bool(batch.attention_mask.all())
             mask = batch.attention_mask.to(device) if padded else None
-            with stats.domain(batch.domain):
+            with stats.domain(batch.domain), stats.counting(batch.counted):
                 base(input_ids=batch.input_ids.to(device), attention_mask=mask, **options)
             if partial is not None and recorded is not None:
                 partial.mark(stats, batch.domain, recorded, run)
@@ -85,7 +86,7 @@ def calibrate(
     if recorded is not None:
         total.data = [recorded.describe() | run]
     if total.tokens == 0:
-        raise ReapError("the calibration data has no tokens: nothing was observed")
+        raise ReapError("the calibration data has no tokens that count: nothing was observed")
     return total
 
 

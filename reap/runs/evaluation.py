@@ -19,7 +19,8 @@ _CHUNK = 1 << 24  # logits that are held in fp32 at a time (64 MiB)
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Means over the predicted tokens: tokens that are not padding and follow one that is not."""
+    """Means over the predicted tokens: tokens that are not padding and follow one that is not, and
+    of these the counted ones where a batch says which do (`Batch.counted`)."""
 
     tokens: int
     loss: float  # cross entropy, nats per token
@@ -97,6 +98,8 @@ def _batch_sums(models: list[Any], batch: Batch) -> Tensor:
     check_ids(models[0], batch)
     seen = batch.attention_mask.bool()
     counted = seen[:, 1:] & seen[:, :-1]  # [B, L-1]
+    if batch.counted is not None:
+        counted &= batch.counted[:, 1:] != 0
     targets = batch.input_ids[:, 1:][counted]  # [N] int64
     logits = [_logits(model, batch, counted) for model in models]  # [N, V] each, model's dtype
     vocabularies = [each.shape[-1] for each in logits]

@@ -19,7 +19,8 @@ from reap.text.batching import Batch, Batches
 
 _SHARE = 0.02  # of the time, at most, goes into remembering
 _CHECK_SECONDS = 30.0
-_PROGRESS = ("tokens", "partial", "sources")  # of a data entry; the rest of it are options
+# Of a data entry; the rest of it are options.
+_PROGRESS = ("tokens", "counted", "partial", "sources")
 _SOURCE_OPTIONS = ("spec", "kind", "target", "domain", "weight", "column", "python")
 _SOURCE_PROGRESS = ("rows", "tokens", "sha256")
 

@@ -91,9 +91,10 @@ class LayerStatistics:
     ) -> None:
         """Add the slots of T tokens.
 
-        Slots with an id >= E (expert parallelism's sentinel) or a gate of zero (phantom slots) are
-        left out. With gates="renormalized" a gate is the weight divided by the sum over the token's
-        K slots; a token whose weights sum to zero contributes nothing but its count in `tokens`.
+        Slots with an id >= E (expert parallelism's sentinel, no choice of the router) are left out.
+        All others count, whatever their gate: one that was rounded to zero was chosen all the same.
+        With gates="renormalized" a gate is the weight divided by the sum over the token's K slots,
+        and 0 where the weights sum to zero.
 
         ReapError for wrong shapes or dtypes, and for a gate, norm or peak that is NaN, infinite or
         too large (g*n >= 2**144): at once on a CPU, at the next read or `check` on other devices.
@@ -253,7 +254,7 @@ class LayerStatistics:
         """Add the slots of a few tokens: [T,K] four times and [T], on this device."""
         expert, peak = expert.long(), peak.float()
         gate, norm = self._gate(weights.double()), norms.double()
-        counted = (expert < self.num_experts) & (gate != 0)  # [T,K] bool
+        counted = expert < self.num_experts  # [T,K] bool
         if mask is not None:
             counted &= mask[:, None]
         self._tokens += len(expert) if mask is None else mask.sum()

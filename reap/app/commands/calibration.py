@@ -10,6 +10,9 @@ import typer
 from reap.app.arguments import (
     Backend,
     BatchSize,
+    Count,
+    CountAfter,
+    CountUntil,
     Data,
     Device,
     Domain,
@@ -46,6 +49,9 @@ def calibrate(
     domain: Domain = None,
     pack: Pack = True,
     skip_bad: SkipBad = False,
+    count: Count = "all",
+    count_after: CountAfter = None,
+    count_until: CountUntil = None,
     gates: Annotated[str, typer.Option(help="applied or renormalized")] = "applied",
     pairs: Annotated[bool, typer.Option("--pairs", help="also record pair matrices")] = False,
     backend: Backend = "auto",
@@ -91,6 +97,9 @@ def calibrate(
         "max_tokens_per_source": max_tokens_per_source,
         "packing": pack,
         "skip_bad": skip_bad,
+        "count": count,
+        "count_after": count_after,
+        "count_until": count_until,
     }
     partial = Partial(out.with_name(out.name + PARTIAL))
     rows = rows_of(folder, sources, seq_len, json, trust_remote_code, domain=domain, **options)

@@ -50,12 +50,19 @@ def _told(path: str) -> dict[str, Any]:
 
 def _statistics(file: Path) -> dict[str, Any]:
     from reap.statistics.stats import Statistics
+    from reap.text.counted import said
 
     stats = Statistics.load(file)
+    counted = [
+        f"{entry.get('counted'):,} of {entry.get('tokens'):,} tokens, {said(entry['count'])}"
+        for entry in stats.data
+        if entry.get("count") and type(entry.get("counted")) is type(entry.get("tokens")) is int
+    ]
     return {
         "kind": "statistics",
         **_model(stats.model),
         "tokens": stats.tokens,
+        **({"counted": counted} if counted else {}),
         "domains": stats.domain_tokens,
         "gates": stats.gates,
         "pairs": stats.pairs,

@@ -76,7 +76,8 @@ def test_every_architecture(model_type: str, tmp_path: Path) -> None:
             prune(tmp_path / "base", some_plan(tmp_path / "base"), tmp_path / "out")
         return
     plan = some_plan(tmp_path / "base")
-    prune(tmp_path / "base", plan, tmp_path / "out")
+    report = prune(tmp_path / "base", plan, tmp_path / "out")
+    assert not report.mtp_layers and not report.dropped_layers
     check_same_logits(model, plan, tmp_path / "out")
 
 

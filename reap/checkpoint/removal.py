@@ -190,24 +190,34 @@ def mtp_layers(
 ) -> MtpLayers:
     """ReapError for another block that the plan does not speak of, if a number that is edited
     counts its experts too."""
+    kept = {
+        prefix
+        for removal in removals
+        if (prefix := extra_prefix(removal.block, {removal.block.stack}, _depth(config, [removal])))
+    }
     spoken_of = {removal.block.module for removal in removals}
     stacks = {removal.block.stack for removal in removals}
     places = dict.fromkeys(place for removal in removals for place in removal.places)
-    depths = (counts.depth_of(config, place.path) for place in places)
-    depth = next((d for d in depths if d is not None), None)
-    kept, dropped = set[str](), set[str]()
+    depth, dropped = _depth(config, removals), set[str]()
     for module, block in blocks.items():
+        if module in spoken_of:
+            continue
         prefix = extra_prefix(block, stacks, depth)
         if prefix is not None:
-            (kept if module in spoken_of else dropped).add(prefix)
-        elif module not in spoken_of:
-            total = experts_in(block, shapes)
-            counted = counts.places_of(config, module, block.number, total)
-            if not counted or not places.keys().isdisjoint(counted):
-                raise ReapError(
-                    f"{module} has experts that the plan does not speak of, counted by the same "
-                    "number"
-                )
+            dropped.add(prefix)
+            continue
+        total = experts_in(block, shapes)
+        counted = counts.places_of(config, module, block.number, total)
+        if not counted or not places.keys().isdisjoint(counted):
+            raise ReapError(
+                f"{module} has experts that the plan does not speak of, counted by the same number"
+            )
     if kept & dropped:
         raise ReapError(f"{min(kept & dropped)} has experts that the plan does not speak of")
     return MtpLayers(tuple(sorted(kept)), tuple(sorted(dropped)))
+
+
+def _depth(config: Mapping[str, Any], removals: Iterable[Removal]) -> int | None:
+    """How many layers the stack has whose experts are removed."""
+    depths = (counts.depth_of(config, p.path) for removal in removals for p in removal.places)
+    return next((depth for depth in depths if depth is not None), None)

@@ -169,7 +169,7 @@ def load_mtp(model: Any, folder: str | os.PathLike[str] | None = None) -> Mtp | 
     except (torch.OutOfMemoryError, MemoryError) as error:
         raise ReapError(
             f"{place.root} does not fit in the memory of {device}: {first_line(error)}: leave "
-            "multi-token prediction out with mtp=False"
+            "multi-token prediction out (mtp=False, --no-mtp)"
         ) from error
     except Exception as error:  # whatever the class or the loader makes of these tensors
         raise UnsupportedMtpError(

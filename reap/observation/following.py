@@ -19,8 +19,8 @@ def follow(model: nn.Module, mtp: Mtp, stats: Statistics, undo: ExitStack) -> No
     """Run `mtp` after every forward of `model`, until `undo`.
 
     A token is counted when it and the next one are no padding, and it is of those that
-    `stats.counting` lets count. ReapError, in a forward, for a call
-    that continues a cache, of which the layer has none, and for a mask that is not [batch, length].
+    `stats.counting` lets count. ReapError, in a forward, for a call that continues a cache, of
+    which the layer has none, and for a mask that is not [batch, length].
     """
     stack = stack_of(model)
     if type(mtp.stack) is not type(stack) or mtp.width != stack.config.hidden_size:

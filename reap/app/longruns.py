@@ -11,23 +11,21 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import typer
-
 from reap.app.arguments import LoadOptions, TextOptions
-from reap.app.console import progress
+from reap.app.console import progress, say
 
 if TYPE_CHECKING:
     from reap.text.batching import Batches
     from reap.text.sources import Source
 
 FIRST_SECONDS, EVERY_SECONDS = 10.0, 60.0
-SAMPLE = 1 << 16  # tokens that are read before it is said how long the rest takes
+SAMPLE = 1 << 16  # tokens that are read before anything is said
 LONG_SECONDS = 10.0
 
 
 def announce(task: str, *facts: str | None) -> None:
     """The first line of a long run, on stderr."""
-    typer.echo(f"reap: {task}: {', '.join(filter(None, facts))}", err=True)
+    say(f"{task}: {', '.join(filter(None, facts))}")
 
 
 def where(folder: Path, load: LoadOptions, backend: str | None = None) -> str:
@@ -50,7 +48,7 @@ def where(folder: Path, load: LoadOptions, backend: str | None = None) -> str:
         device += f" ({torch.cuda.get_device_name(device)})"
     if backend == "auto":
         available = [name for name, reason in reap_kernels.backends().items() if reason is None]
-        backend = f"auto of {', '.join(available)}"
+        backend = f"auto ({', '.join(available)})"
     return f"{dtype} on {device}" + (f", backend {backend}" if backend else "")
 
 
@@ -62,14 +60,11 @@ def shape_of(rows: Batches) -> str:
 
 
 def rows_of(folder: Path, text: TextOptions, sources: list[Source], trust: bool) -> Batches:
-    """The text as batches for the model in `folder`.
-
-    It is read here, while no model is loaded and nothing is lost by a bad row; only of more text
-    than memory should hold, and of the standard library's, which has none, not all is.
-    """
+    """The text as batches for the model in `folder`, the beginning of it read: what is wrong with
+    short text shows here."""
     from reap.model.config import row_length
     from reap.model.load import load_tokenizer
-    from reap.text.batching import READ_AHEAD, batches
+    from reap.text.batching import batches
 
     rows = batches(
         sources,
@@ -82,26 +77,33 @@ def rows_of(folder: Path, text: TextOptions, sources: list[Source], trust: bool)
         domain=text.domain,
         skip_bad=text.skip_bad,
     )
-    if all(source.kind == "stdlib" for source in sources):
-        return rows
+    if _may_be_bad(sources):
+        rows.read_ahead(limit=SAMPLE)
+    return rows
+
+
+def read_on(rows: Batches, sources: list[Source]) -> None:
+    """Read the rest of the text too, while no model is loaded and nothing is lost by a bad row;
+    only of more text than memory should hold not all is. What takes long says so first."""
+    from reap.text.batching import READ_AHEAD
+
+    if not _may_be_bad(sources):
+        return
     with reported("reading", lambda: rows.expected, "tokens") as advance:
-        read = 0
-
-        def count(amount: int) -> None:
-            nonlocal read
-            read += amount
-            advance(amount)
-
         start = time.monotonic()
-        if rows.read_ahead(count, limit=SAMPLE):
-            return rows
+        if rows.read_ahead(advance, limit=2 * SAMPLE):
+            return
         ahead = min(rows.expected or READ_AHEAD, READ_AHEAD)
-        seconds = (time.monotonic() - start) / read * ahead
+        seconds = (time.monotonic() - start) / SAMPLE * ahead
         if seconds > LONG_SECONDS:
             announce("reading", f"about {ahead:,} tokens", f"about {_lasting(seconds)}")
-        if not rows.read_ahead(count):
-            typer.echo("reap: long text: its beginning was checked, not all of it", err=True)
-    return rows
+        if not rows.read_ahead(advance):
+            say("long text: its beginning was checked, not all of it")
+
+
+def _may_be_bad(sources: list[Source]) -> bool:
+    """Not so the standard library's own text, which is made as it is read and takes long."""
+    return any(source.kind != "stdlib" for source in sources)
 
 
 @contextmanager
@@ -122,7 +124,7 @@ def reported(
             now = time.monotonic()
             if lines and now >= due:
                 due = now + EVERY_SECONDS
-                typer.echo(f"reap: {_line(task, done, total(), unit, now - start)}", err=True)
+                say(_line(task, done, total(), unit, now - start))
 
         yield step
 

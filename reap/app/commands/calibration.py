@@ -19,7 +19,7 @@ from reap.app.arguments import (
     grouped,
 )
 from reap.app.console import print_json, reports_errors
-from reap.app.longruns import announce, reported, rows_of, shape_of, where
+from reap.app.longruns import announce, read_on, reported, rows_of, shape_of, where
 from reap.files.outputs import STATISTICS, check_file
 
 if TYPE_CHECKING:
@@ -95,12 +95,14 @@ def measured(
     if not trust:
         accept(describe_folder(folder))  # without experts it is refused here too
     partial = Partial(out.with_name(out.name + PARTIAL))
-    rows = rows_of(folder, text, text.sources(), trust)
+    sources = text.sources()
+    rows = rows_of(folder, text, sources, trust)
     partial.refuse_other(rows.describe())
     modes = [f"gates {measuring.gates}", "pairs" if measuring.pairs else None]
     modes += ["deterministic" if measuring.deterministic else None]
     runs = where(folder, loading, measuring.backend)
     announce("calibrating", model, runs, *modes, shape_of(rows))
+    read_on(rows, sources)
     loaded = loading.load(folder)
     if trust:
         accept(describe(loaded))

@@ -8,7 +8,7 @@ import typer
 
 from reap.app.arguments import Json, LoadOptions, Model, TextOptions, grouped
 from reap.app.console import print_json, print_table, reports_errors
-from reap.app.longruns import announce, reported, rows_of, shape_of, where
+from reap.app.longruns import announce, read_on, reported, rows_of, shape_of, where
 
 if TYPE_CHECKING:
     from reap.runs.evaluation import Evaluation
@@ -35,6 +35,7 @@ def evaluate(
     rows = rows_of(folder, text, sources, loading.trust_remote_code)
     against = f"against {teacher}" if teacher else None
     announce("evaluating", model, against, where(folder, loading), shape_of(rows))
+    read_on(rows, sources)
     student = loading.load(folder)
     reference = loading.load(original) if original else None
     with reported("evaluating", lambda: rows.expected, "tokens") as advance:

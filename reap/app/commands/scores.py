@@ -80,8 +80,11 @@ def _every(stats: Statistics, scores: dict[str, Tensor], criterion: str) -> Iter
 
 
 def _shown(score: float) -> str:
-    """In eight characters."""
-    return f"{score:.0f}" if score == round(score) and 0 <= score < 1e8 else f"{score:.3g}"
+    """In seven characters, or eight of a whole number."""
+    if score == round(score) and abs(score) < 1e7:
+        return f"{score:.0f}"
+    text = f"{score:.3g}"
+    return f"{score:.1e}" if "e" in text else text
 
 
 def short_names(names: Sequence[str]) -> dict[str, str]:

@@ -180,24 +180,23 @@ def _without_nan(value: Any) -> Any:
 
 
 def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """A rich table; the first column is text, the others are numbers.
+    """A table; the first column is text, the others are numbers.
 
     As wide as its figures need and no wider: a narrow terminal wraps a line, which loses less than
-    an ellipsis.
+    an ellipsis. (rich would take a millisecond per row, of which there may be one per expert.)
     """
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
+    from rich.cells import cell_len
 
-    table = Table(box=box.SIMPLE_HEAD, collapse_padding=True, pad_edge=False)
-    for position, column in enumerate(columns):
-        table.add_column(column, justify="left" if position == 0 else "right", no_wrap=True)
-    for row in rows:
-        table.add_row(*map(Text, row))  # a name in brackets would be taken for markup
-    console = Console(width=10_000)
-    console.print(Text(title))
-    console.print(table)
+    lines = [columns, *rows]
+    widths = [max(map(cell_len, column)) for column in zip(*lines, strict=True)]
+    lines.insert(1, ["-" * width for width in widths])
+    shown = [title]
+    for first, *others in lines:
+        parts = [first + " " * (widths[0] - cell_len(first))]
+        for text, width in zip(others, widths[1:], strict=True):
+            parts.append(" " * (width - cell_len(text)) + text)
+        shown.append("  ".join(parts).rstrip())
+    print("\n".join(shown))  # typer's echo writes UTF-8 where the terminal has something else
 
 
 @contextmanager

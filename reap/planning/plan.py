@@ -254,13 +254,14 @@ def make_plan(
 def trial_plan(
     model: ModelInfo, *, ratio: Ratio | None = None, keep: int | None = None, multiple_of: int = 1
 ) -> Plan:
-    """A plan of the size that `make_plan` would give, of any experts: what can be checked of a
-    pruning before there are statistics. ReapError as of `make_plan`, and where it drops nothing."""
+    """A plan of the size that `make_plan` would give, by which the last experts stay, so that all
+    are renumbered: what can be checked of a pruning before there are statistics. ReapError as of
+    `make_plan`, and where it drops nothing."""
     counts = kept_counts(model.layers, ratio=ratio, keep=keep, multiple_of=multiple_of)
     if counts == [layer.num_experts for layer in model.layers]:
         raise ReapError("no expert would be dropped: ask for a larger ratio or keep fewer")
     kept = {
-        layer.name: _select(layer, list(range(layer.num_experts)), count, ())
+        layer.name: _select(layer, list(range(layer.num_experts))[::-1], count, ())
         for layer, count in zip(model.layers, counts, strict=True)
     }
     return Plan(model, "none", 0, kept)

@@ -61,7 +61,7 @@ def test_a_full_or_closed_stdout_is_no_error_of_ours(work, arguments, stdout):
 
 
 @pytest.mark.parametrize("stdout", [">/dev/full", ">&-"])
-@pytest.mark.parametrize("arguments", ["info {w}/none --json", "plan --json"])
+@pytest.mark.parametrize("arguments", ["info {w}/a.txt --json", "plan --json"])
 def test_an_error_is_told_where_its_document_cannot_be(work, arguments, stdout):
     line = f"{sys.executable} -m reap {arguments} {stdout}".format(w=work)
     done = subprocess.run(line, shell=True, capture_output=True, text=True)
@@ -73,7 +73,7 @@ def test_nobody_has_to_hear_of_it(work, stderr):
     line = f"{sys.executable} -m reap info {work}/plan.json {stderr} <&-"
     done = subprocess.run(line, shell=True, stdout=subprocess.PIPE)
     assert done.returncode == 0 and b"plan" in done.stdout
-    line = f"{sys.executable} -m reap info {work}/none {stderr}"
+    line = f"{sys.executable} -m reap info {work}/a.txt {stderr}"
     done = subprocess.run(line, shell=True, stdout=subprocess.PIPE)
     assert done.returncode == 2 and done.stdout == b""
 

@@ -90,6 +90,14 @@ def test_no_output_is_replaced_unasked(
     assert "which is read" in refused("compress", MODEL, MODEL, *call[3:], "--overwrite")
 
 
+@pytest.mark.parametrize("out", ["", ".", "..", "/"])
+def test_no_folder_to_write(work: Path, tmp_path: Path, out: str, monkeypatch: Any) -> None:
+    monkeypatch.chdir(tmp_path)
+    call = ("compress", MODEL, out, "--data", work / "a.txt", "--keep", 8)
+    assert "exists" in refused(*call) or "which is read" in refused(*call)
+    assert "will not overwrite" in (line := refused(*call, "--overwrite")) or "is read" in line
+
+
 def test_a_model_that_cannot_be_pruned_is_not_calibrated(
     work: Path, tmp_path: Path, monkeypatch: Any
 ) -> None:

@@ -61,7 +61,7 @@ def compress(
     from reap.planning.criteria import check_criterion
     from reap.planning.plan import trial_plan
 
-    stats_file, plan_file = (out.with_name(out.name + end) for end in (STATS_FILE, PLAN_FILE))
+    stats_file, plan_file = (out.parent / (out.name + end) for end in (STATS_FILE, PLAN_FILE))
 
     def check(inputs: Sequence[str | Path]) -> None:
         check_folder(out, overwrite=overwrite, inputs=inputs)

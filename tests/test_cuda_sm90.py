@@ -255,7 +255,9 @@ def test_needs_its_own_chip_and_machine_code(monkeypatch):
         ([(8, 0), (9, 0)], None),
     ],
 )
-def test_another_gpu_is_the_reason_whatever_is_built(monkeypatch, request, built, chips, reason):
+def test_another_gpu_is_the_reason_whatever_is_built(
+    monkeypatch, request, built: Any, chips, reason
+):
     """Not that nothing is built for its chip: an A100 would not run what could be built."""
     request.addfinalizer(cuda.chip.cache_clear)
     cuda.chip.cache_clear()

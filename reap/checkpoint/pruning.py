@@ -179,12 +179,6 @@ def _files(folder: Path, check: Check | None) -> dict[str, dict[str, int]]:
     return files
 
 
-def pruned_size(model_dir: str | os.PathLike[str], plan: Plan) -> int:
-    """The bytes that `prune` copies: what its `progress` adds up to. Raises what `prune` raises."""
-    folder = open_folder(model_dir)
-    return sum(_sizes(folder, layout_of(folder, _operate(folder, plan))))
-
-
 def check_prune(
     model_dir: str | os.PathLike[str],
     plan: Plan,
@@ -193,13 +187,16 @@ def check_prune(
     overwrite: bool = False,
     allow_copy: bool = False,
     strict: bool = False,
-) -> None:
-    """Everything that `prune` checks before it writes, with its errors."""
-    _prepared(model_dir, plan, out_dir, overwrite, allow_copy, strict)
+) -> int:
+    """Everything that `prune` checks before it writes, with its errors. The bytes that it will
+    copy: what its `progress` adds up to."""
+    ready = _prepared(model_dir, plan, out_dir, overwrite, allow_copy, strict)
+    return ready.size + ready.others
 
 
 class _Prepared(NamedTuple):
-    """A pruning that may begin. `after`: data types and shapes to be, `size`: bytes of weights."""
+    """A pruning that may begin. `after`: data types and shapes to be; `size` and `others`: bytes of
+    weights and of other files."""
 
     folder: Folder
     out: Path
@@ -208,6 +205,7 @@ class _Prepared(NamedTuple):
     after: Tensors
     bytes_before: int
     size: int
+    others: int
     notes: tuple[str, ...]
     unchecked: str | None
 
@@ -243,7 +241,9 @@ def _prepared(
     _check_space(out, size + others)
     unchecked = _check_shapes(folder, before, operation, after)
     bytes_before = sum(t.nbytes for t in before.values())
-    return _Prepared(folder, out, operation, layout, after, bytes_before, size, notes, unchecked)
+    return _Prepared(
+        folder, out, operation, layout, after, bytes_before, size, others, notes, unchecked
+    )
 
 
 def _operate(folder: Folder, plan: Plan) -> Operation:

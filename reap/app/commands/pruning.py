@@ -57,11 +57,10 @@ def write_pruned(
     model: str, folder: Path, plan: Plan, out: Path, *, verify: bool, **options: bool
 ) -> PruneReport:
     """`reap.prune` of `model`, which is in `folder`, with this command in its record."""
-    from reap.checkpoint.pruning import check_prune, pruned_size
+    from reap.checkpoint.pruning import check_prune
     from reap.checkpoint.pruning import prune as run
 
-    check_prune(folder, plan, out, **options)
-    size = pruned_size(folder, plan)
+    size = check_prune(folder, plan, out, **options)
     how = "read back and compared" if verify else "not verified"
     announce("pruning", model, f"{sized(size)} to write to {out}", how)
     with reported("pruning", lambda: size, "bytes") as advance:

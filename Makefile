@@ -52,7 +52,8 @@ test-whole-oldest: $(VENV)/installed
 	$(ON_OLDEST)
 
 test-python310:
-	REAP_CUDA_ARCHS= $(MAKE) VENV=.venv-3.10 PYTHON=$(PYTHON310) test
+	REAP_CUDA_ARCHS= $(MAKE) VENV=.venv-3.10 PYTHON=$(PYTHON310) .venv-3.10/installed
+	$(MAKE) VENV=.venv-3.10 PYTHON=$(PYTHON310) test
 
 # The native kernels under ASan+UBSan (all their tests) and under TSan (those with threads).
 sanitize: $(VENV)/installed

@@ -230,7 +230,7 @@ def test_checks_leave_nothing_behind(
     deadline = time.monotonic() + 10
     while threading.active_count() > threads and time.monotonic() < deadline:
         time.sleep(0.01)  # the loader does not wait for its own
-    assert threading.active_count() == threads
+    assert threading.active_count() <= threads  # one that compiles for other tests may end
     assert capfd.readouterr() == ("", "")
 
 

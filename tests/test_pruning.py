@@ -402,7 +402,7 @@ def test_files_of_quantisers_follow(base: Path, tmp_path: Path) -> None:
     edit_config(folder, quantization_config={"quant_method": "fp8", "ignored_layers": listed})
     heard: list[int] = []
     report = prune(folder, plan, tmp_path / "out", progress=heard.append)
-    assert sum(heard) == pruning.pruned_size(folder, plan)
+    assert sum(heard) == pruning.check_prune(folder, plan, tmp_path / "again")
     written = json.loads((tmp_path / "out" / "hf_quant_config.json").read_text())
     names = [f"{layer}.{i}.up_proj" for i in range(len(kept))]
     assert written == {"quantization": {"exclude_modules": names}}
@@ -456,7 +456,7 @@ def test_a_plan_of_more_experts_than_the_folder_has(base: Path, tmp_path: Path) 
     prune(base, plan, tmp_path / "out")
     refused(tmp_path / "out", plan, "another model .*num_experts 8 against 5", tmp_path / "again")
     with pytest.raises(ReapError, match="num_experts 8 against 5"):
-        pruning.pruned_size(tmp_path / "out", plan)
+        pruning.check_prune(tmp_path / "out", plan, tmp_path / "again")
     saved(tmp_path / "glm", "glm4_moe")
     refused(tmp_path / "glm", plan, "qwen3_moe against glm4_moe", tmp_path / "again")
 

@@ -133,6 +133,7 @@ def test_package_works_without_triton():
 
 @no_gpu
 def test_reasons_why_it_is_not_available(monkeypatch):
+    monkeypatch.setattr(torch.version, "cuda", None)
     assert backend.available() == "this torch is built for CPUs only"
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     assert backend.available() == "no GPU driver or no GPU"
@@ -151,7 +152,7 @@ def test_interpreter_beside_a_gpu_is_refused(monkeypatch):
 @no_gpu
 def test_named_it_raises_and_auto_moves_on():
     inputs = cases.make(cases.SHAPES[4], torch.float32)
-    with pytest.raises(ValueError, match="cannot run this call: triton: this torch is built for"):
+    with pytest.raises(ValueError, match="cannot run this call: triton: (this torch is|no GPU)"):
         moe_saliency(**inputs, backend="triton")
     cases.assert_accurate(moe_saliency(**inputs), inputs)
 

@@ -77,6 +77,19 @@ def check_dtype(dtype: str) -> None:
         raise ReapError(f"dtype is {dtype!r}: it must be one of {', '.join(DTYPES)}")
 
 
+def find_device(device: str) -> str:
+    """What `load_model` makes of its `device`: "auto" is the first GPU, else the CPU. ReapError for
+    one that this machine has not."""
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device not in ACCELERATED:
+        try:
+            torch.empty(0, device=device)
+        except Exception as error:
+            raise ReapError(f"device {device!r} is not usable: {first_line(error)}") from error
+    return device
+
+
 def load_model(
     folder: Path, *, dtype: str = "auto", device: str = "auto", trust_remote_code: bool = False
 ) -> Any:
@@ -99,13 +112,7 @@ def load_model(
         if auto.__name__ in own or compat.mapped_class(auto, config)
     )
     cls = next(autos, None) or model_classes(config, folder)[0]
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device not in ACCELERATED:
-        try:
-            torch.empty(0, device=device)
-        except Exception as error:
-            raise ReapError(f"device {device!r} is not usable: {first_line(error)}") from error
+    device = find_device(device)
     # Without accelerate a model can still be loaded whole and then moved.
     moved = find_spec("accelerate") is None and device not in ACCELERATED
     try:

@@ -2,124 +2,149 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from reap.app.arguments import (
-    Backend,
-    BatchSize,
-    Count,
-    CountAfter,
-    CountUntil,
-    Data,
-    Device,
-    Domain,
-    Dtype,
     Json,
-    MaxTokens,
-    MaxTokensPerSource,
+    LoadOptions,
+    MeasureOptions,
     Model,
     Overwrite,
-    Pack,
-    Revision,
-    SeqLen,
-    SkipBad,
-    TrustRemoteCode,
-    rows_of,
-    save_statistics,
+    TextOptions,
+    grouped,
 )
-from reap.app.console import reports_errors
-from reap.app.longruns import announce, reported
+from reap.app.console import print_json, reports_errors
+from reap.app.longruns import announce, read_on, reported, rows_of, shape_of, where
 from reap.files.outputs import STATISTICS, check_file
+
+if TYPE_CHECKING:
+    from reap.statistics.stats import Statistics
 
 PARTIAL = ".partial.safetensors"  # behind the output's name
 
 
 @reports_errors
+@grouped
 def calibrate(
     model: Model,
-    data: Data,
+    text: TextOptions,
     out: Annotated[Path, typer.Option(help="the statistics file to write")],
-    max_tokens: MaxTokens = None,
-    max_tokens_per_source: MaxTokensPerSource = None,
-    seq_len: SeqLen = None,
-    batch_size: BatchSize = 1,
-    domain: Domain = None,
-    pack: Pack = True,
-    skip_bad: SkipBad = False,
-    count: Count = "all",
-    count_after: CountAfter = None,
-    count_until: CountUntil = None,
-    gates: Annotated[str, typer.Option(help="applied or renormalized")] = "applied",
-    pairs: Annotated[bool, typer.Option("--pairs", help="also record pair matrices")] = False,
-    backend: Backend = "auto",
-    dtype: Dtype = "auto",
-    device: Device = "auto",
-    deterministic: Annotated[
-        bool, typer.Option("--deterministic", help="the same bits in every run, also on a GPU")
-    ] = False,
-    mtp: Annotated[
-        bool,
-        typer.Option("--mtp/--no-mtp", help="also the layer for multi-token prediction, if any"),
-    ] = True,
-    revision: Revision = None,
-    trust_remote_code: TrustRemoteCode = False,
+    measuring: MeasureOptions,
+    loading: LoadOptions,
     overwrite: Overwrite = False,
     json: Json = False,
 ) -> None:
     """Run MODEL over calibration text and write the statistics of every expert."""
+
+    def check(inputs: Sequence[str | Path]) -> None:
+        check_file(out, STATISTICS, overwrite=overwrite, inputs=inputs)
+
+    folder = find_model(model, text, measuring, loading, check)
+    with measured(model, folder, text, measuring, loading, out, lambda info: None) as found:
+        stats, notes = found
+        saved = save_statistics(stats, out, overwrite, notes)
+    if json:
+        print_json(saved)
+    else:
+        tell_statistics(saved)
+
+
+def find_model(
+    model: str,
+    text: TextOptions,
+    measuring: MeasureOptions,
+    loading: LoadOptions,
+    check: Callable[[Sequence[str | Path]], None],
+) -> Path:
+    """The folder of `model`, behind every check that needs no model. `check` is called with what
+    will be read, before a download and after it."""
     from reap.files.hub import resolve_model
-    from reap.model.identity import describe_folder
-    from reap.model.load import check_dtype, load_model
-    from reap.observation.patch import check_backend
+    from reap.text.sources import local_names
+
+    measuring.check()
+    loading.check()
+    check([model, *(name for source in text.sources() for name in local_names(source))])
+    folder = resolve_model(model, loading.revision)
+    check([folder])  # of a hub id, its cache
+    return folder
+
+
+@contextmanager
+def measured(
+    model: str,
+    folder: Path,
+    text: TextOptions,
+    measuring: MeasureOptions,
+    loading: LoadOptions,
+    out: Path,
+    accept: Callable[[Any], None],
+) -> Iterator[tuple[Statistics, list[str]]]:
+    """The statistics of the text, and notes on it, to be written to `out`. Until the end of the
+    `with` what was measured is kept beside it, for the same command to go on from. `accept` hears
+    of the model (ModelInfo) as early as can be, and may refuse it."""
+    from reap.model.identity import describe, describe_folder
     from reap.runs.calibration import calibrate as run
-    from reap.runs.calibration import what_runs
     from reap.runs.heads import chosen_mtp
     from reap.runs.partial import Partial
-    from reap.statistics.layerstats import check_gates
-    from reap.text.sources import local_names, parse_spec
 
-    check_gates(gates)
-    check_backend(backend)
-    check_dtype(dtype)
-    sources = [parse_spec(spec) for spec in data]  # before a model is downloaded
-    inputs = [model, *(name for source in sources for name in local_names(source))]
-    check_file(out, STATISTICS, overwrite=overwrite, inputs=inputs)
-    folder = resolve_model(model, revision)
-    check_file(out, STATISTICS, overwrite=overwrite, inputs=[folder])  # of a hub id, its cache
-    if not trust_remote_code:
-        describe_folder(folder)  # a model without experts is refused before its weights are loaded
-    options = {
-        "batch_size": batch_size,
-        "max_tokens": max_tokens,
-        "max_tokens_per_source": max_tokens_per_source,
-        "packing": pack,
-        "skip_bad": skip_bad,
-        "count": count,
-        "count_after": count_after,
-        "count_until": count_until,
-    }
+    trust = loading.trust_remote_code
+    if not trust:
+        accept(describe_folder(folder))  # without experts it is refused here too
     partial = Partial(out.with_name(out.name + PARTIAL))
-    rows = rows_of(folder, sources, seq_len, json, trust_remote_code, domain=domain, **options)
+    sources = text.sources()
+    rows = rows_of(folder, text, sources, trust)
     partial.refuse_other(rows.describe())
-    loaded = load_model(folder, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
-    head, of_head = chosen_mtp(loaded, folder, mtp)
-    about = what_runs(loaded, backend, deterministic)
-    where = f"{model} in {about['dtype']} on {about['device']}, backend {about['backend']}"
-    announce(where, rows.expected, json)
+    modes = [f"gates {measuring.gates}", "pairs" if measuring.pairs else None]
+    modes += ["deterministic" if measuring.deterministic else None]
+    runs = where(folder, loading, measuring.backend)
+    announce("calibrating", model, runs, *modes, shape_of(rows))
+    read_on(rows, sources)
+    loaded = loading.load(folder)
+    if trust:
+        accept(describe(loaded))
+    head, of_head = chosen_mtp(loaded, folder, measuring.mtp)
     with partial.kept():
-        with reported("calibrating", lambda: rows.expected, "tokens", json) as advance:
+        with reported("calibrating", lambda: rows.expected, "tokens") as advance:
             stats = run(
                 loaded,
                 rows,
-                gates=gates,
-                pairs=pairs,
-                backend=backend,
-                deterministic=deterministic,
+                gates=measuring.gates,
+                pairs=measuring.pairs,
+                backend=measuring.backend,
+                deterministic=measuring.deterministic,
                 mtp=head or False,
                 progress=advance,
                 partial=partial,
             )
-        save_statistics(stats, out, overwrite, json, [*rows.notes(), *of_head])
+        del loaded, head  # their memory, for what follows
+        yield stats, [*rows.notes(), *of_head]
+
+
+def save_statistics(
+    stats: Statistics, out: Path, overwrite: bool, notes: Sequence[str] = ()
+) -> dict[str, Any]:
+    """Write a statistics file; what is in it, and what of the text is not."""
+    stats.save(out, overwrite=overwrite)
+    return {
+        "out": str(out),
+        "tokens": stats.tokens,
+        "layers": len(stats.layers),
+        "domains": list(stats.domains),
+        "notes": list(notes),
+    }
+
+
+def tell_statistics(saved: dict[str, Any]) -> None:
+    """Of what `save_statistics` returns."""
+    domains = ", ".join(saved["domains"])
+    typer.echo(
+        f"{saved['out']}: {saved['tokens']:,} tokens through {saved['layers']} MoE layers, "
+        f"domains {domains}"
+    )
+    for note in saved["notes"]:
+        typer.echo(note)

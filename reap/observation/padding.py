@@ -30,6 +30,7 @@ class _Call:
     cached: int | None  # tokens in the cache before the call; None: it cannot be told
     mask: Any
     maskless: bool  # no argument of it is a mask of any name
+    decodes: bool  # other tokens than those of the calls around it
     real: Tensor | None = None  # [B*q] bool, once worked out; None if nothing is known to be padded
     known: bool = False
 
@@ -67,6 +68,9 @@ class Padding(threading.local):
         @torch.compiler.disable
         def enter(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             given = named(args, kwargs)
+            decodes = not _TOKENS & given.keys() and "decoder_input_ids" in given
+            if decodes:
+                given = _decoders(given)
             if any(call.model is model for call in self._calls):
                 # No model runs inside itself: that call was cut short, by an interrupt say.
                 self._calls.clear()
@@ -77,6 +81,7 @@ class Padding(threading.local):
                     cached=_cached(given),
                     mask=given.get("attention_mask"),
                     maskless=not any("mask" in name and x is not None for name, x in given.items()),
+                    decodes=decodes,
                 )
             )
 
@@ -94,12 +99,13 @@ class Padding(threading.local):
         wait for it, perhaps a mask of all. ReapError when there is padding and it cannot be lined
         up with the tokens.
         """
-        masked = next((i for i, call in enumerate(self._calls) if call.mask is not None), None)
+        first = max((i for i, call in enumerate(self._calls) if call.decodes), default=0)
+        calls = self._calls[first:]
+        masked = next((i for i, call in enumerate(calls) if call.mask is not None), None)
         if masked is None:
             return None
-        call = self._calls[masked]
+        call, outer = calls[masked], calls[:masked]
         if not call.known:
-            outer = self._calls[:masked]
             if outer and not _is_plain(call.mask) and all(around.maskless for around in outer):
                 call.real = None  # made by the model itself, which was told of no padding
             else:
@@ -107,7 +113,7 @@ class Padding(threading.local):
             call.known = True
         if call.real is None:
             return None
-        misfit = self._misfit(masked, tokens)
+        misfit = _misfit(calls[masked:], tokens)
         if misfit is not None:
             if bool(call.real.all()):
                 return None
@@ -115,20 +121,27 @@ class Padding(threading.local):
         call.real = call.real.to(device)
         return call.real
 
-    def _misfit(self, masked: int, tokens: int) -> str | None:
-        """Why call number `masked`, which has a mask, is not of the same tokens as the experts'."""
-        call = self._calls[masked]
-        for inner in self._calls[masked:]:
-            if inner.shape != call.shape:
-                seen = "no token ids" if inner.shape is None else f"tokens {list(inner.shape)}"
-                return (
-                    f"{call.cls} was called with tokens {list(call.shape or ())} and {inner.cls} "
-                    f"in it with {seen}"
-                )
-        known = 0 if call.real is None else len(call.real)
-        if known != tokens:
-            return f"{call.cls} was called with {known} tokens and its experts with {tokens}"
-        return None
+
+def _misfit(calls: list[_Call], tokens: int) -> str | None:
+    """Why the first of `calls`, which has a mask, is not of the same tokens as the experts'."""
+    call = calls[0]
+    for inner in calls:
+        if inner.shape != call.shape:
+            seen = "no token ids" if inner.shape is None else f"tokens {list(inner.shape)}"
+            return (
+                f"{call.cls} was called with tokens {list(call.shape or ())} and {inner.cls} "
+                f"in it with {seen}"
+            )
+    known = 0 if call.real is None else len(call.real)
+    if known != tokens:
+        return f"{call.cls} was called with {known} tokens and its experts with {tokens}"
+    return None
+
+
+def _decoders(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Of a call with a decoder's tokens alone (a canvas beside the prompt, say) what is of them."""
+    own = {name.removeprefix("decoder_"): x for name, x in given.items() if "decoder_" in name}
+    return {name: x for name, x in given.items() if "mask" not in name} | own
 
 
 def naming(model: nn.Module) -> Callable[[tuple[Any, ...], dict[str, Any]], dict[str, Any]]:
@@ -136,6 +149,9 @@ def naming(model: nn.Module) -> Callable[[tuple[Any, ...], dict[str, Any]], dict
     the old names that a decorator still takes."""
     names = list(inspect.signature(type(model).forward).parameters)[1:]
     return lambda args, kwargs: {**dict(zip(names, args, strict=False)), **kwargs}
+
+
+_TOKENS = {"input_ids", "inputs_embeds"}
 
 
 def token_shape(given: Mapping[str, Any]) -> tuple[int, int] | None:

@@ -194,7 +194,7 @@ def triton(repeats: int) -> Times:
 
     def first() -> object:
         with mock.patch.object(launch, "_plans", Plans()):
-            return launch.run(call, config)
+            return launch.run(call, config, None)
 
     with (
         no_driver(),
@@ -208,8 +208,8 @@ def triton(repeats: int) -> Times:
     ):
         return {
             "triton, the op": median(op, repeats),
-            "  its choice of a config": median(lambda: backend._choose(call), repeats),
-            "  seven launches": median(lambda: launch.run(call, config), repeats),
+            "  its choice of a config": median(lambda: backend.unsupported(call), repeats),
+            "  four launches": median(lambda: launch.run(call, config, None), repeats),
             "  the same for the first time": median(first, repeats),
             "triton's statistics": median(lambda: layer.update(*slots), repeats),
         }

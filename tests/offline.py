@@ -91,14 +91,16 @@ def compiled(kernel, arguments: dict, options: dict, target: GPUTarget):
     signature, constants, attributes = {}, {}, {}
     for i, parameter in enumerate(kernel.params):
         value = arguments[parameter.name]
-        if parameter.is_constexpr or value is None or (type(value) is int and value == 1):
+        fixed = type(value) is int and not parameter.do_not_specialize
+        if parameter.is_constexpr or value is None or (fixed and value == 1):
             signature[parameter.name], constants[(i,)] = "constexpr", value
         elif isinstance(value, float):
             signature[parameter.name] = "fp32"
         else:
             tensor = isinstance(value, torch.Tensor)
             signature[parameter.name] = TYPES[value.dtype] if tensor else "i32"
-            if tensor or value % 16 == 0:
+            vague = parameter.do_not_specialize_on_alignment
+            if (tensor and not vague) or (fixed and value % 16 == 0):
                 attributes[(i,)] = [["tt.divisibility", 16]]
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
     return triton.compile(source, target=target, options=options)
@@ -157,14 +159,15 @@ def call(variant: Variant, T: int = 4096, K: int = 8, E: int = 128) -> Call:
 def gemms(chip: str, config: configs.Config, variant: Variant) -> Iterator[dict]:
     _, target, _ = CHIPS[chip]
     made = call(variant)
-    tiles, *_ = routing.allocate(made, config.block_m, made.top_k_index.new_empty)
+    tiles = routing.allocate(made, config.block_m, made.top_k_index.new_empty)
     x, S, width = made.hidden_states, made.T * made.K, launch.slab_width(made, config)
     wide = x.new_empty((S, width), dtype=torch.float32)
     inner = x.new_empty((S, made.I))
     buffers = {"inner": inner, "combined": wide, "squares": wide, "peaks": wide}
-    slab = {"first_column": 0, "W": width}
+    slab = {"first_column": 0, "W": width, "slab": 2}
+    sums = None if made.deterministic else wide
     for kernel, arguments, tile in (
-        (gate_up.gate_up_kernel, gate_up.arguments(made, tiles, inner, config), config.gate_up),
+        (gate_up.gate_up_kernel, gate_up.arguments(made, tiles, inner, sums, config), config.gate_up),
         (down.down_kernel, down.arguments(made, tiles, buffers, config) | slab, config.down),
     ):
         yield resources(compiled(kernel, arguments, launch.options(tile), target)) | {
@@ -177,7 +180,8 @@ def small_kernels(chip: str) -> Iterator[dict]:
     _, target, _ = CHIPS[chip]
     made = call(VARIANTS[16][0])
     x, ids = made.hidden_states, made.top_k_index
-    tiles, counts, totals = routing.allocate(made, 128, ids.new_empty)
+    tiles = routing.allocate(made, 128, ids.new_empty)
+    counts = totals = tiles.order
     shared = routing.arguments(made)
     norms = x.new_empty(ids.shape, dtype=torch.float32)
     result = Saliency(x, norms, norms)
@@ -190,7 +194,9 @@ def small_kernels(chip: str) -> Iterator[dict]:
     slots = (ids, made.top_k_weights, norms, norms)
     mask = ids.new_empty((made.T,), dtype=torch.bool)
     placed = {"before": counts, "totals": totals, "BLOCK_M": 128, **tiles.arguments(), **shared}
+    routed = placed | {"WIDE": routing.WIDE}
     for kernel, arguments in (
+        (routing.route_kernel, routed),
         (routing.count_kernel, {"counts": counts, **shared}),
         (routing.scan_kernel, {"counts": counts, "totals": totals, "blocks": 16, "BLOCK": 256}),
         (routing.place_kernel, placed),

@@ -317,7 +317,7 @@ def test_sanitizer_is_told_our_kernels_only():
     assert command[command.index("--kernel-name") + 1] == "kns=reap"
     assert command[-1] == "cuda_sm90" and sys.executable in command
     old = sanitize.filters("triton", "  --kernel-regex arg")
-    assert old[:2] == ["--kernel-regex", "kns=count_kernel"]
+    assert old[:2] == ["--kernel-regex", "kns=route_kernel"]
     names = {part for part in sanitize.TRITON if part.endswith("_kernel")}
     source = "".join(path.read_text() for path in TESTS.parent.glob("reap_kernels/triton/*.py"))
     assert all(f"def {name}(" in source for name in names)

@@ -70,7 +70,8 @@ def test_every_config_compiles_without_spills_to_tensor_cores(chip):
     found = rows(chip)
     for row in found:
         assert_clean(row)
-        assert row.get("asserts", True) or row["kernel"] != "count_kernel"
+        asserting = row["kernel"] in ("route_kernel", "count_kernel")
+        assert row.get("asserts", asserting) == asserting
     compiled = {row["config"] for row in found}
     family = offline.CHIPS[chip][0]
     assert {repr(choice.config) for choice in configs.CHOICES[family]} <= compiled

@@ -25,8 +25,8 @@ from bench.gpu.small import BACKENDS
 TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
 # Parts of mangled names. Triton's kernels have those of their functions; what torch writes into
 # their buffers must be seen as well, or initcheck takes it for uninitialized.
-TRITON = ("count_kernel", "scan_kernel", "place_kernel", "gate_up_kernel", "down_kernel",
-          "finish_kernel", "FillFunctor")  # fmt: skip
+TRITON = ("route_kernel", "count_kernel", "scan_kernel", "place_kernel", "gate_up_kernel",
+          "down_kernel", "finish_kernel", "FillFunctor")  # fmt: skip
 KERNELS = {"cuda": ("reap",), "cuda_sm90": ("reap",), "triton": TRITON}
 FOUND = 86  # the exit code that stands for errors
 SUMMARY = re.compile(r"(?:ERROR|RACECHECK) SUMMARY: (\d+)")

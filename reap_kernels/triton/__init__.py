@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from reap_kernels.contract import Call, Saliency, check_ids
-from reap_kernels.triton import configs, records
+from reap_kernels.triton import configs
 from reap_kernels.triton.configs import Config
 from reap_kernels.triton.signature import signature_of
 
@@ -65,7 +65,7 @@ def unsupported(call: Call) -> str | None:
         return f"{call.E} experts, at most {MAX_EXPERTS}"
     if call.T * call.K > MAX_SLOTS:
         return f"{call.T * call.K} slots, at most {MAX_SLOTS}: pass fewer tokens at a time"
-    return _choose(call)[1]
+    return _choose(call, signature_of(call))[1]
 
 
 def run(call: Call) -> Saliency:
@@ -73,18 +73,20 @@ def run(call: Call) -> Saliency:
 
     if call.top_k_index.device.type == "cpu":
         check_ids(call.top_k_index)
-    config, reason = _choose(call)
+    key = signature_of(call)
+    config, reason = _choose(call, key)
     assert config is not None, reason
-    with torch.cuda.device_of(call.hidden_states):
-        return launch.run(call, config)
+    device = call.hidden_states.device
+    # Seldom another one, and asking is cheaper than a context.
+    if device.type == "cpu" or torch.cuda.current_device() == device.index:
+        return launch.run(call, config, key)
+    with torch.cuda.device(device):
+        return launch.run(call, config, key)
 
 
-def _choose(call: Call) -> tuple[Config | None, str | None]:
+def _choose(call: Call, key: Any) -> tuple[Config | None, str | None]:
     """A config, or None and the reason. The same object for calls of one signature: the launches
     that were made with it can be repeated."""
-    if config := records.recorded(call):
-        return config, None
-    key = signature_of(call)
     if key not in _choices:
         if len(_choices) >= MAX_CHOICES:
             _choices.clear()

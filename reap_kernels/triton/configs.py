@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from reap_kernels.contract import Call
+from reap_kernels.triton import order
 
 
 @dataclass(frozen=True)
@@ -40,16 +41,25 @@ class Config:
     block_m: int
     gate_up: Tile
     down: Tile
+    # Column tiles of down that all rows go through before the next ones: `order` counts.
+    slab: int = 1 << 30
 
-    def grouped(self, depths: tuple[int, int], cache: int) -> Config:
-        """As many row tiles side by side as leave a fifth of the cache to the weights that pass by,
-        if that is more: an expert that is one group reads its weights once. `depths`: bytes of a
-        row of x and of the inner tensor."""
+    def ordered(self, call: Call, cache: int, hinted: bool) -> Config:
+        """With the order of the tiles that moves few bytes past a cache of that size: as many row
+        tiles side by side as leave a fifth of it to the weights that pass by, if that is more (an
+        expert that is one group reads its weights once), and down in slabs where that pays. hinted:
+        loads can say that they leave the cache first; without that they push a slab's sums out."""
+        size = call.hidden_states.element_size()
         up, down = (
-            replace(tile, group_m=max(tile.group_m, cache * 4 // 5 // (self.block_m * depth)))
-            for tile, depth in zip((self.gate_up, self.down), depths, strict=True)
+            replace(tile, group_m=max(tile.group_m, cache * 4 // 5 // (self.block_m * depth * size)))
+            for tile, depth in ((self.gate_up, call.H), (self.down, call.I))
         )
-        return replace(self, gate_up=up, down=down)
+        if not hinted:
+            return replace(self, gate_up=up, down=down)
+        slab = order.slab_tiles(call, down.block_n, cache)
+        if slab * down.block_n < call.H:  # there the cache is the slab's
+            down = self.down
+        return replace(self, gate_up=up, down=down, slab=slab)
 
     def shared_bytes(self, gated: bool, itemsize: int) -> int:
         """Shared memory of the kernel that needs more. [bytes]"""
@@ -226,6 +236,9 @@ CACHE = {
     "interpreter": 0,
 }
 
+# Where triton tells the cache what to let go of first.
+HINTED = ("sm_90", "sm_100")
+
 _FAMILY = {(8, 0): "sm_80", (8, 7): "sm_80", (8, 6): "sm_86", (8, 9): "sm_86"}
 _FAMILY_BY_MAJOR = {9: "sm_90", 10: "sm_100", 12: "sm_86"}  # 12 has sm_86's mma and shared memory
 _CDNA = ("gfx90a", "gfx942", "gfx950")
@@ -256,11 +269,10 @@ def cache_size(device: torch.device, kind: str) -> int:
 
 
 def choose(call: Call, kind: str, limit: int, cache: int) -> Config | None:
-    """The first config of a family that suits the call and fits `limit` bytes of shared memory,
-    with its groups widened to `cache`."""
+    """The first config of a family that suits the call and fits `limit` bytes of shared memory, in
+    the order that suits `cache` bytes."""
     itemsize = call.hidden_states.element_size()
     for choice in CHOICES[kind]:
         if choice.suits(call) and choice.config.shared_bytes(call.gated, itemsize) <= limit:
-            depths = (call.H * itemsize, call.I * itemsize)
-            return choice.config.grouped(depths, cache)
+            return choice.config.ordered(call, cache, kind in HINTED)
     return None

@@ -20,9 +20,9 @@ from reap_kernels.triton.tiles import (
     load_rows,
     load_weights,
     locate,
+    locate_slab,
     multiply,
     strides,
-    tile_count,
 )
 
 # Columns that are combined at once. Each element of a piece has a pointer of its own; those of a
@@ -48,7 +48,10 @@ def _combine(y, cell, real, left, DETERMINISTIC: tl.constexpr, EVEN_N: tl.conste
         tl.atomic_add(cell[:, None] + n[None, :], y, mask=stored, sem="relaxed")
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=["S", "slab", "group_m"],
+    do_not_specialize_on_alignment=["gates"],
+)
 def down_kernel(
     inner,  # rows by sorted position [S, I] model dtype
     down_proj,  # [E, H, I] in any order of memory, model dtype
@@ -65,9 +68,10 @@ def down_kernel(
     H,
     I,  # noqa: E741
     S,
-    first_column,  # of the slab; a multiple of BLOCK_N
+    first_column,  # of this launch; a multiple of BLOCK_N
+    slab,  # column tiles that all rows go through before the next
     group_m,
-    W,  # columns of this launch: H, or those of the slab
+    W,  # columns of this launch: H if not DETERMINISTIC
     stride_we,
     stride_wh,
     stride_wi,
@@ -79,16 +83,20 @@ def down_kernel(
     DETERMINISTIC: tl.constexpr,
     EVEN_N: tl.constexpr,
     EVEN_K: tl.constexpr,
+    EVICT: tl.constexpr,  # which operands leave the cache first: in slabs, before the sums
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
     program = tl.program_id(0)
-    if program >= tile_count(first_tile, E, W, BLOCK_N):
+    columns = tl.cdiv(W, BLOCK_N)
+    if program >= tl.load(first_tile + E) * columns:
         return
+    program, first, columns = locate_slab(program, first_tile, E, columns, slab)
     expert, start, end, column = locate(
-        program, tile_expert, first_tile, offsets, W, group_m, BLOCK_M, BLOCK_N
+        program, tile_expert, first_tile, offsets, columns, group_m, BLOCK_M
     )
+    column += first
     position = start + tl.arange(0, BLOCK_M)
     real = position < end
     local = column * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -104,8 +112,8 @@ def down_kernel(
 
     y = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for done in range(0, I, BLOCK_K):
-        x = load_rows(a, k, I - done, EVEN_K)
-        y = multiply(x, load_weights(b, k, I - done, inside, EVEN_K, EVEN_N), y)
+        x = load_rows(a, k, I - done, EVEN_K, EVICT)
+        y = multiply(x, load_weights(b, k, I - done, inside, EVEN_K, EVEN_N, EVICT), y)
         a += BLOCK_K
         b += step_b
 
@@ -147,7 +155,7 @@ def down_kernel(
 
 
 def arguments(call: Call, tiles: Tiles, buffers: dict[str, Tensor], config: Config) -> dict:
-    """The down kernel's arguments by name, but for the slab's first_column and W.
+    """The down kernel's arguments by name, but for first_column, W and slab.
 
     buffers: inner, combined, squares and peaks.
     """
@@ -172,6 +180,7 @@ def arguments(call: Call, tiles: Tiles, buffers: dict[str, Tensor], config: Conf
         "DETERMINISTIC": call.deterministic,
         "EVEN_N": call.H % tile.block_n == 0,
         "EVEN_K": call.I % tile.block_k == 0,
+        "EVICT": "evict_first" if config.slab * tile.block_n < call.H else "",
         "BLOCK_M": config.block_m,
         "BLOCK_N": tile.block_n,
         "BLOCK_K": tile.block_k,

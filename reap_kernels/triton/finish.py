@@ -13,7 +13,10 @@ from reap_kernels.triton.routing import Tiles
 from reap_kernels.triton.tiles import narrow, strides
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=["T", "S", "tiles"],
+    do_not_specialize_on_alignment=["ids"],
+)
 def finish_kernel(
     combined,  # as written by down_kernel
     squares,  # [tiles, S] fp32

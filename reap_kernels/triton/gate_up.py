@@ -3,13 +3,15 @@
 
     x [T, H], W [E, 2I, H]  ->  inner [S, I], rows in the sorted order of the slots
 
-Rows of x are gathered in the load. Both halves of a gated tile are made by one program: with a
+Programs beyond the tiles zero the sums that the down projection adds to. Rows of x are gathered in
+the load. Both halves of a gated tile are made by one program: with a
 concatenated layout in two accumulators, with an interleaved one in a single accumulator of twice
 the width whose columns are split in registers, so that weights are read in the order of memory.
 """
 
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from reap_kernels.contract import Call
 from reap_kernels.triton.configs import Config
@@ -21,8 +23,9 @@ from reap_kernels.triton.tiles import (
     multiply,
     narrow,
     strides,
-    tile_count,
 )
+
+ZEROED = tl.constexpr(1 << 13)  # sums per program
 
 
 @triton.jit
@@ -51,17 +54,19 @@ def _glu(g, u, KIND: tl.constexpr, alpha, limit, offset):
         return _elementwise(g, KIND) * u
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "group_m"])
 def gate_up_kernel(
     hidden_states,  # [T, H] model dtype
     gate_up_proj,  # [E, R, H] in any order of memory, model dtype
     gate_up_bias,  # [E, R] model dtype, or None
     inner,  # [S, I] model dtype
+    sums,  # to be zeroed [T, H] fp32, or None
     order,  # sorted position -> slot [S] int32
     offsets,  # expert -> first sorted position [E+1] int32
     first_tile,  # expert -> first row tile [E+1] int32
     tile_expert,  # row tile -> expert [row tiles] int32
     E,
+    T,
     H,
     I,  # noqa: E741
     group_m,
@@ -89,10 +94,15 @@ def gate_up_kernel(
     WIDTH: tl.constexpr = 2 * BLOCK_N if INTERLEAVED else BLOCK_N
 
     program = tl.program_id(0)
-    if program >= tile_count(first_tile, E, I, BLOCK_N):
+    columns = tl.cdiv(I, BLOCK_N)
+    tiles = tl.load(first_tile + E) * columns
+    if program >= tiles:
+        if sums is not None:
+            cell = (program - tiles).to(tl.int64) * ZEROED + tl.arange(0, ZEROED)
+            tl.store(sums + cell, 0.0, mask=cell < T.to(tl.int64) * H)
         return
     expert, start, end, column = locate(
-        program, tile_expert, first_tile, offsets, I, group_m, BLOCK_M, BLOCK_N
+        program, tile_expert, first_tile, offsets, columns, group_m, BLOCK_M
     )
     position = start + tl.arange(0, BLOCK_M)
     slot = tl.load(order + tl.minimum(position, end - 1))
@@ -111,10 +121,10 @@ def gate_up_kernel(
     first = tl.zeros((BLOCK_M, WIDTH), tl.float32)
     second = tl.zeros((BLOCK_M, WIDTH), tl.float32)
     for done in range(0, H, BLOCK_K):
-        x = load_rows(a, k, H - done, EVEN_K)
-        first = multiply(x, load_weights(b, k, H - done, inside, EVEN_K, EVEN_N), first)
+        x = load_rows(a, k, H - done, EVEN_K, "")
+        first = multiply(x, load_weights(b, k, H - done, inside, EVEN_K, EVEN_N, ""), first)
         if TWO:
-            up = load_weights(b + half, k, H - done, inside, EVEN_K, EVEN_N)
+            up = load_weights(b + half, k, H - done, inside, EVEN_K, EVEN_N, "")
             second = multiply(x, up, second)
         a += step_a
         b += step_b
@@ -140,8 +150,14 @@ def gate_up_kernel(
     tl.store(cell, narrow(y, inner.dtype.element_ty), mask=stored)
 
 
-def arguments(call: Call, tiles: Tiles, inner: object, config: Config) -> dict:
-    """The kernel's arguments by name. inner: [S, I] model dtype."""
+def arguments(
+    call: Call,
+    tiles: Tiles,
+    inner: Tensor,  # [S, I] model dtype
+    sums: Tensor | None,  # to be zeroed [T, H] fp32
+    config: Config,
+) -> dict:
+    """The kernel's arguments by name."""
     x, w, bias = call.hidden_states, call.gate_up_proj, call.gate_up_bias
     if call.transposed:
         w = w.mT
@@ -150,9 +166,11 @@ def arguments(call: Call, tiles: Tiles, inner: object, config: Config) -> dict:
         "hidden_states": x,  # [T, H]
         "gate_up_proj": w,  # [E, R, H]
         "gate_up_bias": bias,  # [E, R]
-        "inner": inner,  # [S, I]
+        "inner": inner,
+        "sums": sums,
         **tiles.arguments(),
         "E": call.E,
+        "T": call.T,
         "H": call.H,
         "I": call.I,
         **strides("stride_xt stride_xh", x),
@@ -174,5 +192,6 @@ def arguments(call: Call, tiles: Tiles, inner: object, config: Config) -> dict:
     }
 
 
-def programs(call: Call, tiles: Tiles, config: Config) -> int:
-    return tiles.bound * triton.cdiv(call.I, config.gate_up.block_n)
+def programs(call: Call, tiles: Tiles, sums: Tensor | None, config: Config) -> int:
+    zeroing = 0 if sums is None else triton.cdiv(sums.numel(), ZEROED.value)
+    return tiles.bound * triton.cdiv(call.I, config.gate_up.block_n) + zeroing

@@ -105,7 +105,10 @@ def _slots(
     return expert, gate, norm, weighted, peak, counted & summable, counted & ~summable
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=["T"],
+    do_not_specialize_on_alignment=["ids", "gates", "norms", "peaks", "mask"],
+)
 def statistics_kernel(
     ids,  # [T, K] int32 or int64
     gates,  # [T, K] any float

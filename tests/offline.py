@@ -229,7 +229,8 @@ def every(chip: str, large: bool) -> Iterator[dict]:
         if not large:
             variants = tuple(v for v in variants if choice.unaligned or configs.aligned(call(v)))
         for variant in variants:
-            needed = [instruction] if choice.bits == 16 else []
+            few = choice.config.block_m < 64 and instruction == "HGMMA"  # wgmma takes 64 rows
+            needed = [] if choice.bits == 32 else ["HMMA" if few else instruction]
             for found in gemms(chip, choice.config, variant):
                 yield found | {"needed": needed, "limit": limit}
 

@@ -95,7 +95,8 @@ def test_configs_follow_rows_shape_and_memory():
         return configs.choose(offline.call(variant, T=T), "sm_90", limit, cache)
 
     assert chosen(plain, 1 << 14).block_m == 128
-    assert chosen(plain, 64).block_m == 64
+    assert chosen(plain, 1024).block_m == 64
+    assert chosen(plain, 64).block_m == 16
     assert chosen(plain._replace(I=64), 1 << 14).block_m == 64
     assert chosen(plain._replace(H=2047), 1 << 14).gate_up.block_n == 32
     assert chosen(plain, 1 << 14, limit=64 << 10).shared_bytes(True, 2) <= 64 << 10

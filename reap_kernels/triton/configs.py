@@ -121,6 +121,11 @@ UNALIGNED = Choice(
 CHOICES: dict[str, tuple[Choice, ...]] = {
     "sm_80": (
         Choice(
+            Config(16, Tile(64, 64, 4, 4), Tile(128, 64, 4, 4)),
+            "next to no rows: what a program copies are weights, as many at a time as fit",
+            rows=8,
+        ),
+        Choice(
             Config(32, Tile(64, 64, 4, 4), Tile(64, 64, 4, 4)),
             "few rows: bound by the weights' bytes, so half-empty tiles cost nothing",
             rows=24,
@@ -140,6 +145,11 @@ CHOICES: dict[str, tuple[Choice, ...]] = {
     ),
     "sm_86": (
         Choice(
+            Config(16, Tile(32, 64, 4, 4), Tile(64, 64, 4, 4)),
+            "as on sm_80, two programs in 99 KB of shared memory",
+            rows=8,
+        ),
+        Choice(
             Config(32, Tile(64, 64, 4, 3), Tile(64, 64, 4, 3)),
             "few rows: bound by the weights' bytes",
             rows=24,
@@ -158,6 +168,11 @@ CHOICES: dict[str, tuple[Choice, ...]] = {
         *FFMA,
     ),
     "sm_90": (
+        Choice(
+            Config(16, Tile(64, 64, 4, 5), Tile(128, 64, 4, 5)),
+            "as on sm_80, without wgmma, which takes 64 rows: three programs per SM",
+            rows=8,
+        ),
         Choice(
             Config(64, Tile(64, 64, 4, 4), Tile(128, 64, 4, 4)),
             "64 rows are one warpgroup's wgmma, the least it takes",

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from reap_kernels.contract import TENSORS, Call, Saliency
 from reap_kernels.triton import down, finish, gate_up, routing
+from reap_kernels.triton.announce import announced
 from reap_kernels.triton.configs import Config, Tile
 from reap_kernels.triton.replay import Plans, Recorder
 from reap_kernels.triton.routing import Tiles
@@ -28,7 +29,8 @@ def run(call: Call, config: Config, key: Any) -> Saliency:
         up, down_proj = call.gate_up_proj.mT, call.down_proj.mT
         call = call._replace(gate_up_proj=up, down_proj=down_proj, transposed=False)
     recorder = Recorder(call[: len(TENSORS)])
-    result = launch(call, config, recorder)
+    with announced():
+        result = launch(call, config, recorder)
     _plans.put(key, config, recorder.plan())
     return result
 

@@ -45,9 +45,12 @@ class Layer:
         self.cls = type(experts.module).__name__
         self.activation = None
         if experts.kind == "interface":
-            self.activation = measure.activation_of(experts.module)
             self.layout = compat.layout(experts.module)
             self.names = measure.weight_names(self.layout)
+            self.activation = observer.verdict(
+                measure.state_of(experts.module, self.names),
+                lambda: measure.activation_of(experts.module),
+            )
         self.options = {**observer.options, "activation": self.activation}
 
     def forward(self, hidden: Tensor, ids: Tensor, gates: Tensor) -> Tensor:

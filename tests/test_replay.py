@@ -58,6 +58,19 @@ def test_a_layer(case, dtype, deterministic, monkeypatch):
     assert once(2) == first
 
 
+def test_a_plan_is_launched_on_the_stream_of_its_call(monkeypatch):
+    monkeypatch.setattr(launch, "_plans", replay.Plans())
+    config, streams = configs.CHOICES["sm_90"][0].config, []
+    call = make_call(**cases.make(CASES[0][0], torch.bfloat16))
+    with host_time.no_driver(lambda *given: streams.append(given[3])), torch.no_grad():
+        for stream in (0, 7, 8):  # the first time is triton's own launch
+            monkeypatch.setattr(
+                triton.runtime.driver.active, "get_current_stream", lambda device, s=stream: s
+            )
+            launch.run(call, config, "key")
+    assert streams == [0] * 4 + [7] * 4 + [8] * 4
+
+
 def slots(seed, masked):
     g = torch.Generator().manual_seed(seed)
     columns = [torch.rand(40, 2, generator=g) for _ in range(3)]

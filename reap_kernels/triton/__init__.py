@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from reap_kernels import gpu
 from reap_kernels.contract import Call, Saliency, check_ids
 from reap_kernels.triton import configs
 from reap_kernels.triton.configs import Config
@@ -49,10 +50,7 @@ def available() -> str | None:
         if torch.cuda.is_available():
             return "TRITON_INTERPRET is set although there is a GPU: unset it"
         return None
-    if not torch.cuda.is_available():
-        build = torch.version.cuda or torch.version.hip
-        return "no GPU driver or no GPU" if build else "this torch is built for CPUs only"
-    return None
+    return gpu.missing()
 
 
 def unsupported(call: Call) -> str | None:

@@ -55,8 +55,8 @@ def moe_saliency(
     Saliency(out [T, H] model dtype, norms [T, K] fp32, peaks [T, K] fp32) in fresh memory.
     Raises ValueError that names the argument, what it was and what it must be, before any work;
     only an id below 0 in GPU memory, which the host cannot see without waiting for the device, is a
-    device-side assertion instead where `triton` runs, and a trap where `cuda` does. Where memory runs
-    out, torch.OutOfMemoryError says so in one line; the next call may have fewer tokens.
+    device-side assertion instead where `triton` runs, and a trap where `cuda` does. Where memory
+    runs out, torch.OutOfMemoryError says so in one line; the next call may have fewer tokens.
     There is no backward: inputs that require grad need torch.no_grad() or torch.inference_mode().
     """
     tensors = (

@@ -167,7 +167,11 @@ def gemms(chip: str, config: configs.Config, variant: Variant) -> Iterator[dict]
     slab = {"first_column": 0, "W": width, "slab": 2}
     sums = None if made.deterministic else wide
     for kernel, arguments, tile in (
-        (gate_up.gate_up_kernel, gate_up.arguments(made, tiles, inner, sums, config), config.gate_up),
+        (
+            gate_up.gate_up_kernel,
+            gate_up.arguments(made, tiles, inner, sums, config),
+            config.gate_up,
+        ),
         (down.down_kernel, down.arguments(made, tiles, buffers, config) | slab, config.down),
     ):
         yield resources(compiled(kernel, arguments, launch.options(tile), target)) | {

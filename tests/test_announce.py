@@ -28,7 +28,10 @@ def compiled(monkeypatch):
         for module in (launch, statistics):
             monkeypatch.setattr(module, "_plans", replay.Plans())
         seen = []
-        with host_time.no_driver(made=lambda *key: seen.append(key), device=device), torch.no_grad():
+        with (
+            host_time.no_driver(made=lambda *key: seen.append(key), device=device),
+            torch.no_grad(),
+        ):
             for T in tokens:
                 inputs = cases.make(cases.replace(LAYER, T=T), torch.bfloat16)
                 call = make_call(**inputs, deterministic=deterministic)

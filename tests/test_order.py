@@ -15,6 +15,12 @@ def call(name: str, T: int):
     return offline.call(offline.Variant("", H=shape.H, I=shape.I), T=T, K=shape.K, E=shape.E)
 
 
+def chosen(made) -> configs.Config:
+    config = configs.choose(made, "sm_90", configs.SHARED_LIMIT["sm_90"], H100)
+    assert config is not None
+    return config
+
+
 @pytest.mark.parametrize(
     ("name", "T", "width"),
     [
@@ -29,12 +35,18 @@ def call(name: str, T: int):
 )  # fmt: skip
 def test_slabs_are_where_they_pay(name, T, width):
     made = call(name, T)
-    chosen = configs.choose(made, "sm_90", configs.SHARED_LIMIT["sm_90"], H100)
-    columns = min(chosen.slab * chosen.down.block_n, made.H)
-    assert columns == (width or made.H)
-    assert configs.choose(made._replace(deterministic=True), "sm_90", 1 << 20, H100).slab >= (
-        -(-made.H // chosen.down.block_n)
-    )
+    for deterministic in (False, True):  # where the sums are of slots, in slabs of their own
+        config = chosen(made._replace(deterministic=deterministic))
+        columns = min(config.slab * config.down.block_n, made.H)
+        assert columns == (made.H if deterministic else width or made.H)
+
+
+def test_slabs_are_only_where_loads_can_leave_the_cache_first():
+    made = call("qwen3-30b-a3b", 16384)
+    for family, slabs in (("sm_80", False), ("sm_90", True), ("sm_100", True), ("gfx942", False)):
+        config = configs.choose(made, family, configs.SHARED_LIMIT[family], H100)
+        assert config is not None
+        assert (config.slab * config.down.block_n < made.H) == slabs
 
 
 def test_a_slab_is_chosen_by_its_bytes():

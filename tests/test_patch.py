@@ -19,7 +19,6 @@ from reap.model.experts import find_experts
 from reap.observation import measure
 from reap.observation.layers import Layer
 from reap.observation.patch import _layers, observe
-from reap.statistics.layerstats import LayerStatistics
 from reap.statistics.stats import Statistics
 
 # Softmax renormalised or not, sigmoid with groups and bias, interleaved and transposed with biases,
@@ -440,9 +439,12 @@ def test_what_layers_have_in_common_is_found_once(monkeypatch: Any) -> None:
     """Layers of one class and state have one activation; one with another is asked for itself."""
     seen: list[nn.Module] = []
     activation_of = measure.activation_of
-    monkeypatch.setattr(
-        measure, "activation_of", lambda module: seen.append(module) or activation_of(module)
-    )
+
+    def counted(module: nn.Module) -> str | None:
+        seen.append(module)
+        return activation_of(module)
+
+    monkeypatch.setattr(measure, "activation_of", counted)
     model = tiny_model("qwen3_moe", num_hidden_layers=5)
     experts = [one.module for one in find_experts(model)]
     experts[3].act_fn = nn.GELU()

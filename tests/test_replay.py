@@ -21,8 +21,8 @@ CASES = [
 
 
 def launches(run, inputs):
-    """What reaches the driver: grids and arguments, memory of `inputs` by number and other memory by
-    the order of its first appearance."""
+    """What reaches the driver: grids and arguments, memory of `inputs` by number and other memory
+    by the order of its first appearance."""
     others: dict = {}
     seen: list = []
     known = {x.data_ptr(): number for number, x in enumerate(inputs) if x is not None}
@@ -127,7 +127,7 @@ def test_the_workspace_holds_every_buffer_apart_from_the_others():
     result = recorder.empty(3, dtype=torch.float32)
     made = [recorder.scratch(n, dtype=torch.int32) for n in (1, 0, 100, 64)]
     plan = recorder.plan()
-    assert plan.results == [(result.shape, result.dtype)]
+    assert plan is not None and plan.results == [(result.shape, result.dtype)]
     ends = [at + buffer.nbytes for at, buffer in zip(plan.offsets, made, strict=True)]
     assert all(at % replay.ALIGNMENT == 0 for at in plan.offsets)
     assert all(end <= at for end, at in zip(ends, [*plan.offsets[1:], plan.size], strict=True))

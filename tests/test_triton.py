@@ -271,10 +271,10 @@ def test_slabs_keep_the_sums_in_the_cache():
     case = Case("", T=4096, K=shape.K, E=shape.E // 4, H=shape.H, I=shape.I)
     ids = cases.make(replace(case, H=8, I=8), torch.bfloat16)["top_k_index"]
     sizes = [(case.T, case.H), (case.E, 2 * case.I, case.H), (case.E, case.H, case.I)]
-    tensors = [torch.empty(size, dtype=torch.bfloat16, device="meta") for size in sizes]
-    call = Call(*tensors, ids, ids)
+    x, up, down = (torch.empty(size, dtype=torch.bfloat16, device="meta") for size in sizes)
+    call = Call(x, up, down, ids, ids)
     config = configs.choose(call, "sm_90", configs.SHARED_LIMIT["sm_90"], cache)
-    assert config.slab == 2
+    assert config is not None and config.slab == 2
     whole, slabs = (moved(call, config, slab, cache, together) for slab in (8, 2))
     print(f"{whole / 1e6:.0f} MB expert by expert, {slabs / 1e6:.0f} MB in slabs")
     for width, found in ((2048, whole), (512, slabs)):

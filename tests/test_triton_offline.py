@@ -137,7 +137,7 @@ def test_package_works_without_triton():
 def test_reasons_why_it_is_not_available(monkeypatch):
     assert backend.available() == "this torch is built for CPUs only"
     monkeypatch.setattr(torch.version, "cuda", "13.0")
-    assert backend.available().startswith("no GPU that torch can use: ")
+    assert str(backend.available()).startswith("no GPU that torch can use: ")
     monkeypatch.setattr("triton.__version__", "3.1.0")
     assert backend.available() == "triton is 3.1.0, must be 3.4 or newer"
     assert backends()["triton"] == backend.available()

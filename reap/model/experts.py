@@ -125,7 +125,7 @@ def _check_all_found(model: nn.Module, modules: dict[str, nn.Module], names: set
     missed = []
     around = {parent for name in names for parent in _parents(name)}
     for name, module in modules.items():
-        looks = _looks_like_experts(type(module)) or NAMED_EXPERTS.search(name)
+        looks = _looks_like_experts(type(module).__name__) or NAMED_EXPERTS.search(name)
         if not looks or not name or OTHER_TOWERS.search(name) or "shared_expert" in name:
             continue
         related = name in names or name in around or any(p in names for p in _parents(name))
@@ -146,8 +146,8 @@ def _check_all_found(model: nn.Module, modules: dict[str, nn.Module], names: set
 
 
 @lru_cache(maxsize=1024)
-def _looks_like_experts(cls: type) -> bool:
-    return LOOKS_LIKE_EXPERTS.search(cls.__name__) is not None
+def _looks_like_experts(cls: str) -> bool:
+    return LOOKS_LIKE_EXPERTS.search(cls) is not None
 
 
 def _parents(name: str) -> Iterator[str]:

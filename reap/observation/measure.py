@@ -205,10 +205,7 @@ def state_of(module: nn.Module, weights: tuple[str, ...] = ()) -> tuple[Any, ...
     )
     return (
         type(module),
-        *(
-            (name, type(x), x if x is None or isinstance(x, _PLAIN) else id(x))
-            for name, x in own
-        ),
+        *((name, type(x), x if x is None or isinstance(x, _PLAIN) else id(x)) for name, x in own),
         *((name, id(tensor)) for name, tensor in tensors if name not in weights),
         *((name, state_of(child)) for name, child in module.named_children()),
     )

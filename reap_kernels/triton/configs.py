@@ -49,9 +49,9 @@ class Config:
         tiles side by side as leave a fifth of it to the weights that pass by, if that is more (an
         expert that is one group reads its weights once), and down in slabs where that pays. hinted:
         loads can say that they leave the cache first; without that they push a slab's sums out."""
-        size = call.hidden_states.element_size()
+        elements = cache * 4 // 5 // (self.block_m * call.hidden_states.element_size())
         up, down = (
-            replace(tile, group_m=max(tile.group_m, cache * 4 // 5 // (self.block_m * depth * size)))
+            replace(tile, group_m=max(tile.group_m, elements // depth))
             for tile, depth in ((self.gate_up, call.H), (self.down, call.I))
         )
         if not hinted:

@@ -35,6 +35,7 @@ class Recorder:
         self._given = list(given)  # alive, so that no two have one id
         self._results: list[Tensor] = []
         self._scratch: list[Tensor] = []
+        # By id: whether it is given, a result or scratch, and its number there.
         self._index = {id(tensor): (0, i) for i, tensor in enumerate(given) if tensor is not None}
         # A tensor in two places would not tell which of them a kernel was given.
         self._repeatable = len(self._index) == sum(tensor is not None for tensor in given)
@@ -70,20 +71,22 @@ class Recorder:
         """What was launched; None if it cannot be repeated."""
         if not self._repeatable:
             return None
-        firsts = (0, len(self._given), len(self._given) + len(self._results))
-        steps = []
-        for launch, ordered in self._steps:
-            tensors = [i for i, value in enumerate(ordered) if isinstance(value, Tensor)]
-            owners = [self._index[id(ordered[i])] for i in tensors]
-            places = [
-                (i, firsts[kind] + number) for i, (kind, number) in zip(tensors, owners, strict=True)
-            ]
-            steps.append(Step(launch, [None if i in tensors else x for i, x in enumerate(ordered)], places))
         offsets, size = [], 0
         for buffer in self._scratch:
             offsets.append(size)
             size += math.ceil(buffer.nbytes / ALIGNMENT) * ALIGNMENT
+        steps = [self._step(launch, ordered) for launch, ordered in self._steps]
         return Plan(steps, [(x.shape, x.dtype) for x in self._results], offsets, size)
+
+    def _step(self, launch: Callable[..., None], ordered: list[Any]) -> Step:
+        firsts = (0, len(self._given), len(self._given) + len(self._results))
+        arguments, places = list(ordered), []
+        for i, value in enumerate(ordered):
+            if isinstance(value, Tensor):
+                kind, number = self._index[id(value)]
+                arguments[i] = None
+                places.append((i, firsts[kind] + number))
+        return Step(launch, arguments, places)
 
 
 class Plan(NamedTuple):

@@ -227,7 +227,8 @@ def allocate(call: Call, block_m: int, empty: Callable[..., Tensor]) -> Tiles:
 
 def arguments(call: Call) -> dict:
     """What the kernels that read ids have in common."""
-    return {        "ids": call.top_k_index,
+    return {
+        "ids": call.top_k_index,
         "E": call.E,
         "S": call.T * call.K,
         "blocks": triton.cdiv(call.T * call.K, BLOCK),

@@ -117,6 +117,30 @@ def test_accurate_with_shipped_tiles(name, monkeypatch):
     cases.assert_accurate(run(inputs, deterministic=True), inputs)
 
 
+@pytest.mark.parametrize("dtype", (torch.float16, torch.float32), ids=str)
+def test_norms_can_be_left_out_to_see_what_they_cost(dtype):
+    from reap_kernels.triton import launch
+
+    inputs = cases.make(cases.SHAPES[4], dtype, DEVICE)
+    call = call_of(inputs, deterministic=True)
+    config, _ = backend.choose(call)
+    without = launch.run(call, config, "without", norms=False)
+    assert torch.equal(without.out, run(inputs, deterministic=True).out)
+
+
+@interpreter_only
+def test_their_bench_runs():
+    from bench import norms
+    from bench.measure import PRESETS
+    from bench.shapes import TINY
+
+    with_norms, without = norms._layer_on_gpu(
+        TINY, "fp32", replace(PRESETS["smoke"], tokens=(2,), rounds=1)
+    )
+    assert (with_norms.impl, without.impl) == (norms.ON_GPU, norms.OFF_GPU)
+    assert set(with_norms.speedup_vs) == {norms.OFF_GPU}
+
+
 def same_bits(a, b) -> bool:
     return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
 

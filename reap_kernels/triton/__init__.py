@@ -63,7 +63,7 @@ def unsupported(call: Call) -> str | None:
         return f"{call.E} experts, at most {MAX_EXPERTS}"
     if call.T * call.K > MAX_SLOTS:
         return f"{call.T * call.K} slots, at most {MAX_SLOTS}: pass fewer tokens at a time"
-    return _choose(call, signature_of(call))[1]
+    return choose(call)[1]
 
 
 def run(call: Call) -> Saliency:
@@ -82,9 +82,13 @@ def run(call: Call) -> Saliency:
         return launch.run(call, config, key)
 
 
+def choose(call: Call) -> tuple[Config | None, str | None]:
+    """The call's config, or None and the reason."""
+    return _choose(call, signature_of(call))
+
+
 def _choose(call: Call, key: Any) -> tuple[Config | None, str | None]:
-    """A config, or None and the reason. The same object for calls of one signature: the launches
-    that were made with it can be repeated."""
+    """The same object for calls of one signature: launches made with it can be repeated."""
     if key not in _choices:
         if len(_choices) >= MAX_CHOICES:
             _choices.clear()

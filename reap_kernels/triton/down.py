@@ -58,8 +58,8 @@ def down_kernel(
     down_bias,  # [E, H] model dtype, or None
     gates,  # [T, K] bf16, fp16 or fp32
     combined,  # [T, H] fp32; [S, W] fp32 if DETERMINISTIC
-    squares,  # column tile, sorted position -> sum of y^2 [tiles, S] fp32
-    peaks,  # column tile, sorted position -> max |y| [tiles, S] fp32
+    squares,  # column tile, sorted position -> sum of y^2 [tiles, S] fp32, or None
+    peaks,  # column tile, sorted position -> max |y| [tiles, S] fp32, or None
     order,  # sorted position -> slot [S] int32
     offsets,  # expert -> first sorted position [E+1] int32
     first_tile,  # expert -> first row tile [E+1] int32
@@ -121,10 +121,10 @@ def down_kernel(
         bias = down_bias + expert.to(tl.int64) * stride_be + n.to(tl.int64) * stride_bh
         y += tl.load(bias, mask=inside, other=0.0).to(tl.float32)[None, :]
 
-    # Columns past H are zero here: no mask.
-    partial = (first_column // BLOCK_N + column).to(tl.int64) * S + position
-    tl.store(squares + partial, tl.sum(y * y, axis=1), mask=real)
-    tl.store(peaks + partial, tl.max(tl.abs(y), axis=1), mask=real)
+    if squares is not None:  # columns past H are zero here: no mask
+        partial = (first_column // BLOCK_N + column).to(tl.int64) * S + position
+        tl.store(squares + partial, tl.sum(y * y, axis=1), mask=real)
+        tl.store(peaks + partial, tl.max(tl.abs(y), axis=1), mask=real)
 
     slot = tl.load(order + row)
     token = (slot // K).to(tl.int64)
@@ -154,7 +154,7 @@ def down_kernel(
             _combine(d, cell + HALF + PIECE, real, left - HALF - PIECE, DETERMINISTIC, EVEN_N)
 
 
-def arguments(call: Call, tiles: Tiles, buffers: dict[str, Tensor], config: Config) -> dict:
+def arguments(call: Call, tiles: Tiles, buffers: dict[str, Tensor | None], config: Config) -> dict:
     """The down kernel's arguments by name, but for first_column, W and slab.
 
     buffers: inner, combined, squares and peaks.

@@ -19,9 +19,10 @@ FINISH_TOKENS, FINISH_COLUMNS = 4, 1024
 _plans = Plans()
 
 
-def run(call: Call, config: Config, key: Any) -> Saliency:
+def run(call: Call, config: Config, key: Any, *, norms: bool = True) -> Saliency:
     """The call's result. Four launches for few slots and six for more; with the deterministic
-    combine two more for every slab but the first. key: the call's signature."""
+    combine two more for every slab but the first. key: the call's signature. norms: False leaves
+    norms and peaks out, in memory of any content, to measure what they cost."""
     plan = _plans.get(key, config)
     if plan is not None:
         return Saliency(*plan.run(call[: len(TENSORS)])[:3])
@@ -30,12 +31,12 @@ def run(call: Call, config: Config, key: Any) -> Saliency:
         call = call._replace(gate_up_proj=up, down_proj=down_proj, transposed=False)
     recorder = Recorder(call[: len(TENSORS)])
     with announced():
-        result = launch(call, config, recorder)
+        result = launch(call, config, recorder, norms)
     _plans.put(key, config, recorder.plan())
     return result
 
 
-def launch(call: Call, config: Config, recorder: Recorder) -> Saliency:
+def launch(call: Call, config: Config, recorder: Recorder, norms: bool = True) -> Saliency:
     x, S, f32 = call.hidden_states, call.T * call.K, torch.float32
     result = Saliency(
         recorder.empty(call.T, call.H, dtype=x.dtype),
@@ -61,7 +62,7 @@ def launch(call: Call, config: Config, recorder: Recorder) -> Saliency:
         gate_up.arguments(call, tiles, inner, sums, config),
         **options(config.gate_up),
     )
-    combine(call, tiles, inner, combined, result, config, recorder)
+    combine(call, tiles, inner, combined, result, config, recorder, norms)
     return result
 
 
@@ -73,11 +74,12 @@ def combine(
     result: Saliency,
     config: Config,
     recorder: Recorder,
+    norms: bool,
 ) -> None:
     """The down projection and everything after it, in one piece or slab by slab."""
     width, f32 = slab_width(call, config), torch.float32
     partials = (triton.cdiv(call.H, config.down.block_n), call.T * call.K)
-    squares, peaks = (recorder.scratch(*partials, dtype=f32) for _ in range(2))
+    squares, peaks = (recorder.scratch(*partials, dtype=f32) if norms else None for _ in range(2))
     buffers = {"inner": inner, "squares": squares, "peaks": peaks, "combined": combined}
     multiply = down.arguments(call, tiles, buffers, config)
     add = finish.arguments(call, tiles, result) | {

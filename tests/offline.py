@@ -11,6 +11,7 @@ import json
 import re
 import tempfile
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import NamedTuple
 
 import sass
@@ -107,8 +108,8 @@ def compiled(kernel, arguments: dict, options: dict, target: GPUTarget):
 
 
 def resources(binary) -> dict:
-    """Registers, bytes of local memory, of spills and of shared memory, and the tensor-core
-    instructions of a compiled kernel."""
+    """Registers, bytes of local memory, of spills and of shared memory, the tensor-core
+    instructions of a compiled kernel, and whether what it loads leaves the cache first."""
     if "amdgcn" in binary.asm:
         text = binary.asm["amdgcn"]
 
@@ -136,6 +137,7 @@ def resources(binary) -> dict:
         "shared": binary.metadata.shared,
         "tensor": sorted(set(re.findall(r"\b(?:HMMA|HGMMA|UTC\w*MMA)[\w.]*", code))),
         "loop": sass.share(sass.main_loop(code)),
+        "passing": "evict_first" in binary.asm["ptx"],
     }
 
 
@@ -235,7 +237,10 @@ def every(chip: str, large: bool) -> Iterator[dict]:
         for variant in variants:
             few = choice.config.block_m < 64 and instruction == "HGMMA"  # wgmma takes 64 rows
             needed = [] if choice.bits == 32 else ["HMMA" if few else instruction]
-            for found in gemms(chip, choice.config, variant):
+            config = choice.config
+            if large and family in configs.HINTED:
+                config = replace(config, slab=2)
+            for found in gemms(chip, config, variant):
                 yield found | {"needed": needed, "limit": limit}
 
 

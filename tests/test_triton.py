@@ -117,6 +117,18 @@ def test_accurate_with_shipped_tiles(name, monkeypatch):
     cases.assert_accurate(run(inputs, deterministic=True), inputs)
 
 
+@pytest.mark.parametrize(("slab", "dtype"), [(1, torch.bfloat16), (2, torch.float32)], ids=str)
+def test_accurate_in_slabs(slab, dtype, monkeypatch):
+    """The last of them narrower than the others."""
+    case = Case("", T=40, K=2, E=3, H=288, I=48, bias=True, routing="some_sentinels")
+    inputs = cases.make(case, dtype, DEVICE)
+    config, _ = backend.choose(call_of(inputs))
+    tile = replace(config.down, block_n=64)
+    monkeypatch.setattr(configs, "choose", lambda *_: replace(config, down=tile, slab=slab))
+    backend._choices.clear()
+    cases.assert_accurate(run(inputs), inputs)
+
+
 @pytest.mark.parametrize("dtype", (torch.float16, torch.float32), ids=str)
 def test_norms_can_be_left_out_to_see_what_they_cost(dtype):
     from reap_kernels.triton import launch

@@ -27,8 +27,8 @@ from reap_kernels.triton.signature import signature_of
 NAME = "triton"
 ASSERTS_IDS = True
 CAVEAT = (
-    "ran on one GPU, an H100 (2026-11, commit c35517e); for other chips it was compiled, "
-    "and executed in Triton's interpreter"
+    "ran on one GPU, an H100 (2026-11, commit c35517e); what came since, and all other chips, were "
+    "compiled, and executed in Triton's interpreter"
 )
 MIN_TRITON = (3, 4)
 MAX_EXPERTS = 1 << 12  # the routing kernels scan them in one vector

@@ -5,7 +5,7 @@ file. Imported only in a process that has TRITON_INTERPRET set.
 """
 
 import inspect
-from collections import defaultdict
+from collections import Counter, defaultdict
 from contextlib import contextmanager
 from dataclasses import replace
 
@@ -134,6 +134,21 @@ def traffic(monkeypatch):
         patch.setattr(InterpreterBuilder, "create_masked_load", watched_load)
         patch.setattr(InterpreterBuilder, "create_masked_store", watched_store)
         patch.setattr(InterpreterBuilder, "create_atomic_rmw", watched_atomic)
+        yield seen
+
+
+@contextmanager
+def products(monkeypatch):
+    """Counts the matrix products inside, by their rows."""
+    seen: Counter[int] = Counter()
+    dot = InterpreterBuilder.create_dot
+
+    def watched(self, a, *rest):
+        seen[a.data.shape[0]] += 1
+        return dot(self, a, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(InterpreterBuilder, "create_dot", watched)
         yield seen
 
 

@@ -129,6 +129,19 @@ def test_accurate_in_slabs(slab, dtype, monkeypatch):
     cases.assert_accurate(run(inputs), inputs)
 
 
+@interpreter_only
+def test_few_last_rows_are_half_a_tile(monkeypatch):
+    """In tiles of 16: four of these experts' tiles hold more than eight rows, three do not."""
+    rows, case = (16, 8, 17, 25, 7, 0), Case("", T=73, K=1, E=6, H=64, I=32)
+    inputs = cases.make(case, torch.float32)
+    ids = torch.arange(6).repeat_interleave(torch.tensor(rows))[:, None]
+    inputs["top_k_index"] = ids[torch.randperm(73, generator=torch.Generator().manual_seed(1))]
+    with interpreted.products(monkeypatch) as seen:
+        cases.assert_accurate(run(inputs), inputs)
+    products = 2 * 2 + 2  # of a row tile: gate and up in two steps along H, down in two along I
+    assert seen == {16: 4 * products, 8: 3 * products}
+
+
 @pytest.mark.parametrize("dtype", (torch.float16, torch.float32), ids=str)
 def test_norms_can_be_left_out_to_see_what_they_cost(dtype):
     from reap_kernels.triton import launch

@@ -41,6 +41,8 @@ class Config:
     block_m: int
     gate_up: Tile
     down: Tile
+    # Of tiles: 2 if an expert's last rows, where they are few, are half a tile.
+    sizes: int = 1
     # Column tiles of down that all rows go through before the next ones: `order` counts.
     slab: int = 1 << 30
 
@@ -137,7 +139,7 @@ CHOICES: dict[str, tuple[Choice, ...]] = {
             rows=96,
         ),
         Choice(
-            Config(128, Tile(64, 32, 8, 4), Tile(128, 32, 8, 4)),
+            Config(128, Tile(64, 32, 8, 4), Tile(128, 32, 8, 4), sizes=2),
             "64 accumulator registers per thread, the most that the epilogue leaves room for",
         ),
         UNALIGNED,
@@ -161,7 +163,7 @@ CHOICES: dict[str, tuple[Choice, ...]] = {
             rows=96,
         ),
         Choice(
-            Config(128, Tile(64, 32, 8, 3), Tile(128, 32, 8, 3)),
+            Config(128, Tile(64, 32, 8, 3), Tile(128, 32, 8, 3), sizes=2),
             "as on sm_80, with one stage less",
         ),
         UNALIGNED,
@@ -180,7 +182,7 @@ CHOICES: dict[str, tuple[Choice, ...]] = {
             width=64,
         ),
         Choice(
-            Config(128, Tile(128, 64, 8, 3), Tile(256, 64, 8, 4)),
+            Config(128, Tile(128, 64, 8, 3), Tile(256, 64, 8, 4), sizes=2),
             "two warpgroups of 64x256 each, the widest wgmma; on an H100 gate_up was 8% faster "
             "with 3 stages than with 4, and down 9% with 4 than with 3",
         ),
@@ -195,7 +197,7 @@ CHOICES: dict[str, tuple[Choice, ...]] = {
             width=64,
         ),
         Choice(
-            Config(128, Tile(128, 64, 8, 3), Tile(256, 64, 8, 3)),
+            Config(128, Tile(128, 64, 8, 3), Tile(256, 64, 8, 3), sizes=2),
             "128x256 accumulators: half of the tensor memory, the epilogue's registers do the rest",
         ),
         UNALIGNED,
@@ -209,7 +211,7 @@ CHOICES: dict[str, tuple[Choice, ...]] = {
             width=64,
         ),
         Choice(
-            Config(128, Tile(64, 64, 8, 2), Tile(128, 64, 8, 2)),
+            Config(128, Tile(64, 64, 8, 2), Tile(128, 64, 8, 2), sizes=2),
             "what fits 64 KB of shared memory",
         ),
         UNALIGNED,
@@ -222,7 +224,7 @@ CHOICES: dict[str, tuple[Choice, ...]] = {
     ),
     "interpreter": tuple(
         Choice(
-            Config(16, Tile(32, 32, 1, 1, group_m=2), Tile(64, 16, 1, 1, group_m=2)),
+            Config(16, Tile(32, 32, 1, 1, group_m=2), Tile(64, 16, 1, 1, group_m=2), sizes=2),
             "small tests have several tiles",
             bits=bits,
             unaligned=True,

@@ -86,6 +86,7 @@ def gate_up_kernel(
     INTERLEAVED: tl.constexpr,
     EVEN_N: tl.constexpr,
     EVEN_K: tl.constexpr,
+    SIZES: tl.constexpr,  # 2: a tile of few rows is half a tile
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -104,50 +105,58 @@ def gate_up_kernel(
     expert, start, end, column = locate(
         program, tile_expert, first_tile, offsets, columns, group_m, BLOCK_M
     )
-    position = start + tl.arange(0, BLOCK_M)
-    slot = tl.load(order + tl.minimum(position, end - 1))
-    token = (slot // K).to(tl.int64)
-    row = column * WIDTH + tl.arange(0, WIDTH)  # of the weights; of their first half if TWO
-    inside = row < (2 * I if INTERLEAVED else I)
-    k = tl.arange(0, BLOCK_K)
+    # An expert's last tile may fill no half of its rows: then half a tile is computed.
+    tail = (end - start <= BLOCK_M // SIZES).to(tl.int32) * (SIZES - 1)
+    for part in tl.static_range(SIZES):
+        if tail == part:
+            position = start + tl.arange(0, BLOCK_M // (1 + part))
+            slot = tl.load(order + tl.minimum(position, end - 1))
+            token = (slot // K).to(tl.int64)
+            row = column * WIDTH + tl.arange(0, WIDTH)  # of the weights; of their first half if TWO
+            inside = row < (2 * I if INTERLEAVED else I)
+            k = tl.arange(0, BLOCK_K)
 
-    a = hidden_states + token[:, None] * stride_xt + k.to(tl.int64)[None, :] * stride_xh
-    weights = gate_up_proj + expert.to(tl.int64) * stride_we
-    b = weights + row.to(tl.int64)[None, :] * stride_wr + k.to(tl.int64)[:, None] * stride_wh
-    half = I * tl.cast(stride_wr, tl.int64)
-    step_a = BLOCK_K * tl.cast(stride_xh, tl.int64)
-    step_b = BLOCK_K * tl.cast(stride_wh, tl.int64)
+            a = hidden_states + token[:, None] * stride_xt + k.to(tl.int64)[None, :] * stride_xh
+            weights = gate_up_proj + expert.to(tl.int64) * stride_we
+            b = (
+                weights
+                + row.to(tl.int64)[None, :] * stride_wr
+                + k.to(tl.int64)[:, None] * stride_wh
+            )
+            half = I * tl.cast(stride_wr, tl.int64)
+            step_a = BLOCK_K * tl.cast(stride_xh, tl.int64)
+            step_b = BLOCK_K * tl.cast(stride_wh, tl.int64)
 
-    first = tl.zeros((BLOCK_M, WIDTH), tl.float32)
-    second = tl.zeros((BLOCK_M, WIDTH), tl.float32)
-    for done in range(0, H, BLOCK_K):
-        x = load_rows(a, k, H - done, EVEN_K, "")
-        first = multiply(x, load_weights(b, k, H - done, inside, EVEN_K, EVEN_N, ""), first)
-        if TWO:
-            up = load_weights(b + half, k, H - done, inside, EVEN_K, EVEN_N, "")
-            second = multiply(x, up, second)
-        a += step_a
-        b += step_b
+            first = tl.zeros((position.shape[0], WIDTH), tl.float32)
+            second = tl.zeros((position.shape[0], WIDTH), tl.float32)
+            for done in range(0, H, BLOCK_K):
+                x = load_rows(a, k, H - done, EVEN_K, "")
+                first = multiply(x, load_weights(b, k, H - done, inside, EVEN_K, EVEN_N, ""), first)
+                if TWO:
+                    up = load_weights(b + half, k, H - done, inside, EVEN_K, EVEN_N, "")
+                    second = multiply(x, up, second)
+                a += step_a
+                b += step_b
 
-    if gate_up_bias is not None:
-        bias = gate_up_bias + expert.to(tl.int64) * stride_be + row.to(tl.int64) * stride_br
-        first += tl.load(bias, mask=inside, other=0.0).to(tl.float32)[None, :]
-        if TWO:
-            bias += I * tl.cast(stride_br, tl.int64)
-            second += tl.load(bias, mask=inside, other=0.0).to(tl.float32)[None, :]
-    if INTERLEAVED:
-        first, second = tl.split(tl.reshape(first, (BLOCK_M, BLOCK_N, 2)))
-    if GATED:
-        y = _glu(first, second, KIND, alpha, limit, offset)
-    else:
-        y = _elementwise(first, KIND)
+            if gate_up_bias is not None:
+                bias = gate_up_bias + expert.to(tl.int64) * stride_be + row.to(tl.int64) * stride_br
+                first += tl.load(bias, mask=inside, other=0.0).to(tl.float32)[None, :]
+                if TWO:
+                    bias += I * tl.cast(stride_br, tl.int64)
+                    second += tl.load(bias, mask=inside, other=0.0).to(tl.float32)[None, :]
+            if INTERLEAVED:
+                first, second = tl.split(tl.reshape(first, (position.shape[0], BLOCK_N, 2)))
+            if GATED:
+                y = _glu(first, second, KIND, alpha, limit, offset)
+            else:
+                y = _elementwise(first, KIND)
 
-    n = column * BLOCK_N + tl.arange(0, BLOCK_N)
-    cell = inner + position.to(tl.int64)[:, None] * I + n[None, :]
-    stored = (position < end)[:, None]
-    if not EVEN_N:
-        stored &= (n < I)[None, :]
-    tl.store(cell, narrow(y, inner.dtype.element_ty), mask=stored)
+            n = column * BLOCK_N + tl.arange(0, BLOCK_N)
+            cell = inner + position.to(tl.int64)[:, None] * I + n[None, :]
+            stored = (position < end)[:, None]
+            if not EVEN_N:
+                stored &= (n < I)[None, :]
+            tl.store(cell, narrow(y, inner.dtype.element_ty), mask=stored)
 
 
 def arguments(
@@ -185,6 +194,7 @@ def arguments(
         "INTERLEAVED": call.interleaved,
         "EVEN_N": call.I % tile.block_n == 0,
         "EVEN_K": call.H % tile.block_k == 0,
+        "SIZES": config.sizes,
         "BLOCK_M": config.block_m,
         "BLOCK_N": tile.block_n,
         "BLOCK_K": tile.block_k,

@@ -123,6 +123,7 @@ def test_accurate_in_slabs(slab, dtype, monkeypatch):
     case = Case("", T=40, K=2, E=3, H=288, I=48, bias=True, routing="some_sentinels")
     inputs = cases.make(case, dtype, DEVICE)
     config, _ = backend.choose(call_of(inputs))
+    assert config is not None
     tile = replace(config.down, block_n=64)
     monkeypatch.setattr(configs, "choose", lambda *_: replace(config, down=tile, slab=slab))
     backend._choices.clear()
@@ -149,6 +150,7 @@ def test_norms_can_be_left_out_to_see_what_they_cost(dtype):
     inputs = cases.make(cases.SHAPES[4], dtype, DEVICE)
     call = call_of(inputs, deterministic=True)
     config, _ = backend.choose(call)
+    assert config is not None
     without = launch.run(call, config, "without", norms=False)
     assert torch.equal(without.out, run(inputs, deterministic=True).out)
 

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -178,3 +179,29 @@ def test_tensors_in_host_memory_are_refused_beside_a_gpu(monkeypatch):
     monkeypatch.setattr(backend, "available", lambda: None)
     with pytest.raises(ValueError, match="triton: tensors are on cpu, must be on a GPU"):
         moe_saliency(**cases.make(cases.SHAPES[4], torch.float32), backend="triton")
+
+
+def test_a_call_runs_on_the_device_of_its_tensors(monkeypatch):
+    """Which is changed to only where it is not the current one, and back."""
+    from reap_kernels.triton import launch
+
+    now, ran = 1, []
+
+    @contextmanager
+    def on(device):
+        nonlocal now
+        before, now = now, device.index
+        yield
+        now = before
+
+    tensor = SimpleNamespace(device=SimpleNamespace(type="cuda", index=1))
+    call = SimpleNamespace(hidden_states=tensor, top_k_index=tensor)
+    monkeypatch.setattr(backend, "signature_of", lambda call: "key")
+    monkeypatch.setattr(backend, "_choices", {"key": ("config", None)})
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: now)
+    monkeypatch.setattr(torch.cuda, "device", on)
+    monkeypatch.setattr(launch, "run", lambda *given: ran.append((now, *given)))
+    backend.run(call)
+    now = 0
+    backend.run(call)
+    assert ran == [(1, call, "config", "key")] * 2 and now == 0

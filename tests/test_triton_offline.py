@@ -7,6 +7,7 @@ import sys
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import cases
 import offline
@@ -195,7 +196,7 @@ def test_a_call_runs_on_the_device_of_its_tensors(monkeypatch):
         now = before
 
     tensor = SimpleNamespace(device=SimpleNamespace(type="cuda", index=1))
-    call = SimpleNamespace(hidden_states=tensor, top_k_index=tensor)
+    call: Any = SimpleNamespace(hidden_states=tensor, top_k_index=tensor)
     monkeypatch.setattr(backend, "signature_of", lambda call: "key")
     monkeypatch.setattr(backend, "_choices", {"key": ("config", None)})
     monkeypatch.setattr(torch.cuda, "current_device", lambda: now)

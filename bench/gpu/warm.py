@@ -17,8 +17,8 @@ from typing import Any
 from bench.gpu import small
 
 LAYERS = ("deepseek-v3", "mixtral-8x7b", "gpt-oss-120b-own", "qwen3-30b-a3b")
-# Those of other tiles, which few rows per expert have; nothing is compiled for a number of tokens.
-FEW = (1024, 64)
+# Those of other tiles and orders; nothing is compiled for a number of tokens itself.
+FEW = (4096, 1024, 64)
 T_LARGE = 1 << 14
 MOST_PROCESSES = 12
 
@@ -67,7 +67,7 @@ def compile(job: dict[str, Any], device: str) -> None:
 
     backend = "triton" if device == "cuda" else "auto"
     if "norms" in job:
-        for T in (T_LARGE, FEW[0]):
+        for T in (T_LARGE, 1024):
             norms.without_norms(_layer(job["norms"], T, device))()
         return
     if "statistics" in job:

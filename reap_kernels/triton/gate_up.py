@@ -3,10 +3,10 @@
 
     x [T, H], W [E, 2I, H]  ->  inner [S, I], rows in the sorted order of the slots
 
-Programs beyond the tiles zero the sums that the down projection adds to. Rows of x are gathered in
-the load. Both halves of a gated tile are made by one program: with a
+Rows of x are gathered in the load. Both halves of a gated tile are made by one program: with a
 concatenated layout in two accumulators, with an interleaved one in a single accumulator of twice
 the width whose columns are split in registers, so that weights are read in the order of memory.
+Programs beyond the tiles zero the sums that the down projection adds to.
 """
 
 import triton

@@ -15,7 +15,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import cache, lru_cache, partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -61,7 +61,11 @@ def experts_functions() -> Any:
 
 def dispatches(module: nn.Module) -> bool:
     """Whether the module's class looks its forward up in `experts_functions()`."""
-    forward = type(module).forward
+    return _dispatches(type(module).forward)
+
+
+@lru_cache(maxsize=1024)  # a model has thousands of modules of a few classes
+def _dispatches(forward: Callable[..., Any]) -> bool:
     names = getattr(getattr(forward, "__code__", None), "co_freevars", ())
     cells = dict(zip(names, getattr(forward, "__closure__", None) or (), strict=False))
     registry = cells.get("experts_interface")

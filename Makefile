@@ -1,49 +1,62 @@
-# Every target sets up what it needs: a virtual environment in .venv with the package installed from this tree.
+# Every target sets up what it needs: a virtual environment in VENV with the package installed from this tree.
 PYTHON ?= python3
-BIN := .venv/bin
+PYTHON310 ?= $(lastword python3.10 $(wildcard $(HOME)/.pyenv/versions/3.10.*/bin/python))
+VENV ?= .venv
+BIN := $(VENV)/bin
 TRITON := "triton==3.9.0; platform_system == 'Linux' and platform_machine == 'x86_64'"
 NATIVE := $(shell find csrc -type f 2>/dev/null)
-# The supported transformers are written in reap/versions.py. .venv has the newest, which constraints.txt pins.
+# The supported transformers are written in reap/versions.py. VENV has the newest, which constraints.txt pins.
 OLDEST = $(shell $(BIN)/python -c 'from reap.versions import TESTED; print(TESTED["transformers"][0])')
 # One thread: the models are tiny, and threads that wait for one another cost more than they save.
-ON_OLDEST = OMP_NUM_THREADS=1 PYTHONPATH=$(CURDIR)/.venv/transformers-$(OLDEST) $(BIN)/python -m pytest
+ON_OLDEST = OMP_NUM_THREADS=1 PYTHONPATH=$(abspath $(VENV))/transformers-$(OLDEST) $(BIN)/python -m pytest
 ON_NEWEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 # What depends on the release: observing and loading models, and checkpoints that it writes and reads.
-BY_RELEASE := $(patsubst %,tests/test_%.py,calibration compat config experts identity layers layerwise load measure padding \
-	patch pruning streaming surgery)
+BY_RELEASE := $(patsubst %,tests/test_%.py,calibration compat config experts following heads identity layers layerwise load \
+	measure mtp mtplayer padding patch pruning streaming surgery)
 
 # What starts compilers or runs what they made (the emulator, mutants, other processors, all of Triton's interpreter), and
 # the stages of `make gpu`, which wait.
 COMPILED := $(patsubst %,--ignore-glob=tests/test_%.py,'cuda*' 'simt*' 'gpu*' bench cpu_portability cpu_stops fragments triton triton_offline)
 
-.PHONY: demo test test-quick test-slow test-oldest test-versions sanitize lint bench gpu gpu-sanitize clean
+.PHONY: demo test test-quick test-slow test-oldest test-versions test-whole-oldest test-python310 \
+	sanitize lint bench gpu gpu-sanitize clean
 
-demo: .venv/installed
+demo: $(VENV)/installed
 	$(BIN)/python -m reap demo
 
-test: .venv/installed
+test: $(VENV)/installed
 	$(BIN)/python -m pytest
 
 # Under two minutes, between two edits: no compilers, no sweeps. One thread, as for ON_OLDEST.
-test-quick: .venv/installed
+test-quick: $(VENV)/installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow and not sweep" -k "not emulator and not compile" $(COMPILED)
 
-test-slow: .venv/installed
+test-slow: $(VENV)/installed
 	$(BIN)/python -m pytest -m slow
 
 # What depends on transformers, on the oldest release: `make test` has the newest.
-test-oldest: .venv/installed
-	$(MAKE) .venv/transformers-$(OLDEST)/installed
+test-oldest: $(VENV)/installed
+	$(MAKE) $(VENV)/transformers-$(OLDEST)/installed
 	$(ON_OLDEST) $(BY_RELEASE)
 
 # The same with the long sweeps, on the oldest and the newest release.
-test-versions: .venv/installed
-	$(MAKE) .venv/transformers-$(OLDEST)/installed
+test-versions: $(VENV)/installed
+	$(MAKE) $(VENV)/transformers-$(OLDEST)/installed
 	$(ON_OLDEST) -m "slow or not slow" $(BY_RELEASE)
 	$(ON_NEWEST) -m "slow or not slow" $(BY_RELEASE)
 
+# The whole suite on the oldest release, and on the oldest Python with the newest packages that there are for it: with
+# `make test` all corners of what is supported.
+test-whole-oldest: $(VENV)/installed
+	$(MAKE) $(VENV)/transformers-$(OLDEST)/installed
+	$(ON_OLDEST)
+
+test-python310:
+	REAP_CUDA_ARCHS= $(MAKE) VENV=.venv-3.10 PYTHON=$(PYTHON310) .venv-3.10/installed
+	$(MAKE) VENV=.venv-3.10 PYTHON=$(PYTHON310) test
+
 # The native kernels under ASan+UBSan (all their tests) and under TSan (those with threads).
-sanitize: .venv/installed
+sanitize: $(VENV)/installed
 	REAP_SANITIZE=address $(BIN)/python setup.py -q build --build-base build/address --build-lib build/address/lib
 	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" \
 	ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 PYTHONPATH=build/address/lib $(BIN)/pytest tests/test_cpu.py
@@ -51,12 +64,12 @@ sanitize: .venv/installed
 	LD_PRELOAD="$$(gcc -print-file-name=libtsan.so)" TSAN_OPTIONS=suppressions=csrc/tsan.supp PYTHONPATH=build/thread/lib \
 	$(BIN)/pytest tests/test_cpu.py -k "threads or formula"
 
-lint: .venv/installed
+lint: $(VENV)/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: .venv/installed
+bench: $(VENV)/installed
 	$(BIN)/python -m bench
 
 # On a machine with a GPU, in its own environment: builds for that chip, tests, times; six minutes at most.
@@ -70,16 +83,16 @@ gpu-sanitize:
 
 # The package is installed editable, so only its metadata and native sources make it stale. torch comes first: a
 # build for GPUs brings the one triton that it works with, beside a build for CPUs it is TRITON.
-.venv/installed: pyproject.toml setup.py constraints.txt $(NATIVE)
+$(VENV)/installed: pyproject.toml setup.py constraints.txt $(NATIVE)
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed: make PYTHON=python3.12")'
-	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
 	$(BIN)/python -c 'import triton' 2>/dev/null || $(BIN)/python -m pip install --quiet $(TRITON)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test,lint]'
 	touch $@
 
 # Another transformers, with all that it needs but torch; what it narrows itself is not pinned.
-.venv/transformers-%/installed: .venv/installed
+$(VENV)/transformers-%/installed: $(VENV)/installed
 	rm -rf $(@D)
 	mkdir $(@D)
 	grep -vE '^(transformers|tokenizers|huggingface-hub)==' constraints.txt > $(@D)/constraints.txt
@@ -87,4 +100,4 @@ gpu-sanitize:
 	touch $@
 
 clean:
-	rm -rf .venv build dist out *.egg-info
+	rm -rf .venv .venv-3.10 build dist out *.egg-info

@@ -1,4 +1,5 @@
-"""Is pruning as fast as copying? Half of a synthetic checkpoint's experts, against `cp -r`.
+"""Is pruning as fast as copying? Half of a synthetic checkpoint's experts, against `cp -r`; then of
+one of tiny experts, as many as Kimi-K2 has: 208,000 tensors, whose names and shapes take the time.
 
 Both write the same bytes: what is copied is the pruned checkpoint. `prune` also checks, reads back
 and syncs to the disk, which `cp -r` does not: the row `cp -r; sync` is the copy that a power cut
@@ -21,49 +22,56 @@ from bench.measure import Samples, Settings, rows
 from bench.row import Row
 
 HIDDEN, INNER, EXPERTS = 2048, 768, 128  # Qwen3-30B-A3B
+SMALL, SMALL_LAYERS = (8, 8, 1138), 61
 SHARD_BYTES = 1 << 30
-KEEP = EXPERTS // 2
 
 
 def run(settings: Settings) -> Iterator[Row]:
+    large = _smaller(settings.gigabytes) if settings.smoke else (HIDDEN, INNER, EXPERTS)
+    layers = max(1, round(settings.gigabytes * 1e9 / (large[2] * 3 * large[0] * large[1] * 2)))
     root = settings.scratch / "prune"
-    shutil.rmtree(root, ignore_errors=True)
-    try:
-        size = _smaller(settings.gigabytes) if settings.smoke else (HIDDEN, INNER, EXPERTS)
-        layers = max(1, round(settings.gigabytes * 1e9 / (size[2] * 3 * size[0] * size[1] * 2)))
-        base, plan = root / "base", root / "plan.json"
-        total = write_checkpoint(base, layers, *size)
-        write_plan(base, plan)
-        pruned, copy = root / "pruned", root / "copy"
-        child = [sys.executable, "-c", _CHILD, str(base), str(plan), str(pruned)]
-        unread = [*child, "--no-verify"]
-        copying = ["cp", "-r", str(pruned), str(copy)]
-        synced = ["sh", "-c", 'cp -r "$0" "$1" && sync -f "$1"', str(pruned), str(copy)]
-        peaks = []
-
-        def prune(command: list[str]) -> float:
-            shutil.rmtree(pruned, ignore_errors=True)
-            done = subprocess.run(command, check=True, capture_output=True, text=True)
-            seconds, peak = done.stdout.split()[-2:]
-            peaks.append(int(peak))
-            return float(seconds)
-
-        impls: dict[str, Callable[[], float]] = {
-            "reap": lambda: prune(child),
-            "reap --no-verify": lambda: prune(unread),
-            "cp -r": lambda: _timed(copying),
-            "cp -r; sync": lambda: _timed(synced),
-        }
-        samples = Samples({name: [] for name in impls}, [])
-        for _ in range(settings.rounds):
-            for name, call in impls.items():
-                shutil.rmtree(copy, ignore_errors=True)
-                os.sync()
-                samples.ms[name].append(1e3 * call())
-        shape = f"{total / 1e9:.1f} GB, E{size[2]} H{size[0]} I{size[1]} L{layers}"
-        yield from rows("prune", ("-", shape, 0), samples, extra={"reap": max(peaks)})
-    finally:
+    for size, depth in ((large, layers), (SMALL, 1 if settings.smoke else SMALL_LAYERS)):
         shutil.rmtree(root, ignore_errors=True)
+        try:
+            yield from _checkpoint(settings, root, size, depth)
+        finally:
+            shutil.rmtree(root, ignore_errors=True)
+
+
+def _checkpoint(
+    settings: Settings, root: Path, size: tuple[int, int, int], layers: int
+) -> Iterator[Row]:
+    base, plan = root / "base", root / "plan.json"
+    total = write_checkpoint(base, layers, *size)
+    write_plan(base, plan)
+    pruned, copy = root / "pruned", root / "copy"
+    child = [sys.executable, "-c", _CHILD, str(base), str(plan), str(pruned)]
+    unread = [*child, "--no-verify"]
+    copying = ["cp", "-r", str(pruned), str(copy)]
+    synced = ["sh", "-c", 'cp -r "$0" "$1" && sync -f "$1"', str(pruned), str(copy)]
+    peaks = []
+
+    def prune(command: list[str]) -> float:
+        shutil.rmtree(pruned, ignore_errors=True)
+        done = subprocess.run(command, check=True, capture_output=True, text=True)
+        seconds, peak = done.stdout.split()[-2:]
+        peaks.append(int(peak))
+        return float(seconds)
+
+    impls: dict[str, Callable[[], float]] = {
+        "reap": lambda: prune(child),
+        "reap --no-verify": lambda: prune(unread),
+        "cp -r": lambda: _timed(copying),
+        "cp -r; sync": lambda: _timed(synced),
+    }
+    samples = Samples({name: [] for name in impls}, [])
+    for _ in range(settings.rounds):
+        for name, call in impls.items():
+            shutil.rmtree(copy, ignore_errors=True)
+            os.sync()
+            samples.ms[name].append(1e3 * call())
+    shape = f"{total / 1e9:.2g} GB, E{size[2]} H{size[0]} I{size[1]} L{layers}"
+    yield from rows("prune", ("-", shape, 0), samples, extra={"reap": max(peaks)})
 
 
 # In a process of its own, so that the peak is prune's. Importing transformers is not timed:

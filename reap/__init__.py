@@ -22,6 +22,7 @@ __all__ = [
     "LayerInfo",
     "LayerStatistics",
     "ModelInfo",
+    "Mtp",
     "Plan",
     "PruneReport",
     "ReapError",
@@ -31,6 +32,7 @@ __all__ = [
     "calibrate",
     "calibrate_streamed",
     "evaluate",
+    "load_mtp",
     "make_plan",
     "observe",
     "prune",
@@ -43,6 +45,8 @@ if TYPE_CHECKING:
     from reap.checkpoint.pruning import PruneReport, prune
     from reap.checkpoint.verification import verify
     from reap.model.info import LayerInfo, ModelInfo
+    from reap.model.load import load_mtp
+    from reap.model.mtplayer import Mtp
     from reap.observation.patch import observe
     from reap.planning.criteria import CRITERIA, saliency, standard_errors
     from reap.planning.plan import Plan, make_plan
@@ -57,6 +61,8 @@ else:  # a type checker that saw __getattr__ would believe any name
         "checkpoint.pruning": ("PruneReport", "prune"),
         "checkpoint.verification": ("verify",),
         "model.info": ("LayerInfo", "ModelInfo"),
+        "model.load": ("load_mtp",),
+        "model.mtplayer": ("Mtp",),
         "observation.patch": ("observe",),
         "planning.criteria": ("CRITERIA", "saliency", "standard_errors"),
         "planning.plan": ("Plan", "make_plan"),

@@ -7,6 +7,7 @@ were the fastest: `auto` tries them first. What TMA cannot read (memory that is 
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from reap_kernels import cuda, native
@@ -18,12 +19,18 @@ CAVEAT = (
     "ran on one GPU, an H100 (2026-11, commit c35517e, right after one word was mended), where it "
     "was the fastest"
 )
+SM = 90  # compute capability, times ten
 UNIT = 8  # elements of 16 bits in the 16 bytes that TMA counts in
 MAX_REACH = 1 << 39  # elements: strides of tensor maps are below 2^40 bytes
 MAX_GATHERED = 1 << 35  # elements: rows of x are found by 32-bit offsets of 16 bytes
 
 
 def available() -> str | None:
+    # Of another GPU first: nothing that one could install or build would help.
+    if torch.version.cuda is not None and torch.cuda.is_available():
+        chips = {cuda.chip(index).sm for index in range(torch.cuda.device_count())}
+        if chips and SM not in chips:
+            return _other_chip(*chips)
     if reason := cuda.available():
         return reason
     built = native.module("_cuda").architectures
@@ -34,9 +41,12 @@ def unsupported(call: Call) -> str | None:
     if reason := cuda.unsupported(call):
         return reason
     sm = cuda.chip(call.hidden_states.device.index).sm
-    if sm != 90:
-        return f"the GPU is an sm_{sm}, must be an sm_90"
-    return unsupported_layout(call)
+    return unsupported_layout(call) if sm == SM else _other_chip(sm)
+
+
+def _other_chip(*sms: int) -> str:
+    names = " and ".join(f"sm_{sm}" for sm in sorted(sms))
+    return f"the GPU is an {names}, must be an sm_{SM}"
 
 
 def run(call: Call) -> Saliency:

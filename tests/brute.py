@@ -46,9 +46,11 @@ class Truth:
         for token, _, gate, _, _ in self.slots:
             totals[token] = totals.get(token, 0.0) + gate
         for token, expert, gate, norm, peak in self.slots:
-            if expert >= E or gate == 0 or (keep is not None and not keep[token]):
+            if expert >= E or (keep is not None and not keep[token]):
                 continue
-            g = gate / totals[token] if renormalized else gate
+            g = gate
+            if renormalized:
+                g = gate / totals[token] if totals[token] else 0.0
             for name, value in zip(
                 sums, (g, norm, norm**2, g * norm, (g * norm) ** 2), strict=True
             ):
@@ -97,26 +99,50 @@ def slot_output(module: nn.Module, x: Tensor, expert: int) -> Tensor:
     return y
 
 
-def count_call(truth: Truth, module: nn.Module, call: tuple[Tensor, ...], out: Tensor) -> None:
-    """Add one call of `module` with hidden states, ids and gates, which returned `out`."""
+def count_call(
+    truth: Truth,
+    module: nn.Module,
+    call: tuple[Tensor, ...],
+    out: Tensor,
+    skipped: Tensor | None = None,
+) -> None:
+    """Add one call of `module` with hidden states, ids and gates, which returned `out`. `skipped`:
+    slots [T,K] in which the router chose no expert, whatever their id is."""
     hidden, ids, gates = call
     x = hidden.reshape(-1, hidden.shape[-1]).double()
     exact = torch.zeros_like(x)
     for t, (experts, weights) in enumerate(zip(ids.tolist(), gates.double().tolist(), strict=True)):
-        for expert, gate in zip(experts, weights, strict=True):
+        for k, (expert, gate) in enumerate(zip(experts, weights, strict=True)):
             y = slot_output(module, x[t], expert)
             exact[t] += gate * y
             slot = (truth.tokens + t, expert, gate, float(y.norm()), float(y.abs().max()))
-            truth.slots.append(slot)
+            if skipped is None or not bool(skipped[t, k]):
+                truth.slots.append(slot)
     truth.tokens += len(ids)
     error = (out.reshape(x.shape).double() - exact).norm() / exact.norm()
     truth.output_error = max(truth.output_error, float(error))
+
+
+def follow_skips(model: nn.Module, name: str, skips: dict[str, Tensor]) -> Any:
+    """ZAYA: its router gives "no expert" the id 0. A hook that keeps in `skips` where it is meant,
+    from the router's scores in fp64; None for other routers."""
+    router: Any = getattr(model.get_submodule(name.rpartition(".")[0]), "gate", None)
+    if not hasattr(router, "num_router_classes"):
+        return None
+
+    def hook(_: nn.Module, args: Any, logits: Tensor) -> None:
+        scores = logits.detach().double().flatten(0, -2).softmax(-1) + router.balancing_biases
+        order = scores.argsort(dim=-1, descending=True)[:, : router.top_k]
+        skips[name] = order == scores.shape[1] - 1
+
+    return router.router_mlp.register_forward_hook(hook)
 
 
 @contextmanager
 def brute_force(model: nn.Module) -> Iterator[dict[str, Truth]]:
     """Collect a `Truth` for every module on the experts interface that the model calls."""
     truths: dict[str, Truth] = {}
+    skips: dict[str, Tensor] = {}
     handles = []
     for name, module in model.named_modules():
         experts = getattr(module, "num_routed_experts", getattr(module, "num_experts", None))
@@ -133,13 +159,15 @@ def brute_force(model: nn.Module) -> Iterator[dict[str, Truth]]:
         ) -> None:
             call = (*args, *kwargs.values())[:3]
             with torch.no_grad():
-                count_call(truths.setdefault(name, Truth(E)), module, call, out)
+                truth = truths.setdefault(name, Truth(E))
+                count_call(truth, module, call, out, skips.get(name))
 
         handles.append(module.register_forward_hook(hook, with_kwargs=True))
+        handles.append(follow_skips(model, name, skips))
     try:
         yield truths
     finally:
-        for handle in handles:
+        for handle in filter(None, handles):
             handle.remove()
 
 

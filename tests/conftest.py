@@ -40,6 +40,14 @@ def poisoned_memory(monkeypatch):
         monkeypatch.setattr(torch.Tensor, name, _poisoned(getattr(torch.Tensor, name)))
 
 
+@pytest.fixture(scope="session")
+def work(tmp_path_factory):
+    """What a first session on the command line leaves."""
+    from commandline import first_session
+
+    return first_session(tmp_path_factory.mktemp("work"))
+
+
 def pytest_report_header():
     found = installed("transformers", "torch")
     return ", ".join(f"{package} {release}" for package, release in found.items())

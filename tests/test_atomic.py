@@ -5,7 +5,7 @@ import pytest
 
 from reap.errors import ReapError
 from reap.files import atomic
-from reap.files.atomic import write_file
+from reap.files.atomic import discard_unfinished, write_file
 
 
 def while_writing(monkeypatch, act):
@@ -106,3 +106,12 @@ def test_an_interrupt_leaves_nothing(tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         write_file(tmp_path / "a", b"half")
     assert os.listdir(tmp_path) == []
+
+
+def test_what_killed_writers_left_goes(tmp_path):
+    left = [".out.0123abcd.part", ".out.br4_x.part"]
+    others = [".out.st.0123abcd.part", ".outs.0123abcd.part", "out.part", ".out.0123abcd.lock"]
+    for name in (*left, *others):
+        (tmp_path / name).touch()
+    discard_unfinished(tmp_path / "out")
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(others)

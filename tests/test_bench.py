@@ -68,7 +68,9 @@ def test_rows_are_sane(smoke):
         assert row.gflops is None or row.gflops > 0
         assert row.fraction_of_peak is None or 0 < row.fraction_of_peak < 1.5
         assert row.extra_bytes is None or row.extra_bytes >= 0
-        assert "threads" in row.machine and row.versions["torch"] == torch.__version__
+        assert "threads" in row.machine and torch.__version__.startswith(
+            row.versions["torch"] or "?"
+        )
         group = [r for r in made if (r.bench, r.dtype, r.shape, r.T) == _size(row)]
         for peer, times in row.speedup_vs.items():
             (other,) = [r for r in group if r.impl == peer]

@@ -98,6 +98,7 @@ def test_layers_for_multi_token_prediction(module: str, prefix: str | None) -> N
             1,
         ),
         ("model.layers.0.mlp.experts", ["mtp.layers.0.mlp", "model.layers.0.mlp"], 1),
+        ("mtp.layers.0.mlp.experts", ["model.layers.0.mlp", "mtp.layers.0.mlp"], 1),
         (
             "model.vision_tower.blocks.3.mlp.experts",
             ["model.layers.3.mlp", "vision.blocks.3.mlp"],

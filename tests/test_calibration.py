@@ -8,9 +8,11 @@ from typing import Any
 import pytest
 import torch
 from brute import check
+from mtps import saved_with_mtp
 from tiny import model_types, tiny_inputs, tiny_model
 
 from reap.errors import ReapError
+from reap.model.load import load_model, load_mtp
 from reap.observation.patch import observe
 from reap.runs.calibration import calibrate
 from reap.text.batching import Batch, batches
@@ -133,3 +135,21 @@ def test_nan_weights_are_named() -> None:
         model.model.layers[1].mlp.experts.gate_up_proj[3, 0, 0] = float("inf")
     with pytest.raises(ReapError, match=r"layers\.1\..*expert 3"):
         calibrate(model, [rows(model, 9, 9, seed=seed) for seed in range(3)])
+
+
+def test_the_mtp_layer_of_the_models_folder(tmp_path: Path) -> None:
+    """It is found where the model came from, unless it is not wanted, and statistics with it are
+    not those of a model without."""
+    made = saved_with_mtp(tmp_path / "model", "qwen3_next")
+    model = load_model(made.folder)
+    batches = [rows(model, 6, 3)]
+    found, plain = calibrate(model, batches), calibrate(model, batches, mtp=False)
+    assert found[made.names.experts].tokens == 5 + 2 and found.tokens == 9
+    assert plain.layers == found.layers[:-1]
+    for name in plain.layers:
+        assert torch.equal(plain[name].count, found[name].count)
+    given = calibrate(made.model, batches, mtp=load_mtp(model) or False)
+    assert given.layers == found.layers
+    assert torch.equal(given[made.names.experts].count, found[made.names.experts].count)
+    with pytest.raises(ReapError, match="4 MoE layers against 5, mtp.layers.0.mlp.experts in one"):
+        plain + found

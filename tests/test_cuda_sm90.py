@@ -246,6 +246,46 @@ def test_needs_its_own_chip_and_machine_code(monkeypatch):
     assert cuda_sm90.unsupported(call) == "the GPU is an sm_100, must be an sm_90"
 
 
+@pytest.mark.parametrize("built", ["sm_80 sm_90a compute_90", "sm_80", "sm_90a", None])
+@pytest.mark.parametrize(
+    ("chips", "reason"),
+    [
+        ([(8, 0)], "the GPU is an sm_80, must be an sm_90"),
+        ([(12, 0), (8, 6), (8, 6)], "the GPU is an sm_86 and sm_120, must be an sm_90"),
+        ([(8, 0), (9, 0)], None),
+    ],
+)
+def test_another_gpu_is_the_reason_whatever_is_built(
+    monkeypatch, request, built: Any, chips, reason
+):
+    """Not that nothing is built for its chip: an A100 would not run what could be built."""
+    request.addfinalizer(cuda.chip.cache_clear)
+    cuda.chip.cache_clear()
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: len(chips))
+
+    def properties(index):
+        major, minor = chips[index]
+        return SimpleNamespace(major=major, minor=minor, multi_processor_count=108, L2_cache_size=1)
+
+    monkeypatch.setattr(torch.cuda, "get_device_properties", properties)
+    fake: Any = ImportError("no nvcc")
+    if built is not None:
+        fake = SimpleNamespace(architectures=built, device_count=lambda: len(chips))
+    monkeypatch.setattr(native, "ModuleType", SimpleNamespace)
+    monkeypatch.setitem(native._extensions, "_cuda", fake)
+    found = cuda_sm90.available()
+    if reason is not None:
+        assert found == reason
+    elif built is None:
+        assert "no nvcc" in (found or "")
+    else:
+        assert found == (
+            None if "sm_90a" in built else f"the extension is built for {built}, not sm_90a"
+        )
+
+
 def unsupported(case, **changed):
     inputs = cases.make(case, torch.bfloat16) | changed
     return cuda_sm90.unsupported_layout(emulated.call_of(inputs))

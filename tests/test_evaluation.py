@@ -1,4 +1,5 @@
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -76,6 +77,21 @@ def test_matches_a_computation_by_hand(model, teacher, monkeypatch, chunk):
         assert result.loss == pytest.approx(loss, rel=1e-5)
         assert result.kl == pytest.approx(kl, rel=1e-4) and kl > 1e-3
         assert result.perplexity == pytest.approx(math.exp(loss), rel=1e-4)
+
+
+def test_only_what_counts_is_predicted(model):
+    """The rest is context: the halves of a row make up the whole."""
+    whole = batch("d", *rows(2, 8, 5))
+    counted = torch.zeros_like(whole.input_ids)
+    counted[0, 3:] = counted[1, 0] = 1  # the first token of a row is never predicted
+    halves = [
+        evaluate(model, [replace(whole, counted=tokens)])["total"]
+        for tokens in (counted, 1 - counted)
+    ]
+    result = evaluate(model, [whole])["total"]
+    assert [half.tokens for half in halves] == [5, 6] and result.tokens == 11
+    loss = sum(half.tokens * half.loss for half in halves)
+    assert loss == pytest.approx(11 * result.loss, rel=1e-6)
 
 
 def test_a_model_agrees_with_itself(model):

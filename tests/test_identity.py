@@ -9,12 +9,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from folders import add_tensors, edit_config
+from mtps import saved_with_mtp
 from tiny import model_types, tiny_config, tiny_model
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedConfig
 
 from reap import versions
 from reap.errors import ReapError
-from reap.model.identity import describe, describe_folder, fingerprint
+from reap.model.identity import describe, describe_folder, fingerprint, mtp_of
+from reap.model.load import load_model, load_mtp
 
 
 @pytest.mark.sweep
@@ -171,3 +175,31 @@ def test_a_folder_without_a_config(tmp_path: Path) -> None:
     for path in (tmp_path, tmp_path / "missing"):
         with pytest.raises(ReapError, match="not a model folder: it has no config.json"):
             describe_folder(path)
+
+
+@pytest.mark.parametrize("model_type", ["glm4_moe", "qwen3_5_moe"])
+def test_the_mtp_layer_is_described_when_it_is_asked_for(model_type: str, tmp_path: Path) -> None:
+    """By itself, or because another description has it."""
+    made = saved_with_mtp(tmp_path, model_type)
+    plain, whole = describe_folder(tmp_path), describe_folder(tmp_path, mtp=True)
+    assert whole.layers[:-1] == plain.layers and whole.layers[-1].name == made.names.experts
+    model = load_model(tmp_path)
+    assert describe(model, mtp=load_mtp(model)).difference(whole) is None
+    for like in (plain, whole):
+        assert describe_folder(tmp_path, like=like) == like
+    moved = replace(
+        whole, layers=tuple(replace(one, name=f"moved.{one.name}") for one in whole.layers)
+    )
+    found = describe_folder(tmp_path, like=moved)
+    assert found.difference(moved, to_prune=True) is None
+
+
+def test_what_is_said_of_a_folders_mtp_layer(tmp_path: Path) -> None:
+    tiny_model("qwen3_moe").save_pretrained(tmp_path)
+    assert mtp_of(tmp_path) == (None, None)
+    add_tensors(tmp_path, mtp__layers__0__mlp__experts__0__up_proj__weight=torch.ones(2))
+    assert mtp_of(tmp_path) == (None, "mtp: it is not known how qwen3_moe models run it")
+    made = saved_with_mtp(tmp_path / "known", "hy_v3")
+    assert mtp_of(made.folder, made.model.config) == mtp_of(made.folder) == ("model.layers.4", None)
+    edit_config(tmp_path, model_type="unheard_of")
+    assert mtp_of(tmp_path) == (None, None)

@@ -85,7 +85,7 @@ def test_a_missing_field_is_named():
     ("other", "message"),
     [
         (replace(MODEL, model_type="mixtral"), "model type deepseek_v3 against mixtral"),
-        (replace(MODEL, layers=()), "1 MoE layers against 0"),
+        (replace(MODEL, layers=()), "layers.0.mlp.experts in one alone"),
         (replace(MODEL, layers=(replace(LAYER, top_k=4),)), "top_k 2 against 4"),
         (replace(MODEL, layers=(replace(LAYER, name="b"),)), "against b"),
         (replace(MODEL, weights="b" * 64), "other weights; a file of an earlier version does"),

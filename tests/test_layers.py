@@ -34,6 +34,30 @@ def test_llama4_counts_contributions() -> None:
     torch.testing.assert_close(stats[name].weighted_sum, contribution.sum(1), rtol=1e-5, atol=0)
 
 
+@torch.no_grad()
+def test_llama4_counts_what_its_router_chose() -> None:
+    """Gates that are rounded to 0 tell nothing: the logits do, and f(0) / 0 is no norm."""
+    model = tiny_model("llama4_text", dtype=torch.float16, num_experts_per_tok=3)
+    experts = find_experts(model)[0]
+    router = experts.block.router
+    router.weight.mul_(40)
+    router.forward = lambda x, own=router.forward: biased(own, x)
+
+    def biased(own: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+        logits = nn.functional.linear(x, router.weight) - 60  # sigmoid is 0 for most of them
+        top, ids = logits.topk(3, dim=1)
+        scores = torch.full_like(logits, -torch.inf).scatter_(1, ids, top).float().sigmoid()
+        chosen.append(ids)
+        return scores.to(x.dtype), logits
+
+    chosen: list[Tensor] = []
+    with observe(model) as stats:
+        run(model, tiny_inputs(model, length=24))
+    layer = stats[experts.name]
+    assert layer.count.tolist() == chosen[0].flatten().bincount(minlength=8).tolist()
+    assert all(getattr(layer, field).isfinite().all() for field in ("norm_sum", "weighted_sum"))
+
+
 class RemoteMoE(nn.Module):
     """The shape of code that comes with a checkpoint: a list of experts, walked in a loop."""
 
@@ -149,6 +173,36 @@ def test_a_list_of_experts(block: type[RemoteMoE], dtype: torch.dtype, caplog: A
             truth.slots.append((t, expert, gate, float(y.norm()), float(y.abs().max())))
     fields = {k: v for k, v in truth.fields().items() if k[:2] != "co"}
     check(stats[stats.layers[2]], fields, rtol=1e-5 if dtype == torch.float32 else 1e-2)
+
+
+@pytest.mark.parametrize("block", [RemoteMoE, Sorted])
+@torch.no_grad()
+def test_a_list_of_experts_whose_gates_are_rounded_to_zero(block: type[RemoteMoE]) -> None:
+    """In fp16 the second gate of most tokens is 0: its expert got the token all the same."""
+    model = remote_model(block, dtype=torch.float16)
+    moe = model.model.layers[3].mlp.moe
+    own = moe.route
+
+    def route(x: Tensor) -> tuple[Tensor, Tensor]:
+        ids, gates = own(x)
+        gates = torch.where(torch.arange(len(x))[:, None] % 3 > 0, gates, gates.new_tensor([1, 0]))
+        return ids, gates
+
+    moe.route = route
+    seen: list[Tensor] = []
+    moe.register_forward_pre_hook(lambda m, args: seen.append(args[0]))
+    with observe(model, pairs=True) as stats:
+        run(model, tiny_inputs(model, lengths=[40, 25]))
+    real = tiny_inputs(model, lengths=[40, 25])["attention_mask"].flatten().bool()
+    x = seen[0].flatten(0, 1)
+    truth = Truth(8)
+    for t, (ids, gates) in enumerate(zip(*route(x), strict=True)):
+        for expert, gate in zip(ids.tolist(), gates.tolist(), strict=True):
+            y = moe.experts[expert](x[t : t + 1]).double()
+            truth.slots.append((t, expert, gate, float(y.norm()), float(y.abs().max())))
+    layer = stats[stats.layers[2]]
+    assert int(layer.count.sum()) == 65 * 2
+    check(layer, truth.fields(keep=real), rtol=1e-2)
 
 
 class Bounded(RemoteMoE):

@@ -36,7 +36,7 @@ def brute_force(ids, weights, norms, peaks, mask, gates):
             g, n = weights[t, k].item(), norms[t, k].item()
             if gates == "renormalized":
                 g = g / total if total else 0.0
-            if e >= E or g == 0:
+            if e >= E:
                 continue
             found["count"][e] += 1
             found["peak"][e] = max(found["peak"][e], peaks[t, k].item())
@@ -59,7 +59,7 @@ def test_every_field_against_a_loop(gates, masked):
     ids, weights, norms, peaks = slots(200)
     ids[::7, 1] = E  # expert parallelism's sentinel
     ids[::11, 2] = E + 3
-    weights[::5, 0] = 0  # phantom slots
+    weights[::5, 0] = 0  # rounded to zero
     weights[3] = 0  # a token without any gate
     mask = torch.ones(200, dtype=torch.bool)
     if masked:
@@ -110,7 +110,33 @@ def test_renormalized_by_hand():
     )
     assert layer.gate_sum.tolist() == [0.25, 0.75, 0.0]
     assert layer.weighted_sum.tolist() == [0.5, 3.0, 0.0]
-    assert layer.count.tolist() == [1, 1, 0] and layer.tokens == 2
+    assert layer.count.tolist() == [1, 2, 1] and layer.tokens == 2
+
+
+@pytest.mark.parametrize("gates", ["applied", "renormalized"])
+def test_a_gate_that_is_rounded_to_zero_counts(gates):
+    """What the router chose, and how large the expert's output was, does not depend on its gate."""
+    ids, _, norms, peaks = slots(50)
+    layers = []
+    for smallest in (2.0**-140, 0.0, -0.0):
+        weights = torch.ones(50, K)
+        weights[:, 1] = smallest
+        layer = LayerStatistics(E, name=NAME, gates=gates, pairs=True)
+        layer.update(ids, weights, norms, peaks)
+        layers.append(layer)
+    tiny, zero, negative = layers
+    assert zero == negative and int(zero.count.sum()) == 50 * K
+    for field in ("count", "norm_sum", "norm_sq_sum", "peak", "coselected"):
+        assert torch.equal(getattr(zero, field), getattr(tiny, field)), field
+    torch.testing.assert_close(zero.weighted_sum, tiny.weighted_sum, rtol=1e-12, atol=1e-30)
+
+
+def test_a_slot_with_a_zero_gate_is_checked_like_any():
+    layer = LayerStatistics(2, name=NAME)
+    with pytest.raises(ReapError, match=rf"{NAME}, expert 1: norm, peak or gate is NaN"):
+        layer.update(
+            torch.tensor([[1]]), torch.zeros(1, 1), torch.full((1, 1), math.nan), torch.ones(1, 1)
+        )
 
 
 def test_pairs_of_the_same_expert_are_no_pair():

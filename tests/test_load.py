@@ -9,13 +9,15 @@ from typing import Any
 
 import pytest
 import torch
+from mtps import saved_with_mtp
 from safetensors.torch import load_file, save_file
 from tiny import tiny_model
 from transformers.utils import logging
 
 from reap.errors import ReapError
 from reap.model.identity import describe, describe_folder
-from reap.model.load import load_model, load_tokenizer
+from reap.model.load import load_model, load_mtp, load_tokenizer
+from reap.model.mtp import UnsupportedMtpError
 
 
 @pytest.fixture
@@ -98,3 +100,48 @@ def test_options_that_are_refused(folder: Path, options: Any, message: str) -> N
 def test_a_folder_without_a_tokenizer(tmp_path: Path) -> None:
     with pytest.raises(ReapError, match="no tokenizer that loads"):
         load_tokenizer(tmp_path)
+
+
+def test_the_mtp_layer_of_a_folder(tmp_path: Path) -> None:
+    """None where there is none; from another folder where the model does not know its own."""
+    tiny_model("glm4_moe").save_pretrained(tmp_path / "plain")
+    model = load_model(tmp_path / "plain")
+    assert load_mtp(model) is None
+    made = saved_with_mtp(tmp_path / "model", "glm4_moe")
+    found, same = load_mtp(load_model(made.folder)), load_mtp(made.model, made.folder)
+    assert found is not None and same is not None and found.layers == same.layers
+    assert torch.equal(found.projection.weight, same.projection.weight)
+    with pytest.raises(ReapError, match="Glm4MoeForCausalLM is no folder here.*say the folder of"):
+        load_mtp(tiny_model("glm4_moe"))
+
+
+LAST = "model.layers.4."
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        (f"{LAST}eh_proj.weight", None),
+        (f"{LAST}hnorm.weight", None),
+        (f"{LAST}shared_head.norm.weight", None),
+        (f"{LAST}mlp.experts.3.up_proj.weight", None),
+        (f"{LAST}self_attn.q_proj.weight", None),
+        (f"{LAST}eh_proj.weight", lambda weight: weight[:, :-1]),
+        (f"{LAST}eh_proj.weight", lambda weight: weight.to(torch.int8)),
+        (f"{LAST}self_attn.q_proj.weight", lambda weight: weight[:-1]),
+        (f"{LAST}eh_proj.bias", lambda _: torch.zeros(32)),
+        (f"{LAST}mlp.gain", lambda _: torch.zeros(32)),
+    ],
+)
+def test_an_mtp_layer_that_is_not_whole(name: str, change: Any, tmp_path: Path) -> None:
+    saved_with_mtp(tmp_path, "glm4_moe")
+    model = load_model(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    tensors[name] = tensors.get(name, torch.zeros(0))
+    if change is None:
+        del tensors[name]
+    else:
+        tensors[name] = change(tensors[name]).contiguous()
+    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UnsupportedMtpError, match=r"^model.layers.4"):
+        load_mtp(model)

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import random
+import signal
+import time
 from pathlib import Path
 from typing import Any
 
@@ -162,7 +166,7 @@ def test_other_statistics_are_not_taken_up(here: Path) -> None:
 def test_a_fault_that_shows_late_is_not_kept(here: Path, monkeypatch: Any) -> None:
     """A GPU reports a NaN when it is asked. What was asked about before is kept."""
     model = tiny_model("qwen3_moe")
-    monkeypatch.setattr("reap.runs.partial._CHECK_SECONDS", 0.0)
+    written_at_every_batch(monkeypatch)
     partial, rows = Partial(here / "kept"), text(here)
     seen = 0
 
@@ -170,7 +174,7 @@ def test_a_fault_that_shows_late_is_not_kept(here: Path, monkeypatch: Any) -> No
         nonlocal seen
         seen += 1
         if seen == 3:
-            partial._check_at = float("inf")
+            partial._write_at = math.inf
         if seen == 5:
             raise Stop
 
@@ -186,6 +190,74 @@ def test_a_fault_that_shows_late_is_not_kept(here: Path, monkeypatch: Any) -> No
     with pytest.raises(Stop), partial.kept():
         calibrate(model, rows, partial=partial, progress=progress)
     assert Statistics.load(here / "kept").data[0]["partial"] == {"batches": 3}
+
+
+def written_at_every_batch(monkeypatch: Any) -> None:
+    monkeypatch.setattr("reap.runs.partial._WRITE_SECONDS", 0.0)
+    monkeypatch.setattr("reap.runs.partial._WRITE_SHARE", math.inf)
+
+
+@pytest.mark.parametrize("kills", [5, pytest.param(200, marks=pytest.mark.slow)])
+def test_killed_at_any_moment(here: Path, kills: int, monkeypatch: Any) -> None:
+    """kill -9, again and again: the run that gets through has the bits of one without breaks."""
+    written_at_every_batch(monkeypatch)
+    model = tiny_model("qwen3_moe")
+    whole = calibrate(model, text(here))
+    rng, started, killed = random.Random(kills), time.monotonic(), 0
+    calibrate(model, text(here))
+    limit = time.monotonic() - started  # seconds, of a run without breaks
+    while True:
+        child = os.fork()
+        if child == 0:
+            try:
+                run(here, model).save(here / "done", overwrite=True)
+            finally:
+                os._exit(0)
+        if killed < kills:
+            time.sleep(rng.random() * limit)
+            os.kill(child, signal.SIGKILL)
+            killed += 1
+        _, status = os.waitpid(child, 0)
+        if not os.WIFSIGNALED(status):
+            assert Statistics.load(here / "done") == whole
+            assert not (here / "kept").exists()
+            if killed >= kills:
+                break
+            (here / "done").unlink()  # faster than the signal: once more
+    assert {path.name for path in here.iterdir()} == {"a.jsonl", "b.txt", "done"}
+
+
+def test_a_run_is_written_while_it_goes_on(here: Path, monkeypatch: Any) -> None:
+    written_at_every_batch(monkeypatch)
+    seen = []
+
+    def progress(_: int) -> None:
+        seen.append(Statistics.load(here / "kept").data[0]["partial"]["batches"])
+
+    partial = Partial(here / "kept")
+    with partial.kept():
+        calibrate(tiny_model("qwen3_moe"), text(here), partial=partial, progress=progress)
+    assert seen == list(range(1, len(seen) + 1)) and not (here / "kept").exists()
+
+
+def test_a_full_disk_ends_no_run(here: Path, monkeypatch: Any, caplog: Any) -> None:
+    written_at_every_batch(monkeypatch)
+
+    def full(*_: Any, **__: Any) -> None:
+        raise ReapError("cannot write: disk full")
+
+    monkeypatch.setattr(Statistics, "save", full)
+    assert run(here, tiny_model("qwen3_moe")).tokens
+    assert "what was measured so far is not kept: cannot write: disk full" in caplog.text
+
+
+def test_two_runs_on_one_output(here: Path) -> None:
+    first = Partial(here / "kept")
+    with pytest.raises(ReapError, match=rf"another run \(process {os.getpid()}\)"):
+        Partial(here / "kept")
+    with first.kept():
+        pass
+    Partial(here / "kept")
 
 
 def test_a_disk_that_is_full_hides_no_error(here: Path, monkeypatch: Any) -> None:

@@ -19,7 +19,7 @@ from reap.model.experts import find_experts
 from reap.observation import measure
 from reap.observation.layers import Layer
 from reap.observation.patch import _layers, observe
-from reap.statistics.layerstats import LayerStatistics
+from reap.statistics.stats import Statistics
 
 # Softmax renormalised or not, sigmoid with groups and bias, interleaved and transposed with biases,
 # a hybrid, no gate half: the rest is in the sweep.
@@ -255,6 +255,25 @@ def test_domains() -> None:
     assert stats.tokens == 36
 
 
+@pytest.mark.parametrize("model_type", ["qwen3_moe", "llama4_text", "gemma4", "longcat_flash"])
+def test_counting(model_type: str) -> None:
+    """Only some tokens of a call count, of which padding is none; the two halves are the whole."""
+    model = tiny_model(model_type)
+    inputs = tiny_inputs(model, lengths=[9, 5])
+    counted = torch.rand(2, 9, generator=torch.Generator().manual_seed(0)) < 0.5
+    counts = [counted, ~counted, None]
+    parts = []
+    for tokens in counts:
+        with observe(model) as stats, stats.counting(tokens):
+            run(model, inputs)
+        parts.append(stats)
+    assert parts[0].tokens == int((counted & inputs["attention_mask"].bool()).sum())
+    assert parts[0] + parts[1] == parts[2]
+    with pytest.raises(ReapError, match=r"given \[9, 2\], and the model is called .* \[2, 9\]"):
+        with observe(model) as stats, stats.counting(counted.T):
+            run(model, inputs)
+
+
 def test_partitions_of_batches_give_the_same_bits() -> None:
     model = tiny_model("qwen3_moe")
     batches = [tiny_inputs(model, seed=seed) for seed in range(4)]
@@ -331,14 +350,6 @@ def test_threads_that_call_one_model(model_type: str) -> None:
     with observe(model) as stats, ThreadPoolExecutor(8) as pool:
         list(pool.map(lambda batch: run(model, batch), batches * 3))
     assert stats == alone + alone + alone
-
-
-def test_layers_that_are_never_called_are_named(caplog: Any) -> None:
-    model = tiny_model("qwen3_moe")
-    with observe(model):
-        model.set_experts_implementation("eager")  # which takes the place of what observe has set
-        run(model, tiny_inputs(model))
-    assert "4 MoE layers were never called, such as model.layers.0" in caplog.text
 
 
 def test_a_model_without_weights_is_an_error() -> None:
@@ -419,7 +430,7 @@ def test_no_layer_waits_for_its_device(model_type: str, lengths: Any, monkeypatc
     ids, gates = (torch.zeros(18, 2, dtype=t, device="meta") for t in (torch.int64, torch.float32))
     monkeypatch.setattr(Layer, "check_device", lambda self, kind: None)  # which refuses it
     monkeypatch.setattr(measure, "accurate", lambda *_, **__: True)  # waits once, at the first call
-    monkeypatch.setattr(LayerStatistics, "check", lambda self: None)  # at the end
+    monkeypatch.setattr(Statistics, "check", lambda self: None)  # once, at the end
     hidden = torch.zeros(18, 32, device="meta")
     with torch.no_grad(), observe(model, pairs=True) as stats:
         for experts in find_experts(model):
@@ -433,6 +444,25 @@ def test_no_layer_waits_for_its_device(model_type: str, lengths: Any, monkeypatc
             out = model(input_ids=inputs["input_ids"], attention_mask=mask)
             assert out.is_meta and out.shape == hidden.shape
     assert {part.device.type for part in stats._parts.values()} == {"meta"}
+
+
+def test_what_layers_have_in_common_is_found_once(monkeypatch: Any) -> None:
+    """Layers of one class and state have one activation; one with another is asked for itself."""
+    seen: list[nn.Module] = []
+    activation_of = measure.activation_of
+
+    def counted(module: nn.Module) -> str | None:
+        seen.append(module)
+        return activation_of(module)
+
+    monkeypatch.setattr(measure, "activation_of", counted)
+    model = tiny_model("qwen3_moe", num_hidden_layers=5)
+    experts = [one.module for one in find_experts(model)]
+    experts[3].act_fn = nn.GELU()
+    with observe(model):
+        activations = [_layers[module].activation for module in experts]
+    assert activations == ["silu", "silu", "silu", "gelu", "silu"]
+    assert seen == [experts[0], experts[3]]
 
 
 def test_a_graph_cannot_be_captured(monkeypatch: Any) -> None:

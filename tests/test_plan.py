@@ -204,7 +204,10 @@ def test_more_protected_than_kept():
         ({"keep": 4.0}, "keep is 4.0"),
         ({"keep": 10**400}, "cannot keep 1000.* of 8 experts: there"),
         ({"keep": 4, "seed": 1.5}, "seed is 1.5"),  # what `Plan.load` would refuse
-        ({"keep": 9}, "cannot keep 9 of 8 experts: there are not that many; .* keep 8 or ratio 0$"),
+        (
+            {"keep": 9},
+            "cannot keep 9 of 8 experts: there are not that many; .* keep 7 or ratio 0.2$",
+        ),
         ({"ratio": 0.5, "multiple_of": 0}, "multiple_of is 0"),
         ({"ratio": 0.5, "multiple_of": 16}, "no multiple of 16 works for 8 experts"),
         ({"ratio": 0.5, "criterion": "magic"}, "criterion is 'magic'"),

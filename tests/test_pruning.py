@@ -12,7 +12,9 @@ from typing import Any
 
 import pytest
 import torch
+from brute import run
 from folders import add_tensors, edit_config, pruned_in_memory, saved, some_plan, tensors_of
+from mtps import EACH_ROW, Checkpoint, saved_with_mtp
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny import model_types, tiny_inputs
@@ -20,8 +22,10 @@ from tiny import model_types, tiny_inputs
 import reap
 from reap.checkpoint import pruning, surgery
 from reap.checkpoint.pruning import prune
+from reap.checkpoint.verification import verify
 from reap.errors import ReapError
 from reap.model.identity import describe_folder
+from reap.model.load import load_model, load_mtp
 from reap.planning.plan import Plan
 
 # What each one adds: per-expert tensors, another naming, no router groups, groups with bias, fused
@@ -72,7 +76,8 @@ def test_every_architecture(model_type: str, tmp_path: Path) -> None:
             prune(tmp_path / "base", some_plan(tmp_path / "base"), tmp_path / "out")
         return
     plan = some_plan(tmp_path / "base")
-    prune(tmp_path / "base", plan, tmp_path / "out")
+    report = prune(tmp_path / "base", plan, tmp_path / "out")
+    assert not report.mtp_layers and not report.dropped_layers
     check_same_logits(model, plan, tmp_path / "out")
 
 
@@ -196,6 +201,92 @@ def test_layers_that_no_statistics_exist_for_are_dropped_and_said(tmp_path: Path
     check_same_logits(model, plan, out)
 
 
+@pytest.mark.parametrize("model_type", EACH_ROW)
+def test_multi_token_prediction_is_kept_by_a_plan_that_speaks_of_it(
+    model_type: str, tmp_path: Path
+) -> None:
+    base, out = tmp_path / "base", tmp_path / "out"
+    made = saved_with_mtp(base, model_type)
+    plan = some_plan(base, keep=4, model=describe_folder(base, mtp=True))
+    report = prune(base, plan, out)
+    assert len(report.mtp_layers) == 1 and not report.dropped_layers
+    assert f"multi-token prediction is kept: {report.mtp_layers[0]}" in str(report)
+    assert json.loads((out / "reap.json").read_text())["mtp_layers"] == [*report.mtp_layers]
+    assert "speculative decoding with it goes on" in (out / "README.md").read_text()
+    check_mtp_tensors(made, plan.kept[made.names.experts], out)
+    for found in (verify(out), verify(out, base)):
+        assert found.mtp is not None and found.experts == dict.fromkeys(plan.kept, 4)
+        assert not found.problems and not found.ignored and found.unchecked is None
+    plain = describe_folder(base)
+    kept = {layer.name: plan.kept[layer.name] for layer in plain.layers}
+    without = prune(base, replace(plan, model=plain, kept=kept), tmp_path / "without")
+    assert without.dropped_layers and not without.mtp_layers
+    assert "a plan of statistics with it, as `reap calibrate` makes them" in str(without)
+    logits = [run(load_model(folder), tiny_inputs(made.model)) for folder in (out, without.out)]
+    assert torch.equal(*logits)
+
+
+def check_mtp_tensors(made: Checkpoint, kept: tuple[int, ...], out: Path) -> None:
+    """Those of experts that stay under their new numbers, the router's rows, the rest as it was."""
+    after = {n: t for n, t in tensors_of(out).items() if n in made.mtp_tensors}
+    assert after.keys() == replace(made, folder=out).mtp_tensors.keys()
+    for name, tensor in after.items():
+        expert = re.fullmatch(r"(.*\.experts\.)(\d+)(\..*)", name)
+        before = made.mtp_tensors[
+            f"{expert[1]}{kept[int(expert[2])]}{expert[3]}" if expert else name
+        ]
+        if tensor.shape != before.shape:
+            assert before.shape[0] == 8, name
+            before = before[list(kept)]
+        assert torch.equal(tensor, before), name
+    found = load_mtp(load_model(out))
+    assert found is not None and found.layers[0].num_experts == len(kept)
+    (experts,) = (one.module for one in found.experts)
+    whole = load_mtp(load_model(made.folder))
+    assert whole is not None
+    for name, weight in whole.experts[0].module.named_parameters():
+        assert torch.equal(experts.get_parameter(name), weight[list(kept)])
+
+
+def test_a_dense_layer_for_multi_token_prediction_is_copied(tmp_path: Path) -> None:
+    base, out = tmp_path / "base", tmp_path / "out"
+    model = saved(base, "ernie4_5_moe")
+    add_tensors(
+        base,
+        model__mtp_block__0__mlp__up_proj__weight=torch.ones(24, 32),
+        model__mtp_emb_norm__0__weight=torch.ones(32),
+    )
+    edit_config(base, num_nextn_predict_layers=1)
+    plan = some_plan(base)
+    report = prune(base, plan, out)
+    assert not report.dropped_layers and not report.mtp_layers
+    assert tensors_of(out)["model.mtp_block.0.mlp.up_proj.weight"].shape == (24, 32)
+    assert json.loads((out / "config.json").read_text())["num_nextn_predict_layers"] == 1
+    check_same_logits(model, plan, out)
+
+
+def test_quantisation_settings_that_name_experts_of_the_mtp_layer_follow(tmp_path: Path) -> None:
+    base, out = tmp_path / "base", tmp_path / "out"
+    made = saved_with_mtp(base, "qwen3_next")
+    plan = some_plan(base, keep=4, model=describe_folder(base, mtp=True))
+    kept = plan.kept[made.names.experts]
+    (gone,) = sorted(set(range(8)) - set(kept))[:1]
+    names = [f"{made.names.experts}.{i}.up_proj" for i in (gone, kept[2])]
+    ignored = {"quant_method": "compressed-tensors", "ignore": ["mtp.fc", *names]}
+    edit_config(base, quantization_config=ignored)
+    prune(base, plan, out)
+    left = json.loads((out / "config.json").read_text())["quantization_config"]["ignore"]
+    assert left == ["mtp.fc", f"{made.names.experts}.2.up_proj"]
+
+
+def test_why_a_layer_for_multi_token_prediction_is_dropped(tmp_path: Path) -> None:
+    saved(tmp_path / "base")
+    names = {f"mtp__layers__0__mlp__experts__{i}__up_proj__weight": torch.ones(2) for i in range(8)}
+    add_tensors(tmp_path / "base", **names)
+    report = prune(tmp_path / "base", some_plan(tmp_path / "base"), tmp_path / "out")
+    assert "for it: mtp (it is not known how qwen3_moe models run it)" in str(report)
+
+
 def test_progress_hears_of_every_byte_of_tensors_and_files(tmp_path: Path) -> None:
     saved(tmp_path / "base", shards=True)
     (tmp_path / "base" / "tokenizer.json").write_bytes(b"12345")
@@ -311,7 +402,7 @@ def test_files_of_quantisers_follow(base: Path, tmp_path: Path) -> None:
     edit_config(folder, quantization_config={"quant_method": "fp8", "ignored_layers": listed})
     heard: list[int] = []
     report = prune(folder, plan, tmp_path / "out", progress=heard.append)
-    assert sum(heard) == pruning.pruned_size(folder, plan)
+    assert sum(heard) == pruning.check_prune(folder, plan, tmp_path / "again")
     written = json.loads((tmp_path / "out" / "hf_quant_config.json").read_text())
     names = [f"{layer}.{i}.up_proj" for i in range(len(kept))]
     assert written == {"quantization": {"exclude_modules": names}}
@@ -365,7 +456,7 @@ def test_a_plan_of_more_experts_than_the_folder_has(base: Path, tmp_path: Path) 
     prune(base, plan, tmp_path / "out")
     refused(tmp_path / "out", plan, "another model .*num_experts 8 against 5", tmp_path / "again")
     with pytest.raises(ReapError, match="num_experts 8 against 5"):
-        pruning.pruned_size(tmp_path / "out", plan)
+        pruning.check_prune(tmp_path / "out", plan, tmp_path / "again")
     saved(tmp_path / "glm", "glm4_moe")
     refused(tmp_path / "glm", plan, "qwen3_moe against glm4_moe", tmp_path / "again")
 

@@ -8,15 +8,15 @@ from typing import Any
 import pytest
 from folders import EXPERTS, KEPT, plan_for
 
-from reap.checkpoint import removal, surgery
+from reap.checkpoint import counts, removal, surgery
 from reap.checkpoint.blocks import find_blocks
 from reap.checkpoint.counts import Place
 from reap.checkpoint.removal import (
     Modalities,
     Modality,
     Removal,
-    dropped_layers,
     kept_by_place,
+    mtp_layers,
     removals_of,
 )
 from reap.errors import ReapError
@@ -176,13 +176,43 @@ def test_blocks_that_the_plan_does_not_speak_of() -> None:
     extra = block_of(module="model.layers.2.mlp") | block_of(module="mtp.layers.0.mlp")
     shapes = block_of() | extra
     removals = built(plan, shapes)
-    dropped = dropped_layers(CONFIG, shapes, find_blocks(shapes), removals)
-    assert dropped == ("model.layers.2", "mtp")
-    edits = surgery.edits_of(shapes, removals, dropped)
+    found = mtp_layers(CONFIG, shapes, find_blocks(shapes), removals)
+    assert found.dropped == ("model.layers.2", "mtp") and found.kept == ()
+    edits = surgery.edits_of(shapes, removals, found.dropped)
     assert all(edits[name] is None for name in extra)
     shapes = block_of() | block_of(module="vision.layers.0.mlp")
     with pytest.raises(ReapError, match="vision.layers.0.mlp has experts that the plan does not"):
-        dropped_layers(CONFIG, shapes, find_blocks(shapes), built(plan, shapes))
+        mtp_layers(CONFIG, shapes, find_blocks(shapes), built(plan, shapes))
+
+
+def test_layers_for_multi_token_prediction_that_the_plan_speaks_of_stay() -> None:
+    """Numbered on or apart; what is numbered apart is in none of the model's own lists."""
+    apart, on = "mtp.layers.1.mlp", "model.layers.2.mlp"
+    shapes = block_of() | block_of(module=apart) | block_of(module=on)
+    names = [f"{module}.experts" for module in (LAYER, apart, on)]
+    config = {"num_experts": [0, EXPERTS], "num_hidden_layers": 2}
+    plan = keeping(KEPT, OTHERS, OTHERS, names=names)
+    removals = built(plan, shapes, {**config, "num_experts": EXPERTS})
+    assert [removal.block.module for removal in removals] == [LAYER, apart, on]
+    found = mtp_layers(CONFIG, shapes, find_blocks(shapes), removals)
+    assert found.kept == ("model.layers.2", "mtp") and found.dropped == ()
+    assert kept_by_place(removals) == {Place((), "num_experts", None): {1: 3, -1: 3, 2: 3}}
+    unlike = built(keeping(KEPT, (0, 1), KEPT, names=names), shapes)
+    new = dict.fromkeys((1, -1, 2), 3)
+    assert counts.with_fewer(config, {Place((), "num_experts", None): new}, False)[0] == {
+        "num_experts": [0, 3],
+        "num_hidden_layers": 2,
+    }
+    with pytest.raises(ReapError, match="make a uniform plan"):
+        counts.with_fewer(CONFIG, kept_by_place(unlike), False)
+
+
+def test_a_layer_for_multi_token_prediction_of_which_a_part_is_planned() -> None:
+    both = [f"mtp.layers.{i}.mlp" for i in range(2)]
+    shapes = block_of() | block_of(module=both[0]) | block_of(module=both[1])
+    removals = built(keeping(KEPT, KEPT, names=[f"{LAYER}.experts", f"{both[1]}.experts"]), shapes)
+    with pytest.raises(ReapError, match="mtp has experts that the plan does not speak of"):
+        mtp_layers(CONFIG, shapes, find_blocks(shapes), removals)
 
 
 def test_two_stacks_under_one_count_are_pruned_alike_or_not_at_all() -> None:

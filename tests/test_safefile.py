@@ -87,6 +87,20 @@ def test_reads_what_the_library_writes(tmp_path: Path) -> None:
     assert sum(t.nbytes for t in header.tensors.values()) == sum(t.nbytes for t in tensors.values())
 
 
+def test_a_header_that_is_held_is_not_read_again(tmp_path: Path) -> None:
+    path = written(tmp_path / "a.safetensors", {"a": entry(0, 4)}, bytes(4))
+    held = read_header(path)
+    assert read_header(path) is held
+    written(path, {"b": entry(0, 5, (5,))}, bytes(5))
+    assert set(read_header(path).tensors) == {"b"}, "the file is another one now"
+    (tmp_path / "c.safetensors").symlink_to(path)
+    assert read_header(tmp_path / "c.safetensors").path.name == "c.safetensors"
+    del held
+    path.unlink()
+    with pytest.raises(ReapError, match="cannot read"):
+        read_header(path)
+
+
 def test_the_library_reads_what_we_write(tmp_path: Path) -> None:
     path = tmp_path / "a.safetensors"
     data = torch.arange(6, dtype=torch.float32)

@@ -1,4 +1,5 @@
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -43,6 +44,37 @@ def test_any_partition_order_and_merge_gives_the_same_bits(tmp_path, gates, seed
     assert shards[0][NAME] == want[NAME]
     for field, tensor in want[NAME].tensors().items():
         assert torch.equal(shards[0][NAME].tensors()[field], tensor), field
+
+
+@pytest.mark.parametrize("shape", [(12,), (3, 4)])
+def test_counting_restricts_what_counts(shape):
+    """Whatever the mask of padding leaves, in any shape of as many values."""
+    data, g = slots(12), torch.Generator().manual_seed(0)
+    counted, real = (torch.rand(12, generator=g) < 0.6 for _ in range(2))
+    for mask in (None, real):
+        stats, want = Statistics(MODEL, pairs=True), Statistics(MODEL, pairs=True)
+        with stats.counting(counted.view(shape).to(torch.int64) * 3):
+            assert stats.counted is not None and stats.counted.shape == shape
+            stats.update(NAME, *data, *[mask])
+            with stats.counting(None):
+                assert stats.counted is None
+                stats.update(NAME, *data, *[mask])
+        stats.update(NAME, *data, *[mask])
+        want.update(NAME, *data, *[counted if mask is None else counted & mask])
+        for _ in range(2):
+            want.update(NAME, *data, *[mask])
+        assert stats == want
+
+
+def test_counting_of_other_tokens_is_an_error():
+    stats = Statistics(MODEL)
+    with stats.counting(torch.ones(11)):
+        with pytest.raises(ReapError, match="given 11 values, and a layer was called with 12"):
+            stats.update(NAME, *slots(12))
+    assert stats.tokens == 0
+    given: Any = [1, 0]
+    with pytest.raises(ReapError, match="given a list: it must be a tensor"), stats.counting(given):
+        pass
 
 
 def test_domains():
@@ -136,3 +168,16 @@ def test_more_slots_than_top_k_and_unknown_gates():
         Statistics(MODEL, gates="softmax")
     with pytest.raises(ReapError, match="gates is 'softmax'"):
         LayerStatistics(2, gates="softmax")
+
+
+def test_faults_of_all_layers_are_read_at_once(monkeypatch):
+    stats = Statistics(TWO_LAYERS)
+    for name in stats.layers:
+        stats.update(name, *slots(5, 1, k=2))
+    with monkeypatch.context() as patch:
+        patch.setattr(LayerStatistics, "check", None)  # nobody asks each
+        stats.check()
+    last = stats._parts["default", stats.layers[-1]]
+    last._faults[1] = 2
+    with pytest.raises(ReapError, match=f"layer {last.name}, expert 1: .* in 2 slots"):
+        stats.check()

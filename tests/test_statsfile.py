@@ -1,5 +1,7 @@
+import copy
 import json
 import math
+import pickle
 import struct
 
 import pytest
@@ -46,6 +48,46 @@ def test_save_and_load(tmp_path):
         stats.save(tmp_path / "s")
     Statistics(MODEL).save(tmp_path / "empty")
     assert Statistics.load(tmp_path / "empty") == Statistics(MODEL)
+
+
+def test_bytes_are_those_of_the_library(tmp_path):
+    """Tensors are written one at a time, but in its order: digests do not depend on who wrote."""
+    from safetensors.torch import load_file, save
+
+    stats = Statistics(TWO_LAYERS, pairs=True)
+    for domain, seed in (("b", 1), ("a", 2)):
+        with stats.domain(domain):
+            stats.update("first", *slots(30, seed))
+            stats.update("second", *slots(30, seed, experts=9, k=2))
+    stats.save(tmp_path / "s")
+    raw = (tmp_path / "s").read_bytes()
+    (length,) = struct.unpack("<Q", raw[:8])
+    metadata = json.loads(raw[8 : 8 + length])["__metadata__"]
+    assert save(load_file(tmp_path / "s"), metadata) == raw
+
+
+def test_pairs_stay_in_the_file_until_they_are_asked_for(tmp_path):
+    stats = Statistics(MODEL, pairs=True)
+    stats.update(NAME, *slots(30))
+    stats.save(tmp_path / "s")
+    back = Statistics.load(tmp_path / "s")
+    for copied in (
+        copy.deepcopy(back),
+        pickle.loads(pickle.dumps(back)),
+        back + Statistics(MODEL, pairs=True),
+    ):
+        assert copied == stats
+    back.save(tmp_path / "s", overwrite=True)  # over what it is read from
+    assert back == stats == Statistics.load(tmp_path / "s")
+    late = Statistics.load(tmp_path / "s")
+    with open(tmp_path / "s", "r+b") as file:
+        file.truncate(1000)
+    assert late[NAME].count.equal(stats[NAME].count)
+    with pytest.raises(ReapError, match="changed while it was read"):
+        late[NAME].coweighted  # noqa: B018
+    with pytest.raises(ReapError, match="changed while it was read"):
+        late.save(tmp_path / "t")
+    assert not (tmp_path / "t").exists() and len(list(tmp_path.iterdir())) == 1
 
 
 def test_merged_files_are_identical_bytes(tmp_path):

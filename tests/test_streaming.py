@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import pytest
 import torch
 from folders import saved
 from greenlet import greenlet
+from mtps import saved_with_mtp
 from tiny import model_types, tiny_inputs, tiny_model
 from transformers import MixtralModel
 from transformers.models.mixtral.modeling_mixtral import MixtralDecoderLayer
@@ -212,3 +214,22 @@ def test_a_layer_that_runs_twice(tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.setattr(MixtralDecoderLayer, "__call__", twice)
     plain, streamed = both(tmp_path, some("mixtral"))
     assert streamed.digest() == plain.digest() and plain.tokens == 82
+
+
+@pytest.mark.parametrize("mtp", [True, False])
+def test_multi_token_prediction(tmp_path: Path, mtp: bool) -> None:
+    """That layer stays in memory, and runs behind the others."""
+    saved_with_mtp(tmp_path, "deepseek_v3")
+    plain, streamed = both(tmp_path, some("deepseek_v3"), mtp=mtp)
+    assert streamed.digest() == plain.digest()
+    assert len(streamed.layers) == 3 + mtp
+
+
+def test_tokens_that_do_not_count(tmp_path: Path) -> None:
+    saved(tmp_path)
+    batches = [
+        replace(batch, counted=(batch.input_ids % 3 > 0) & batch.attention_mask.bool())
+        for batch in some("qwen3_moe")
+    ]
+    plain, streamed = both(tmp_path, batches)
+    assert streamed.digest() == plain.digest() and 0 < plain.tokens < 41

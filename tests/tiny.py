@@ -28,7 +28,7 @@ from torch import nn
 from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from reap.versions import TESTED
+from reap.versions import SINCE, TESTED
 
 VOCAB = 96
 EXPERTS = r"num_experts|num_local_experts|n_routed_experts|moe_num_experts"
@@ -139,8 +139,6 @@ CLASSES: dict[str, str] = {
     "qwen3_omni_moe_thinker": "Qwen3OmniMoeThinkerForConditionalGeneration",
     "qwen4_exp": "Qwen4ExpForConditionalGeneration",
 }
-# In the releases before these, the type is off the experts interface (DBRX: raises in its forward).
-SINCE = {"granitemoe": "5.13.0", "dbrx": "5.15.0", "aria": "5.18.0"}
 # Modelling file -> the model type to build, where they differ (a thinker is what takes text).
 RENAMED = {"inkling": "inkling_text", "qwen3_omni_moe": "qwen3_omni_moe_thinker"}
 

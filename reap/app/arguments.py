@@ -1,86 +1,218 @@
-"""What several commands share: arguments and options, and what is made of them."""
+"""What several commands share: arguments, options, and groups of them."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import inspect
+from collections.abc import Callable
+from dataclasses import MISSING, dataclass, fields, is_dataclass
+from functools import wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
 
-from reap.app.console import print_json
-from reap.app.longruns import reported
-
 if TYPE_CHECKING:
     from reap.statistics.stats import Statistics
-    from reap.text.batching import Batches
     from reap.text.sources import Source
 
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="a model folder or a hub id")]
 Stats = Annotated[Path, typer.Argument(metavar="STATS", help="a statistics file")]
-Data = Annotated[
-    list[str],
-    typer.Option(
-        "--data",
-        metavar="SPEC[=WEIGHT]",
-        help="a text, .jsonl, .json or .parquet file (also FILE:COLUMN, .gz, .zst), a folder or "
-        "glob of sources, stdlib:code, stdlib:prose, hf:org/name; repeat for a mix",
-    ),
-]
 Domains = Annotated[list[str] | None, typer.Option("--domain", help="only this; repeat for more")]
-Domain = Annotated[str | None, typer.Option(help="one name for all of this data")]
-MaxTokens = Annotated[int | None, typer.Option(min=1, help="stop after this many tokens")]
-MaxTokensPerSource = Annotated[
-    int | None, typer.Option(min=1, help="take at most this many tokens of each --data")
-]
-SkipBad = Annotated[
-    bool, typer.Option("--skip-bad", help="leave out and count rows that cannot be used")
-]
-SeqLen = Annotated[
-    int | None, typer.Option(min=2, help="tokens per row; 2048, or the model's limit if lower")
-]
-BatchSize = Annotated[int, typer.Option(min=1, help="rows per forward pass")]
-Pack = Annotated[bool, typer.Option("--pack/--no-pack", help="full rows, or a sample per row")]
-Dtype = Annotated[str, typer.Option(help="auto (as stored), bfloat16, float16 or float32")]
-Device = Annotated[str, typer.Option(help="auto, cpu, cuda:1, or a device map such as balanced")]
-Backend = Annotated[str, typer.Option(help="auto, or a name that `reap doctor` lists")]
 Criterion = Annotated[str, typer.Option(help="reap, frequency, ean, ...; see `reap score --help`")]
 Seed = Annotated[int, typer.Option(help="for the criterion `random`")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="replace an existing output")]
+Verify = Annotated[
+    bool, typer.Option("--verify/--no-verify", help="read back and compare what was written")
+]
 Revision = Annotated[
     str | None, typer.Option(help="branch, tag or commit of MODEL, where that is a hub id")
-]
-TrustRemoteCode = Annotated[
-    bool, typer.Option("--trust-remote-code", help="run Python code that the model's folder brings")
 ]
 Json = Annotated[bool, typer.Option("--json", help="print one JSON document")]
 
 
-def rows_of(
-    folder: Path,
-    data: list[Source],
-    seq_len: int | None,
-    quiet: bool,
-    trust: bool = False,
-    **options: Any,
-) -> Batches:
-    """The text of `data` as batches for the model in `folder`; `options` are those of `batches`.
+@dataclass(frozen=True)
+class TextOptions:
+    """Which text is read, and as which rows."""
 
-    It is read here, while no model is loaded and nothing is lost by a bad row; only of more text
-    than memory should hold, and of the standard library's, which has none, not all is.
-    """
-    from reap.model.config import row_length
-    from reap.model.load import load_tokenizer
-    from reap.text.batching import batches
+    data: Annotated[
+        list[str],
+        typer.Option(
+            "--data",
+            metavar="SPEC[=WEIGHT]",
+            help="a text, .jsonl, .json or .parquet file (also FILE:COLUMN, .gz, .zst), a folder "
+            "or glob of sources, stdlib:code, stdlib:prose, hf:org/name; repeat for a mix",
+        ),
+    ]
+    max_tokens: Annotated[int | None, typer.Option(min=1, help="stop after this many tokens")] = (
+        None
+    )
+    max_tokens_per_source: Annotated[
+        int | None, typer.Option(min=1, help="take at most this many tokens of each --data")
+    ] = None
+    seq_len: Annotated[
+        int | None, typer.Option(min=2, help="tokens per row; 2048, or the model's limit if lower")
+    ] = None
+    batch_size: Annotated[int, typer.Option(min=1, help="rows per forward pass")] = 1
+    domain: Annotated[str | None, typer.Option(help="one name for all of this data")] = None
+    pack: Annotated[
+        bool, typer.Option("--pack/--no-pack", help="full rows, or a sample per row")
+    ] = True
+    skip_bad: Annotated[
+        bool, typer.Option("--skip-bad", help="leave out and count rows that cannot be used")
+    ] = False
+    count: Annotated[
+        str,
+        typer.Option(help="all tokens, or of chats the assistant's alone; the others still run"),
+    ] = "all"
+    count_after: Annotated[
+        str | None,
+        typer.Option(metavar="TEXT", help="count only what follows this in a sample, </think> say"),
+    ] = None
+    count_until: Annotated[
+        str | None, typer.Option(metavar="TEXT", help="and only until behind this, every time")
+    ] = None
 
-    tokenizer = load_tokenizer(folder, trust_remote_code=trust)
-    length = row_length(folder, seq_len, trust_remote_code=trust)
-    rows = batches(data, tokenizer, seq_len=length, **options)
-    if any(source.kind != "stdlib" for source in data):
-        with reported("reading", lambda: rows.expected, "tokens", quiet) as advance:
-            if not rows.read_ahead(advance) and not quiet:
-                typer.echo("reap: long text: its beginning was checked, not all of it", err=True)
-    return rows
+    def sources(self) -> list[Source]:
+        """What --data names; ReapError where it names nothing."""
+        from reap.text.sources import parse_spec
+
+        return [parse_spec(spec) for spec in self.data]
+
+
+@dataclass(frozen=True)
+class LoadOptions:
+    """How a model is found and loaded."""
+
+    dtype: Annotated[str, typer.Option(help="auto (as stored), bfloat16, float16 or float32")] = (
+        "auto"
+    )
+    device: Annotated[
+        str, typer.Option(help="auto, cpu, cuda:1, or a device map such as balanced")
+    ] = "auto"
+    revision: Revision = None
+    trust_remote_code: Annotated[
+        bool,
+        typer.Option("--trust-remote-code", help="run Python code that the model's folder brings"),
+    ] = False
+
+    def check(self) -> None:
+        """ReapError for what can be told before there is a model."""
+        from reap.model.load import check_dtype, find_device
+
+        check_dtype(self.dtype)
+        find_device(self.device)
+
+    def load(self, folder: Path) -> Any:
+        from reap.model.load import load_model
+
+        return load_model(
+            folder,
+            dtype=self.dtype,
+            device=self.device,
+            trust_remote_code=self.trust_remote_code,
+        )
+
+
+@dataclass(frozen=True)
+class MeasureOptions:
+    """What is measured of experts, and by which kernels."""
+
+    gates: Annotated[str, typer.Option(help="applied or renormalized")] = "applied"
+    pairs: Annotated[bool, typer.Option("--pairs", help="also record pair matrices")] = False
+    backend: Annotated[str, typer.Option(help="auto, or a name that `reap doctor` lists")] = "auto"
+    deterministic: Annotated[
+        bool, typer.Option("--deterministic", help="the same bits in every run, also on a GPU")
+    ] = False
+    mtp: Annotated[
+        bool,
+        typer.Option("--mtp/--no-mtp", help="also the layer for multi-token prediction, if any"),
+    ] = True
+    stream: Annotated[
+        bool | None,
+        typer.Option(
+            "--stream/--no-stream",
+            help="one layer in memory at a time; by itself where the model does not fit",
+        ),
+    ] = None
+    memory_limit: Annotated[
+        str | None, typer.Option(metavar="SIZE", help="like 24G; without it all that is free")
+    ] = None
+    wave_tokens: Annotated[
+        int | None, typer.Option(min=1, help="of --stream: tokens at a time, which a kill may lose")
+    ] = None
+
+    def check(self) -> None:
+        """ReapError for what can be told before there is a model."""
+        from reap.errors import ReapError
+        from reap.observation.patch import check_backend
+        from reap.statistics.layerstats import check_gates
+
+        check_gates(self.gates)
+        check_backend(self.backend)
+        if self.stream is False and (self.memory_limit, self.wave_tokens) != (None, None):
+            raise ReapError("--memory-limit and --wave-tokens are not for --no-stream")
+        _ = self.limit
+
+    @property
+    def limit(self) -> int | None:
+        """--memory-limit in bytes; ReapError for what is no size."""
+        from reap.runs.memory import parse_size
+
+        return None if self.memory_limit is None else parse_size(self.memory_limit)
+
+
+@dataclass(frozen=True)
+class CutOptions:
+    """Which experts stay."""
+
+    ratio: Annotated[float | None, typer.Option(help="share of experts to drop")] = None
+    keep: Annotated[int | None, typer.Option(help="experts to keep per layer")] = None
+    criterion: Criterion = "reap"
+    multiple_of: Annotated[int, typer.Option(min=1, help="round the kept count up")] = 1
+    protect_super_experts: Annotated[
+        bool, typer.Option("--protect-super-experts", help="never drop experts with extreme peaks")
+    ] = False
+    seed: Seed = 0
+
+    @property
+    def size(self) -> dict[str, Any]:
+        """What says how many experts stay."""
+        return {"ratio": self.ratio, "keep": self.keep, "multiple_of": self.multiple_of}
+
+
+def grouped(command: Callable[..., None]) -> Callable[..., None]:
+    """`command`, in which a parameter of a dataclass above stands for one parameter per field."""
+    groups: dict[str, Any] = {}
+    parameters = []
+    for name, parameter in inspect.signature(command, eval_str=True).parameters.items():
+        if not is_dataclass(parameter.annotation):
+            parameters.append(parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY))
+            continue
+        groups[name] = parameter.annotation
+        hints = get_type_hints(parameter.annotation, include_extras=True)
+        parameters += [
+            inspect.Parameter(
+                field.name,
+                inspect.Parameter.KEYWORD_ONLY,
+                default=_default(field),
+                annotation=hints[field.name],
+            )
+            for field in fields(parameter.annotation)
+        ]
+
+    @wraps(command)
+    def run(**given: Any) -> None:
+        for name, group in groups.items():
+            given[name] = group(**{field.name: given.pop(field.name) for field in fields(group)})
+        command(**given)
+
+    run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    return run
+
+
+def _default(field: Any) -> Any:
+    return inspect.Parameter.empty if field.default is MISSING else field.default
 
 
 def load_statistics(path: Path, domains: list[str] | None) -> Statistics:
@@ -88,20 +220,3 @@ def load_statistics(path: Path, domains: list[str] | None) -> Statistics:
 
     loaded = Statistics.load(path)
     return loaded.select(*domains) if domains else loaded
-
-
-def save_statistics(
-    stats: Statistics, out: Path, overwrite: bool, as_json: bool, notes: Sequence[str] = ()
-) -> None:
-    """Write a statistics file and say what is in it, and what of the text is not."""
-    stats.save(out, overwrite=overwrite)
-    tokens, layers, domains = stats.tokens, len(stats.layers), list(stats.domains)
-    if as_json:
-        printed = {"out": str(out), "tokens": tokens, "layers": layers, "domains": domains}
-        print_json(printed | {"notes": list(notes)})
-        return
-    typer.echo(
-        f"{out}: {tokens:,} tokens through {layers} MoE layers, domains {', '.join(domains)}"
-    )
-    for note in notes:
-        typer.echo(note)

@@ -13,6 +13,7 @@ from reap.app import console
 from reap.app.commands import (
     calibration,
     combination,
+    compression,
     evaluation,
     information,
     machine,
@@ -23,8 +24,8 @@ from reap.app.commands import (
 
 app = typer.Typer(
     help="Expert saliency of mixture-of-experts language models, and pruning by it.",
+    cls=console.Commands,
     no_args_is_help=True,
-    add_completion=False,
     context_settings={"help_option_names": ["-h", "--help"]},
     # rich would triple the time of `--help`, and a traceback is for --debug.
     rich_markup_mode=None,
@@ -52,6 +53,7 @@ for command in (
     plans.plan,
     pruning.prune,
     pruning.verify,
+    compression.compress,
     combination.combine,
     evaluation.evaluate,
     information.info,

@@ -13,13 +13,14 @@ from contextlib import contextmanager, suppress
 from typing import Any, TypeVar
 
 import typer
+from typer.core import TyperGroup
 
 from reap.errors import INTERRUPTED, ReapError, die_of
 
 USER_ERROR, OUR_ERROR = 2, 1
 SHOW_AFTER_SECONDS = 2.0
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EBADF)
 
 Command = TypeVar("Command", bound=Callable[..., None])
 debug = False
@@ -55,10 +56,9 @@ def reports_errors(command: Command) -> Command:
             code, line = _explain(error)
             line = "; ".join([line, *getattr(error, "__notes__", ())])
             line = as_flags(" ".join(line.split()))
-            with suppress(OSError):  # a lost terminal
-                typer.echo(f"reap: {line}", err=True)
-                if kwargs.get("json") and not _printed:
-                    print_json({"error": line})
+            say(line)
+            if kwargs.get("json") and not _printed:
+                _print_error(line)
             if _is_interrupt(error):
                 die_of(_interrupted or signal.SIGINT)
             raise typer.Exit(code) from None
@@ -68,6 +68,38 @@ def reports_errors(command: Command) -> Command:
                     signal.signal(number, handler)
 
     return run  # type: ignore[return-value]
+
+
+class Commands(TyperGroup):
+    """The commands. What goes wrong outside of one, in the command line or in printing help, is
+    reported like what goes wrong in it."""
+
+    def main(self, args: Any = None, *more: Any, standalone_mode: bool = True, **extra: Any) -> Any:
+        given = list(sys.argv[1:] if args is None else args)
+        run = functools.partial(super().main, given, *more, **extra)
+        if not standalone_mode:
+            return run(standalone_mode=False)
+        try:
+            code = run(standalone_mode=False)
+        except OSError as error:
+            code, line = _explain(error)
+            say(line)
+        except Exception as error:
+            usage: Any = error  # click's, which some releases of typer bring themselves
+            if not hasattr(usage, "format_message"):
+                raise
+            code = usage.exit_code
+            with suppress(OSError):
+                usage.show()
+            if "--json" in given:
+                _print_error(usage.format_message())
+        sys.exit(code)
+
+
+def say(line: str) -> None:
+    """A line on stderr. That nobody can read it is no reason to end."""
+    with suppress(OSError):
+        typer.echo(f"reap: {line}", err=True)
 
 
 def as_flags(text: str) -> str:
@@ -130,10 +162,11 @@ def print_json(result: object) -> None:
     _printed = True
 
 
-def print_error_unless_printed() -> None:
-    """The document of a command line that was explained on stderr."""
-    if not _printed:
-        print_json({"error": "the command line is not understood: stderr says why"})
+def _print_error(line: str) -> None:
+    try:
+        print_json({"error": " ".join(line.split())})
+    except OSError:  # which the error may have been of
+        _give_up_stdout()
 
 
 def _without_nan(value: Any) -> Any:
@@ -147,22 +180,23 @@ def _without_nan(value: Any) -> Any:
 
 
 def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """A rich table; the first column is text, the others are numbers.
+    """A table; the first column is text, the others are numbers.
 
-    As wide as its figures need: a narrow terminal wraps a line, which loses less than an ellipsis.
+    As wide as its figures need and no wider: a narrow terminal wraps a line, which loses less than
+    an ellipsis. (rich would take a millisecond per row, of which there may be one per expert.)
     """
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
+    from rich.cells import cell_len
 
-    # As Text, because a name in brackets would be taken for markup.
-    table = Table(title=Text(title), title_justify="left", box=box.SIMPLE_HEAD)
-    for position, column in enumerate(columns):
-        table.add_column(column, justify="left" if position == 0 else "right", no_wrap=True)
-    for row in rows:
-        table.add_row(*map(Text, row))
-    Console(width=10_000).print(table)
+    lines = [columns, *rows]
+    widths = [max(map(cell_len, column)) for column in zip(*lines, strict=True)]
+    lines.insert(1, ["-" * width for width in widths])
+    shown = [title]
+    for first, *others in lines:
+        parts = [first + " " * (widths[0] - cell_len(first))]
+        for text, width in zip(others, widths[1:], strict=True):
+            parts.append(" " * (width - cell_len(text)) + text)
+        shown.append("  ".join(parts).rstrip())
+    print("\n".join(shown))  # typer's echo writes UTF-8 where the terminal has something else
 
 
 @contextmanager

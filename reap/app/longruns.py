@@ -1,44 +1,134 @@
-"""What a long run says of itself where no bar is seen: a log of a scheduler, say."""
+"""What a long run says of itself: at once what runs where, and where no bar is seen (a log of a
+scheduler, say) how far it is."""
 
 from __future__ import annotations
 
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
 
-import typer
+from reap.app.arguments import LoadOptions, TextOptions
+from reap.app.console import progress, say
 
-from reap.app.console import progress
+if TYPE_CHECKING:
+    from reap.text.batching import Batches
+    from reap.text.sources import Source
 
-EVERY_SECONDS = 60.0
-LONG = 100_000  # tokens, from which a run says what it is
+FIRST_SECONDS, EVERY_SECONDS = 10.0, 60.0
+SAMPLE = 1 << 16  # tokens that are read before anything is said
+LONG_SECONDS = 10.0
 
 
-def announce(what: str, tokens: int | None, quiet: bool) -> None:
-    """A line on stderr before a run that is long, or may be."""
-    if not quiet and (tokens is None or tokens >= LONG):
-        about = "of unknown length" if tokens is None else f"about {tokens:,} tokens"
-        typer.echo(f"reap: {what}, {about}", err=True)
+def announce(task: str, *facts: str | None) -> None:
+    """The first line of a long run, on stderr."""
+    say(f"{task}: {', '.join(filter(None, facts))}")
+
+
+def where(folder: Path, load: LoadOptions, backend: str | None = None) -> str:
+    """In which data type, on which device and by which kernels the model in `folder` will run."""
+    import torch
+
+    import reap_kernels
+    from reap.files.folder import open_folder
+    from reap.model.load import find_device
+
+    dtype = load.dtype
+    if dtype == "auto":
+        stored: Counter[str] = Counter()
+        for shard in open_folder(folder).shards:
+            for tensor in shard.tensors.values():
+                stored[tensor.dtype] += tensor.nbytes
+        dtype = f"{stored.most_common(1)[0][0]} as stored" if stored else "its data type"
+    device = find_device(load.device)
+    if device.startswith("cuda"):
+        device += f" ({torch.cuda.get_device_name(device)})"
+    if backend == "auto":
+        available = [name for name, reason in reap_kernels.backends().items() if reason is None]
+        backend = f"auto ({', '.join(available)})"
+    return f"{dtype} on {device}" + (f", backend {backend}" if backend else "")
+
+
+def shape_of(rows: Batches) -> str:
+    """How much text, in which rows."""
+    about = rows.describe()
+    tokens = "of unknown length" if rows.expected is None else f"about {rows.expected:,} tokens"
+    return f"{tokens} in rows of {about['seq_len']:,}, {about['batch_size']} at a time"
+
+
+def rows_of(folder: Path, text: TextOptions, sources: list[Source], trust: bool) -> Batches:
+    """The text as batches for the model in `folder`, the beginning of it read: what is wrong with
+    short text shows here."""
+    from reap.model.config import row_length
+    from reap.model.load import load_tokenizer
+    from reap.text.batching import batches
+
+    rows = batches(
+        sources,
+        load_tokenizer(folder, trust_remote_code=trust),
+        seq_len=row_length(folder, text.seq_len, trust_remote_code=trust),
+        batch_size=text.batch_size,
+        max_tokens=text.max_tokens,
+        max_tokens_per_source=text.max_tokens_per_source,
+        packing=text.pack,
+        domain=text.domain,
+        skip_bad=text.skip_bad,
+        count=text.count,
+        count_after=text.count_after,
+        count_until=text.count_until,
+    )
+    if _may_be_bad(rows, sources):
+        rows.read_ahead(limit=SAMPLE)
+    return rows
+
+
+def read_on(rows: Batches, sources: list[Source]) -> None:
+    """Read the rest of the text too, while no model is loaded and nothing is lost by a bad row;
+    only of more text than memory should hold not all is. What takes long says so first."""
+    from reap.text.batching import READ_AHEAD
+
+    if not _may_be_bad(rows, sources):
+        return
+    with reported("reading", lambda: rows.expected, "tokens") as advance:
+        start = time.monotonic()
+        if rows.read_ahead(advance, limit=2 * SAMPLE):
+            return
+        ahead = min(rows.expected or READ_AHEAD, READ_AHEAD)
+        seconds = (time.monotonic() - start) / SAMPLE * ahead
+        if seconds > LONG_SECONDS:
+            announce("reading", f"about {ahead:,} tokens", f"about {_lasting(seconds)}")
+        if not rows.read_ahead(advance):
+            say("long text: its beginning was checked, not all of it")
+
+
+def _may_be_bad(rows: Batches, sources: list[Source]) -> bool:
+    """Not so the standard library's own text, which is made as it is read and takes long, unless a
+    marker is looked for in it."""
+    return any(source.kind != "stdlib" for source in sources) or bool(rows.describe()["count"])
 
 
 @contextmanager
 def reported(
-    task: str, total: Callable[[], int | None], unit: str, quiet: bool = False
+    task: str, total: Callable[[], int | None], unit: str
 ) -> Iterator[Callable[[int], None]]:
-    """`progress`, and where stderr is no terminal a line per minute instead of its bar."""
-    start, done, said = time.monotonic(), 0, time.monotonic()
-    lines = not quiet and not sys.stderr.isatty()
+    """`progress`, and where stderr is no terminal lines instead of its bar: one when it can be told
+    how long this will take, then one per minute."""
+    start, done = time.monotonic(), 0
+    due = start + FIRST_SECONDS
+    lines = not sys.stderr.isatty()
     with progress(task, total, unit) as advance:
 
         def step(amount: int) -> None:
-            nonlocal done, said
+            nonlocal done, due
             advance(amount)
             done += amount
             now = time.monotonic()
-            if lines and now - said >= EVERY_SECONDS:
-                said = now
-                typer.echo(f"reap: {_line(task, done, total(), unit, now - start)}", err=True)
+            if lines and now >= due:
+                due = now + EVERY_SECONDS
+                say(_line(task, done, total(), unit, now - start))
 
         yield step
 
@@ -48,5 +138,12 @@ def _line(task: str, done: int, total: int | None, unit: str, seconds: float) ->
     of = "" if total is None else f" of about {total:,}"
     left = ""
     if total is not None and rate:
-        left = f", {max(0.0, total - done) / rate / 60:,.0f} min left"
+        left = f", {_lasting(max(0.0, total - done) / rate)} left"
     return f"{task}: {done:,}{of} {unit}, {rate:,.0f} {unit}/s{left}"
+
+
+def _lasting(seconds: float) -> str:
+    for unit, scale in (("h", 3600), ("min", 60)):
+        if seconds >= scale * 1.5:
+            return f"{seconds / scale:.1f} {unit}"
+    return f"{seconds:.0f} s"

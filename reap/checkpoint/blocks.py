@@ -8,11 +8,13 @@ them. A layer of the plan belongs to the block with the same layer number and th
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from reap.errors import ReapError
+from reap.model.mtp import MTP
 
 Shapes = Mapping[str, tuple[str, tuple[int, ...]]]  # tensor name -> dtype, shape
 
@@ -25,7 +27,6 @@ FUSED = (
     re.compile(r"(?P<module>.+?)\.experts\.\D.*"),
 )
 LAYER = re.compile(r"(.*\.)?(\d+)(?=\.|$)")  # a module's prefix up to its layer number
-MTP = re.compile(r"mtp|nextn")
 
 
 class ExpertTensor(NamedTuple):
@@ -60,6 +61,11 @@ class Block:
         return self.module.split(".")
 
     @property
+    def named_mtp(self) -> bool:
+        """Whether it is called a part of a multi-token-prediction layer."""
+        return any(map(MTP.match, self.parts))
+
+    @property
     def stack(self) -> str:
         """The prefix that all layers of this block's stack share, e.g. `model.layers`."""
         return self.layer.rpartition(".")[0]
@@ -75,7 +81,8 @@ def find_blocks(names: Iterable[str]) -> dict[str, Block]:
             continue
         experts, fused = found.setdefault(match["module"], ([], []))
         if each:
-            experts.append(ExpertTensor(name, int(each["id"]), each["rest"] or ""))
+            rest = sys.intern(each["rest"] or "")
+            experts.append(ExpertTensor(name, int(each["id"]), rest))
         else:
             fused.append(name)
     return {module: _block(module, *tensors) for module, tensors in found.items()}
@@ -96,8 +103,7 @@ def experts_in(block: Block, shapes: Shapes) -> int:
 
 
 def extra_prefix(block: Block, stacks: Collection[str], depth: int | None) -> str | None:
-    """The prefix of a multi-token-prediction layer, which transformers never runs; None when
-    `block` is not in one.
+    """The prefix of a multi-token-prediction layer; None when `block` is not in one.
 
     They are called so, or number on after the `depth` layers of a stack (`stacks`: the stacks of
     the plan).
@@ -124,10 +130,9 @@ def resolve(layer: str, blocks: Mapping[str, Block]) -> Block:
         stack = block.stack.rpartition(".")[2] == parts[number - 1]
         return stack, len(set(parts) & set(block.parts))
 
+    named_mtp = any(map(MTP.match, parts))
     found = [
-        b
-        for b in blocks.values()
-        if b.number == int(parts[number]) and not any(MTP.match(part) for part in b.parts)
+        b for b in blocks.values() if b.number == int(parts[number]) and b.named_mtp == named_mtp
     ]
     if not found:
         raise ReapError(f"the checkpoint has no experts for layer {layer!r} of the plan")

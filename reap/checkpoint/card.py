@@ -48,7 +48,8 @@ def record(
             for layer in plan.model.layers
         },
         "config_changes": list(operation.changes),
-        "dropped_layers": list(operation.dropped_layers),
+        "mtp_layers": list(operation.mtp.kept),
+        "dropped_layers": list(operation.mtp.dropped),
         "left_out": list(folder.left_out),
         "notes": list(notes),
         "command": command,
@@ -134,6 +135,14 @@ def model_card(record: Mapping[str, Any], name: str, size: int) -> str:
         "```",
         "",
     ]
+    if record["mtp_layers"]:
+        lines += [
+            "Of the multi-token-prediction layer ("
+            + ", ".join(f"`{prefix}`" for prefix in record["mtp_layers"])
+            + ") as many experts were kept, by their own",
+            "scores, so that speculative decoding with it goes on.",
+            "",
+        ]
     if dropped:
         lines += [
             "The multi-token-prediction layers ("

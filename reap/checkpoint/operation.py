@@ -10,9 +10,10 @@ from typing import Any
 
 from reap.checkpoint import counts, quantisation, surgery
 from reap.checkpoint.blocks import Shapes, find_blocks
-from reap.checkpoint.removal import Removal, dropped_layers, kept_by_place, removals_of
+from reap.checkpoint.removal import MtpLayers, Removal, kept_by_place, mtp_layers, removals_of
 from reap.errors import ReapError
 from reap.files.folder import CONFIG, Folder
+from reap.files.garbage import uncollected
 from reap.files.safefile import BITS, Header, Tensor, read_json, span
 from reap.planning.plan import Plan
 
@@ -26,17 +27,18 @@ TABLE_LIMIT = 256 << 20  # bytes of a table of expert ids, which is rewritten in
 @dataclass(frozen=True)
 class Operation:
     """`removals` and what follows from them: edits by old tensor name (None: dropped; absent: as it
-    is), the new config, its `changes` as lines of text, prefixes of layers that go, and other files
-    (JSON) with new content."""
+    is), the new config, its `changes` as lines of text, what becomes of multi-token-prediction
+    layers, and other files (JSON) with new content."""
 
     removals: tuple[Removal, ...]
     edits: Mapping[str, surgery.Edit | None]
     config: dict[str, Any]
     changes: tuple[str, ...]
-    dropped_layers: tuple[str, ...]
+    mtp: MtpLayers
     rewritten: Mapping[str, Any]
 
 
+@uncollected()
 def operate(folder: Folder, plan: Plan) -> Operation:
     """Decides what becomes of every tensor and of the config.
 
@@ -49,18 +51,16 @@ def operate(folder: Folder, plan: Plan) -> Operation:
     if not blocks:
         raise ReapError(f"{folder.path} {_without_experts(folder, shapes)}")
     removals = removals_of(plan, folder.config, shapes, blocks)
-    dropped = dropped_layers(folder.config, shapes, blocks, removals)
-    edits = surgery.edits_of(shapes, removals, dropped)
+    mtp = mtp_layers(folder.config, shapes, blocks, removals)
+    edits = surgery.edits_of(shapes, removals, mtp.dropped)
     for name, edit in edits.items():
         _check_edit(name, shapes[name], edit)
-    config, changes = counts.with_fewer(folder.config, kept_by_place(removals), bool(dropped))
+    config, changes = counts.with_fewer(folder.config, kept_by_place(removals), bool(mtp.dropped))
     renaming = quantisation.Renaming.of(removals, shapes, edits)
     renamed = renaming.config(config)
     if renamed != config:
         changes.append("quantisation: what names experts names those that stay")
-    return Operation(
-        removals, edits, renamed, tuple(changes), dropped, _rewritten(folder, renaming)
-    )
+    return Operation(removals, edits, renamed, tuple(changes), mtp, _rewritten(folder, renaming))
 
 
 def _without_experts(folder: Folder, shapes: Shapes) -> str:
@@ -115,12 +115,12 @@ def _check_edit(name: str, tensor: tuple[str, tuple[int, ...]], edit: surgery.Ed
 
 def own_tensors(folder: Folder, shard: Header) -> Iterator[tuple[str, Tensor]]:
     """A shard's tensors, without those that the index places in another shard."""
-    places = folder.index["weight_map"] if folder.index else {}
     for name, tensor in shard.tensors.items():
-        if places.get(name, shard.path.name) == shard.path.name:
+        if folder.placed.get(name, shard.path.name) == shard.path.name:
             yield name, tensor
 
 
+@uncollected()
 def layout_of(folder: Folder, operation: Operation) -> Layout:
     """The tensors of every shard that has any left. ReapError when two would have one name."""
     homes: dict[str, str] = {}

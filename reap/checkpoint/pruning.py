@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from reap.checkpoint import card, counts
 from reap.checkpoint.blocks import find_blocks
@@ -36,7 +36,7 @@ from reap.files.safefile import Tensor, span
 from reap.files.units import sized
 from reap.model import compat
 from reap.model.config import NeedsCodeError
-from reap.model.identity import describe_folder, weights_fingerprint
+from reap.model.identity import describe_folder, mtp_of, weights_fingerprint
 from reap.model.info import ModelInfo
 from reap.model.shapes import Tensors, loading_problems
 from reap.planning.plan import Plan
@@ -51,7 +51,9 @@ class PruneReport:
 
     `unchecked` is None when transformers' own loader accepted every shape, else why it could not be
     asked. `verify_seconds` is what threads spent reading back, while others wrote; None where it
-    was not asked for. `notes`: how the folder is not quite what the plan was made from, such as its
+    was not asked for. `mtp_layers` are prefixes of multi-token-prediction layers that are pruned
+    like the others, `dropped_layers` of those that are gone, and `why_dropped` what it takes to
+    keep them. `notes`: how the folder is not quite what the plan was made from, such as its
     precision.
     """
 
@@ -66,6 +68,8 @@ class PruneReport:
     seconds: float
     verify_seconds: float | None
     notes: tuple[str, ...] = ()
+    mtp_layers: tuple[str, ...] = ()
+    why_dropped: str | None = None
 
     def to_json(self) -> dict[str, Any]:
         return {**vars(self), "out": str(self.out), "kept": dict(self.kept)}
@@ -81,8 +85,10 @@ class PruneReport:
             lines.append(f"read back and the same as the original: {self.verify_seconds:.1f} s")
         lines += [f"note: {note}" for note in self.notes]
         lines += [f"config.json: {change}" for change in self.config_changes]
+        lines += [f"multi-token prediction is kept: {prefix}" for prefix in self.mtp_layers]
         lines += [
-            f"dropped, no statistics exist for it: {prefix}" for prefix in self.dropped_layers
+            f"dropped, no statistics exist for it: {prefix} ({self.why_dropped})"
+            for prefix in self.dropped_layers
         ]
         lines += [f"not copied: {name}" for name in self.left_out]
         if self.unchecked:
@@ -124,26 +130,9 @@ def prune(
             )
     if not isinstance(plan, Plan):
         plan = Plan.load(plan)
-    folder = open_folder(model_dir)
-    check_folder(out_dir, overwrite=overwrite, inputs=[folder.path])
-    out = Path(os.path.realpath(out_dir))
-    if not allow_copy and not any(plan.dropped.values()):
-        raise ReapError(
-            f"the plan drops no expert: {out_dir} would be a copy of {model_dir}: plan for fewer "
-            "experts, or pass allow_copy=True"
-        )
-    operation = _operate(folder, plan)
-    found = _described(folder, plan)
-    _check_same_model(folder, plan, found)
-    notes = tuple(plan.model.notes(found))
-    if strict and notes:
-        raise ReapError(f"{folder.path} is not strictly what the plan was made from: {notes[0]}")
-    before = {n: t for shard in folder.shards for n, t in own_tensors(folder, shard)}
-    layout = layout_of(folder, operation)
-    parts = [part for shard in layout.values() for part in shard]
-    after = {edit.name: (tensor.dtype, edit.shape) for edit, tensor in parts}
-    size, others = _sizes(folder, layout)
-    _check_space(out, size + others)
+    ready = _prepared(model_dir, plan, out_dir, overwrite, allow_copy, strict)
+    folder, operation, layout, after = ready.folder, ready.operation, ready.layout, ready.after
+    out, size, notes = ready.out, ready.size, ready.notes
 
     def accept(stage: Path) -> None:
         _verify(open_folder(stage), operation, after)
@@ -153,7 +142,6 @@ def prune(
     advance = progress or (lambda n: None)
     check = Check() if verify else None
     try:
-        unchecked = _check_shapes(folder, before, operation, after)
         with staged(out, overwrite=overwrite, verify=accept) as stage:
             write_shards(folder, layout, stage, advance, check)
             write_json(stage / CONFIG, operation.config)
@@ -171,17 +159,27 @@ def prune(
         ) from error
     return PruneReport(
         out=out,
-        bytes_before=sum(t.nbytes for t in before.values()),
+        bytes_before=ready.bytes_before,
         bytes_after=size,
         kept={name: len(ids) for name, ids in plan.kept.items()},
         config_changes=operation.changes,
-        dropped_layers=operation.dropped_layers,
+        dropped_layers=operation.mtp.dropped,
         left_out=folder.left_out,
-        unchecked=unchecked,
+        unchecked=ready.unchecked,
         seconds=time.monotonic() - started,
         verify_seconds=sum(check.times) if check else None,
         notes=notes,
+        mtp_layers=operation.mtp.kept,
+        why_dropped=_why_dropped(folder) if operation.mtp.dropped else None,
     )
+
+
+def _why_dropped(folder: Folder) -> str:
+    """What it takes to keep the multi-token-prediction layer of which the plan does not speak."""
+    known, reason = mtp_of(folder.path)
+    if known:
+        return "a plan of statistics with it, as `reap calibrate` makes them, keeps it"
+    return reason.partition(": ")[2] if reason else "it is not known how to run it"
 
 
 def _files(folder: Path, check: Check | None) -> dict[str, dict[str, int]]:
@@ -197,10 +195,71 @@ def _files(folder: Path, check: Check | None) -> dict[str, dict[str, int]]:
     return files
 
 
-def pruned_size(model_dir: str | os.PathLike[str], plan: Plan) -> int:
-    """The bytes that `prune` copies: what its `progress` adds up to. Raises what `prune` raises."""
+def check_prune(
+    model_dir: str | os.PathLike[str],
+    plan: Plan,
+    out_dir: str | os.PathLike[str],
+    *,
+    overwrite: bool = False,
+    allow_copy: bool = False,
+    strict: bool = False,
+) -> int:
+    """Everything that `prune` checks before it writes, with its errors. The bytes that it will
+    copy: what its `progress` adds up to."""
+    ready = _prepared(model_dir, plan, out_dir, overwrite, allow_copy, strict)
+    return ready.size + ready.others
+
+
+class _Prepared(NamedTuple):
+    """A pruning that may begin. `after`: data types and shapes to be; `size` and `others`: bytes of
+    weights and of other files."""
+
+    folder: Folder
+    out: Path
+    operation: Operation
+    layout: Layout
+    after: Tensors
+    bytes_before: int
+    size: int
+    others: int
+    notes: tuple[str, ...]
+    unchecked: str | None
+
+
+def _prepared(
+    model_dir: str | os.PathLike[str],
+    plan: Plan,
+    out_dir: str | os.PathLike[str],
+    overwrite: bool,
+    allow_copy: bool,
+    strict: bool,
+) -> _Prepared:
     folder = open_folder(model_dir)
-    return sum(_sizes(folder, layout_of(folder, _operate(folder, plan))))
+    check_folder(out_dir, overwrite=overwrite, inputs=[folder.path])
+    out = Path(os.path.realpath(out_dir))
+    if not allow_copy and not any(plan.dropped.values()):
+        raise ReapError(
+            f"the plan drops no expert: {out_dir} would be a copy of {model_dir}: plan for fewer "
+            "experts, or pass allow_copy=True"
+        )
+    operation = _operate(folder, plan)
+    found = _described(folder, plan)
+    _check_same_model(folder, plan, found)
+    notes = tuple(plan.model.notes(found))
+    if strict and notes:
+        raise ReapError(f"{folder.path} is not strictly what the plan was made from: {notes[0]}")
+    before = {n: t for shard in folder.shards for n, t in own_tensors(folder, shard)}
+    layout = layout_of(folder, operation)
+    after = {
+        edit.name: (tensor.dtype, edit.shape) for shard in layout.values() for edit, tensor in shard
+    }
+    size, others = _sizes(folder, layout)
+    _check_space(out, size + others)
+    unchecked = _check_shapes(folder, before, operation, after)
+    bytes_before = sum(t.nbytes for t in before.values())
+    return _Prepared(
+        folder, out, operation, layout, after, bytes_before, size, others, notes, unchecked
+    )
 
 
 def _operate(folder: Folder, plan: Plan) -> Operation:

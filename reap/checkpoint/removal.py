@@ -161,32 +161,44 @@ def kept_by_place(removals: Iterable[Removal]) -> dict[counts.Place, dict[int, i
     found: dict[counts.Place, dict[int, int]] = {}
     for removal in removals:
         for place in removal.places:
-            number, kept = removal.block.number, len(removal.kept_by_modality[0])
+            kept = len(removal.kept_by_modality[0])
+            # Layers that are numbered apart from the model's are in none of its lists.
+            number = -1 if removal.block.named_mtp else removal.block.number
             if found.setdefault(place, {}).setdefault(number, kept) != kept:
                 raise ReapError(
                     f"{removal.block.module} would keep {kept} experts and another block of layer "
-                    f"{number} {found[place][number]}, but {place} counts both: make a uniform plan"
+                    f"{removal.block.number} {found[place][number]}, but {place} counts both: "
+                    "make a uniform plan"
                 )
     return found
 
 
-def dropped_layers(
+@dataclass(frozen=True)
+class MtpLayers:
+    """Prefixes of multi-token-prediction layers with experts, sorted: the plan speaks of those that
+    are `kept`; the others are `dropped`, since no statistics say which of their experts matter."""
+
+    kept: tuple[str, ...]
+    dropped: tuple[str, ...]
+
+
+def mtp_layers(
     config: Mapping[str, Any],
     shapes: Shapes,
     blocks: Mapping[str, Block],
     removals: Sequence[Removal],
-) -> tuple[str, ...]:
-    """Prefixes of multi-token-prediction layers with experts, which are dropped, sorted.
-
-    ReapError for another block that the plan does not speak of, if a number that is edited counts
-    its experts too.
-    """
+) -> MtpLayers:
+    """ReapError for another block that the plan does not speak of, if a number that is edited
+    counts its experts too."""
+    kept = {
+        prefix
+        for removal in removals
+        if (prefix := extra_prefix(removal.block, {removal.block.stack}, _depth(config, [removal])))
+    }
     spoken_of = {removal.block.module for removal in removals}
     stacks = {removal.block.stack for removal in removals}
     places = dict.fromkeys(place for removal in removals for place in removal.places)
-    depths = (counts.depth_of(config, place.path) for place in places)
-    depth = next((d for d in depths if d is not None), None)
-    dropped = set()
+    depth, dropped = _depth(config, removals), set[str]()
     for module, block in blocks.items():
         if module in spoken_of:
             continue
@@ -200,4 +212,12 @@ def dropped_layers(
             raise ReapError(
                 f"{module} has experts that the plan does not speak of, counted by the same number"
             )
-    return tuple(sorted(dropped))
+    if kept & dropped:
+        raise ReapError(f"{min(kept & dropped)} has experts that the plan does not speak of")
+    return MtpLayers(tuple(sorted(kept)), tuple(sorted(dropped)))
+
+
+def _depth(config: Mapping[str, Any], removals: Iterable[Removal]) -> int | None:
+    """How many layers the stack has whose experts are removed."""
+    depths = (counts.depth_of(config, p.path) for removal in removals for p in removal.places)
+    return next((depth for depth in depths if depth is not None), None)

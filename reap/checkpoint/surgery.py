@@ -61,7 +61,7 @@ SHARED = re.compile(
 )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Edit:
     """The new name and shape of a tensor. With `rows`, seen as [outer, length, rest] it keeps
     `rows` of axis 1.

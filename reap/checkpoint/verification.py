@@ -16,7 +16,7 @@ from reap.errors import ReapError
 from reap.files.folder import Folder, open_folder
 from reap.files.outputs import PRUNED, RECORD
 from reap.files.safefile import read_json
-from reap.model.identity import describe_folder
+from reap.model.identity import describe_folder, mtp_of
 from reap.model.info import ModelInfo
 from reap.model.shapes import loading_problems
 from reap.planning.plan import Plan
@@ -29,7 +29,8 @@ class Verification:
     `expert_parallel` are the numbers of ranks that share the experts of every layer evenly,
     `tensor_parallel` those that share attention heads and the inner sizes. `problems`: the
     parameters that transformers' loader misses or refuses, `ignored` those that it leaves out, and
-    `unchecked` why it could not be asked."""
+    `unchecked` why it could not be asked. `mtp` is the prefix of the multi-token-prediction layer
+    with experts, which counts as one of the layers; None without one that is known."""
 
     folder: Path
     compared: str | None
@@ -43,6 +44,7 @@ class Verification:
     ignored: tuple[str, ...]
     unchecked: str | None
     seconds: float
+    mtp: str | None = None
 
     def to_json(self) -> dict[str, Any]:
         return {**vars(self), "folder": str(self.folder)}
@@ -59,6 +61,8 @@ class Verification:
                 f"layers, top-k {numbers(self.top_k.values())}, "
                 f"router groups {numbers(self.groups.values())}"
             )
+            if self.mtp:
+                lines.append(f"multi-token prediction: {self.mtp}, one of these layers")
             lines.append(f"expert parallel: {numbers(self.expert_parallel)} ranks share evenly")
         lines.append(f"tensor parallel: {numbers(self.tensor_parallel)} ranks share evenly")
         if self.ignored:
@@ -92,7 +96,7 @@ def verify(
     unchecked, problems, info = None, set[str](), None
     try:
         problems = loading_problems(opened.config, tensors)
-        info = describe_folder(opened.path)
+        info = describe_folder(opened.path, mtp=True)
     except (NotImplementedError, ReapError) as error:
         unchecked = str(error)
     ignored = {problem for problem in problems if "not part of" in problem}
@@ -110,6 +114,7 @@ def verify(
         ignored=tuple(sorted(ignored)),
         unchecked=unchecked,
         seconds=time.monotonic() - started,
+        mtp=mtp_of(opened.path)[0],
     )
 
 

@@ -4,19 +4,25 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import glob
 import os
 import secrets
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 
 from reap.errors import ReapError
 
+Buffer = bytes | bytearray | memoryview
+_UNFINISHED = ".part"
 NOREPLACE, EXCHANGE = 1, 2  # linux/fs.h: RENAME_NOREPLACE, RENAME_EXCHANGE
 _AT_FDCWD = -100
 
 
-def write_file(path: str | os.PathLike[str], content: bytes, *, overwrite: bool = False) -> None:
-    """Write `content` to `path`: whole or not at all.
+def write_file(
+    path: str | os.PathLike[str], content: bytes | Iterable[Buffer], *, overwrite: bool = False
+) -> None:
+    """Write `content`, whole or in pieces, to `path`: whole or not at all.
 
     The bytes go to a temporary file beside it, are synced, and then take its name; a crash leaves
     the old file or none. ReapError when `path` exists and `overwrite` is not set, also when it
@@ -25,10 +31,11 @@ def write_file(path: str | os.PathLike[str], content: bytes, *, overwrite: bool 
     path = Path(path)
     if not overwrite:
         _refuse_existing(path)
-    temporary = path.parent / f".{path.name}.{secrets.token_hex(8)}.part"
+    temporary = path.parent / f".{path.name}.{secrets.token_hex(8)}{_UNFINISHED}"
     try:
         with open(temporary, "xb") as file:
-            file.write(content)
+            for piece in [content] if isinstance(content, bytes) else content:
+                file.write(piece)
             file.flush()
             os.fsync(file.fileno())
         if overwrite:
@@ -43,6 +50,16 @@ def write_file(path: str | os.PathLike[str], content: bytes, *, overwrite: bool 
     finally:
         with suppress(OSError):
             temporary.unlink()
+
+
+def discard_unfinished(path: Path) -> None:
+    """Remove what killed writers of `path` left. The caller knows that none is at work."""
+    start = f".{path.name}."
+    for temporary in path.parent.glob(f"{glob.escape(start)}*{_UNFINISHED}"):
+        # Not what is for a name that goes on behind a dot.
+        if "." not in temporary.name.removeprefix(start).removesuffix(_UNFINISHED):
+            with suppress(OSError):
+                temporary.unlink()
 
 
 def rename_new(source: Path, target: Path) -> None:

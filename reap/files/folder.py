@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from reap.errors import ReapError
+from reap.files.garbage import uncollected
 from reap.files.safefile import Header, check_is_here, read_header, read_json
 
 CONFIG = "config.json"
@@ -20,17 +22,20 @@ OTHER_WEIGHTS = re.compile(
     r"pytorch_model.*\.bin(\.index\.json)?|.*\.safetensors(\.index\.json)?|.*\.gguf|consolidated\..*"
     r"|tf_model.*|flax_model.*|.*\.onnx(_data)?|model.*\.index\.json"
 )
+_SHARD = re.compile(r"[^/\\\0.][^/\\\0]*\.safetensors")
 OTHER_FOLDERS = {".git", ".cache", "__pycache__", "original", "metal", "onnx"}
 
 
 @dataclass(frozen=True)
 class Folder:
-    """A checked folder. `shards` are in file name order; `index` is None for a single file."""
+    """A checked folder. `shards` are in file name order; `index`, None for a single file, lacks its
+    weight_map: `placed` has those tensors of a shard, by name, that it places in another."""
 
     path: Path
     config: dict[str, Any]
     shards: tuple[Header, ...]
     index: dict[str, Any] | None
+    placed: Mapping[str, str]
     others: tuple[str, ...]  # files to carry over, relative
     left_out: tuple[str, ...]
     homes: tuple[Path, ...]  # where its files may lie: here, and where config and weights link to
@@ -48,6 +53,7 @@ def open_folder(path: str | os.PathLike[str]) -> Folder:
         raise ReapError(f"cannot read {error.filename or path}: {error.strerror}") from error
 
 
+@uncollected()
 def _open(path: str | os.PathLike[str]) -> Folder:
     root = Path(os.path.realpath(path))
     if not root.is_dir():
@@ -58,13 +64,13 @@ def _open(path: str | os.PathLike[str]) -> Folder:
         raise ReapError(f"{path} is not a model folder: it has no {CONFIG}")
     config = read_json(root / CONFIG, limit=16 << 20)
     index = read_json(root / INDEX) if os.path.lexists(root / INDEX) else None
-    shards = _shards(root, index)
+    shards, placed = _shards(root, index)
     own = {CONFIG, INDEX, *(shard.path.name for shard in shards)}
     # The hub's cache and farms of links keep a model's files elsewhere. What is checked to be
     # configuration or weights says where; any other link may lead to what is nobody's business.
     homes = dict.fromkeys([root, *(Path(os.path.realpath(root / name)).parent for name in own)])
     others, left_out = _other_files(root, own, tuple(homes))
-    return Folder(root, config, shards, index, others, left_out, tuple(homes))
+    return Folder(root, config, shards, index, placed, others, left_out, tuple(homes))
 
 
 def _at_home(root: Path, name: str, homes: tuple[Path, ...]) -> Path:
@@ -78,24 +84,23 @@ def _at_home(root: Path, name: str, homes: tuple[Path, ...]) -> Path:
     return path
 
 
-def _shards(root: Path, index: dict[str, Any] | None) -> tuple[Header, ...]:
+def _shards(
+    root: Path, index: dict[str, Any] | None
+) -> tuple[tuple[Header, ...], Mapping[str, str]]:
+    """The shards, and which of their tensors the index places in another; takes its weight_map."""
     single = os.path.lexists(root / SINGLE)
     if index is None:
         if not single:
             _no_weights(root)
-        return (read_header(root / SINGLE),)
-    weight_map = index.get("weight_map")
+        return (read_header(root / SINGLE),), {}
+    weight_map = index.pop("weight_map", None)
     if not isinstance(weight_map, dict) or not weight_map:
         raise ReapError(f"{root / INDEX} has no weight_map")
     if not isinstance(index.get("metadata") or {}, dict):
         raise ReapError(f"{root / INDEX}: its metadata must be a JSON object")
     by_shard: dict[str, list[str]] = {}
     for name, shard in weight_map.items():
-        if (
-            not isinstance(shard, str)
-            or not re.fullmatch(r"[^/\\\0]+\.safetensors", shard)
-            or shard[0] == "."
-        ):
+        if not isinstance(shard, str) or not _SHARD.fullmatch(shard):
             raise ReapError(
                 f"{root / INDEX} places {name!r} in {shard!r}: not the name of a file in the folder"
             )
@@ -104,7 +109,8 @@ def _shards(root: Path, index: dict[str, Any] | None) -> tuple[Header, ...]:
         raise ReapError(
             f"{root} has both {SINGLE} and an index that does not name it: remove one of them"
         )
-    shards = []
+    shards: list[Header] = []
+    placed: dict[str, str] = {}
     for shard, names in sorted(by_shard.items()):
         if not os.path.lexists(root / shard):
             raise ReapError(
@@ -114,8 +120,11 @@ def _shards(root: Path, index: dict[str, Any] | None) -> tuple[Header, ...]:
         missing = next((name for name in names if name not in header.tensors), None)
         if missing is not None:
             raise ReapError(f"{shard} does not hold {missing!r}, although the index says so")
+        if len(names) < len(header.tensors):
+            homes = {name: weight_map.get(name, shard) for name in header.tensors}
+            placed |= {name: home for name, home in homes.items() if home != shard}
         shards.append(header)
-    return tuple(shards)
+    return tuple(shards), placed
 
 
 def _no_weights(root: Path) -> None:

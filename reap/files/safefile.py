@@ -14,12 +14,15 @@ import math
 import os
 import stat
 import struct
+import sys
+import threading
+import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 from reap.errors import ReapError
 
@@ -37,6 +40,9 @@ BITS = {
     "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8,
     "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8, "F16": 16, "BF16": 16, "F32": 32, "F64": 64, "C64": 64,
 }  # fmt: skip
+
+
+_FIELDS = {"dtype", "shape", "data_offsets"}
 
 
 class Tensor(NamedTuple):
@@ -111,8 +117,38 @@ def open_unchanged(path: Path, version: tuple[int, ...] | None = None) -> Iterat
         os.close(fd)
 
 
+class OpenFile:
+    """A regular file that is read from later, a piece at a time, as it was when it was opened."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._fd = open_regular(path)
+        weakref.finalize(self, os.close, self._fd)
+        self.version = version_of(self._fd)
+
+    def read(self, offset: int, length: int) -> bytearray:
+        """ReapError when the file was written to since, or is shorter."""
+        data = bytearray(length)
+        done = os.preadv(self._fd, [data], offset) if length else 0
+        while 0 < done < length:
+            more = os.preadv(self._fd, [memoryview(data)[done:]], offset + done)
+            done = done + more if more else 0
+        # Another file may have taken the name since: this one is as it was.
+        if done < length or version_of(self._fd) != self.version:
+            raise ReapError(f"{self.path} changed while it was read: start again when it is whole")
+        return data
+
+
 def parse_json(text: bytes, what: str) -> dict[str, Any]:
     """A JSON object. ReapError for anything else: no object, a key twice, nesting, broken text."""
+    value = _parse(text, what)
+    if _depth(value) > MAX_DEPTH:  # before anything that works by recursion
+        raise ReapError(f"{what} is not valid JSON: nested too deeply")
+    return value
+
+
+def _parse(text: bytes, what: str) -> dict[str, Any]:
+    """The same, but that it may be nested as deep as the parser allows."""
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         found = dict(pairs)
@@ -129,8 +165,6 @@ def parse_json(text: bytes, what: str) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         reason = "nested too deeply" if isinstance(error, RecursionError) else str(error)
         raise ReapError(f"{what} is not valid JSON: {reason}") from error
-    if _depth(value) > MAX_DEPTH:  # before anything that works by recursion
-        raise ReapError(f"{what} is not valid JSON: nested too deeply")
     if not isinstance(value, dict):
         raise ReapError(f"{what} is a JSON {type(value).__name__}: it must be an object")
     return value
@@ -177,37 +211,50 @@ def read_json(path: Path, limit: int = MAX_HEADER) -> dict[str, Any]:
     return parse_json(text, str(path))
 
 
+# Headers that somebody still holds: of 200,000 tensors one costs seconds and 100 MB to read.
+_headers: weakref.WeakValueDictionary[tuple[Any, ...], Header] = weakref.WeakValueDictionary()
+_reading = threading.Lock()
+
+
 def read_header(path: Path) -> Header:
     """The header of a safetensors file, after checking every claim in it against the file's size.
 
-    ReapError when the file is not a safetensors file, is truncated, or its tensors overlap or leave
-    gaps.
+    While one is held, that of the same unchanged file is not read again. ReapError when the file is
+    not a safetensors file, is truncated, or its tensors overlap or leave gaps.
     """
     fd = open_regular(path)
     with open(fd, "rb") as file:
-        version = version_of(fd)
-        size = os.fstat(fd).st_size
-        if size < 8:
-            raise ReapError(f"{path} is not a safetensors file: it has only {size} bytes")
-        start = file.read(len(LFS_POINTER))
-        _check_is_here(start, path)
-        (length,) = struct.unpack("<Q", start[:8])
-        file.seek(8)
-        if length > MAX_HEADER:
-            raise ReapError(
-                f"{path} is not a safetensors file: it claims a header of {length} bytes"
-            )
-        if length > size - 8:
-            raise ReapError(
-                f"{path} is truncated or no safetensors file: {length} bytes of header in {size}"
-            )
-        text = file.read(length)
-    fields = parse_json(text, f"the header of {path}")
+        key = path, version_of(fd)
+        with _reading:
+            found = _headers.get(key)
+        if found is None:
+            found = _read_header(path, file, key[1])
+            with _reading:
+                _headers[key] = found
+    return found
+
+
+def _read_header(path: Path, file: BinaryIO, version: tuple[int, ...]) -> Header:
+    size = os.fstat(file.fileno()).st_size
+    if size < 8:
+        raise ReapError(f"{path} is not a safetensors file: it has only {size} bytes")
+    start = file.read(len(LFS_POINTER))
+    _check_is_here(start, path)
+    (length,) = struct.unpack("<Q", start[:8])
+    file.seek(8)
+    if length > MAX_HEADER:
+        raise ReapError(f"{path} is not a safetensors file: it claims a header of {length} bytes")
+    if length > size - 8:
+        raise ReapError(
+            f"{path} is truncated or no safetensors file: {length} bytes of header in {size}"
+        )
+    fields = _parse(file.read(length), f"the header of {path}")  # `_tensor` sees what is nested
     metadata = fields.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
         raise ReapError(f"the header of {path}: __metadata__ must map strings to strings")
-    found = [(name, _tensor(name, entry, path)) for name, entry in fields.items()]
-    found.sort(key=lambda item: (item[1].start, item[1].stop))
+    shapes: dict[tuple[int, ...], tuple[int, ...]] = {}
+    found = [(name, _tensor(name, entry, path, shapes)) for name, entry in fields.items()]
+    found.sort(key=lambda item: item[1][2:])
     end = 0
     for name, tensor in found:
         if tensor.start != end:
@@ -220,14 +267,18 @@ def read_header(path: Path) -> Header:
     return Header(path, 8 + length, version, dict(found), metadata)
 
 
-def _tensor(name: str, entry: Any, path: Path) -> Tensor:
+def _tensor(
+    name: str, entry: Any, path: Path, shapes: dict[tuple[int, ...], tuple[int, ...]]
+) -> Tensor:
+    """A checked entry; equal `shapes` become one object."""
+
     def is_count(value: Any) -> bool:
         return type(value) is int and 0 <= value < 2**63
 
     def bad(what: str) -> ReapError:
         return ReapError(f"the header of {path}: tensor {name!r} {what}")
 
-    if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
+    if not isinstance(entry, dict) or entry.keys() != _FIELDS:
         raise bad("must have exactly dtype, shape and data_offsets")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in BITS:
@@ -237,10 +288,11 @@ def _tensor(name: str, entry: Any, path: Path) -> Tensor:
     if not isinstance(offsets, list) or len(offsets) != 2 or not all(map(is_count, offsets)):
         raise bad("has data_offsets that are not two non-negative integers")
     start, stop = offsets
-    bits = math.prod(shape) * BITS[dtype]
+    sizes = tuple(shape)
+    bits = math.prod(sizes) * BITS[dtype]
     if (stop - start) * 8 != bits:
         raise bad(f"has {stop - start} bytes, its shape and dtype ask for {bits / 8:g}")
-    return Tensor(dtype, tuple(shape), start, stop)
+    return Tensor(sys.intern(dtype), shapes.setdefault(sizes, sizes), start, stop)
 
 
 def encode_header(

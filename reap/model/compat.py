@@ -8,12 +8,14 @@ itself needs: the classes of one model, for seams that build models.
 
 from __future__ import annotations
 
+import copy
 import inspect
+import os
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import cache, partial
+from functools import cache, lru_cache, partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -59,7 +61,11 @@ def experts_functions() -> Any:
 
 def dispatches(module: nn.Module) -> bool:
     """Whether the module's class looks its forward up in `experts_functions()`."""
-    forward = type(module).forward
+    return _dispatches(type(module).forward)
+
+
+@lru_cache(maxsize=1024)  # a model has thousands of modules of a few classes
+def _dispatches(forward: Callable[..., Any]) -> bool:
     names = getattr(getattr(forward, "__code__", None), "co_freevars", ())
     cells = dict(zip(names, getattr(forward, "__closure__", None) or (), strict=False))
     registry = cells.get("experts_interface")
@@ -134,10 +140,11 @@ def load_on_meta(model: nn.Module, state: Mapping[str, Tensor]) -> Loaded:
     from transformers.core_model_loading import convert_and_load_state_dict_in_model as load
     from transformers.modeling_utils import LoadStateDictConfig
 
-    mapping = get_model_conversion_mapping(model)
+    mapping = [_quick_to_copy(step) for step in get_model_conversion_mapping(model)]
     how = LoadStateDictConfig(device_map={"": "meta"}, weight_mapping=mapping)
     plans = {"tp_plan": None} if "tp_plan" in inspect.signature(load).parameters else {}
-    info, *_ = load(model, dict(state), how, **plans)
+    with _in_one_thread():
+        info, *_ = load(model, dict(state), how, **plans)
     tied = set(getattr(model, "all_tied_weights_keys", {}) or {})
     return Loaded(
         missing=set(info.missing_keys) - tied,
@@ -145,6 +152,40 @@ def load_on_meta(model: nn.Module, state: Mapping[str, Tensor]) -> Loaded:
         mismatched={name for name, *_ in info.mismatched_keys},
         unconverted=set(info.conversion_errors),
     )
+
+
+@contextmanager
+def _in_one_thread() -> Iterator[None]:
+    """The loader starts no threads: there is nothing to wait for on the meta device, and a promise
+    per key of 200,000 takes as much memory as all else."""
+    name = "HF_DEACTIVATE_ASYNC_LOAD"
+    before = os.environ.get(name)
+    os.environ[name] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = before
+
+
+def _quick_to_copy(step: Any) -> Any:
+    """`step` of a conversion. The loader makes a deep copy of it for every key, which of 200,000
+    takes most of its time, and uses one per parameter: one that was not used is given again."""
+    kind, spare = type(step), None
+
+    def copied(self: Any, memo: Any) -> Any:
+        nonlocal spare
+        if spare is None or spare.collected_tensors:
+            self.__class__ = kind
+            spare = copy.deepcopy(self, memo)
+            self.__class__ = quick
+        return spare
+
+    quick = type(kind.__name__, (kind,), {"__slots__": (), "__deepcopy__": copied})
+    step.__class__ = quick
+    return step
 
 
 class Part(NamedTuple):

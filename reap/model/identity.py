@@ -7,6 +7,7 @@ import json
 import os
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,8 @@ from reap.model import compat
 from reap.model.config import check_has_experts, config_for, model_classes, read_config, text_config
 from reap.model.experts import Experts, find_experts, layer_info, pretrained
 from reap.model.info import LayerInfo, ModelInfo
+from reap.model.mtp import UnsupportedMtpError, find_mtp
+from reap.model.mtplayer import Mtp, mtp_on_meta
 from reap.model.structure import NOT_STRUCTURE, Structure, as_written
 
 ROUTER = re.compile(
@@ -30,10 +33,13 @@ LAYER = re.compile(r".*?\.\d+\.")  # the prefix of a decoder layer's tensors
 SAMPLES, SAMPLE_BYTES = 16, 4096  # of each weight file
 
 
-def describe(model: nn.Module, experts: list[Experts] | None = None) -> ModelInfo:
+def describe(
+    model: nn.Module, experts: list[Experts] | None = None, mtp: Mtp | None = None
+) -> ModelInfo:
     """What identifies `model`, and its MoE layers. Reads no weight, save of files it came from.
 
-    `experts` are those that `find_experts` found in it, if that is known. A model that was loaded
+    `experts` are those that `find_experts` found in it, if that is known; the layers of `mtp`, its
+    multi-token-prediction layer, are described with it. A model that was loaded
     from a local folder is what the folder's files say, if it is still there; of another only its
     modules can tell, and its `weights` are unknown.
     ReapError for a model without MoE layers, and for one with experts that cannot be observed.
@@ -49,18 +55,22 @@ def describe(model: nn.Module, experts: list[Experts] | None = None) -> ModelInf
         or type(inner).__name__,
         fingerprint=fingerprint(config),
         weights=weights_fingerprint(local) if local else None,
-        layers=layers,
+        layers=(*layers, *(mtp.layers if mtp is not None else ())),
         structure=_structure_of(inner, list(found.values()), layers, local),
         transformers=versions.installed("transformers")["transformers"],
     )
 
 
-def describe_folder(path: str | os.PathLike[str], like: ModelInfo | None = None) -> ModelInfo:
+def describe_folder(
+    path: str | os.PathLike[str], like: ModelInfo | None = None, *, mtp: bool = False
+) -> ModelInfo:
     """The same as `describe` of the model loaded from `path`, from its files alone.
 
     The model is built without memory for its weights, so this costs a second or so at any size. A
     composite model can be loaded whole or as its language model alone, which changes the names of
-    its layers: with `like`, the folder is described in the way that matches it, if one does.
+    its layers: with `like`, the folder is described in the way that matches it, if one does. `mtp`
+    describes its multi-token-prediction layer too, where that is known how to run; `like` decides
+    by itself.
     ReapError when the folder is not a model's, or the model has no MoE layers that can be observed.
     """
     folder = Path(path)
@@ -74,10 +84,39 @@ def describe_folder(path: str | os.PathLike[str], like: ModelInfo | None = None)
         except Exception as error:
             raise ReapError(f"{folder}/config.json builds no model: {first_line(error)}") from error
         compat.set_source(model.config, folder)
-        described.append(describe(model))
-        if like is None or described[-1].layers == like.layers:
-            return described[-1]
+        plain = describe(model)
+        if like is not None and plain.layers == like.layers:
+            return plain
+        extra = _mtp_layers(model, folder) if mtp or like is not None else ()
+        whole = replace(plain, layers=(*plain.layers, *extra))
+        if like is None or whole.layers == like.layers:
+            return whole
+        # Of layers that a release moved, their number tells which of the two is meant.
+        described.append(whole if len(whole.layers) == len(like.layers) else plain)
     return described[0]
+
+
+def _mtp_layers(model: nn.Module, folder: Path) -> tuple[LayerInfo, ...]:
+    names = [name for header in _headers(folder) for name in header.tensors]
+    try:
+        mtp = mtp_on_meta(model, names)
+    except UnsupportedMtpError:
+        return ()
+    return mtp.layers if mtp is not None else ()
+
+
+def mtp_of(folder: Path, config: Any = None) -> tuple[str | None, str | None]:
+    """The prefix of the folder's multi-token-prediction layer with experts, if it is known how to
+    run it, else why it is not; both None without one. `config` is the folder's, if that is at hand.
+    """
+    names = [name for header in _headers(folder) for name in header.tensors]
+    try:
+        place = find_mtp(config or read_config(folder), names)
+    except UnsupportedMtpError as error:
+        return None, str(error)
+    except ReapError:  # code that is not run, say: nothing is known of the layers at all
+        return None, None
+    return (place.root if place else None), None
 
 
 def fingerprint(config: Any) -> str:

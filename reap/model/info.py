@@ -200,7 +200,9 @@ def _in_stack(layers: tuple[LayerInfo, ...]) -> tuple[LayerInfo, ...]:
 
 def _layer_difference(mine: tuple[LayerInfo, ...], theirs: tuple[LayerInfo, ...]) -> str:
     if len(mine) != len(theirs):
-        return f"{len(mine)} MoE layers against {len(theirs)}"
+        odd = {layer.name for layer in mine} ^ {layer.name for layer in theirs}
+        one = f", {min(odd)} in one alone" if odd else ""
+        return f"{len(mine)} MoE layers against {len(theirs)}{one}"
     ours, other = next((a, b) for a, b in zip(mine, theirs, strict=True) if a != b)
     if ours.name != other.name:
         return f"layer {ours.name} against {other.name}"

@@ -2,21 +2,34 @@
 
 from __future__ import annotations
 
+import os
 import sys
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 
 from reap.errors import ReapError, first_line
 from reap.files.folder import Folder, open_folder
 from reap.files.safefile import check_is_here
 from reap.model import compat
 from reap.model.config import model_classes, not_run, read_config
+from reap.model.experts import pretrained
+from reap.model.mtp import UnsupportedMtpError, find_mtp
+from reap.model.mtplayer import (
+    Mtp,
+    configuration,
+    device_of,
+    embedding_names,
+    mtp_on_meta,
+    stack_of,
+)
 from reap.model.quiet import quiet
-from reap.model.shapes import loading_problems
+from reap.model.shapes import loading_problems, mtp_problems
 
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 # Ordinary text: of this any tokenizer makes several different tokens.
@@ -65,6 +78,19 @@ def check_dtype(dtype: str) -> None:
         raise ReapError(f"dtype is {dtype!r}: it must be one of {', '.join(DTYPES)}")
 
 
+def find_device(device: str) -> str:
+    """What `load_model` makes of its `device`: "auto" is the first GPU, else the CPU. ReapError for
+    one that this machine has not."""
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device not in ACCELERATED:
+        try:
+            torch.empty(0, device=device)
+        except Exception as error:
+            raise ReapError(f"device {device!r} is not usable: {first_line(error)}") from error
+    return device
+
+
 def load_model(
     folder: Path, *, dtype: str = "auto", device: str = "auto", trust_remote_code: bool = False
 ) -> Any:
@@ -76,13 +102,7 @@ def load_model(
     Raises ReapError for damaged or missing weight files, and for weights that the model needs and
     the files do not have.
     """
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device not in ACCELERATED:
-        try:
-            torch.empty(0, device=device)
-        except Exception as error:
-            raise ReapError(f"device {device!r} is not usable: {first_line(error)}") from error
+    device = find_device(device)
     # Without accelerate a model can still be loaded whole and then moved.
     moved = find_spec("accelerate") is None and device not in ACCELERATED
     place = None if moved or device == "cpu" else device
@@ -142,11 +162,87 @@ def _too_large(folder: Path, device: str, error: BaseException) -> ReapError:
     return ReapError(f"{folder} does not fit in the memory of {device}: {first_line(error)}")
 
 
+def load_mtp(model: Any, folder: str | os.PathLike[str] | None = None) -> Mtp | None:
+    """The multi-token-prediction layer that the folder of `model` holds, for `observe` and
+    `calibrate`; None where it has none with experts.
+
+    It is in the model's dtype, and where its last hidden states are. `folder` is needed where the
+    model does not know a local folder that it came from. UnsupportedMtpError, a ReapError, for a
+    layer that is not known, or is not whole.
+    """
+    known = compat.source(pretrained(model).config)
+    if folder is None and not os.path.isdir(known):
+        raise ReapError(
+            f"{known or type(model).__name__} is no folder here, in which a multi-token-prediction "
+            "layer could be: say the folder of the model's files"
+        )
+    opened = open_folder(folder or known)
+    place = find_mtp(pretrained(model).config, {n for s in opened.shards for n in s.tensors})
+    if place is None:
+        return None
+    stack = stack_of(model)
+    device = device_of(stack)
+    moved = find_spec("accelerate") is None or device.type == "cpu"
+    try:
+        with quiet(bars=sys.stderr.isatty()):
+            blocks, report = type(stack).from_pretrained(
+                None,
+                config=configuration(place, stack.config, opened.config),
+                state_dict=_read(opened, place.inside),
+                dtype=stack.dtype,
+                device_map=None if moved else device,
+                output_loading_info=True,
+            )
+        mtp = Mtp(place, blocks.to(device) if moved else blocks)
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        raise ReapError(
+            f"{place.root} does not fit in the memory of {device}: {first_line(error)}: leave "
+            "multi-token prediction out (mtp=False, --no-mtp)"
+        ) from error
+    except Exception as error:  # whatever the class or the loader makes of these tensors
+        raise UnsupportedMtpError(
+            _why_no_mtp(model, opened, f"{place.root}: {first_line(error)}")
+        ) from error
+    wrong = report["missing_keys"] - embedding_names(blocks) | report["unexpected_keys"]
+    wrong |= mtp.take(_read(opened, place.beside))
+    if wrong:
+        raise UnsupportedMtpError(
+            f"{place.root} is not what {type(stack).__name__} has layers of: {min(wrong)} is "
+            "missing, or is not known"
+        )
+    return mtp.eval()
+
+
+def _read(folder: Folder, names: Mapping[str, str]) -> dict[str, torch.Tensor]:
+    """The tensors with these names in the folder, under others."""
+    found: dict[str, torch.Tensor] = {}
+    for shard in folder.shards:
+        wanted = [name for name in names if name in shard.tensors]
+        if wanted:
+            with safe_open(shard.path, framework="pt") as file:
+                found |= {names[name]: file.get_tensor(name) for name in wanted}
+    return found
+
+
+def _shapes(folder: Folder) -> dict[str, tuple[str, tuple[int, ...]]]:
+    return {name: (t.dtype, t.shape) for s in folder.shards for name, t in s.tensors.items()}
+
+
+def _why_no_mtp(model: Any, folder: Folder, reason: str) -> str:
+    """What is wrong with the weights, which transformers prints as a table, or else the reason."""
+    tensors = _shapes(folder)
+    try:
+        mtp = mtp_on_meta(model, tensors)
+        problems = mtp_problems(mtp, tensors) if mtp is not None else set()
+    except (NotImplementedError, UnsupportedMtpError):
+        problems = set()
+    return min(problems, default=reason)
+
+
 def _why(folder: Folder, error: Exception) -> str:
     """What is wrong: with the weights, which transformers prints as a table, or else."""
-    tensors = {name: (t.dtype, t.shape) for s in folder.shards for name, t in s.tensors.items()}
     try:
-        problems = loading_problems(folder.config, tensors)
+        problems = loading_problems(folder.config, _shapes(folder))
     except NotImplementedError:
         problems = set()
     return min((p for p in problems if "not part of" not in p), default=first_line(error))

@@ -9,14 +9,19 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+from torch import nn
 
 from reap.errors import first_line
+from reap.files.garbage import uncollected
 from reap.model import compat
+from reap.model.mtp import UnsupportedMtpError
+from reap.model.mtplayer import Mtp, embedding_names, mtp_on_meta
 from reap.model.quiet import quiet
 
 Tensors = Mapping[str, tuple[str, tuple[int, ...]]]  # name -> dtype as safetensors calls it, shape
 
 
+@uncollected()
 def loading_problems(fields: Mapping[str, Any], tensors: Tensors) -> set[str]:
     """One line for each parameter missing, unexpected or of the wrong shape; `fields`: config.json.
 
@@ -35,15 +40,41 @@ def loading_problems(fields: Mapping[str, Any], tensors: Tensors) -> set[str]:
                 model = _model_class(config)(config)
         except Exception as error:  # whatever a config from anywhere makes a model class raise
             raise NotImplementedError(_reason(error)) from error
-    state = {
-        name: torch.empty(shape, dtype=_dtype(dtype), device="meta")
-        for name, (dtype, shape) in tensors.items()
-    }
+    state = _empty(tensors)
+    try:
+        mtp = mtp_on_meta(model, tensors)
+    except UnsupportedMtpError:
+        mtp = None  # not part of the model
+    of_mtp = mtp_problems(mtp, tensors) if mtp is not None else set()
+    for name in mtp.place.tensors if mtp is not None else ():
+        del state[name]
+    return _said(_loaded(model, state)) | of_mtp
+
+
+def mtp_problems(mtp: Mtp, tensors: Tensors) -> set[str]:
+    """The same for the tensors of a multi-token-prediction layer on the meta device."""
+    place = mtp.place
+    own = {n: p.shape for n, p in mtp.named_parameters() if not n.startswith("stack.")}
+    problems = {f"{place.root} has no {n}" for n in own.keys() - set(place.beside.values())}
+    for name, new in place.beside.items():
+        dtype, shape = tensors[name]
+        if own.get(new) != shape or not _dtype(dtype).is_floating_point:
+            problems.add(f"{name} is {dtype} {list(shape)}")
+    state = _empty({new: tensors[name] for name, new in place.inside.items()})
+    found = _loaded(mtp.stack, state)
+    found = found._replace(missing=found.missing - embedding_names(mtp.stack))
+    return problems | {f"{place.root}: {problem}" for problem in _said(found)}
+
+
+def _loaded(model: nn.Module, state: Mapping[str, torch.Tensor]) -> compat.Loaded:
     with quiet():
         try:
-            found = compat.load_on_meta(model, state)
+            return compat.load_on_meta(model, state)
         except Exception as error:  # a format that only its quantiser can convert
             raise NotImplementedError(_reason(error)) from error
+
+
+def _said(found: compat.Loaded) -> set[str]:
     return (
         {f"{name} is missing" for name in found.missing}
         | {f"{name} is not part of the model" for name in found.unexpected}
@@ -66,6 +97,15 @@ def _model_class(config: Any) -> Any:
     if found is None:
         raise LookupError(f"no causal language model of type {config.model_type}")
     return found
+
+
+def _empty(tensors: Tensors) -> dict[str, torch.Tensor]:
+    # One of each kind is enough: without data they are all alike.
+    like = {
+        (dtype, shape): torch.empty(shape, dtype=_dtype(dtype), device="meta")
+        for dtype, shape in set(tensors.values())
+    }
+    return {name: like[kind] for name, kind in tensors.items()}
 
 
 def _dtype(name: str) -> Any:

@@ -37,7 +37,7 @@ def _hook_direct(layer: Layer, undo: ExitStack) -> None:
         layer.check_call(hidden, ids, gates)
         reason = "it is not on transformers' experts interface"
         measured = layer.slot_by_slot(hidden, ids, gates, reason, output)
-        layer.observer.record(layer.info.name, ids, gates, measured)
+        layer.observer.record(layer, ids, gates, measured)
 
     undo.callback(module.register_forward_hook(hook, with_kwargs=True).remove)
 
@@ -46,7 +46,8 @@ def _hook_input_scaled(layer: Layer, undo: ExitStack) -> None:
     """Llama 4: every expert sees every token, times a gate that is 0 where it was not chosen.
 
     What reaches the layer's output is f(g x). It counts as gate g and norm ||f(g x)|| / g, so that
-    gate times norm is the size of the contribution, which is what the saliency measures.
+    gate times norm is the size of the contribution, which is what the saliency measures. A gate
+    that is rounded to 0 counts with norm 0, which is the limit.
     """
     router = router_of(layer.experts.block)
     if router is None:
@@ -54,20 +55,22 @@ def _hook_input_scaled(layer: Layer, undo: ExitStack) -> None:
     now = threading.local()
 
     def after_router(_: nn.Module, args: Any, output: tuple[Tensor, Tensor]) -> None:
-        now.scores = output[0]
+        now.scores, now.logits = output[:2]
 
     @torch.no_grad()
     def after_experts(_: nn.Module, args: Any, output: Tensor) -> None:
         scores = now.scores  # [T,E]
-        gates, ids = scores.topk(layer.info.top_k, dim=1)
+        # The router's own choice: among gates that are rounded to 0, scores would not tell it.
+        ids = now.logits.topk(layer.info.top_k, dim=1).indices
+        gates = scores.gather(1, ids)
         layer.check_call(args[0], ids, gates)
         y = output.view(scores.shape[1], scores.shape[0], -1)  # [E,T,H]: the model's own
         wide = torch.promote_types(y.dtype, torch.float32)
         norms = torch.linalg.vector_norm(y, dim=2, dtype=wide).T.gather(1, ids)
         peaks = y.abs().amax(dim=2).T.gather(1, ids)
-        wide_gates = gates.to(wide)
-        measured = Measured(output, (norms / wide_gates).float(), (peaks / wide_gates).float())
-        layer.observer.record(layer.info.name, ids, gates, measured)
+        divisor = torch.where(gates == 0, torch.inf, gates.to(wide))
+        measured = Measured(output, (norms / divisor).float(), (peaks / divisor).float())
+        layer.observer.record(layer, ids, gates, measured)
 
     undo.callback(router.register_forward_hook(after_router).remove)
     undo.callback(layer.experts.module.register_forward_hook(after_experts).remove)

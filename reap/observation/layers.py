@@ -14,6 +14,7 @@ from reap.model.experts import Experts
 from reap.model.info import LayerInfo
 from reap.observation import measure
 from reap.observation.measure import Measured
+from reap.observation.phantoms import Mark
 
 
 class Observer(Protocol):
@@ -21,7 +22,7 @@ class Observer(Protocol):
 
     options: dict[str, Any]  # backend and deterministic, for moe_saliency
 
-    def record(self, layer: str, ids: Tensor, gates: Tensor, measured: Measured) -> None:
+    def record(self, layer: Layer, ids: Tensor, gates: Tensor, measured: Measured) -> None:
         """Add one call of `layer` to the statistics."""
 
     def verdict(self, key: Any, decide: Callable[[], str | None]) -> str | None:
@@ -45,10 +46,15 @@ class Layer:
         self.cls = type(experts.module).__name__
         self.activation = None
         if experts.kind == "interface":
-            self.activation = measure.activation_of(experts.module)
             self.layout = compat.layout(experts.module)
             self.names = measure.weight_names(self.layout)
+            self.activation = observer.verdict(
+                measure.state_of(experts.module, self.names),
+                lambda: measure.activation_of(experts.module),
+            )
         self.options = {**observer.options, "activation": self.activation}
+        self.mark: Mark = lambda ids: ids  # see `phantoms`
+        self.replaced: Callable[[], bool] = lambda: False  # parts of it that no hook sees
 
     def forward(self, hidden: Tensor, ids: Tensor, gates: Tensor) -> Tensor:
         """In place of the forward of a module on the interface: [T,H], [T,K], [T,K] -> [T,H]."""
@@ -66,7 +72,7 @@ class Layer:
                 measured = measure.fused(weights, self.layout, hidden, ids, gates, **self.options)
             else:
                 measured = self.slot_by_slot(hidden, ids, gates, reason)
-            self.observer.record(self.info.name, ids, gates, measured)
+            self.observer.record(self, ids, gates, measured)
         return measured.out
 
     def why_not_fused(

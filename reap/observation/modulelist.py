@@ -2,11 +2,13 @@
 
 Such a block does not say which expert gets which token, or with what gate. Probing tells: the block
 runs again with experts that return, in a column of their own, the numbers of their rows, digit by
-digit. What comes out at a token in that column is its gate times the digit.
+digit. What comes out at a token in that column is its gate times the digit. A gate that is rounded
+to zero lets no digit through, but NaN, which tells whose rows they were bit by bit.
 """
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -56,13 +58,26 @@ class Listed:
         self.experts: list[nn.Module] = list(layer.experts.module)
         self.now = _Now()
 
+    def __deepcopy__(self, memo: Any) -> Listed:
+        raise self.layer.unobservable(
+            "it is copied while it is observed: copy the model before or after"
+        )
+
     def install(self, undo: ExitStack) -> None:
         """Stand between the block and its experts, until `undo`."""
         if None in self.experts or len(set(self.experts)) < len(self.experts):
             raise self.layer.unobservable("some of its experts are not here, or twice")
+        ours = []
         for number, expert in enumerate(self.experts):
-            undo.callback(_put_back, expert, vars(expert).get("forward"))
-            vars(expert)["forward"] = partial(self._expert, number, expert.forward)
+            ours.append(partial(self._expert, number, expert.forward))
+            undo.callback(_put_back, expert, vars(expert).get("forward"), ours[-1])
+            vars(expert)["forward"] = ours[-1]
+
+        def replaced() -> bool:
+            now = [vars(expert).get("forward") for expert in self.experts]
+            return list(self.layer.experts.module) != self.experts or now != ours
+
+        self.layer.replaced = replaced
         undo.callback(self.block.register_forward_pre_hook(self._begin).remove)
         undo.callback(self.block.register_forward_hook(self._end, with_kwargs=True).remove)
 
@@ -123,7 +138,28 @@ class Listed:
         for place in _places(max(sum(len(call.norms) for call in own) for own in calls)):
             digit = answers(partial(_digit, place))
             row += place * ((digit / divisor).round() - 1)
-        self._record(out, rest, gates, row.long(), calls)
+        chosen, row = self._with_zero_gates(answers, gates != 0, row.long(), calls)
+        self._record(out, rest, gates, chosen, row, calls)
+
+    def _with_zero_gates(
+        self,
+        answers: Callable[[Write], Tensor],
+        chosen: Tensor,
+        row: Tensor,
+        calls: list[list[_Call]],
+    ) -> tuple[Tensor, Tensor]:
+        """`chosen` and `row` [T,E] with the slots whose gate is zero. In a block that runs more
+        experts on a token than its router chooses, these are no choice."""
+        rows, top_k = [sum(len(call.norms) for call in own) for own in calls], self.layer.info.top_k
+        if not int(chosen.sum()) < sum(rows) <= len(chosen) * top_k:
+            return chosen, row
+        reached = answers(lambda rows: rows * math.nan).isnan()
+        lost = reached & ~chosen & (reached.sum(1, keepdim=True) <= top_k)
+        found = torch.zeros_like(row)
+        for bit in range(max(rows).bit_length() if bool(lost.any()) else 0):
+            write = partial(_nan_where_set, bit)
+            found += answers(write).isnan().long() << bit
+        return chosen | lost, torch.where(lost, found, row)
 
     def _probe(
         self, calls: list[list[_Call]], first: int, write: Write, args: Any, kwargs: Any
@@ -149,10 +185,16 @@ class Listed:
             self.now.answer = None
 
     def _record(
-        self, out: Tensor, rest: Tensor, gates: Tensor, row: Tensor, calls: list[list[_Call]]
+        self,
+        out: Tensor,
+        rest: Tensor,
+        gates: Tensor,
+        chosen: Tensor,
+        row: Tensor,
+        calls: list[list[_Call]],
     ) -> None:
-        """Add the slots: token t has one at every expert with gates[t,e] != 0, there row[t,e]."""
-        E, chosen = len(calls), gates != 0
+        """Add the slots: token t has one at every expert with chosen[t,e], there row[t,e]."""
+        E = len(calls)
         flat = [call for own in calls for call in own]
         rows = torch.tensor([sum(len(c.norms) for c in own) for own in calls], device=row.device)
         index = rows.cumsum(0) - rows + row  # [T,E] into the rows of all experts
@@ -178,7 +220,7 @@ class Listed:
             raise self.layer.unobservable(str(error)) from error
         measured = Measured(out, of_slots("norms"), of_slots("peaks"))
         ids = torch.where(real, ids, E)
-        self.layer.observer.record(self.layer.info.name, ids, gates, measured)
+        self.layer.observer.record(self.layer, ids, gates, measured)
 
 
 def _rows(output: Any) -> Tensor:
@@ -191,6 +233,10 @@ def _digit(place: int, rows: Tensor) -> Tensor:
     return rows // place % BASE + 1
 
 
+def _nan_where_set(bit: int, rows: Tensor) -> Tensor:
+    return torch.where((rows >> bit) % 2 == 1, math.nan, 0.0)
+
+
 def _places(rows: int) -> list[int]:
     """1, BASE, BASE^2 ...: the digits that numbers below `rows` need."""
     places: list[int] = []
@@ -199,8 +245,11 @@ def _places(rows: int) -> list[int]:
     return places
 
 
-def _put_back(expert: nn.Module, forward: Any) -> None:
-    """`forward` is the instance's own, which offloading sets, or None for the class's."""
+def _put_back(expert: nn.Module, forward: Any, ours: Any) -> None:
+    """`forward` is the instance's own, which offloading sets, or None for the class's. One that
+    another program set over ours is left to it: ours then passes its calls on."""
+    if vars(expert).get("forward") is not ours:
+        return
     del vars(expert)["forward"]
     if forward is not None:
         vars(expert)["forward"] = forward

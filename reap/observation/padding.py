@@ -30,6 +30,7 @@ class _Call:
     cached: int | None  # tokens in the cache before the call; None: it cannot be told
     mask: Any
     maskless: bool  # no argument of it is a mask of any name
+    decodes: bool  # other tokens than those of the calls around it
     real: Tensor | None = None  # [B*q] bool, once worked out; None if nothing is known to be padded
     known: bool = False
 
@@ -48,31 +49,41 @@ class Padding:
     def __init__(self) -> None:
         self._now: ContextVar[tuple[_Call, ...]] = ContextVar("calls", default=())
 
+    @property
+    def shape(self) -> tuple[int, int] | None:
+        """[B,q] of the tokens that the innermost running model was called with, if known."""
+        calls = self._now.get()
+        return calls[-1].shape if calls else None
+
     def install(self, models: Iterable[nn.Module], undo: ExitStack) -> None:
         """Hooks that `undo` removes. `models` are those that contain the experts."""
         for model in models:
-            names = list(inspect.signature(type(model).forward).parameters)[1:]
-            enter = model.register_forward_pre_hook(self._entering(names), with_kwargs=True)
+            enter = model.register_forward_pre_hook(self._entering(model), with_kwargs=True)
             undo.callback(enter.remove)
             # A function, which copies of the model can have: they cannot have what is a context's.
             leave = model.register_forward_hook(lambda *_: self._leave(), always_call=True)
             undo.callback(leave.remove)
 
-    def _entering(self, names: list[str]) -> Callable[..., None]:
+    def _entering(self, model: nn.Module) -> Callable[..., None]:
+        named = naming(model)
+
         @torch.compiler.disable
         def enter(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            # Not bound to the signature, which lacks the old names that a decorator still takes.
-            given = {**dict(zip(names, args, strict=False)), **kwargs}
+            given = named(args, kwargs)
+            decodes = not _TOKENS & given.keys() and "decoder_input_ids" in given
+            if decodes:
+                given = _decoders(given)
             calls = self._now.get()
             if any(call.model is model for call in calls):
                 # No model runs inside itself: that call was cut short, by an interrupt say.
                 calls = ()
             call = _Call(
                 model=model,
-                shape=_token_shape(given),
+                shape=token_shape(given),
                 cached=_cached(given),
                 mask=given.get("attention_mask"),
                 maskless=not any("mask" in name and x is not None for name, x in given.items()),
+                decodes=decodes,
             )
             self._now.set((*calls, call))
 
@@ -90,6 +101,7 @@ class Padding:
         up with the tokens.
         """
         calls = self._now.get()
+        calls = calls[max((i for i, call in enumerate(calls) if call.decodes), default=0) :]
         masked = next((i for i, call in enumerate(calls) if call.mask is not None), None)
         if masked is None:
             return None
@@ -127,7 +139,23 @@ def _misfit(calls: tuple[_Call, ...], tokens: int) -> str | None:
     return None
 
 
-def _token_shape(given: Mapping[str, Any]) -> tuple[int, int] | None:
+def _decoders(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Of a call with a decoder's tokens alone (a canvas beside the prompt, say) what is of them."""
+    own = {name.removeprefix("decoder_"): x for name, x in given.items() if "decoder_" in name}
+    return {name: x for name, x in given.items() if "mask" not in name} | own
+
+
+def naming(model: nn.Module) -> Callable[[tuple[Any, ...], dict[str, Any]], dict[str, Any]]:
+    """What gives a call's arguments their names. They are not bound to the signature, which lacks
+    the old names that a decorator still takes."""
+    names = list(inspect.signature(type(model).forward).parameters)[1:]
+    return lambda args, kwargs: {**dict(zip(names, args, strict=False)), **kwargs}
+
+
+_TOKENS = {"input_ids", "inputs_embeds"}
+
+
+def token_shape(given: Mapping[str, Any]) -> tuple[int, int] | None:
     """[B,q] of the tokens of a call."""
     for name in ("input_ids", "inputs_embeds"):
         tokens = given.get(name)

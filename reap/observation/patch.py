@@ -20,12 +20,16 @@ from torch import Tensor, nn
 import reap_kernels
 from reap.errors import ReapError
 from reap.model import compat
-from reap.model.experts import Experts, find_experts
+from reap.model.experts import Experts, find_experts, router_of
 from reap.model.identity import describe
+from reap.model.mtplayer import Mtp
+from reap.observation.following import follow
 from reap.observation.hooks import install_hooks
 from reap.observation.layers import Layer
 from reap.observation.measure import Measured
 from reap.observation.padding import Padding
+from reap.observation.phantoms import watch
+from reap.observation.witness import Witness
 from reap.statistics.stats import Statistics
 
 log = logging.getLogger("reap")
@@ -55,6 +59,7 @@ def observe(
     pairs: bool = False,
     backend: str = "auto",
     deterministic: bool = False,
+    mtp: Mtp | None = None,
 ) -> Iterator[Statistics]:
     """Collect the statistics of every expert of `model` while it is called inside the `with`.
 
@@ -64,14 +69,22 @@ def observe(
 
     gates: "applied" (the weight that the model multiplies with) or "renormalized" (divided by the
     token's sum). pairs: also statistics of pairs of experts, [E,E] per layer. backend and
-    deterministic go to `reap_kernels.moe_saliency`. `with stats.domain("code"):` separates domains.
+    deterministic go to `reap_kernels.moe_saliency`. `with stats.domain("code"):` separates domains,
+    and in `with stats.counting(mask):` only some tokens of the calls count.
+    mtp: a multi-token-prediction layer of the model, from `load_mtp`, which then runs after every
+    forward, on what that computed, and is observed too.
 
     Outputs equal the unobserved model's up to rounding. They carry no gradient: this is inference.
     Padding, read from the 2-D `attention_mask` of the call, is not counted. Experts that
     `moe_saliency` cannot stand in for run as before, with K extra forwards for their statistics (in
     a ModuleList a few); the log says so once. The model is put back exactly, also after an
     exception; a compiled model runs uncompiled inside the `with`. Layers recomputed by gradient
-    checkpointing count once.
+    checkpointing count once. A slot that the router chose counts, whatever its gate is rounded to.
+
+    What changes a model comes first: quantise, linearise or wrap it, then observe what came out,
+    then run it. With a program that does all this by itself (llm-compressor's `oneshot`) begin to
+    observe after it has changed the model, and let it call every layer once: a sequential pipeline
+    runs each layer twice on the same tokens, which count twice, as the log says where it shows.
 
     On a GPU no layer makes the host wait: bad ids and numbers are noted there and reported at the
     end. The first call of each kind of experts waits once, to compare `moe_saliency` with their own
@@ -83,20 +96,33 @@ def observe(
     observed, a model that is being observed, an unknown or unavailable backend. ReapError, in a
     forward: autocast, no weights (the meta device), the capture of a CUDA graph, padding that
     cannot be lined up with the experts' tokens, a NaN or infinite norm (on a GPU this one comes at
-    the end).
+    the end). ReapError at the end, unless another error is under way: a layer that was replaced in
+    the `with` (its module, its forward or its block's), so that it ran without being counted, and a
+    model that ran without any of its layers. A layer that was merely never called is a warning.
     """
     check_backend(backend)
+    if not isinstance(mtp, Mtp | None):
+        raise ReapError(
+            f"mtp is a {type(mtp).__name__}: it must be what reap.load_mtp(model) gives"
+        )
     compat.require(compat.OBSERVING)
     found = find_experts(model)
     for experts in found:
         _check_not_split(experts)
-    stats = Statistics(describe(model, found), gates=gates, pairs=pairs)
-    observation = _Observation(stats, {"backend": backend, "deterministic": deterministic})
+    stats = Statistics(describe(model, found, mtp), gates=gates, pairs=pairs)
+    options = {"backend": backend, "deterministic": deterministic}
+    observations = [_Observation(stats, options)]
     with ExitStack() as undo:
-        observation.install(model, found, undo)
+        observations[0].install(model, found, undo)
+        if mtp is not None:  # apart, since its calls are of other tokens
+            observations.append(_Observation(stats, options))
+            observations[1].install(mtp.stack, mtp.experts, undo)
+            follow(model, mtp, stats, undo)
         yield stats
         stats.check()
-        observation.report_unused()
+        observations[0].witness.check(model)
+        if mtp is not None:
+            observations[1].witness.check(mtp.stack)
 
 
 class _Observation:
@@ -106,14 +132,15 @@ class _Observation:
         self.stats = stats
         self.options = options
         self.padding = Padding()
+        self.witness = Witness()
         self._recording = threading.Lock()  # threads may call one model
-        self._called: set[str] = set()
         self._verdicts: dict[Any, str | None] = {}
         self._said: set[str] = set()
 
     def install(self, model: nn.Module, found: list[Experts], undo: ExitStack) -> None:
         if compat.is_compiled(model) or any(experts.kind != "interface" for experts in found):
             undo.enter_context(_uncompiled())
+        layers = []
         with _lock:
             for experts in found:
                 if experts.module in _layers:
@@ -126,19 +153,25 @@ class _Observation:
                     experts, self.stats.model.layer(experts.name), self, _own_forward(experts)
                 )
                 _layers[experts.module] = layer
+                layers.append(layer)
+                layer.mark = watch(router_of(experts.block), layer.info.num_experts, undo)
                 if experts.kind == "interface":
                     _patch(experts.module.config, undo)
                 else:
                     install_hooks(layer, undo)
-        self.padding.install(_holders(model, found), undo)
+        holders = _holders(model, found)
+        self.padding.install(holders, undo)
+        self.witness.install(layers, holders, undo)
 
-    def record(self, layer: str, ids: Tensor, gates: Tensor, measured: Measured) -> None:
+    def record(self, layer: Layer, ids: Tensor, gates: Tensor, measured: Measured) -> None:
         if compat.in_backward():  # recomputed, and counted before
             return
-        self._called.add(layer)
         real = self.padding.real(len(ids), ids.device)
+        self.stats.check_counted(self.padding.shape)
+        ids = layer.mark(ids)
         with self._recording:
-            self.stats.update(layer, ids, gates, measured.norms, measured.peaks, real)
+            self.witness.record(layer, ids, gates)
+            self.stats.update(layer.info.name, ids, gates, measured.norms, measured.peaks, real)
 
     def verdict(self, key: Any, decide: Callable[[], str | None]) -> str | None:
         if key not in self._verdicts:
@@ -149,11 +182,6 @@ class _Observation:
         if message not in self._said:
             self._said.add(message)
             log.warning(message)
-
-    def report_unused(self) -> None:
-        unused = [name for name in self.stats.layers if name not in self._called]
-        if unused:
-            log.warning("%d MoE layers were never called, such as %s", len(unused), unused[0])
 
 
 @torch.compiler.disable

@@ -91,7 +91,7 @@ def saliency(
 
     ReapError for an unknown criterion, and when a layer saw no token.
     """
-    _check(criterion)
+    check_criterion(criterion)
     score = partial(random, seed=seed) if criterion == "random" else CRITERIA[criterion]
     return {name: score(layer) for name, layer in _observed(stats)}
 
@@ -107,7 +107,7 @@ def standard_errors(
     - n/T). NaN for T < 2. gate_mass, reap_l2, peak and random: NaN, their squares are not among the
     statistics. Neighbouring tokens resemble each other, so the true error is larger.
     """
-    _check(criterion)
+    check_criterion(criterion)
     moments = {
         "reap": ("weighted_sum", "weighted_sq_sum"),
         "weighted_ean": ("weighted_sum", "weighted_sq_sum"),
@@ -203,7 +203,8 @@ def rank(scores: Tensor) -> list[int]:
     return sorted(range(len(values)), key=lambda expert: (-values[expert], expert))
 
 
-def _check(criterion: str) -> None:
+def check_criterion(criterion: str) -> None:
+    """ReapError for one that there is not."""
     if criterion not in CRITERIA:
         raise ReapError(f"criterion is {criterion!r}: it must be one of {', '.join(CRITERIA)}")
 

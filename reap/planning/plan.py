@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import json
 import math
-import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from decimal import Decimal
-from fractions import Fraction
 from os import PathLike
 from pathlib import Path
 from types import MappingProxyType
@@ -21,6 +18,14 @@ from reap.files.kinds import kind_of
 from reap.files.outputs import PLAN, check_file
 from reap.files.safefile import parse_json, read_json
 from reap.model.info import LayerInfo, ModelInfo
+from reap.planning.counting import (
+    Ratio,
+    count_fault,
+    kept_counts,
+    ratio_text,
+    share_of,
+    split_note,
+)
 
 if TYPE_CHECKING:
     from reap.statistics.stats import Statistics
@@ -50,7 +55,7 @@ class Plan:
 
     def __post_init__(self) -> None:
         if self.options.get("ratio") is not None:
-            _share(self.options["ratio"])
+            share_of(self.options["ratio"])
         names = [layer.name for layer in self.model.layers]
         if set(self.kept) != set(names):
             odd = sorted(set(self.kept) ^ set(names))[0]
@@ -75,7 +80,7 @@ class Plan:
         """What a careful reader would say about this plan, one line each."""
         notes = []
         ratio = self.options.get("ratio")
-        share = None if ratio is None else _share(ratio)
+        share = None if ratio is None else share_of(ratio)
         counts = {
             (layer.num_experts, len(self.kept[layer.name])): layer for layer in self.model.layers
         }
@@ -93,7 +98,7 @@ class Plan:
                     f"keeps {kept} of {experts} experts per layer, not {wanted}: rounded up to a "
                     f"multiple of {self.options.get('multiple_of')}"
                 )
-            notes.extend(filter(None, [_split_note(layer, kept)]))
+            notes.extend(filter(None, [split_note(layer, kept)]))
         return (*notes, *_protection_notes(self.options))
 
     def to_json(self) -> str:
@@ -190,7 +195,7 @@ def make_plan(
     stats: Statistics | str | PathLike[str],
     criterion: str = "reap",
     *,
-    ratio: float | str | Fraction | Decimal | None = None,
+    ratio: Ratio | None = None,
     keep: int | None = None,
     multiple_of: int = 1,
     protect_super_experts: bool = False,
@@ -210,14 +215,10 @@ def make_plan(
     from reap.statistics.stats import Statistics
 
     stats = Statistics.of(stats)
-    if (ratio is None) == (keep is None):
-        raise ReapError("say how much to prune with exactly one of ratio and keep")
-    share = None if ratio is None else _share(ratio)
-    _check_whole(keep=keep, multiple_of=multiple_of)
     if type(seed) is not int:
         raise ReapError(f"seed is {seed!r}: it must be a whole number")
     layers = stats.model.layers
-    counts = [_kept_count(layer, share, keep, multiple_of) for layer in layers]
+    counts = kept_counts(layers, ratio=ratio, keep=keep, multiple_of=multiple_of)
     protected = super_experts(stats) if protect_super_experts else {}
     scores = saliency(stats, criterion, seed=seed)
     kept = {}
@@ -250,67 +251,20 @@ def make_plan(
     )
 
 
-def _check_whole(**numbers: int | None) -> None:
-    for name, number in numbers.items():
-        if number is not None and (type(number) is not int or number < 1):
-            raise ReapError(f"{name} is {number!r}: it must be a whole number of 1 or more")
-
-
-def _share(ratio: float | str | Fraction | Decimal) -> Fraction:
-    """The ratio as its shortest decimal text reads, not as its nearest binary fraction."""
-    # A bounded exponent: the plan file of a stranger must not cost a billion digits.
-    text = str(ratio)
-    if re.fullmatch(
-        r"\d{1,40}/0*[1-9]\d{0,39}|(\d{1,40}|\d{0,40}\.\d{1,40})(e-?\d\d?)?", text, re.I
-    ):
-        share = Fraction(text)
-        if share < 1:
-            return share
-    raise ReapError(f"ratio is {text[:40]}: it must be a number of at least 0 and less than 1")
-
-
-def _kept_count(
-    layer: LayerInfo, share: Fraction | None, keep: int | None, multiple_of: int
-) -> int:
-    """How many experts of this layer stay, from exactly one of `share` to drop and `keep`."""
-    E = layer.num_experts
-    wanted = keep or 0
-    step = multiple_of
-    if share is not None:
-        wanted = E - math.floor(E * share)
-        step = math.lcm(multiple_of, layer.n_group)
-    count = -(-wanted // step) * step
-    fault = _count_fault(layer, count)
-    if fault is None:
-        return count
-    allowed = [n for n in range(multiple_of, E + 1, multiple_of) if not _count_fault(layer, n)]
-    if not allowed:
-        raise ReapError(f"layer {layer.name}: no multiple of {multiple_of} works for {E} experts")
-    nearest = min(allowed, key=lambda n: (abs(n - wanted), -n))
-    rounded = f", {wanted} rounded up to a multiple of {step}" if count != wanted else ""
-    raise ReapError(
-        f"layer {layer.name}: cannot keep {count} of {E} experts{rounded}: {fault}; "
-        f"the nearest that works is keep {nearest} or ratio {_ratio_text(E - nearest, E)}"
-    )
-
-
-def _count_fault(layer: LayerInfo, count: int) -> str | None:
-    """Why this many survivors would break the layer's router, or None."""
-    if count > layer.num_experts:
-        return "there are not that many"
-    if count < layer.top_k:
-        return f"its router picks {layer.top_k} per token"
-    if count % layer.n_group:
-        return f"its {layer.n_group} router groups must keep equal numbers"
-    per_group = count // layer.n_group
-    if per_group < layer.min_per_group:
-        return f"a router group needs {layer.min_per_group} experts, it would keep {per_group}"
-    if layer.topk_group * per_group < layer.top_k:
-        return (
-            f"its router picks {layer.top_k} from {layer.topk_group} groups, "
-            f"which would hold {layer.topk_group * per_group}"
-        )
-    return None
+def trial_plan(
+    model: ModelInfo, *, ratio: Ratio | None = None, keep: int | None = None, multiple_of: int = 1
+) -> Plan:
+    """A plan of the size that `make_plan` would give, by which the last experts stay, so that all
+    are renumbered: what can be checked of a pruning before there are statistics. ReapError as of
+    `make_plan`, and where it drops nothing."""
+    counts = kept_counts(model.layers, ratio=ratio, keep=keep, multiple_of=multiple_of)
+    if counts == [layer.num_experts for layer in model.layers]:
+        raise ReapError("no expert would be dropped: ask for a larger ratio or keep fewer")
+    kept = {
+        layer.name: _select(layer, list(range(layer.num_experts))[::-1], count, ())
+        for layer, count in zip(model.layers, counts, strict=True)
+    }
+    return Plan(model, "none", 0, kept)
 
 
 def _select(
@@ -327,23 +281,14 @@ def _select(
         needed = sum(expert in stays for expert in members)
         if needed > per_group:
             least = needed * layer.n_group
+            share = ratio_text(layer.num_experts - least, layer.num_experts)
+            more = f"keep at least {least}, a ratio of {share}, or " if needed < size else ""
             raise ReapError(
                 f"layer {layer.name}: {needed} super experts are protected where {per_group} "
-                f"experts stay: keep at least {least}, a ratio of "
-                f"{_ratio_text(layer.num_experts - least, layer.num_experts)}, or protect none"
+                f"experts stay: {more}protect none"
             )
         kept.extend(members[:per_group])
     return tuple(sorted(kept))
-
-
-def _ratio_text(dropped: int, experts: int) -> str:
-    """The shortest decimal ratio that drops exactly this many."""
-    for digits in range(1, 20):
-        scale = 10**digits
-        text = str(Decimal(-(-dropped * scale // experts)) / scale)
-        if math.floor(experts * Fraction(text)) == dropped:
-            return text
-    raise AssertionError(f"no decimal between {dropped}/{experts} and the next count")
 
 
 def _others(layer: LayerInfo, kept: Iterable[int]) -> tuple[int, ...]:
@@ -361,7 +306,7 @@ def _check_kept(layer: LayerInfo, kept: Iterable[int]) -> None:
             )
     if any(a >= b for a, b in zip(ids, ids[1:], strict=False)):
         raise ReapError(f"layer {layer.name}: kept experts must ascend without repeats")
-    fault = _count_fault(layer, len(ids))
+    fault = count_fault(layer, len(ids))
     if fault:
         raise ReapError(f"layer {layer.name}: cannot keep {len(ids)} experts: {fault}")
     size = layer.num_experts // layer.n_group
@@ -386,27 +331,3 @@ def _protection_notes(options: Mapping[str, Any]) -> list[str]:
         if isinstance(experts, list) and experts
     ]
     return [f"protected super experts: {'; '.join(named)}" if named else "found no super experts"]
-
-
-def _split_note(layer: LayerInfo, kept: int) -> str | None:
-    """What a server that spreads experts evenly over ranks loses by this count, or None."""
-    experts = layer.num_experts
-    if kept == experts or kept & (kept - 1) == 0:
-        return None  # as before, or a power of two
-    ways = min(8, experts & -experts)  # ranks, a power of two, that could share the experts before
-    left = kept & -kept
-    if left >= ways:
-        return None
-    better = math.ceil(kept / ways) * ways
-    hint = f"; try multiple_of={ways}, which keeps {better}"
-    if better == experts:  # which drops nothing
-        fewer = better - ways
-        hint = f"; try keep={fewer}" if fewer and not _count_fault(layer, fewer) else ""
-    if kept > 2 and all(kept % d for d in range(2, math.isqrt(kept) + 1)):
-        return f"kept {kept} per layer is prime: cannot be split over expert-parallel ranks{hint}"
-    if left == 1:
-        return f"kept {kept} per layer is odd: cannot be split over 2 expert-parallel ranks{hint}"
-    return (
-        f"kept {kept} per layer splits over {left} expert-parallel ranks, "
-        f"{experts} did over {ways}{hint}"
-    )

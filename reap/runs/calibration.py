@@ -14,7 +14,9 @@ import reap_kernels
 from reap.errors import ReapError
 from reap.model import compat
 from reap.model.experts import pretrained
+from reap.model.mtplayer import Mtp
 from reap.observation.patch import observe
+from reap.runs.heads import own_mtp
 from reap.runs.partial import Partial
 from reap.statistics.stats import Statistics
 from reap.text.batching import Batch, Batches, check_ids
@@ -28,18 +30,22 @@ def calibrate(
     pairs: bool = False,
     backend: str = "auto",
     deterministic: bool = False,
+    mtp: Mtp | bool = True,
     progress: Callable[[int], None] | None = None,
     partial: Partial | None = None,
 ) -> Statistics:
     """Run `batches` through `model` and return the statistics of its experts, by domain.
 
     A batch is one of `reap.batches`, or what a DataLoader yields (`Batch.of`); of the former the
-    statistics also record which text it was, and what ran it. The language-model head does not run:
-    nothing here needs logits. `progress` is called after each batch with its number of tokens.
-    `partial` takes up what an earlier run measured, and keeps what this one did when it ends early
-    inside `partial.kept`. The other options are those of `observe`, and so are the errors;
-    ReapError also for batches without a single token, and for a token that the model does not
-    embed. The model is in eval mode meanwhile, and left as it was found, whatever happens.
+    statistics also record which text it was, and what ran it. Where a batch says which tokens are
+    `counted`, all of them run and only those go into the statistics. The language-model head does
+    not run: nothing here needs logits. `mtp` is the model's multi-token-prediction layer; True
+    loads the one that its folder has, and leaves one out, with a line in the log, that is not known
+    how to run. `progress` is called after each batch with its number of tokens. `partial` takes up
+    what an earlier run measured, and keeps what this one did when it ends early inside
+    `partial.kept`. The other options are those of `observe`, and so are the errors; ReapError also
+    for batches without a single token that counts, and for a token that the model does not embed.
+    The model is in eval mode meanwhile, and left as it was found, whatever happens.
     """
     forward = forward_of(model)
     run = {"run": what_runs(pretrained(model).base_model, backend, deterministic)}
@@ -48,9 +54,14 @@ def calibrate(
         raise ReapError("a run can be taken up again only with batches of reap.batches")
     with (
         observe(
-            model, gates=gates, pairs=pairs, backend=backend, deterministic=deterministic
+            model,
+            gates=gates,
+            pairs=pairs,
+            backend=backend,
+            deterministic=deterministic,
+            mtp=own_mtp(model) if mtp is True else mtp or None,
         ) as stats,
-        eval_mode(model),
+        _eval_mode(model),
         torch.inference_mode(),
     ):
         if partial is not None and recorded is not None:
@@ -59,7 +70,7 @@ def calibrate(
                     progress(batch.tokens)
         for given in batches:
             batch = Batch.of(given)
-            with stats.domain(batch.domain):
+            with stats.domain(batch.domain), stats.counting(batch.counted):
                 forward(batch)
             if partial is not None and recorded is not None:
                 partial.mark(stats, batch.domain, recorded, run)
@@ -74,7 +85,7 @@ def completed(total: Statistics, text: Batches | None, run: dict[str, Any]) -> S
     if text is not None:
         total.data = [text.describe() | run]
     if total.tokens == 0:
-        raise ReapError("the calibration data has no tokens: nothing was observed")
+        raise ReapError("the calibration data has no tokens that count: nothing was observed")
     return total
 
 
@@ -135,7 +146,7 @@ def _input_device(model: Any) -> torch.device:
 
 
 @contextmanager
-def eval_mode(model: nn.Module) -> Iterator[None]:
+def _eval_mode(model: nn.Module) -> Iterator[None]:
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:

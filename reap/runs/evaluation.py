@@ -14,18 +14,21 @@ from reap.errors import ReapError
 from reap.text.batching import Batch, check_ids
 
 TOTAL = "total"
+_SUMS = 5
 _CHUNK = 1 << 24  # logits that are held in fp32 at a time (64 MiB)
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Means over the predicted tokens: tokens that are not padding and follow one that is not."""
+    """Means over the predicted tokens: tokens that are not padding and follow one that is not, and
+    of these the counted ones where a batch says which do (`Batch.counted`)."""
 
     tokens: int
     loss: float  # cross entropy, nats per token
     perplexity: float  # exp(loss)
     kl: float | None = None  # KL(teacher || student), nats per token
     agreement: float | None = None  # share of tokens where both models' first choice is the same
+    teacher_loss: float | None = None  # the teacher's own cross entropy, nats per token
 
     def to_json(self) -> dict[str, float]:
         """Its fields, those against a teacher only where there was one."""
@@ -73,7 +76,7 @@ def evaluate(
     finally:
         for each, training in zip(models, modes, strict=True):
             each.train(training)
-    total = sum(sums.values(), torch.zeros(4, dtype=torch.float64))
+    total = sum(sums.values(), torch.zeros(_SUMS, dtype=torch.float64))
     if total[0] == 0:
         raise ReapError("nothing to evaluate: no row has two tokens")
     measured = {domain: row for domain, row in sums.items() if row[0] > 0}
@@ -84,19 +87,22 @@ def evaluate(
 
 
 def _evaluation(sums: Tensor, with_teacher: bool) -> Evaluation:
-    loss, kl, agreement = (sums[1:] / sums[0]).tolist()
+    loss, kl, agreement, teacher_loss = (sums[1:] / sums[0]).tolist()
     perplexity = math.exp(loss) if loss < 700 else math.inf
     if not with_teacher:
         return Evaluation(int(sums[0]), loss, perplexity)
-    return Evaluation(int(sums[0]), loss, perplexity, kl, agreement)
+    return Evaluation(int(sums[0]), loss, perplexity, kl, agreement, teacher_loss)
 
 
 @torch.inference_mode()
 def _batch_sums(models: list[Any], batch: Batch) -> Tensor:
-    """Sums over the batch's predicted tokens: their number, loss, KL, agreements; [4] fp64."""
+    """Sums over the batch's predicted tokens: their number, loss, KL, agreements, the teacher's
+    loss; [_SUMS] fp64."""
     check_ids(models[0], batch)
     seen = batch.attention_mask.bool()
     counted = seen[:, 1:] & seen[:, :-1]  # [B, L-1]
+    if batch.counted is not None:
+        counted &= batch.counted[:, 1:] != 0
     targets = batch.input_ids[:, 1:][counted]  # [N] int64
     logits = [_logits(model, batch, counted) for model in models]  # [N, V] each, model's dtype
     vocabularies = [each.shape[-1] for each in logits]
@@ -105,7 +111,7 @@ def _batch_sums(models: list[Any], batch: Batch) -> Tensor:
             f"the model predicts {vocabularies[0]} tokens and the teacher {vocabularies[1]}: "
             "both need the same tokenizer"
         )
-    sums = torch.zeros(4, dtype=torch.float64)
+    sums = torch.zeros(_SUMS, dtype=torch.float64)
     rows = max(1, _CHUNK // vocabularies[0])
     for start in range(0, len(targets), rows):
         chunk = slice(start, start + rows)
@@ -125,12 +131,18 @@ def _logits(model: Any, batch: Batch, counted: Tensor) -> Tensor:
 
 def _chunk_sums(targets: Tensor, student: Tensor, teacher: Tensor | None = None) -> Tensor:
     log_q = student.float().log_softmax(-1)  # [N, V]
-    picked = log_q.gather(1, targets.to(log_q.device)[:, None])
-    sums = [float(len(targets)), -picked.double().sum().item(), 0.0, 0.0]
+    sums = [float(len(targets)), _loss(log_q, targets), 0.0, 0.0, 0.0]
     if teacher is not None:
         log_p = teacher.to(log_q.device).float().log_softmax(-1)
         p = log_p.exp()
         divergence = torch.where(p == 0, 0.0, p * (log_p - log_q))  # 0 log 0 is 0
         sums[2] = divergence.double().sum().item()
         sums[3] = (student.argmax(-1) == teacher.to(student.device).argmax(-1)).sum().item()
+        sums[4] = _loss(log_p, targets)
     return torch.tensor(sums, dtype=torch.float64)
+
+
+def _loss(log_p: Tensor, targets: Tensor) -> float:
+    """The sum over rows of what log_p [N, V] costs the targets [N]."""
+    picked = log_p.gather(1, targets.to(log_p.device)[:, None])
+    return -picked.double().sum().item()

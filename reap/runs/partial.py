@@ -1,4 +1,4 @@
-"""What a calibration measured before it ended early: kept in a file, and taken up from there.
+"""What a calibration has measured: kept in a file while it runs, and taken up when it ended early.
 
 The file is one of statistics, with sums of whole batches alone. Its one `data` entry is that of the
 run so far, and "partial" in it says how many batches that were. Sums are exact, so that a run in
@@ -7,6 +7,7 @@ pieces has the bits of a run in one.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -14,12 +15,18 @@ from pathlib import Path
 from typing import Any
 
 from reap.errors import ReapError
+from reap.files.atomic import discard_unfinished
+from reap.files.lock import Lock
 from reap.statistics.stats import Statistics, installed_versions
 from reap.text.batching import Batch, Batches
 
+log = logging.getLogger("reap")
+
 _SHARE = 0.02  # of the time, at most, goes into remembering
-_CHECK_SECONDS = 30.0
-_PROGRESS = ("tokens", "partial", "sources")  # of a data entry; the rest of it are options
+_WRITE_SHARE = 0.01  # of the time, at most, goes into writing, where ...
+_WRITE_SECONDS = 30.0  # ... that is no more often
+# Of a data entry; the rest of it are options.
+_PROGRESS = ("tokens", "counted", "partial", "sources")
 _SOURCE_OPTIONS = ("spec", "kind", "target", "domain", "weight", "column", "python")
 _SOURCE_PROGRESS = ("rows", "tokens", "sha256")
 
@@ -29,19 +36,22 @@ class _Refused(ReapError):
 
 
 class Partial:
-    """The file `path`, of one run. A run that ends early inside `kept` leaves it, and the next one
-    with the same model, text and options takes it up; a run that completes removes it."""
+    """The file `path`, of one run at a time. A run that ends early inside `kept` leaves it, one
+    that is killed leaves it as it was last written, synced; the next run with the same model, text
+    and options takes it up. A run that completes removes it."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._lock = Lock(path)
+        discard_unfinished(path)
         self._before: Statistics | None = None
         self._batches = 0
         self._changed: set[str] = set()  # domains since what is remembered
         self._remember_at = 0.0
-        # Of whole batches: statistics by domain, and the data entry; then one known to be sound.
+        # Of whole batches: statistics by domain, and the data entry; then what was written of them.
         self._whole: tuple[dict[str, Statistics], dict[str, Any]] | None = None
-        self._checked: tuple[dict[str, Statistics], dict[str, Any]] | None = None
-        self._check_at = time.monotonic() + _CHECK_SECONDS
+        self._written: Statistics | None = None
+        self._write_at = time.monotonic() + _WRITE_SECONDS
         if path.exists():
             loaded = Statistics.load(path)
             if len(loaded.data) != 1 or "partial" not in loaded.data[0]:
@@ -105,11 +115,15 @@ class Partial:
         parts = self._remember(stats, batches, data)
         end = time.monotonic()
         self._remember_at = end + (end - start) / _SHARE
-        if end >= self._check_at:
+        if end >= self._write_at:
             for part in parts.values():
                 part.check()
-            self._checked = self._whole
-            self._check_at = end + _CHECK_SECONDS
+            try:
+                self.save()
+            except ReapError as error:  # a full disk, say: the run may still end well
+                log.warning("what was measured so far is not kept: %s", error)
+            done_at = time.monotonic()
+            self._write_at = done_at + max(_WRITE_SECONDS, (done_at - end) / _WRITE_SHARE)
 
     def keep(
         self, stats: Statistics, domains: list[str], batches: Batches, data: dict[str, Any]
@@ -135,23 +149,20 @@ class Partial:
         return stats if self._before is None else self._before + stats
 
     def save(self) -> Statistics | None:
-        """Write the whole batches of this run and those of the file; None when there are none."""
-        for whole in (self._whole, self._checked):
-            if whole is None:
-                continue
-            parts, data = whole
+        """Write the whole batches of this run and those of the file. What the file then has; None
+        for no file."""
+        if self._whole is not None:
+            parts, data = self._whole
+            stats = sum(parts.values(), 0 if self._before is None else self._before)
+            assert isinstance(stats, Statistics)
             try:
-                stats = self._before
-                for part in parts.values():
-                    stats = part if stats is None else stats + part
-                assert stats is not None
                 stats.check()
             except ReapError:  # a NaN that a GPU did not report before
-                continue
+                return self._before if self._written is None else self._written
             stats.data = [data]
             stats.save(self.path, overwrite=True)
-            return stats
-        return self._before
+            self._written = stats
+        return self._before if self._written is None else self._written
 
     @contextmanager
     def kept(self) -> Iterator[None]:
@@ -171,7 +182,10 @@ class Partial:
                     # As `add_note` of Python 3.11 has it.
                     error.__notes__ = [*getattr(error, "__notes__", ()), note]  # type: ignore[attr-defined]
             raise
-        self.path.unlink(missing_ok=True)
+        else:
+            self.path.unlink(missing_ok=True)
+        finally:
+            self._lock.release()
 
     def _refuse(self, reason: str) -> None:
         raise _Refused(

@@ -114,7 +114,8 @@ class Stream:
         job.at, self._running = None, job
         before = self._share(job)
         try:
-            with self.stats.domain(job.batch.domain):
+            batch = job.batch
+            with self.stats.domain(batch.domain), self.stats.counting(batch.counted):
                 job.thread.switch()
         finally:
             self._running = None

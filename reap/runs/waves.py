@@ -19,9 +19,11 @@ from reap.files.units import sized
 from reap.model.config import text_config
 from reap.model.experts import pretrained
 from reap.model.layerwise import Layerwise
+from reap.model.mtplayer import Mtp
 from reap.observation.patch import observe
 from reap.runs import memory
 from reap.runs.calibration import completed, forward_of, what_runs
+from reap.runs.heads import own_mtp
 from reap.runs.hidden import HiddenFile
 from reap.runs.partial import Partial
 from reap.runs.room import Room, admission, measure
@@ -31,13 +33,14 @@ from reap.text.batching import Batch, Batches
 
 
 def calibrate_streamed(
-    folder: str | PathLike[str],
+    folder: str | PathLike[str] | Layerwise,
     batches: Iterable[Batch | Mapping[str, Any]],
     *,
     gates: str = "applied",
     pairs: bool = False,
     backend: str = "auto",
     deterministic: bool = False,
+    mtp: Mtp | bool = True,
     dtype: str = "auto",
     trust_remote_code: bool = False,
     memory_limit: int | str | None = None,
@@ -67,16 +70,23 @@ def calibrate_streamed(
     recorded = batches if isinstance(batches, Batches) else None
     if partial is not None and recorded is None:
         raise ReapError("a run can be taken up again only with batches of reap.batches")
-    layers = Layerwise(
-        Path(folder), dtype=dtype, trust_remote_code=trust_remote_code, admit=admission(limit)
-    )
+    layers = folder
+    if not isinstance(layers, Layerwise):
+        layers = open_layers(Path(layers), dtype, trust_remote_code, limit)
     with ExitStack() as undo:
         undo.enter_context(closing(layers))
         model = layers.model
         _forget_what_layers_return(model)
         run = {"run": what_runs(pretrained(model).base_model, backend, deterministic)}
         stats = undo.enter_context(
-            observe(model, gates=gates, pairs=pairs, backend=backend, deterministic=deterministic)
+            observe(
+                model,
+                gates=gates,
+                pairs=pairs,
+                backend=backend,
+                deterministic=deterministic,
+                mtp=own_mtp(model) if mtp is True else mtp or None,
+            )
         )
         undo.enter_context(torch.inference_mode())
         if partial is not None and recorded is not None:
@@ -88,14 +98,23 @@ def calibrate_streamed(
         copies = 1 if recorded is None else len(recorded.describe()["sources"])
         if partial is not None:
             copies *= 3  # it remembers some, and writes others
-        folder = Path(scratch or tempfile.gettempdir())
-        waves = Waves(stream, limit, wave_tokens, folder, copies, say or (lambda _: None))
+        place = Path(scratch or tempfile.gettempdir())
+        waves = Waves(stream, limit, wave_tokens, place, copies, say or (lambda _: None))
         undo.enter_context(closing(waves))
         for wave in waves.run(batches):
             if partial is not None and recorded is not None:
                 partial.keep(stats, [batch.domain for batch in wave], recorded, run)
     total = stats if partial is None else partial.total(stats)
     return completed(total, recorded, run)
+
+
+def open_layers(
+    folder: Path, dtype: str = "auto", trust_remote_code: bool = False, limit: int | None = None
+) -> Layerwise:
+    """The model in `folder` without its layers. ReapError when `limit` bytes, or what is free, do
+    not hold one of them."""
+    admit = admission(memory.allowed() if limit is None else limit)
+    return Layerwise(folder, dtype=dtype, trust_remote_code=trust_remote_code, admit=admit)
 
 
 class Waves:

@@ -9,6 +9,8 @@ read.
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import torch
 from torch import Tensor
 
@@ -24,6 +26,15 @@ _MANTISSA_BITS = 53
 # One addend moves a limb by less than 2**33, so this many keep it well inside int64.
 MAX_PENDING = 1 << 28
 _CPU_CHUNK = 1 << 14  # addends at a time whose temporaries stay in the cache
+_SETTLED_CHUNK = 1 << 12  # cells at a time that are not added to any more
+
+
+class Rows(Protocol):
+    """Canonical sums [C,20] int32, as a tensor or where they are read from."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, cells: slice) -> Tensor: ...
 
 
 def in_range(values: Tensor) -> Tensor:
@@ -39,7 +50,12 @@ class ExactSum:
     """
 
     def __init__(self, cells: int, device: torch.device | str = "cpu") -> None:
-        self._limbs = torch.zeros(LIMBS, cells, dtype=torch.int64, device=device)  # [20,C] int64
+        self.cells = cells
+        self._device = torch.device(device)
+        # The sums are in `_live`, or where nothing was added since they were read, in `_rows`, of
+        # half the size and perhaps still in a file. In neither: they are zero.
+        self._live: Tensor | None = None  # [20,C] int64
+        self._rows: Rows | None = None
         self._pending = 0  # addends since the last carry
 
     def add(self, cell: Tensor, values: Tensor) -> None:
@@ -48,7 +64,7 @@ class ExactSum:
         Does not wait for the device. A value out of range is the caller's to find: here it would
         corrupt the sums.
         """
-        cells = self._limbs.shape[1]
+        cells = self.cells
         flat = self._limbs.view(-1)
         chunk = _CPU_CHUNK if flat.device.type == "cpu" else MAX_PENDING
         for part, addends in zip(cell.split(chunk), values.split(chunk), strict=True):
@@ -71,38 +87,59 @@ class ExactSum:
         self._pending += addends
         return self._limbs
 
+    @property
+    def _limbs(self) -> Tensor:
+        """[20,C] int64, which may be added to."""
+        if self._live is None:
+            with torch.inference_mode(False):  # sums outlive a mode that they may be made in
+                if self._rows is None:
+                    zeros = torch.zeros(LIMBS, self.cells, dtype=torch.int64, device=self._device)
+                    self._live = zeros
+                else:
+                    self._live = _limbs_of(self._rows[:]).to(self._device)
+            self._rows, self._pending = None, 0
+        return self._live
+
     def merge(self, other: ExactSum) -> None:
-        """Add the sums of `other`, cell by cell."""
+        """Add the sums of `other`, cell by cell. What nothing was added to is read, or shared, and
+        the sum of two such is of their kind."""
+        if other._live is None and other._rows is None:
+            return
+        if self._live is None and other._live is None and other._rows is not None:
+            self._rows = other._rows if self._rows is None else _added(self._rows, other._rows)
+            return
         self._carry()
-        other._carry()
-        self._limbs += other._limbs.to(self._limbs.device)
+        if other._live is None:
+            self._limbs.add_(_limbs_of(other.canonical()).to(self._device))
+        else:
+            other._carry()
+            self._limbs.add_(other._live.to(self._device))
         self._pending = 1  # two carried limbs are below 2**33 together, as after one addend
 
-    def canonical(self) -> Tensor:
-        """The one representation of these sums, for files and comparisons. [C,20] int32 on the CPU.
+    def canonical(self, cells: slice = slice(None)) -> Tensor:
+        """The one representation of these sums, for files and comparisons, which may be shared: not
+        to be written to. [C,20] int32 on the CPU.
 
         Each row is a little-endian two's complement integer in units of 2**-320.
         ReapError when a sum has outgrown 2**319.
         """
-        self._carry()
-        limbs = self._limbs.cpu()
-        top = limbs[-1]
-        if ((top < -(1 << 31)) | (top >= 1 << 31)).any():
-            raise ReapError("a sum of statistics exceeds 2**319: the norms cannot be real")
-        signed = torch.where(limbs >= 1 << 31, limbs - (1 << 32), limbs)
-        return signed.to(torch.int32).T.contiguous()
+        if self._live is not None:
+            self._carry()
+            return _rows_of(self._live[:, cells].cpu())
+        if self._rows is not None:
+            return self._rows[cells]
+        return torch.zeros(len(range(*cells.indices(self.cells))), LIMBS, dtype=torch.int32)
 
     @classmethod
-    def from_canonical(cls, rows: Tensor) -> ExactSum:
-        """The sums whose `canonical()` is `rows` [C,20] int32."""
-        total = cls(0)
-        total._limbs = rows.T.contiguous().to(torch.int64)
-        total._limbs[:-1] &= _LOW
+    def from_canonical(cls, rows: Rows) -> ExactSum:
+        """The sums whose `canonical()` is `rows` [C,20] int32, which nobody writes to any more."""
+        total = cls(len(rows))
+        total._rows = rows
         return total
 
     def integers(self, cells: slice = slice(None)) -> list[int]:
         """The exact sums as integers in units of 2**-320."""
-        data = self.canonical()[cells].numpy().astype("<i4").tobytes()
+        data = self.canonical(cells).numpy().astype("<i4").tobytes()
         width = LIMBS * LIMB_BITS // 8
         rows = (data[start : start + width] for start in range(0, len(data), width))
         return [int.from_bytes(row, "little", signed=True) for row in rows]
@@ -114,11 +151,42 @@ class ExactSum:
         return torch.tensor([total / unit for total in self.integers(cells)], dtype=torch.float64)
 
     def _carry(self) -> None:
-        """Bring every limb but the top one into [0, 2**32)."""
-        for limb, above in zip(self._limbs[:-1], self._limbs[1:], strict=True):
-            above += limb >> LIMB_BITS
-            limb &= _LOW
+        _carry(self._limbs)
         self._pending = 0
+
+
+def _limbs_of(rows: Tensor) -> Tensor:
+    """[C,20] int32 as carried limbs [20,C] int64."""
+    limbs = rows.T.contiguous().to(torch.int64)
+    limbs[:-1] &= _LOW
+    return limbs
+
+
+def _rows_of(limbs: Tensor) -> Tensor:
+    """Carried limbs [20,C] int64 as [C,20] int32."""
+    top = limbs[-1]
+    if ((top < -(1 << 31)) | (top >= 1 << 31)).any():
+        raise ReapError("a sum of statistics exceeds 2**319: the norms cannot be real")
+    signed = torch.where(limbs >= 1 << 31, limbs - (1 << 32), limbs)
+    return signed.to(torch.int32).T.contiguous()
+
+
+def _added(mine: Rows, theirs: Rows) -> Tensor:
+    """The canonical sum of two, a piece at a time."""
+    total = torch.empty(len(mine), LIMBS, dtype=torch.int32)
+    for start in range(0, len(mine), _SETTLED_CHUNK):
+        some = slice(start, start + _SETTLED_CHUNK)
+        limbs = _limbs_of(mine[some]) + _limbs_of(theirs[some])
+        _carry(limbs)
+        total[some] = _rows_of(limbs)
+    return total
+
+
+def _carry(limbs: Tensor) -> None:
+    """Bring every limb [20,C] but the top one into [0, 2**32)."""
+    for limb, above in zip(limbs[:-1], limbs[1:], strict=True):
+        above += limb >> LIMB_BITS
+        limb &= _LOW
 
 
 def _split(values: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:

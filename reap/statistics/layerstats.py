@@ -18,9 +18,12 @@ from torch import Tensor
 
 from reap.errors import ReapError
 from reap.statistics.exact import ExactSum, in_range
+from reap.statistics.lazyrows import LazyRows
+from reap.statistics.pairs import Pairs
 from reap_kernels import triton
 
 SUMS = ("gate_sum", "norm_sum", "norm_sq_sum", "weighted_sum", "weighted_sq_sum")
+PAIRS = ("pair_count", "pair_sums")
 GATES = ("applied", "renormalized")
 # Slots at a time. On a CPU few enough for torch to stay on one thread: beside a model's own
 # threads, waking others costs more than the sum. On a device few enough to bound temporaries.
@@ -68,17 +71,14 @@ class LayerStatistics:
         self._peak = torch.zeros(E, dtype=torch.float32, device=device)
         self._sums = ExactSum(len(SUMS) * E, device)  # [5*E], one quantity after another
         self._first_cells = torch.arange(0, len(SUMS) * E, E, device=device)[:, None]
-        self._pair_count = self._pair_sums = None
-        if pairs:
-            self._pair_count = torch.zeros(E * (E - 1) // 2, dtype=torch.int64, device=device)
-            self._pair_sums = ExactSum(E * (E - 1) // 2, device)
+        self._pairs = Pairs(E, device) if pairs else None
         # Slots per expert that cannot be summed, then slots with a negative id. Kept on the device,
         # so that a GPU need not stop at every layer; `check` turns them into an error.
         self._faults = torch.zeros(E + 1, dtype=torch.int64, device=device)
 
     @property
     def pairs(self) -> bool:
-        return self._pair_sums is not None
+        return self._pairs is not None
 
     @torch.no_grad()
     def update(
@@ -91,9 +91,10 @@ class LayerStatistics:
     ) -> None:
         """Add the slots of T tokens.
 
-        Slots with an id >= E (expert parallelism's sentinel) or a gate of zero (phantom slots) are
-        left out. With gates="renormalized" a gate is the weight divided by the sum over the token's
-        K slots; a token whose weights sum to zero contributes nothing but its count in `tokens`.
+        Slots with an id >= E (expert parallelism's sentinel, no choice of the router) are left out.
+        All others count, whatever their gate: one that was rounded to zero was chosen all the same.
+        With gates="renormalized" a gate is the weight divided by the sum over the token's K slots,
+        and 0 where the weights sum to zero.
 
         ReapError for wrong shapes or dtypes, and for a gate, norm or peak that is NaN, infinite or
         too large (g*n >= 2**144): at once on a CPU, at the next read or `check` on other devices.
@@ -165,15 +166,13 @@ class LayerStatistics:
 
     @property
     def coselected(self) -> Tensor | None:
-        return (
-            None if self._pair_count is None else self._square(self._pair_count.cpu(), self.count)
-        )
+        return None if self._pairs is None else self._pairs.square(self._pairs.count, self.count)
 
     @property
     def coweighted(self) -> Tensor | None:
-        if self._pair_sums is None:
+        if self._pairs is None:
             return None
-        return self._square(self._pair_sums.read(), self.weighted_sq_sum)
+        return self._pairs.square(self._pairs.sums.read(), self.weighted_sq_sum)
 
     def exact(self, field: str) -> list[int]:
         """The E sums of `field`, one of SUMS, as integers in units of 2**-320: nothing rounded."""
@@ -214,25 +213,33 @@ class LayerStatistics:
         [E,20] and "pair_sums" [E*(E-1)/2, 20] int32, a row being one little-endian two's complement
         integer in units of 2**-320. The pair of experts i < j is at j*(j-1)/2 + i.
         """
+        fields = ("tokens", "count", "peak", *SUMS, *(PAIRS if self.pairs else ()))
+        return {field: self.tensor(field).clone() for field in fields}
+
+    def tensor(self, field: str) -> Tensor:
+        """One of `tensors`, not to be written to."""
         self.check()
-        state = {"tokens": self._tokens.cpu(), "count": self.count, "peak": self.peak}
-        state.update(zip(SUMS, self._sums.canonical().split(self.num_experts), strict=True))
-        if self._pair_count is not None and self._pair_sums is not None:
-            state["pair_count"] = self._pair_count.cpu()
-            state["pair_sums"] = self._pair_sums.canonical()
-        return {field: tensor.clone() for field, tensor in state.items()}
+        if field in SUMS:
+            return self._sums.canonical(self._cells(field))
+        if self._pairs is not None and field in PAIRS:
+            return self._pairs.count if field == "pair_count" else self._pairs.sums.canonical()
+        return {"tokens": self._tokens, "count": self._count, "peak": self._peak}[field].cpu()
 
     @classmethod
-    def from_tensors(cls, state: Mapping[str, Tensor], *, name: str, gates: str) -> LayerStatistics:
-        """The inverse of `tensors`, for a state that has been validated."""
-        self = cls(len(state["count"]), name=name, gates=gates, pairs="pair_sums" in state)
-        self._tokens = state["tokens"].clone()
-        self._count = state["count"].clone()
-        self._peak = state["peak"].clone()
-        self._sums = ExactSum.from_canonical(torch.cat([state[field] for field in SUMS]))
-        if self.pairs:
-            self._pair_count = state["pair_count"].clone()
-            self._pair_sums = ExactSum.from_canonical(state["pair_sums"])
+    def from_tensors(
+        cls, state: Mapping[str, Tensor | LazyRows], *, name: str, gates: str
+    ) -> LayerStatistics:
+        """The inverse of `tensors`, for a state that has been validated. What is stored of pairs is
+        read when it is asked for."""
+        self = cls(len(state["count"]), name=name, gates=gates)
+        self._tokens = state["tokens"][:].clone()
+        self._count = state["count"][:].clone()
+        self._peak = state["peak"][:].clone()
+        self._sums = ExactSum.from_canonical(torch.cat([state[field][:] for field in SUMS]))
+        if "pair_sums" in state:
+            both = (state[field] for field in ("pair_count", "pair_sums"))
+            kept = (x if isinstance(x, LazyRows) else x.clone() for x in both)
+            self._pairs = Pairs.of(self.num_experts, *kept)
         return self
 
     def _here(self, column: Tensor | None, rows: slice | None) -> Tensor | None:
@@ -247,7 +254,7 @@ class LayerStatistics:
         """Add the slots of a few tokens: [T,K] four times and [T], on this device."""
         expert, peak = expert.long(), peak.float()
         gate, norm = self._gate(weights.double()), norms.double()
-        counted = (expert < self.num_experts) & (gate != 0)  # [T,K] bool
+        counted = expert < self.num_experts  # [T,K] bool
         if mask is not None:
             counted &= mask[:, None]
         self._tokens += len(expert) if mask is None else mask.sum()
@@ -268,7 +275,8 @@ class LayerStatistics:
         self._peak.scatter_reduce_(0, expert.flatten(), peak.flatten(), "amax")
         cell = self._first_cells + expert.flatten()  # [5,S] int64
         self._sums.add(cell.flatten(), values.flatten())
-        self._add_pairs(expert, values[SUMS.index("weighted_sum")], counted)
+        if self._pairs is not None:
+            self._pairs.add(expert, values[SUMS.index("weighted_sum")], counted)
 
     def _launch(
         self, expert: Tensor, weights: Tensor, norms: Tensor, peak: Tensor, mask: Tensor | None
@@ -287,8 +295,8 @@ class LayerStatistics:
                 self._peak,
                 limbs,
                 self._faults,
-                self._pair_count,
-                None if self._pair_sums is None else self._pair_sums.limbs(S * K),
+                None if self._pairs is None else self._pairs.live_count,
+                None if self._pairs is None else self._pairs.sums.limbs(S * K),
             ),
             renormalized=self.gates == "renormalized",
         )
@@ -308,32 +316,14 @@ class LayerStatistics:
         place = torch.where(fault, place, 0)
         self._faults.index_add_(0, place.flatten(), fault.flatten().long())
 
-    def _add_pairs(self, expert: Tensor, weighted: Tensor, counted: Tensor) -> None:
-        """Add the pairs of [T,K] slots."""
-        if self._pair_count is None or self._pair_sums is None or self.num_experts < 2:
-            return
-        K = expert.shape[1]
-        first, second = torch.triu_indices(K, K, 1, device=self.device)
-        # index_select, because on a CPU expert[:, first] always wakes other threads
-        one, other = (expert.index_select(1, slot) for slot in (first, second))
-        low, high = torch.minimum(one, other), torch.maximum(one, other)
-        both = counted.index_select(1, first) & counted.index_select(1, second) & (low < high)
-        product = weighted.index_select(1, first) * weighted.index_select(1, second)  # [T,P] fp64
-        cell = torch.where(both, high * (high - 1) // 2 + low, 0).flatten()
-        product = torch.where(both, product, 0.0)
-        self._pair_count.index_add_(0, cell, both.flatten().long())
-        self._pair_sums.add(cell, product.flatten())
-
     def _merge(self, other: LayerStatistics) -> None:
         other.check()
         self._tokens += other._tokens.to(self.device)
         self._count += other._count.to(self.device)
         self._peak = torch.maximum(self._peak, other._peak.to(self.device))
         self._sums.merge(other._sums)
-        if self._pair_count is not None and other._pair_count is not None:
-            self._pair_count += other._pair_count.to(self.device)
-        if self._pair_sums is not None and other._pair_sums is not None:
-            self._pair_sums.merge(other._pair_sums)
+        if self._pairs is not None and other._pairs is not None:
+            self._pairs.merge(other._pairs)
 
     def _read(self, field: str) -> Tensor:
         self.check()
@@ -342,14 +332,6 @@ class LayerStatistics:
     def _cells(self, field: str) -> slice:
         first = SUMS.index(field) * self.num_experts
         return slice(first, first + self.num_experts)
-
-    def _square(self, triangle: Tensor, diagonal: Tensor) -> Tensor:
-        """[E*(E-1)/2] and [E] as one symmetric [E,E]."""
-        square = torch.diag(diagonal)
-        high, low = torch.tril_indices(self.num_experts, self.num_experts, -1)
-        square[high, low] = triangle
-        square[low, high] = triangle
-        return square
 
     def _check_arguments(
         self,
@@ -374,6 +356,11 @@ class LayerStatistics:
             raise ReapError(
                 f"mask is {_describe(mask)}: it must be [{len(top_k_index)}] bool, True to count"
             )
+
+
+def any_faults(parts: list[LayerStatistics]) -> bool:
+    """Whether a slot could not be summed in any of these, which are on one device. Waits for it."""
+    return bool(torch.cat([part._faults for part in parts]).any())
 
 
 def check_gates(gates: str) -> None:

@@ -18,7 +18,7 @@ from reap import versions
 from reap.errors import ReapError
 from reap.model.info import LayerInfo, ModelInfo
 from reap.statistics import statsfile
-from reap.statistics.layerstats import LayerStatistics, check_gates
+from reap.statistics.layerstats import LayerStatistics, any_faults, check_gates
 
 
 class Statistics:
@@ -46,6 +46,8 @@ class Statistics:
         self._infos: dict[str, LayerInfo] = {layer.name: layer for layer in model.layers}
         self._parts: dict[tuple[str, str], LayerStatistics] = {}  # (domain, layer)
         self._domain = "default"
+        self._counted: Tensor | None = None
+        self._placed: dict[torch.device, Tensor] = {}  # the same, flat, where layers need it
 
     @property
     def layers(self) -> tuple[str, ...]:
@@ -78,6 +80,39 @@ class Statistics:
         finally:
             self._domain = before
 
+    @contextmanager
+    def counting(self, tokens: Tensor | None) -> Iterator[None]:
+        """Of the calls inside the `with`, only tokens where `tokens` is not 0 count: [B,L] as the
+        model's input_ids, or [T] as the experts get them, of any dtype. The others run, for the
+        counted ones to attend to. None: all count. Padding never does.
+
+        ReapError for anything else, and in a call with tokens of another shape."""
+        if tokens is not None and not isinstance(tokens, Tensor):
+            raise ReapError(
+                f"counting was given a {type(tokens).__name__}: it must be a tensor, one value per "
+                "token of the call, or None"
+            )
+        before = self._counted
+        self._counted, self._placed = tokens, {}
+        try:
+            yield
+        finally:
+            self._counted, self._placed = before, {}
+
+    @property
+    def counted(self) -> Tensor | None:
+        """What `counting` was given, inside it; None: all tokens count."""
+        return self._counted
+
+    def check_counted(self, shape: tuple[int, int] | None) -> None:
+        """ReapError when what `counting` was given is not of tokens [B,L] shaped so."""
+        tokens = self._counted
+        if tokens is not None and tokens.dim() > 1 and shape not in (None, tuple(tokens.shape)):
+            raise ReapError(
+                f"counting was given {list(tokens.shape)}, and the model is called with tokens "
+                f"{list(shape or ())}: give it one value per token of the call"
+            )
+
     def update(
         self,
         layer_name: str,
@@ -100,7 +135,22 @@ class Statistics:
         key = (self._domain, layer_name)
         if key not in self._parts:
             self._parts[key] = self._empty(info, norms.device)
+        mask = self._counted_of(len(top_k_index), norms.device, mask)
         self._parts[key].update(top_k_index, top_k_weights, norms, peaks, mask)
+
+    def _counted_of(self, tokens: int, device: torch.device, mask: Tensor | None) -> Tensor | None:
+        """[T] bool: the tokens of `mask` that `counting` lets count."""
+        if self._counted is None:
+            return mask
+        if self._counted.numel() != tokens:
+            raise ReapError(
+                f"counting was given {self._counted.numel()} values, and a layer was called with "
+                f"{tokens} tokens: give it one value per token of the call"
+            )
+        if device not in self._placed:
+            self._placed[device] = (self._counted != 0).flatten().to(device)
+        counted = self._placed[device]
+        return counted if mask is None else counted & mask.to(device)
 
     def layer(self, name: str, domain: str | None = None) -> LayerStatistics:
         """One layer's statistics in `domain`, or summed over all domains. ReapError if unknown."""
@@ -134,9 +184,15 @@ class Statistics:
         return chosen
 
     def check(self) -> None:
-        """ReapError naming layer and expert if a slot so far could not be summed (NaN, Inf)."""
+        """ReapError naming layer and expert if a slot so far could not be summed (NaN, Inf). Waits
+        for each device once."""
+        by_device: dict[torch.device, list[LayerStatistics]] = {}
         for part in self._parts.values():
-            part.check()
+            by_device.setdefault(part.device, []).append(part)
+        for parts in by_device.values():
+            if any_faults(parts):
+                for part in parts:
+                    part.check()
 
     def __add__(self, other: Statistics) -> Statistics:
         """Both together, for shards, domains and ranks. ReapError says how two do not belong
@@ -209,9 +265,7 @@ class Statistics:
             data=state.data,
             versions=state.versions,
         )
-        for (domain, name), tensors in state.parts.items():
-            part = LayerStatistics.from_tensors(tensors, name=name, gates=state.gates)
-            stats._parts[domain, name] = part
+        stats._parts.update(state.parts)
         return stats
 
     @classmethod
@@ -230,8 +284,9 @@ class Statistics:
         return statsfile.digest(self._state())
 
     def _state(self) -> statsfile.State:
-        parts = {key: part.tensors() for key, part in self._parts.items()}
-        return statsfile.State(self.model, self.gates, self.pairs, self.data, self.versions, parts)
+        return statsfile.State(
+            self.model, self.gates, self.pairs, self.data, self.versions, self._parts
+        )
 
     def _most_tokens(self, domains: tuple[str, ...]) -> int:
         seen = Counter[str]()

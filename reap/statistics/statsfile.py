@@ -10,27 +10,28 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
-from safetensors import SafetensorError
-from torch import Tensor
+import torch
 
 from reap.errors import ReapError
 from reap.files.atomic import write_file
 from reap.files.kinds import kind_of
 from reap.files.outputs import STATISTICS, check_file
-from reap.files.safefile import parse_json, read_header
+from reap.files.safefile import OpenFile, encode_header, parse_json, read_header
 from reap.model.info import LayerInfo, ModelInfo
 from reap.statistics.exact import LIMBS
-from reap.statistics.layerstats import SUMS
+from reap.statistics.layerstats import PAIRS, SUMS, LayerStatistics
+from reap.statistics.lazyrows import LazyRows
 
 FORMAT = STATISTICS
 VERSION = 2
+DTYPES = {"I64": torch.int64, "F32": torch.float32, "I32": torch.int32}
+PAIRS_AT_ONCE = 1 << 12  # read and judged together
 READS = (1, 2)  # 1 has no structure of the model
 
 _KINDS = {
@@ -45,14 +46,14 @@ _KINDS = {
 
 @dataclass(frozen=True)
 class State:
-    """What a file holds. `parts`: (domain, layer) -> the tensors of `LayerStatistics.tensors`."""
+    """What a file holds. `parts`: (domain, layer) -> the layer's statistics."""
 
     model: ModelInfo
     gates: str
     pairs: bool
     data: list[dict[str, Any]]
     versions: dict[str, str]
-    parts: Mapping[tuple[str, str], Mapping[str, Tensor]]
+    parts: Mapping[tuple[str, str], LayerStatistics]
 
 
 def write(state: State, path: str | PathLike[str], *, overwrite: bool = False) -> None:
@@ -61,7 +62,6 @@ def write(state: State, path: str | PathLike[str], *, overwrite: bool = False) -
     `overwrite` replaces statistics alone.
     """
     check_file(path, FORMAT, overwrite=overwrite)
-    tensors, parts = _flatten(state)
     about = {
         "format": FORMAT,
         "version": VERSION,
@@ -70,10 +70,10 @@ def write(state: State, path: str | PathLike[str], *, overwrite: bool = False) -
         "pairs": state.pairs,
         "data": state.data,
         "versions": state.versions,
-        "parts": parts,
+        "parts": _layers(state),
     }
     text = json.dumps(about, sort_keys=True)
-    write_file(path, safetensors.torch.save(tensors, {"reap": text}), overwrite=overwrite)
+    write_file(path, _serialised(state, {"reap": text}), overwrite=overwrite)
 
 
 def read(path: str | PathLike[str]) -> State:
@@ -106,41 +106,58 @@ def read(path: str | PathLike[str]) -> State:
                 f"{path}: tensor {name!r} is {_show(found.get(name))}, "
                 f"its metadata asks for {_show(expected.get(name))}"
             )
-    try:
-        tensors = safetensors.torch.load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise ReapError(f"cannot read {path}: {error}") from error
+    file = OpenFile(path)
+    if file.version != header.version:
+        raise ReapError(f"{path} changed while it was read: start again when it is whole")
     parts = {}
     for domain, prefix, layer in places:
-        part = {field: tensors[f"{prefix}/{field}"] for field in _shapes(layer, pairs)}
+        part = {}
+        for field, (dtype, shape) in _shapes(layer, pairs).items():
+            offset = header.data + header.tensors[f"{prefix}/{field}"].start
+            part[field] = LazyRows(file, offset, shape, DTYPES[dtype])
         fault = _contradiction(part, layer)
         if fault:
             raise ReapError(f"{path} is damaged: domain {domain}, layer {layer.name}: {fault}")
-        parts[domain, layer.name] = part
+        parts[domain, layer.name] = LayerStatistics.from_tensors(
+            part, name=layer.name, gates=about["gates"]
+        )
     return State(model, about["gates"], pairs, about["data"], about["versions"], parts)
 
 
 def digest(state: State) -> str:
     """Hex SHA-256 of model, gates and every exact sum."""
-    tensors, parts = _flatten(state)
     model = state.model.to_json()
     model.pop("transformers", None)  # says of no number how it came about
-    about = [model, state.gates, state.pairs, parts]
+    about = [model, state.gates, state.pairs, _layers(state)]
     hashed = hashlib.sha256(json.dumps(about, sort_keys=True).encode())
-    hashed.update(safetensors.torch.save(tensors))
+    for piece in _serialised(state, {}):
+        hashed.update(piece)
     return hashed.hexdigest()
 
 
-def _flatten(state: State) -> tuple[dict[str, Tensor], dict[str, list[str]]]:
-    """The tensors by their names in the file, and the layers of every domain."""
-    number = {domain: i for i, domain in enumerate(sorted({domain for domain, _ in state.parts}))}
-    tensors: dict[str, Tensor] = {}
-    parts: dict[str, list[str]] = {domain: [] for domain in number}
-    for (domain, layer), part in sorted(state.parts.items(), key=lambda item: item[0]):
-        parts[domain].append(layer)
-        for field, tensor in part.items():
-            tensors[f"{number[domain]}/{layer}/{field}"] = tensor
-    return tensors, parts
+def _layers(state: State) -> dict[str, list[str]]:
+    """The layers of every domain, sorted."""
+    layers: dict[str, list[str]] = {}
+    for domain, layer in sorted(state.parts):
+        layers.setdefault(domain, []).append(layer)
+    return layers
+
+
+def _serialised(state: State, metadata: dict[str, str]) -> Iterator[bytes | memoryview]:
+    """The bytes of a safetensors file, as the library writes them, a tensor at a time."""
+    number = {domain: i for i, domain in enumerate(_layers(state))}
+    infos = {layer.name: layer for layer in state.model.layers}
+    # The library's order: wide elements first, those of one width by the rank of their dtype.
+    order = list(DTYPES)
+    found = sorted(
+        (order.index(dtype), f"{number[domain]}/{layer}/{field}", shape, (domain, layer), field)
+        for domain, layer in state.parts
+        for field, (dtype, shape) in _shapes(infos[layer], state.pairs).items()
+    )
+    yield encode_header({name: (order[i], shape) for i, name, shape, *_ in found}, metadata)
+    for *_, key, field in found:
+        tensor = state.parts[key].tensor(field).contiguous()
+        yield memoryview(tensor.numpy()).cast("B") if tensor.numel() else b""
 
 
 def _about(path: Path, metadata: dict[str, str]) -> dict[str, Any]:
@@ -188,8 +205,9 @@ def _show(entry: tuple[str, tuple[int, ...]] | None) -> str:
     return "absent" if entry is None else f"{entry[0]} {list(entry[1])}"
 
 
-def _contradiction(state: dict[str, Tensor], layer: LayerInfo) -> str | None:
+def _contradiction(stored: Mapping[str, LazyRows], layer: LayerInfo) -> str | None:
     """What in the numbers cannot come from any tokens, or None."""
+    state = {field: rows[:] for field, rows in stored.items() if field not in PAIRS}
     tokens, count, peak = int(state["tokens"]), state["count"], state["peak"]
     slots = tokens * layer.top_k
     if tokens < 0 or (count < 0).any():
@@ -210,10 +228,22 @@ def _contradiction(state: dict[str, Tensor], layer: LayerInfo) -> str | None:
             return f"{field} is negative"
     if peak[unrouted].any():
         return "peak is not zero for an expert without tokens"
-    if "pair_count" in state:
-        pairs = state["pair_count"]
-        if (pairs < 0).any() or sum(pairs.tolist()) > slots * (layer.top_k - 1) // 2:
+    return (
+        _contradiction_of_pairs(stored, slots * (layer.top_k - 1) // 2)
+        if PAIRS[0] in stored
+        else None
+    )
+
+
+def _contradiction_of_pairs(stored: Mapping[str, LazyRows], most: int) -> str | None:
+    count, sums = (stored[field] for field in PAIRS)
+    pairs = 0
+    for start in range(0, len(count), PAIRS_AT_ONCE):
+        some = slice(start, start + PAIRS_AT_ONCE)
+        seen = count[some]
+        pairs += sum(seen.tolist())
+        if (seen < 0).any() or pairs > most:
             return "impossible counts of pairs"
-        if state["pair_sums"][pairs == 0].any():
+        if sums[some][seen == 0].any():
             return "a pair without tokens has a sum that is not zero"
     return None

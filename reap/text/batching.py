@@ -10,10 +10,10 @@ import hashlib
 import math
 import platform
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from os import PathLike, fspath
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,10 +21,12 @@ from torch import Tensor
 
 from reap.errors import ReapError
 from reap.model.load import check_tokenizer, special_ids
-from reap.text.samples import Tally, Text
+from reap.text.counted import ALL, ASSISTANT, Counting, said
+from reap.text.packing import HeldRow, Packer, Row
+from reap.text.samples import Tally
 from reap.text.sources import Source, check_distinct, parse_spec, read, require_datasets
 
-__all__ = ["Batch", "Batches", "Packer", "Source", "batches", "parse_spec"]
+__all__ = ["Batch", "Batches", "Source", "batches", "parse_spec"]
 
 Spec = str | PathLike[str] | Source
 _SEEN_ENOUGH = 1024  # tokens of a source, among which one has to be of text
@@ -33,21 +35,24 @@ READ_AHEAD = 1 << 26  # tokens, of 4 bytes each
 
 @dataclass(frozen=True)
 class Batch:
-    """Token rows of one domain. Padding is on the right and has mask 0."""
+    """Token rows of one domain. Padding is on the right and has mask 0. `counted`: which tokens
+    the statistics (or the loss) are of, while all of them run; None: every one that is no
+    padding."""
 
     input_ids: Tensor  # [B, L] int64
     attention_mask: Tensor  # [B, L] int64, 1 = a token, 0 = padding
     domain: str
+    counted: Tensor | None = None  # [B, L] bool
 
     @property
     def tokens(self) -> int:
-        """How many of the B * L positions are not padding."""
+        """How many of the B * L positions are not padding: those that run."""
         return int(self.attention_mask.sum())
 
     @classmethod
     def of(cls, given: Any) -> Batch:
         """A batch as it is, or what a DataLoader yields: a mapping with input_ids [B,L] and perhaps
-        attention_mask [B,L] and domain. ReapError for anything else."""
+        attention_mask [B,L], domain and counted [B,L]. ReapError for anything else."""
         if isinstance(given, cls):
             return given
         ids = given.get("input_ids") if isinstance(given, Mapping) else None
@@ -56,15 +61,17 @@ class Batch:
                 f"a batch is a {type(given).__name__}: it must be a reap.Batch, or a mapping "
                 "with input_ids [rows, length]"
             )
-        mask = given.get("attention_mask")
+        mask, counted = given.get("attention_mask"), given.get("counted")
         if mask is None:
             mask = torch.ones_like(ids)
-        if not isinstance(mask, Tensor) or mask.shape != ids.shape:
-            raise ReapError(
-                "the attention_mask of a batch must have the shape of its input_ids, "
-                f"{list(ids.shape)}"
-            )
-        return cls(ids, mask, str(given.get("domain", "default")))
+        for name, value in (("attention_mask", mask), ("counted", counted)):
+            whole = isinstance(value, Tensor) and value.shape == ids.shape
+            if not whole and (name, value) != ("counted", None):
+                raise ReapError(
+                    f"the {name} of a batch must have the shape of its input_ids, {list(ids.shape)}"
+                )
+        counted = None if counted is None else counted != 0
+        return cls(ids, mask, str(given.get("domain", "default")), counted)
 
 
 def check_ids(model: Any, batch: Batch) -> None:
@@ -90,12 +97,24 @@ def batches(
     seed: int = 0,
     domain: str | None = None,
     skip_bad: bool = False,
+    count: str = ALL,
+    count_after: str | None = None,
+    count_until: str | None = None,
 ) -> Batches:
     """Batches over the specs' text, once, as `Batches` describes. `domain` replaces the names that
-    the specs give to theirs. Specs are checked here, before any text is read. ReapError for a bad
-    spec or option, for text that two specs name and for a tokenizer that makes nothing of text,
-    and later for text that cannot be read; with `skip_bad` bad rows and files are left out and
-    counted."""
+    the specs give to theirs.
+
+    All tokens run. Which of them go into the statistics: all; with `count_after` those of every
+    document (row, file) that follow the first place where it has this text, `</think>` say, and
+    with `count_until` after every such place until behind the next one with that text; with
+    `count="assistant"` those of conversations that the chat template marks as the assistant's
+    ({% generation %}). A token counts or not: statistics are counts and exact sums of tokens, for
+    which other weights have no meaning. The end-of-text token of packing goes with what it ends.
+
+    Specs are checked here, before any text is read. ReapError for a bad
+    spec or option, for text that two specs name and for a tokenizer that makes nothing of text or
+    cannot tell what counts, and later for text that cannot be read, or of which nothing counts;
+    with `skip_bad` bad rows and files are left out and counted."""
     if isinstance(specs, str | PathLike | Source):
         specs = [specs]
     if not specs:
@@ -115,12 +134,13 @@ def batches(
             require_datasets(source)
     check_distinct(sources, seed)
     check_tokenizer(tokenizer)
-    packer = Packer(tokenizer, seq_len, packing)
+    counting = Counting.of(count, count_after, count_until, tokenizer)
+    packer = Packer(tokenizer, seq_len, packing, counting)
     special = tuple(special_ids(tokenizer))
     seen: set[bytes] = set()
     streams = []
     for source in sources:
-        tally = Tally(skip_bad, seen)
+        tally = Tally(skip_bad, seen, assistant=counting.count == ASSISTANT)
         rows = packer.rows(read(source, tokenizer, seed, tally), tally)
         streams.append(_Stream(source, rows, tally, max_tokens_per_source, special))
     return Batches(streams, packer, batch_size, max_tokens, max_tokens_per_source, seed)
@@ -148,12 +168,17 @@ class Batches(Iterator[Batch]):
         self._max_tokens = max_tokens
         self._max_tokens_per_source = max_tokens_per_source
         self._seed = seed
-        self._ahead: deque[tuple[_Stream, list[_Ids]]] = deque()  # read and not handed out
+        self._ahead: deque[tuple[_Stream, list[HeldRow]]] = deque()  # read and not handed out
 
     @property
     def tokens(self) -> int:
         """Unpadded tokens handed out so far."""
         return sum(stream.tokens for stream in self._streams)
+
+    @property
+    def counted(self) -> int:
+        """Those of them that count."""
+        return sum(stream.counted for stream in self._streams)
 
     @property
     def expected(self) -> int | None:
@@ -176,7 +201,7 @@ class Batches(Iterator[Batch]):
                 return True
             self._ahead.append(found)
             if progress is not None:
-                progress(sum(map(len, found[1])))
+                progress(sum(len(row.ids) for row in found[1]))
         return False
 
     def __next__(self) -> Batch:
@@ -185,10 +210,12 @@ class Batches(Iterator[Batch]):
             raise StopIteration
         stream, rows = found
         stream.hand_out(rows)
-        return Batch(*self._packer.pad(rows), stream.source.domain)
+        ids, mask, counted = self._packer.pad(rows)
+        return Batch(ids, mask, stream.source.domain, counted)
 
-    def _take(self) -> tuple[_Stream, list[_Ids]] | None:
-        """The next batch's rows, and where they are from."""
+    def _take(self) -> tuple[_Stream, list[HeldRow]] | None:
+        """The next batch's rows, and where they are from. ReapError when a source has ended without
+        a token that counts."""
         read = sum(stream.read for stream in self._streams)
         left = None if self._max_tokens is None else self._max_tokens - read
         while self._open and left != 0:
@@ -197,13 +224,28 @@ class Batches(Iterator[Batch]):
             if rows:
                 return stream, rows
             self._open.remove(stream)
+            self._check_counts(stream)
+        for stream in self._streams:
+            self._check_counts(stream)
         return None
+
+    def _check_counts(self, stream: _Stream) -> None:
+        counting = self._packer.counting
+        if counting.restricted and stream.read and not stream.counts:
+            what = said(counting.describe())
+            raise ReapError(
+                f"data {stream.source.spec!r}: of its {stream.read:,} tokens none counts, which "
+                f"are to be {what}: correct that, take more of it or leave it out"
+            )
 
     def describe(self) -> dict[str, Any]:
         """What was read so far, as JSON: the options, all tokens, and per source its spec, rows,
         tokens and the sha256 over the tokens handed out (per row its length, then its ids, int32
-        little endian), and how many of its rows were empty, bad (and left out), repeated or without
-        place for their tools. Complete once the iteration has ended."""
+        little endian, then, where not all count, per token whether it does), and how many of its
+        rows were empty, bad (and left out), repeated, without place for their tools or without
+        tokens that count. Complete once the iteration has ended."""
+        counting = self._packer.counting
+        counted = {"counted": self.counted} if counting.restricted else {}
         return {
             "seq_len": self._packer.seq_len,
             "batch_size": self._batch_size,
@@ -211,27 +253,22 @@ class Batches(Iterator[Batch]):
             "max_tokens": self._max_tokens,
             "max_tokens_per_source": self._max_tokens_per_source,
             "seed": self._seed,
+            "count": counting.describe(),
             "tokens": self.tokens,
+            **counted,
             "sources": [stream.describe() for stream in self._streams],
         }
 
     def notes(self) -> list[str]:
-        """A line per source whose rows were not all used once, as far as it has been read."""
-        return [
+        """How many tokens count, where not all do, and a line per source whose rows were not all
+        used once, as far as it has been read."""
+        counting = self._packer.counting
+        ran = f"{self.tokens:,} tokens ran, {self.counted:,} of them count: "
+        return [ran + said(counting.describe())] * counting.restricted + [
             f"{stream.source.spec}: {'; '.join(stream.tally.lines())}"
             for stream in self._streams
             if stream.tally.lines()
         ]
-
-
-_Ids = Any  # a row: [n] int32 in numpy, which holds a token in 4 bytes
-
-
-class Row(NamedTuple):
-    """Token ids, and the share of the source that has been read at their end (`Text.share`)."""
-
-    ids: list[int]
-    share: float
 
 
 @dataclass(eq=False)
@@ -243,6 +280,8 @@ class _Stream:
     special: tuple[int, ...] = ()  # ids that no text has of its own
     plain: int = 0  # tokens that are none of these
     read: int = 0  # tokens, of which `tokens` in `row_count` rows were handed out
+    counts: int = 0  # of those read, and of those handed out
+    counted: int = 0
     tokens: int = 0
     row_count: int = 0
     share: float = math.nan
@@ -254,22 +293,24 @@ class _Stream:
         total = self.read / self.share if self.share else math.nan
         return total if self.cap is None or math.isnan(total) else min(total, self.cap)
 
-    def take(self, count: int, budget: int | None) -> list[_Ids]:
+    def take(self, count: int, budget: int | None) -> list[HeldRow]:
         """Up to `count` rows of at most `budget` tokens together; none when the source has ended,
         which is a ReapError if it never gave any."""
         if self.cap is not None:
             left = self.cap - self.read
             budget = left if budget is None else min(left, budget)
-        rows: list[_Ids] = []
+        rows: list[HeldRow] = []
         while len(rows) < count and budget != 0:
-            ids, self.share = next(self.rows, ([], 1.0))
+            ids, self.share, counted = next(self.rows, Row([], 1.0))
             if not ids:
                 break
             ids = ids[:budget]
             budget = None if budget is None else budget - len(ids)
-            rows.append(np.array(ids, "<i4"))
+            marks = None if counted is None else np.array(counted[: len(ids)], bool)
+            rows.append(HeldRow(np.array(ids, "<i4"), marks))
             self.read += len(ids)
-            self.plain += len(ids) - int(np.isin(rows[-1], self.special).sum())
+            self.counts += len(ids) if marks is None else int(marks.sum())
+            self.plain += len(ids) - int(np.isin(rows[-1].ids, self.special).sum())
         if not self.read:
             why = "".join(f": {line}" for line in self.tally.lines())
             raise ReapError(f"data {self.source.spec!r} holds no text{why}")
@@ -280,11 +321,14 @@ class _Stream:
             )
         return rows
 
-    def hand_out(self, rows: list[_Ids]) -> None:
-        for ids in rows:
+    def hand_out(self, rows: list[HeldRow]) -> None:
+        for ids, counted in rows:
             self.tokens += len(ids)
+            self.counted += len(ids) if counted is None else int(counted.sum())
             self.row_count += 1
             self.digest.update(np.array([len(ids)], "<i4").tobytes() + ids.tobytes())
+            if counted is not None:
+                self.digest.update(counted.tobytes())
 
     def describe(self) -> dict[str, Any]:
         """The source's part of `Batches.describe`; the standard library's with its version."""
@@ -294,68 +338,7 @@ class _Stream:
         return described | {
             "rows": self.row_count,
             "tokens": self.tokens,
+            "counted": self.counted,
             "sha256": self.digest.hexdigest(),
             **self.tally.counts(),
         }
-
-
-@dataclass(frozen=True)
-class Packer:
-    """Documents to rows of token ids. Packing, as in the paper, joins the documents with the
-    end-of-text token and cuts the stream every `seq_len`; its last row may be short and is padded,
-    so no token is lost. Without packing a row is the beginning of one document."""
-
-    tokenizer: Any
-    seq_len: int
-    packing: bool
-
-    def rows(self, texts: Iterable[Text], tally: Tally | None = None) -> Iterator[Row]:
-        """Rows of 1 to `seq_len` ids. The tally counts documents that were cut, or gave none."""
-        tally = Tally() if tally is None else tally
-        pending: list[int] = []
-        starts, share, length = True, 0.0, 0  # the last is of this document, as far as it is read
-        for piece in texts:
-            if self.packing or len(pending) <= self.seq_len:
-                ids = self._encode(piece, starts)
-                length += len(ids)
-                pending += ids
-            starts = piece.ends
-            if piece.ends:
-                tally.empty += length == 0
-                tally.cut += not self.packing and length > self.seq_len
-                length = 0
-            if self.packing:
-                whole = len(pending) - len(pending) % self.seq_len
-                for end in range(self.seq_len, whole + 1, self.seq_len):
-                    reached = share + (piece.share - share) * end / len(pending)
-                    yield Row(pending[end - self.seq_len : end], reached)
-                pending = pending[whole:]
-            elif piece.ends and pending:
-                yield Row(pending[: self.seq_len], piece.share)
-                pending = []
-            share = piece.share
-        if pending:
-            yield Row(pending[: self.seq_len], 1.0)
-
-    def _encode(self, piece: Text, starts: bool) -> list[int]:
-        special = starts and not piece.templated
-        encoding = self.tokenizer(piece.text, add_special_tokens=special, verbose=False)
-        ids = list(encoding["input_ids"])
-        end = self.tokenizer.eos_token_id
-        if self.packing and piece.ends and end is not None and ids[-1:] not in ([], [end]):
-            ids.append(end)
-        return ids
-
-    def pad(self, rows: list[_Ids]) -> tuple[Tensor, Tensor]:
-        """(input_ids, attention_mask), both [B, L] int64. L is `seq_len` when packing, else the
-        longest row's length."""
-        length = self.seq_len if self.packing else max(map(len, rows))
-        fill = self.tokenizer.pad_token_id
-        if fill is None:  # any id will do: the mask keeps it from being seen or counted
-            fill = self.tokenizer.eos_token_id or 0
-        ids = torch.full((len(rows), length), fill, dtype=torch.int64)
-        mask = torch.zeros_like(ids)
-        for index, row in enumerate(rows):
-            ids[index, : len(row)] = torch.from_numpy(row.astype(np.int64))
-            mask[index, : len(row)] = 1
-        return ids, mask

@@ -47,26 +47,31 @@ _NAMED = 3  # rows that a tally names
 class Text(NamedTuple):
     """A piece of a document. `where` names it in errors, `ends` marks the document's last piece,
     `templated` text already carries its special tokens. `share`, of its file and then of its
-    source, is what has been read when this piece has: up to 1, NaN where it cannot be told."""
+    source, is what has been read when this piece has: up to 1, NaN where it cannot be told.
+    `tokens`: its token ids, and which of them are the assistant's, where that was asked for."""
 
     text: str
     where: str
     ends: bool = True
     templated: bool = False
     share: float = math.nan
+    tokens: tuple[list[int], list[bool]] | None = None
 
 
 @dataclass
 class Tally:
-    """What became of a source's rows and files. `seen` may be shared between sources."""
+    """What became of a source's rows and files. `seen` may be shared between sources. `assistant`
+    asks for the tokens of conversations."""
 
     skip_bad: bool = False
     seen: set[bytes] = field(default_factory=set)
+    assistant: bool = False
     empty: int = 0  # rows whose text is "" or has no tokens, and empty files
     cut: int = 0  # rows of which the beginning was used, as asked for
     bad: int = 0  # left out by skip_bad
     repeated: int = 0  # used, although the same text came before
     tools_unused: int = 0  # used without their tools, which the chat template does not show
+    uncounted: int = 0  # ran, and none of their tokens counts
     named: list[str] = field(default_factory=list)  # the errors of the first bad rows
 
     def refuse(self, error: ReapError) -> None:
@@ -96,6 +101,7 @@ class Tally:
             "bad": self.bad,
             "repeated": self.repeated,
             "tools_unused": self.tools_unused,
+            "uncounted": self.uncounted,
         }
 
     def lines(self) -> list[str]:
@@ -112,6 +118,8 @@ class Tally:
             said.append(f"{_rows(self.repeated)} used that came before: they count again")
         if self.tools_unused:
             said.append(f"{_rows(self.tools_unused)} used without tools, which have no place")
+        if self.uncounted:
+            said.append(f"{_rows(self.uncounted)} ran without a token that counts")
         return said
 
 
@@ -128,32 +136,30 @@ def sample_text(
     """
     tally = Tally() if tally is None else tally
     fields = sample if isinstance(sample, dict) else {}
-    text, templated = _text(fields, where, tokenizer, column, tally)
-    if not text:
+    found = _text(fields, where, tokenizer, column, tally)
+    if not found.text:
         tally.empty += 1
         return None
     try:
-        text.encode()
+        found.text.encode()
     except UnicodeEncodeError:
         raise ReapError(f"{where}: holds half of a surrogate pair, it is not text") from None
-    return Text(text, where, templated=templated)
+    return found
 
 
-def _text(
-    fields: dict[str, Any], where: str, tokenizer: Any, column: str, tally: Tally
-) -> tuple[str, bool]:
+def _text(fields: dict[str, Any], where: str, tokenizer: Any, column: str, tally: Tally) -> Text:
     if column and column not in fields:
         raise ReapError(f"{where}: has no column {column!r}{_what_it_has(fields)}")
     plain = fields.get(column or "text")
     if isinstance(plain, str) and plain:
-        return plain, False
+        return Text(plain, where)
     for name in (column,) if column else CONVERSATIONS:
         turns = _listed(fields.get(name))
         if turns:
             turns = [_turn(turn, where) for turn in turns]
-            return _render(turns, fields, where, tokenizer, tally), True
+            return _render(turns, fields, where, tokenizer, tally)
     if plain == "" and column:
-        return "", False
+        return Text("", where)
     if not column:
         for question, context, answer in PAIRS:
             if {question, answer} <= fields.keys():
@@ -162,7 +168,7 @@ def _text(
                     return _pair_text(pair, question == "prompt", fields, where, tokenizer, tally)
                 break
         if plain == "":
-            return "", False
+            return Text("", where)
     raise ReapError(
         f'{where}: needs "{column or "text"}", a string, or "messages", a list of '
         f'{{"role", "content"}}, or a pair such as "question" and "answer"{_what_it_has(fields)}'
@@ -224,31 +230,31 @@ def _pair_text(
     where: str,
     tokenizer: Any,
     tally: Tally,
-) -> tuple[str, bool]:
+) -> Text:
     """A user's and an assistant's turn; without a chat template one after the other, a completion
     right behind its prompt."""
     question, context, answer = pair
     asked = "\n\n".join(filter(None, (question, context)))
     if not asked and not answer:
-        return "", False
+        return Text("", where)
     template = getattr(tokenizer, "chat_template", None)
     if not template:
         tally.tools_unused += bool(_listed(fields.get("tools")))
         system = next((fields[name] for name in SYSTEM if isinstance(fields.get(name), str)), "")
         answered = asked + answer if joined else "\n\n".join(filter(None, (asked, answer)))
-        return "\n\n".join(filter(None, (system, answered))), False
+        return Text("\n\n".join(filter(None, (system, answered))), where)
     turns: list[dict[str, Any]] = [{"role": "user", "content": asked}] if asked else []
     calls = _calls(answer) if "tool_calls" in str(template) else []
     if calls:
         turns.append({"role": "assistant", "content": "", "tool_calls": calls})
     elif answer:
         turns.append({"role": "assistant", "content": answer})
-    return _render(turns, fields, where, tokenizer, tally), True
+    return _render(turns, fields, where, tokenizer, tally)
 
 
 def _render(
     turns: list[Any], fields: dict[str, Any], where: str, tokenizer: Any, tally: Tally
-) -> str:
+) -> Text:
     """Turns through the chat template, with what else the row has for it."""
     template = getattr(tokenizer, "chat_template", None)
     if not template:
@@ -269,13 +275,14 @@ def _render(
         elif listed and name == "tools":
             tally.tools_unused += 1
     try:
-        text = _apply(tokenizer, turns, options)
+        text = str(_apply(tokenizer, turns, {**options, "tokenize": False}))
+        tokens = _turns_of(tokenizer, turns, options) if tally.assistant else None
     except Exception as error:  # the template is the model author's program: anything goes
         reason = first_line(error)
         raise ReapError(f"{where}: the chat template refuses its messages ({reason})") from error
     if not text:
         raise ReapError(f"{where}: the chat template makes no text of its messages")
-    return text
+    return Text(text, where, templated=True, tokens=tokens)
 
 
 def _tool(tool: Any) -> Any:
@@ -283,16 +290,25 @@ def _tool(tool: Any) -> Any:
     return {"type": "function", "function": tool} if bare else tool
 
 
-def _apply(tokenizer: Any, turns: list[Any], options: dict[str, Any]) -> str:
+def _turns_of(
+    tokenizer: Any, turns: list[Any], options: dict[str, Any]
+) -> tuple[list[int], list[bool]]:
+    """The token ids of a conversation, and which of them the template says the assistant made."""
+    how = {"tokenize": True, "return_dict": True, "return_assistant_tokens_mask": True}
+    encoding = _apply(tokenizer, turns, options | how)
+    return list(encoding["input_ids"]), [bool(mark) for mark in encoding["assistant_masks"]]
+
+
+def _apply(tokenizer: Any, turns: list[Any], options: dict[str, Any]) -> Any:
     """Arguments of tool calls may be JSON in a string: most templates want the object, some the
     string."""
     parsed = [_with_parsed_arguments(turn) for turn in turns]
     try:
-        return str(tokenizer.apply_chat_template(parsed, tokenize=False, **options))
+        return tokenizer.apply_chat_template(parsed, **options)
     except Exception:
         if parsed == turns:
             raise
-        return str(tokenizer.apply_chat_template(turns, tokenize=False, **options))
+        return tokenizer.apply_chat_template(turns, **options)
 
 
 def _with_parsed_arguments(turn: Any) -> Any:

@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from reap_kernels.triton.announce import announced
 from reap_kernels.triton.replay import Plans, Recorder
 from reap_kernels.triton.signature import signature
 from reap_kernels.triton.tiles import strides
@@ -96,7 +97,7 @@ def _slots(
             other = tl.load(gates + token * stride_gt + column * stride_gk, mask=real, other=0.0)
             total += other.to(tl.float64)
         gate = tl.where(total == 0, 0.0, gate / tl.where(total == 0, 1.0, total))
-    counted = real & (expert < E) & (gate != 0)
+    counted = real & (expert < E)
     if mask is not None:
         counted &= tl.load(mask + token * stride_mt, mask=real, other=0) != 0
     weighted = gate * norm
@@ -105,7 +106,10 @@ def _slots(
     return expert, gate, norm, weighted, peak, counted & summable, counted & ~summable
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=["T"],
+    do_not_specialize_on_alignment=["ids", "gates", "norms", "peaks", "mask"],
+)
 def statistics_kernel(
     ids,  # [T, K] int32 or int64
     gates,  # [T, K] any float
@@ -184,10 +188,10 @@ def accumulate(
 ) -> None:
     """Adds a layer's slots, in one launch that the host does not wait for.
 
-    ids are int32 or int64, the others of any floating dtype. Left out are tokens outside the mask,
-    slots with an id >= E and slots with a gate of zero. A slot with a negative id, norm or peak, or
-    with anything NaN, infinite or too large to be summed, is counted in `faults` instead.
-    renormalized: a gate is divided by the sum of its token's K. The caller brings the limbs back
+    ids are int32 or int64, the others of any floating dtype. Left out are tokens outside the mask
+    and slots with an id >= E. A slot with a negative id, norm or peak, or with anything NaN,
+    infinite or too large to be summed, is counted in `faults` instead. renormalized: a gate is
+    divided by the sum of its token's K, and 0 where that is. The caller brings the limbs back
     under 2**32 now and then: an addend moves one by less than 2**33.
     """
     T, K = slots[0].shape
@@ -203,13 +207,14 @@ def accumulate(
         named = arguments(slots, mask, accumulators, renormalized)
         # Views of another dtype stand for what they view.
         recorder = Recorder([named[name] for name in (*_SLOTS, "mask", *Accumulators._fields)])
-        recorder.launch(
-            statistics_kernel,
-            (triton.cdiv(T, BLOCK), K),
-            named,
-            num_warps=4,
-            enable_fp_fusion=False,  # every addend is rounded as torch rounds it
-        )
+        with announced():
+            recorder.launch(
+                statistics_kernel,
+                (triton.cdiv(T, BLOCK), K),
+                named,
+                num_warps=4,
+                enable_fp_fusion=False,  # every addend is rounded as torch rounds it
+            )
     _plans.put(key, None, recorder.plan())
 
 

@@ -2,139 +2,171 @@
 
 from __future__ import annotations
 
-from functools import partial as partially
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from reap.app.arguments import (
-    Backend,
-    BatchSize,
-    Data,
-    Device,
-    Domain,
-    Dtype,
     Json,
-    MaxTokens,
-    MaxTokensPerSource,
+    LoadOptions,
+    MeasureOptions,
     Model,
     Overwrite,
-    Pack,
-    Revision,
-    SeqLen,
-    SkipBad,
-    TrustRemoteCode,
-    rows_of,
-    save_statistics,
+    TextOptions,
+    grouped,
 )
-from reap.app.console import reports_errors
-from reap.app.longruns import announce, reported
-from reap.errors import ReapError
+from reap.app.console import print_json, reports_errors
+from reap.app.longruns import announce, read_on, reported, rows_of, shape_of, where
 from reap.files.outputs import STATISTICS, check_file
+
+if TYPE_CHECKING:
+    from reap.statistics.stats import Statistics
 
 PARTIAL = ".partial.safetensors"  # behind the output's name
 
 
 @reports_errors
+@grouped
 def calibrate(
     model: Model,
-    data: Data,
+    text: TextOptions,
     out: Annotated[Path, typer.Option(help="the statistics file to write")],
-    max_tokens: MaxTokens = None,
-    max_tokens_per_source: MaxTokensPerSource = None,
-    seq_len: SeqLen = None,
-    batch_size: BatchSize = 1,
-    domain: Domain = None,
-    pack: Pack = True,
-    skip_bad: SkipBad = False,
-    gates: Annotated[str, typer.Option(help="applied or renormalized")] = "applied",
-    pairs: Annotated[bool, typer.Option("--pairs", help="also record pair matrices")] = False,
-    backend: Backend = "auto",
-    dtype: Dtype = "auto",
-    device: Device = "auto",
-    deterministic: Annotated[
-        bool, typer.Option("--deterministic", help="the same bits in every run, also on a GPU")
-    ] = False,
-    stream: Annotated[
-        bool | None,
-        typer.Option(
-            "--stream/--no-stream",
-            help="one layer in memory at a time; by itself where the model does not fit",
-        ),
-    ] = None,
-    memory_limit: Annotated[
-        str | None, typer.Option(help="of memory, like 24G; without it all that is free")
-    ] = None,
-    wave_tokens: Annotated[
-        int | None, typer.Option(min=1, help="of --stream: tokens at a time, which a kill may lose")
-    ] = None,
-    revision: Revision = None,
-    trust_remote_code: TrustRemoteCode = False,
+    measuring: MeasureOptions,
+    loading: LoadOptions,
     overwrite: Overwrite = False,
     json: Json = False,
 ) -> None:
     """Run MODEL over calibration text and write the statistics of every expert."""
+
+    def check(inputs: Sequence[str | Path]) -> None:
+        check_file(out, STATISTICS, overwrite=overwrite, inputs=inputs)
+
+    folder = find_model(model, text, measuring, loading, check)
+    with measured(model, folder, text, measuring, loading, out, lambda info: None) as found:
+        stats, notes = found
+        saved = save_statistics(stats, out, overwrite, notes)
+    if json:
+        print_json(saved)
+    else:
+        tell_statistics(saved)
+
+
+def find_model(
+    model: str,
+    text: TextOptions,
+    measuring: MeasureOptions,
+    loading: LoadOptions,
+    check: Callable[[Sequence[str | Path]], None],
+) -> Path:
+    """The folder of `model`, behind every check that needs no model. `check` is called with what
+    will be read, before a download and after it."""
     from reap.files.hub import resolve_model
-    from reap.model.identity import describe_folder
-    from reap.model.load import check_dtype, load_model
-    from reap.observation.patch import check_backend
+    from reap.text.sources import local_names
+
+    measuring.check()
+    loading.check()
+    check([model, *(name for source in text.sources() for name in local_names(source))])
+    folder = resolve_model(model, loading.revision)
+    check([folder])  # of a hub id, its cache
+    return folder
+
+
+@contextmanager
+def measured(
+    model: str,
+    folder: Path,
+    text: TextOptions,
+    measuring: MeasureOptions,
+    loading: LoadOptions,
+    out: Path,
+    accept: Callable[[Any], None],
+) -> Iterator[tuple[Statistics, list[str]]]:
+    """The statistics of the text, and notes on it, to be written to `out`. Until the end of the
+    `with` what was measured is kept beside it, for the same command to go on from. `accept` hears
+    of the model (ModelInfo) as early as can be, and may refuse it."""
+    from reap.model.identity import describe, describe_folder
     from reap.runs.calibration import calibrate as run
-    from reap.runs.calibration import what_runs
-    from reap.runs.memory import parse_size
+    from reap.runs.heads import chosen_mtp
     from reap.runs.mode import why_streamed
     from reap.runs.partial import Partial
-    from reap.runs.waves import calibrate_streamed
-    from reap.statistics.layerstats import check_gates
-    from reap.text.sources import local_names, parse_spec
+    from reap.runs.waves import calibrate_streamed, open_layers
 
-    check_gates(gates)
-    check_backend(backend)
-    check_dtype(dtype)
-    limit = None if memory_limit is None else parse_size(memory_limit)
-    if stream is False and (limit is not None or wave_tokens is not None):
-        raise ReapError("--memory-limit and --wave-tokens are for --stream, not for --no-stream")
-    sources = [parse_spec(spec) for spec in data]  # before a model is downloaded
-    inputs = [model, *(name for source in sources for name in local_names(source))]
-    check_file(out, STATISTICS, overwrite=overwrite, inputs=inputs)
-    folder = resolve_model(model, revision)
-    check_file(out, STATISTICS, overwrite=overwrite, inputs=[folder])  # of a hub id, its cache
-    if not trust_remote_code:
-        describe_folder(folder)  # a model without experts is refused before its weights are loaded
-    options = {
-        "batch_size": batch_size,
-        "max_tokens": max_tokens,
-        "max_tokens_per_source": max_tokens_per_source,
-        "packing": pack,
-        "skip_bad": skip_bad,
-    }
+    trust = loading.trust_remote_code
+    if not trust:
+        accept(describe_folder(folder))  # without experts it is refused here too
     partial = Partial(out.with_name(out.name + PARTIAL))
-    rows = rows_of(folder, sources, seq_len, json, trust_remote_code, domain=domain, **options)
+    sources = text.sources()
+    rows = rows_of(folder, text, sources, trust)
     partial.refuse_other(rows.describe())
-    asked = True if wave_tokens is not None else stream
-    streamed = why_streamed(asked, folder, dtype=dtype, device=device, limit=limit)
-    measured: dict[str, Any] = {
-        "gates": gates,
-        "pairs": pairs,
-        "backend": backend,
-        "deterministic": deterministic,
-        "partial": partial,
-    }
-    if streamed is None:
-        loaded = load_model(folder, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
-        about = what_runs(loaded, backend, deterministic)
-        where = f"{model} in {about['dtype']} on {about['device']}, backend {about['backend']}"
-        announce(where, rows.expected, json)
-        call = partially(run, loaded, rows, **measured)
-    else:
-
-        def say(line: str) -> None:
-            typer.echo(f"reap: {model} runs layer by layer ({streamed}): {line}", err=True)
-
-        measured |= {"dtype": dtype, "trust_remote_code": trust_remote_code, "say": say}
-        measured |= {"memory_limit": limit, "wave_tokens": wave_tokens, "scratch": out.parent}
-        call = partially(calibrate_streamed, folder, rows, **measured)
+    modes = [f"gates {measuring.gates}", "pairs" if measuring.pairs else None]
+    modes += ["deterministic" if measuring.deterministic else None]
+    runs = where(folder, loading, measuring.backend)
+    announce("calibrating", model, runs, *modes, shape_of(rows))
+    read_on(rows, sources)
+    streamed = why_streamed(
+        True if measuring.wave_tokens else measuring.stream,
+        folder,
+        dtype=loading.dtype,
+        device=loading.device,
+        limit=measuring.limit,
+    )
+    layers = None
+    if streamed is not None:
+        layers = open_layers(folder, loading.dtype, trust, measuring.limit)
+    loaded = loading.load(folder) if layers is None else layers.model
+    if trust:
+        accept(describe(loaded))
+    head, of_head = chosen_mtp(loaded, folder, measuring.mtp)
     with partial.kept():
-        with reported("calibrating", lambda: rows.expected, "tokens", json) as advance:
-            stats = call(progress=advance)
-        save_statistics(stats, out, overwrite, json, rows.notes())
+        with reported("calibrating", lambda: rows.expected, "tokens") as advance:
+            options: dict[str, Any] = {
+                "gates": measuring.gates,
+                "pairs": measuring.pairs,
+                "backend": measuring.backend,
+                "deterministic": measuring.deterministic,
+                "mtp": head or False,
+                "progress": advance,
+                "partial": partial,
+            }
+            if layers is None:
+                stats = run(loaded, rows, **options)
+            else:
+                stats = calibrate_streamed(
+                    layers,
+                    rows,
+                    **options,
+                    memory_limit=measuring.limit,
+                    wave_tokens=measuring.wave_tokens,
+                    scratch=out.parent,
+                    say=lambda line: announce("calibrating", f"layer by layer ({streamed})", line),
+                )
+        del loaded, layers, head  # their memory, for what follows
+        yield stats, [*rows.notes(), *of_head]
+
+
+def save_statistics(
+    stats: Statistics, out: Path, overwrite: bool, notes: Sequence[str] = ()
+) -> dict[str, Any]:
+    """Write a statistics file; what is in it, and what of the text is not."""
+    stats.save(out, overwrite=overwrite)
+    return {
+        "out": str(out),
+        "tokens": stats.tokens,
+        "layers": len(stats.layers),
+        "domains": list(stats.domains),
+        "notes": list(notes),
+    }
+
+
+def tell_statistics(saved: dict[str, Any]) -> None:
+    """Of what `save_statistics` returns."""
+    domains = ", ".join(saved["domains"])
+    typer.echo(
+        f"{saved['out']}: {saved['tokens']:,} tokens through {saved['layers']} MoE layers, "
+        f"domains {domains}"
+    )
+    for note in saved["notes"]:
+        typer.echo(note)

@@ -7,12 +7,9 @@ from typing import Annotated
 
 import typer
 
-from reap.app.arguments import (
-    Json,
-    Overwrite,
-    save_statistics,
-)
-from reap.app.console import reports_errors
+from reap.app.arguments import Json, Overwrite
+from reap.app.commands.calibration import save_statistics, tell_statistics
+from reap.app.console import print_json, reports_errors
 from reap.errors import ReapError
 from reap.files.outputs import STATISTICS, check_file
 
@@ -36,4 +33,8 @@ def combine(
         if other is not path:
             raise ReapError(f"{other} and {path} hold the same statistics: give them once")
         total = total + more
-    save_statistics(total, out, overwrite, json)
+    saved = save_statistics(total, out, overwrite)
+    if json:
+        print_json(saved)
+    else:
+        tell_statistics(saved)

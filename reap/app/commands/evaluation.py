@@ -2,86 +2,61 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from reap.app.arguments import (
-    BatchSize,
-    Data,
-    Device,
-    Domain,
-    Dtype,
-    Json,
-    MaxTokens,
-    MaxTokensPerSource,
-    Model,
-    Pack,
-    Revision,
-    SeqLen,
-    SkipBad,
-    TrustRemoteCode,
-    rows_of,
-)
+from reap.app.arguments import Json, LoadOptions, Model, TextOptions, grouped
 from reap.app.console import print_json, print_table, reports_errors
-from reap.app.longruns import reported
+from reap.app.longruns import announce, read_on, reported, rows_of, shape_of, where
+
+if TYPE_CHECKING:
+    from reap.runs.evaluation import Evaluation
 
 
 @reports_errors
+@grouped
 def evaluate(
     model: Model,
-    data: Data,
+    text: TextOptions,
+    loading: LoadOptions,
     teacher: Annotated[str | None, typer.Option(help="a model to compare with")] = None,
-    max_tokens: MaxTokens = None,
-    max_tokens_per_source: MaxTokensPerSource = None,
-    seq_len: SeqLen = None,
-    batch_size: BatchSize = 1,
-    domain: Domain = None,
-    pack: Pack = True,
-    skip_bad: SkipBad = False,
-    dtype: Dtype = "auto",
-    device: Device = "auto",
-    revision: Revision = None,
-    trust_remote_code: TrustRemoteCode = False,
     json: Json = False,
 ) -> None:
-    """Measure loss and perplexity, and with --teacher KL divergence and top-1 agreement."""
+    """Measure loss and perplexity, and with --teacher also its loss, KL divergence and top-1
+    agreement."""
     from reap.files.hub import resolve_model
-    from reap.model.load import check_dtype, load_model
     from reap.runs.evaluation import evaluate as run
-    from reap.text.sources import parse_spec
 
-    check_dtype(dtype)
-    sources = [parse_spec(spec) for spec in data]
-    folder = resolve_model(model, revision)
+    loading.check()
+    sources = text.sources()
+    folder = resolve_model(model, loading.revision)
     original = resolve_model(teacher) if teacher else None
-    options = {
-        "batch_size": batch_size,
-        "max_tokens": max_tokens,
-        "max_tokens_per_source": max_tokens_per_source,
-        "packing": pack,
-        "skip_bad": skip_bad,
-    }
-    rows = rows_of(folder, sources, seq_len, json, trust_remote_code, domain=domain, **options)
-    how: dict[str, Any] = {"dtype": dtype, "device": device, "trust_remote_code": trust_remote_code}
-    student = load_model(folder, **how)
-    reference = load_model(original, **how) if original else None
-    with reported("evaluating", lambda: rows.expected, "tokens", json) as advance:
+    rows = rows_of(folder, text, sources, loading.trust_remote_code)
+    against = f"against {teacher}" if teacher else None
+    announce("evaluating", model, against, where(folder, loading), shape_of(rows))
+    read_on(rows, sources)
+    student = loading.load(folder)
+    reference = loading.load(original) if original else None
+    with reported("evaluating", lambda: rows.expected, "tokens") as advance:
         results = run(student, rows, teacher=reference, progress=advance)
     if json:
         print_json({name: result.to_json() for name, result in results.items()})
-        for note in rows.notes():
-            typer.echo(note, err=True)
-        return
-    columns = ["domain", "tokens", "loss (nats/token)", "perplexity"]
+    else:
+        print_table(f"{folder} (nats per token)", *_table(results))
+    for note in rows.notes():
+        typer.echo(note, err=json)
+
+
+def _table(results: dict[str, Evaluation]) -> tuple[list[str], list[list[str]]]:
+    """Headings and rows; 80 columns where domains have short names."""
+    columns = ["domain", "tokens", "loss", "perplexity"]
     table = [
         [name, f"{r.tokens:,}", f"{r.loss:.4f}", f"{r.perplexity:.3f}"]
         for name, r in results.items()
     ]
-    if reference is not None:
-        columns += ["KL (nats/token)", "top-1 agreement"]
+    if any(r.kl is not None for r in results.values()):
+        columns += ["teacher's loss", "KL", "top-1"]
         for row, r in zip(table, results.values(), strict=True):
-            row += [f"{r.kl:.4f}", f"{r.agreement:.1%}"]
-    print_table(str(folder), columns, table)
-    for note in rows.notes():
-        typer.echo(note)
+            row += [f"{r.teacher_loss:.4f}", f"{r.kl:.4f}", f"{r.agreement:.1%}"]
+    return columns, table

@@ -50,12 +50,19 @@ def _told(path: str) -> dict[str, Any]:
 
 def _statistics(file: Path) -> dict[str, Any]:
     from reap.statistics.stats import Statistics
+    from reap.text.counted import said
 
     stats = Statistics.load(file)
+    counted = [
+        f"{entry.get('counted'):,} of {entry.get('tokens'):,} tokens, {said(entry['count'])}"
+        for entry in stats.data
+        if entry.get("count") and type(entry.get("counted")) is type(entry.get("tokens")) is int
+    ]
     return {
         "kind": "statistics",
         **_model(stats.model),
         "tokens": stats.tokens,
+        **({"counted": counted} if counted else {}),
         "domains": stats.domain_tokens,
         "gates": stats.gates,
         "pairs": stats.pairs,
@@ -84,16 +91,18 @@ def _folder(name: str) -> dict[str, Any]:
     from reap.files.folder import open_folder
     from reap.files.hub import resolve_model
     from reap.files.safefile import read_json
-    from reap.model.identity import describe_folder
+    from reap.model.identity import describe_folder, mtp_of
 
     opened = open_folder(resolve_model(name))
     pruned = (opened.path / RECORD).is_file()
     record = read_json(opened.path / RECORD) if pruned else {}
     found: dict[str, Any] = {"kind": "pruned model" if pruned else "model"}
     try:
-        found |= _model(describe_folder(opened.path))
+        found |= _model(describe_folder(opened.path, mtp=True))
     except ReapError as error:  # dense, or of a type that is not known here
         found |= {"model": opened.path.name, "experts": str(error)}
+    mtp, unknown = mtp_of(opened.path)
+    found["mtp"] = mtp or (f"not known how to run: {unknown}" if unknown else "none with experts")
     found["weights"] = sum(t.nbytes for shard in opened.shards for t in shard.tensors.values())
     if pruned:
         calibration = record.get("calibration")

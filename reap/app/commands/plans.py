@@ -2,74 +2,85 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from reap.app.arguments import (
-    Criterion,
+    CutOptions,
     Domains,
     Json,
     Overwrite,
-    Seed,
     Stats,
+    grouped,
     load_statistics,
 )
 from reap.app.console import as_flags, print_json, reports_errors
 from reap.files.outputs import PLAN, check_file
 
+if TYPE_CHECKING:
+    from reap.planning.plan import Plan
+    from reap.statistics.stats import Statistics
+
 SURE = 2.0  # standard errors between the weakest expert kept and the strongest dropped
 
 
 @reports_errors
+@grouped
 def plan(
     stats: Stats,
     out: Annotated[Path, typer.Option(help="the plan file to write")],
-    ratio: Annotated[float | None, typer.Option(help="share of experts to drop")] = None,
-    keep: Annotated[int | None, typer.Option(help="experts to keep per layer")] = None,
-    criterion: Criterion = "reap",
+    cut: CutOptions,
     domain: Domains = None,
-    multiple_of: Annotated[int, typer.Option(min=1, help="round the kept count up")] = 1,
-    protect_super_experts: Annotated[
-        bool, typer.Option("--protect-super-experts", help="never drop experts with extreme peaks")
-    ] = False,
-    seed: Seed = 0,
     overwrite: Overwrite = False,
     json: Json = False,
 ) -> None:
     """Choose which experts stay in every layer."""
     check_file(out, PLAN, overwrite=overwrite, inputs=[stats])
-    from reap.planning.criteria import cut_confidence, under_sampled
+    loaded = load_statistics(stats, domain)
+    saved = save_plan(make(loaded, cut), loaded, out, overwrite)
+    if json:
+        print_json(saved)
+    else:
+        tell_plan(saved)
+
+
+def make(stats: Statistics, cut: CutOptions) -> Plan:
+    """The plan that the options ask for."""
     from reap.planning.plan import make_plan
 
-    loaded = load_statistics(stats, domain)
-    made = make_plan(
-        loaded,
-        criterion,
-        ratio=ratio,
-        keep=keep,
-        multiple_of=multiple_of,
-        protect_super_experts=protect_super_experts,
-        seed=seed,
+    return make_plan(
+        stats,
+        cut.criterion,
+        **cut.size,
+        protect_super_experts=cut.protect_super_experts,
+        seed=cut.seed,
     )
+
+
+def save_plan(made: Plan, stats: Statistics, out: Path, overwrite: bool) -> dict[str, Any]:
+    """Write a plan of these statistics; how many experts it keeps, and how sure it is of them."""
+    from reap.planning.criteria import cut_confidence, under_sampled
+
     made.save(out, overwrite=overwrite)
-    kept = {layer: len(experts) for layer, experts in made.kept.items()}
-    confidence = cut_confidence(loaded, made.kept, criterion)
-    few = under_sampled(loaded)
-    if json:
-        print_json(
-            {
-                "out": str(out),
-                "kept": kept,
-                "confidence": confidence,
-                "under_sampled": few,
-                "notes": [as_flags(note) for note in made.notes],
-            }
-        )
-        return
-    typer.echo(f"{out}: keeps {_span(kept.values())} experts in each of {len(kept)} layers")
-    unsure = [layer for layer, gap in confidence.items() if abs(gap) < SURE]
+    return {
+        "out": str(out),
+        "kept": {layer: len(experts) for layer, experts in made.kept.items()},
+        "confidence": cut_confidence(stats, made.kept, made.criterion),
+        "under_sampled": under_sampled(stats),
+        "notes": [as_flags(note) for note in made.notes],
+    }
+
+
+def tell_plan(saved: dict[str, Any]) -> None:
+    """Of what `save_plan` returns."""
+    kept, few = saved["kept"], saved["under_sampled"]
+    typer.echo(
+        f"{saved['out']}: keeps {_span(kept.values())} experts in each of {len(kept)} layers"
+    )
+    unsure = [layer for layer, gap in saved["confidence"].items() if abs(gap) < SURE]
     if unsure:
         typer.echo(
             f"note: in {len(unsure)} of {len(kept)} layers the weakest expert kept and the "
@@ -80,10 +91,10 @@ def plan(
             f"note: {sum(map(len, few.values()))} experts in {len(few)} layers saw too few tokens "
             "to be judged: calibrate on more text"
         )
-    for note in map(as_flags, made.notes):
+    for note in saved["notes"]:
         typer.echo(f"note: {note}")
 
 
-def _span(counts: Any) -> str:
+def _span(counts: Iterable[int]) -> str:
     low, high = min(counts), max(counts)
     return str(low) if low == high else f"{low} to {high}"

@@ -5,19 +5,20 @@ from __future__ import annotations
 import shlex
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from reap.app.arguments import (
-    Json,
-    Model,
-    Overwrite,
-    Revision,
-)
-from reap.app.console import print_json, progress, reports_errors
+from reap.app.arguments import Json, Model, Overwrite, Revision, Verify
+from reap.app.console import print_json, reports_errors
+from reap.app.longruns import announce, reported
 from reap.errors import ReapError
 from reap.files.outputs import check_folder
+from reap.files.units import sized
+
+if TYPE_CHECKING:
+    from reap.checkpoint.pruning import PruneReport
+    from reap.planning.plan import Plan
 
 
 @reports_errors
@@ -27,9 +28,7 @@ def prune(
     out: Annotated[Path, typer.Argument(metavar="OUT", help="the folder to write")],
     revision: Revision = None,
     overwrite: Overwrite = False,
-    verify: Annotated[
-        bool, typer.Option("--verify/--no-verify", help="read back and compare what was written")
-    ] = True,
+    verify: Verify = True,
     allow_copy: Annotated[
         bool, typer.Option("--allow-copy", help="also by a plan that drops no expert")
     ] = False,
@@ -40,32 +39,40 @@ def prune(
 ) -> None:
     """Write MODEL without the experts that PLAN drops, straight from its files."""
     check_folder(out, overwrite=overwrite, inputs=[model, plan])
-    from reap.checkpoint.pruning import prune as run
-    from reap.checkpoint.pruning import pruned_size
     from reap.files.hub import resolve_model
     from reap.planning.plan import Plan
 
     chosen = Plan.load(plan)
     folder = resolve_model(model, revision)
-    command = shlex.join(["reap", *sys.argv[1:]])
     check_folder(out, overwrite=overwrite, inputs=[folder, plan])  # of a hub id, its cache
-    size = pruned_size(folder, chosen)
-    with progress("pruning", lambda: size, "bytes") as advance:
-        report = run(
-            folder,
-            chosen,
-            out,
-            overwrite=overwrite,
-            verify=verify,
-            allow_copy=allow_copy,
-            strict=strict,
-            command=command,
-            progress=advance,
-        )
+    options = {"overwrite": overwrite, "allow_copy": allow_copy, "strict": strict}
+    report = write_pruned(model, folder, chosen, out, verify=verify, **options)
     if json:
         print_json(report.to_json())
-        return
-    typer.echo(str(report))
+    else:
+        typer.echo(str(report))
+
+
+def write_pruned(
+    model: str, folder: Path, plan: Plan, out: Path, *, verify: bool, **options: bool
+) -> PruneReport:
+    """`reap.prune` of `model`, which is in `folder`, with this command in its record."""
+    from reap.checkpoint.pruning import check_prune
+    from reap.checkpoint.pruning import prune as run
+
+    size = check_prune(folder, plan, out, **options)
+    how = "read back and compared" if verify else "not verified"
+    announce("pruning", model, f"{sized(size)} to write to {out}", how)
+    with reported("pruning", lambda: size, "bytes") as advance:
+        return run(
+            folder,
+            plan,
+            out,
+            verify=verify,
+            command=shlex.join(["reap", *sys.argv[1:]]),
+            progress=advance,
+            **options,
+        )
 
 
 @reports_errors
@@ -82,7 +89,9 @@ def verify(
     original = resolve_model(source) if source else None
     path = resolve_model(folder)
     size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
-    with progress("verifying", lambda: size, "bytes") as advance:
+    against = f"against {source}" if source else "by its checksums"
+    announce("verifying", folder, against, f"{sized(size)} to read")
+    with reported("verifying", lambda: size, "bytes") as advance:
         found = run(path, original, progress=advance)
     if json:
         print_json(found.to_json())

@@ -1,0 +1,25 @@
+"""`reap info`: what a file or folder is."""
+
+from commandline import MODEL, invoke, refused, run_json
+
+
+def test_info_says_what_a_path_is(work):
+    pruned = work / "pruned"
+    stats = run_json("info", work / "one.st")
+    assert (stats["kind"], stats["tokens"], stats["domains"]) == ("statistics", 512, {"one": 512})
+    assert stats["experts"] == [16] and stats["versions"]["torch"]
+    plan = run_json("info", work / "plan.json")
+    assert (plan["kind"], plan["kept"], plan["tokens"]) == ("plan", [8], 512)
+    for path in (pruned, pruned / "reap.json"):
+        model = run_json("info", path)
+        assert (model["kind"], model["experts"], model["criterion"]) == (
+            "pruned model",
+            [8],
+            "reap",
+        )
+        assert model["base_model"] == MODEL.name
+    assert run_json("info", MODEL)["kind"] == "model"
+    for path in (work / "one.st", work / "plan.json", pruned, MODEL):
+        assert f"kind         {run_json('info', path)['kind']}" in invoke("info", path)[1]
+    assert "neither statistics nor a plan" in refused("info", work / "a.txt")
+    assert "no config.json" in refused("info", work / "empty")

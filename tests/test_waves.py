@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 from folders import saved, tensors_of
+from letters import Tokenizer
 from safetensors.torch import save_file
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeDecoderLayer
 
@@ -30,13 +31,6 @@ from reap.statistics.stats import Statistics
 from reap.text.batching import Batches, batches
 
 BATCH = 2 * 16  # tokens
-
-
-class Tokenizer:
-    eos_token_id = pad_token_id = None
-
-    def __call__(self, text: str, **_: Any) -> dict[str, list[int]]:
-        return {"input_ids": [ord(letter) % 64 for letter in text]}
 
 
 class Stop(Exception):
@@ -121,7 +115,7 @@ def test_hidden_states_in_a_file(here: Path, monkeypatch: Any) -> None:
     monkeypatch.setattr(Place, "holds", holds)
     found = streamed(here, say=said.append)
     assert found.digest() == whole(here).digest()
-    assert "4 layers of 395.26 kB, at most 384 tokens at a time, 45.06 kB of hidden" in said[0]
+    assert "kB, at most 384 tokens at a time, 45.06 kB of hidden states in a file" in said[0]
     assert set(away) <= {2048, int(BATCH * size)} and len(away) >= 4 * 20
     assert sorted(path.name for path in here.iterdir()) == ["a.jsonl", "b.txt", "model"]
 
@@ -160,6 +154,17 @@ def test_a_run_goes_on_behind_its_last_wave(here: Path, monkeypatch: Any, calls:
         partial = Partial(here / "kept")
         model = load_model(here / "model", device="cpu")
         assert calibrate(model, text(here), partial=partial).digest() == found.digest()
+
+
+def test_it_goes_on_with_what_a_run_in_memory_left(here: Path, monkeypatch: Any) -> None:
+    monkeypatch.setattr("reap.runs.partial._SHARE", math.inf)
+    partial, model = Partial(here / "kept"), load_model(here / "model", device="cpu")
+    with monkeypatch.context() as patch, pytest.raises(Stop), partial.kept():
+        stops(patch, Stop("late"), 4 * 7 + 2)
+        calibrate(model, text(here), partial=partial)
+    assert Statistics.load(here / "kept").data[0]["partial"] == {"batches": 7}
+    found = streamed(here, wave_tokens=5 * BATCH)
+    assert found.digest() == whole(here).digest() and found.data == whole(here).data
 
 
 @pytest.mark.parametrize("change", ["gone", "shorter", "written"])

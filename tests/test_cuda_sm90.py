@@ -169,10 +169,10 @@ def test_without_a_mutant_nothing_is_wrong(mutated):
 def test_every_statement_that_waits_signals_or_fences_is_a_mutant():
     found = Counter(re.sub(r"\(.*", "", mutant.text) for mutant in MUTANTS)
     assert found.items() >= {
-        "wait": 2, "wait_empty": 3, "drain": 1, "fence_mbarrier_init": 1, "fence_proxy_async": 1,
+        "wait": 2, "wait_empty": 3, "drain": 1, "fence_mbarrier_init": 1, "fence_proxy_async": 2,
         "wgmma_fence": 1, "wgmma_commit": 1, "wgmma_wait<1>": 1, "wgmma_wait<0>": 1,
         "mbarrier_arrive": 2, "mbarrier_arrive_expect": 2, "cp_async_mbarrier_arrive": 1,
-        "__syncthreads": 1, "__syncwarp": 2,
+        "__syncthreads": 1, "__syncwarp": 4, "bulk_wait_read": 2, "bulk_commit": 1,
     }.items()  # fmt: skip
 
 
@@ -209,6 +209,10 @@ def test_machine_code(name, layout, dtype):
         8 if name == "gate_up_kernel" else 0
     )
     assert len(re.findall(r"ARRIVES\.LDGSTSBAR", text)) == (name == "gate_up_kernel")
+    # Rows of y leave by bulk copies, one kind for each mode; strips of 64 columns.
+    for bulk in (r"UBLKRED\.G\.S\.ADD\.F32\.RN", r"UBLKCP\.G\.S"):
+        assert len(re.findall(bulk, text)) == (4 if name == "down_kernel" else 0)
+    assert not re.search(r"\bREDG?\.|\bATOM", text)
     for instruction in ("SYNCS.EXCH", "SYNCS.PHASECHK.TRANS64.TRYWAIT", "SYNCS.ARRIVE.TRANS64",
                         "USETMAXREG.DEALLOC", "USETMAXREG.TRY_ALLOC"):  # fmt: skip
         assert instruction in text, instruction

@@ -54,6 +54,7 @@ FAULTS = {
     "shared_out_of_bounds": ("out_of_bounds", r"shared \+ 2048", ".* thread 63 .*", 0),
     "shared_before_start": ("out_of_bounds", r"shared \+ -4", ".* thread 0 .*", 0),
     "misaligned_vector": ("misaligned", r"in \+ \d+", THREAD, 1152),
+    "newer_instruction": ("launch", "", THREAD, 64),
     "misaligned_row": ("misaligned", r"shared \+ 8", r".*\(warp \d lane 0\)", 0),
     "divergent_collective": ("divergence", "", THREAD, 4032),
     "divergent_mask": ("divergence", "", THREAD, 64 * 0xAAAAAAAA),

@@ -148,12 +148,19 @@ void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b
     gather("mma.m16n8k16", site, FULL, mine, multiply_add<T>);
 }
 
-// "Parallel Synchronization and Communication Instructions: red.add" of two floats: one access of 8
-// bytes, each float added atomically.
-inline void red_add2(Global<float> p, float x, float y, Site site = Site::here()) {
-    detail::check_global<Use::atomic>(p, 8, site);
-    p.unchecked()[0] += x;
-    p.unchecked()[1] += y;
+// "Parallel Synchronization and Communication Instructions: red.add" of a float, and of four: one
+// access of 16 bytes, each float added atomically, on chips that can.
+inline void red_add(Global<float> p, float x, Site site = Site::here()) {
+    detail::check_global<Use::atomic>(p, 4, site);
+    *p.unchecked() += x;
+}
+inline bool has_red_add4() { return here().options.sm >= 90; }
+inline void red_add4(Global<float> p, float4 x, Site site = Site::here()) {
+    if (!has_red_add4())
+        here().fail(Kind::launch, site, *running, "", "red of a vector on a chip older than sm_90");
+    detail::check_global<Use::atomic>(p, 16, site);
+    float* const to = p.unchecked();
+    to[0] += x.x, to[1] += x.y, to[2] += x.z, to[3] += x.w;
 }
 
 // "Floating Point Instructions": min.NaN, max.NaN, ex2.approx, rcp.approx. The last two are exact
@@ -179,6 +186,7 @@ using simt::cp_async_commit;
 using simt::cp_async_wait;
 using simt::exp2_approx;
 using simt::Global;
+using simt::has_red_add4;
 using simt::ldmatrix_x4;
 using simt::ldmatrix_x4_trans;
 using simt::load_global;
@@ -188,7 +196,8 @@ using simt::min_nan;
 using simt::mma_m16n8k16;
 using simt::named_barrier;
 using simt::reciprocal_approx;
-using simt::red_add2;
+using simt::red_add;
+using simt::red_add4;
 using simt::Shared;
 using simt::shared_memory;
 using simt::slice;

@@ -47,6 +47,8 @@ inline void Block::run(uint3 block_index, uint32_t number, const std::function<v
         lane.copies.clear();
         lane.group = 0;
         lane.started = lane.signalled = 0;
+        lane.bulk.clear();
+        lane.bulk_group = lane.bulk_started = 0, lane.bulk_engine = -1;
         lane.fiber.start(stacks->stack(t), stacks->bytes(t), lane_main);
     }
     running = warps[random.below(static_cast<uint32_t>(warps.size()))].lanes[0];
@@ -78,6 +80,9 @@ inline void Block::exit_lane() {
     if (!me.copies.empty())
         fail(Kind::copy_in_flight, me.copies.front().site, me, "",
              "the thread ends before this cp.async was waited for");
+    if (!me.bulk.empty())
+        fail(Kind::copy_in_flight, me.bulk.front().site, me, "",
+             "the thread ends before this bulk copy is known to have read its source");
     warp.exited |= me.bit();
     if (--live == 0 && !background.empty())
         fail(Kind::copy_in_flight, Site(), me, "", "the block ends while engines work for it");
@@ -239,7 +244,7 @@ inline void Block::order_warp(Warp& warp, unsigned mask) {
     for (unsigned i = 0; i < 32; ++i) {
         if (!(mask & 1u << i)) continue;
         group.push_back(warp.lanes[i]);
-        vectors |= !warp.lanes[i]->view.known.empty();
+        vectors |= !warp.lanes[i]->view.known.empty() || !warp.lanes[i]->view.engines.empty();
     }
     if (vectors) return order_group(group);
     for (Lane* lane : group) lane->view.my_warp = time;

@@ -1,7 +1,7 @@
 // ../down.cuh for Hopper: TMA brings both operands, on behalf of one thread.
 #pragma once
 #include "../down.cuh"
-#include "pipeline.cuh"
+#include "combine.cuh"
 
 namespace reap::cuda::sm90 {
 
@@ -35,16 +35,18 @@ template <class T, bool B_MN_MAJOR>
 __device__ __forceinline__ void compute_down(const DownArgs<T>& args, const Ring& ring) {
     PipelineState state;
     Tile tile;
+    const BulkStaging staged{shared_memory() + (ADDED_STRIPS_AT + consumer_warp() * ADDED_STRIP_BYTES)};
     for (int number = blockIdx.x; locate(tile, args.routing, number, args.E, args.column_tiles, args.group, TILE_ROWS);
          number += gridDim.x) {
-        const int column = args.combine.first_column + tile.column * TILE_COLUMNS;
+        const int column = args.combine.first_column + tile.column * TILE_COLUMNS, first = tile.first + consumer_row();
         Accumulators acc;
         multiply<T, B_MN_MAJOR, false>(acc, ring, state, (args.I + TILE_K - 1) / TILE_K);
         add_bias(acc, args.weights, tile.expert, column);
+        const Rows rows = find_rows(args.combine, first, tile.end);
 #pragma unroll
-        for (int s = 0; s < 4; ++s)
-            combine_strip(acc[s], args.combine, tile.first + consumer_row(), tile.end, column + s * BOX);
+        for (int s = 0; s < 4; ++s) combine_strip(acc[s], args.combine, rows, staged, first, tile.end, column + s * BOX);
     }
+    bulk_wait_read();  // shared memory is the block's no longer than its threads are there
 }
 
 template <class T, bool B_MN_MAJOR>

@@ -59,9 +59,7 @@ __device__ __forceinline__ void compute_gate_up(const GateUpArgs<T>& args, const
         Accumulators acc;
         multiply<T, B_MN_MAJOR, true>(acc, ring, state, (args.H + TILE_K - 1) / TILE_K);
         add_bias(acc, args.weights, tile.expert, column);
-        // From a shuffle, so that the addresses in there are not kept in registers during the main loop.
-        const int warp = __shfl_sync(ALL_LANES, (threadIdx.x - WARPGROUP) / WARP, 0);
-        const Staging staged{cast<float>(shared_memory() + (STRIPS_AT + warp * STRIP_BYTES))};
+        const Staging staged{cast<float>(shared_memory() + (STRIPS_AT + consumer_warp() * STRIP_BYTES))};
 #pragma unroll
         for (int s = 0; s < 4; ++s) {
             float strip[BOX / 8][4];

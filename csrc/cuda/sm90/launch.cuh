@@ -55,7 +55,7 @@ template <class T> struct Launches : cuda::Launches<T> {
     template <class Launcher> void down(Launcher& launch, int64_t first_column, int64_t last_column) const {
         const Down<T> args{this->down_args(first_column, last_column), inner, down_weights};
         const auto kernel = b_mn_major(layer.down) ? down_kernel<T, true> : down_kernel<T, false>;
-        launch("down", kernel, blocks(args.args.column_tiles), BLOCK, RING_BYTES, args);
+        launch("down", kernel, blocks(args.args.column_tiles), BLOCK, DOWN_BYTES, args);
     }
 };
 

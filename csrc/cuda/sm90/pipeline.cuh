@@ -132,6 +132,12 @@ __device__ __forceinline__ void multiply(Accumulators& acc, const Ring& ring, Pi
     if (leader) mbarrier_arrive(ring.empty + previous);
 }
 
+// This warp's number among the consumers'. From a shuffle, so that addresses made of it are not kept in
+// registers during the main loop.
+__device__ __forceinline__ int consumer_warp() {
+    return __shfl_sync(ALL_LANES, (threadIdx.x - WARPGROUP) / WARP, 0);
+}
+
 // This warp's first row of the tile.
 __device__ __forceinline__ int consumer_row() { return (threadIdx.x - WARPGROUP) / WARP * 16; }
 

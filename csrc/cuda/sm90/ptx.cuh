@@ -159,6 +159,30 @@ __device__ __forceinline__ void tma_load(Shared<char> to, const TensorMap& map,
             : "memory");
 }
 
+// "cp.reduce.async.bulk": adds `bytes` of floats from shared to global memory, each of them atomically
+// (relaxed, of GPU scope); both addresses and `bytes` are multiples of 16. Subnormals become 0.
+__device__ __forceinline__ void bulk_add(Global<float> to, Shared<float> from, int bytes) {
+    asm volatile("cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32 [%0], [%1], %2;" ::"l"(to),
+                 "r"(shared_address(from)), "r"(bytes)
+                 : "memory");
+}
+
+// "cp.async.bulk": the same, but a copy.
+template <class T>
+__device__ __forceinline__ void bulk_store(Global<T> to, Shared<T> from, int bytes) {
+    asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(to),
+                 "r"(shared_address(from)), "r"(bytes)
+                 : "memory");
+}
+
+// "cp.async.bulk.commit_group": what this thread started since the last one is a group.
+__device__ __forceinline__ void bulk_commit() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
+
+// "cp.async.bulk.wait_group" with .read: until all groups of this thread have read their sources.
+__device__ __forceinline__ void bulk_wait_read() {
+    asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
+}
+
 // "setmaxnreg": gives back registers, or takes them, to have COUNT per thread of the warpgroup.
 template <int COUNT>
 __device__ __forceinline__ void release_registers() {

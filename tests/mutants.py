@@ -27,7 +27,7 @@ SM90_FILES = ("sm90/pipeline.cuh", "sm90/gate_up.cuh", "sm90/combine.cuh", "sm90
 STATEMENT = re.compile(
     r"__syncthreads\(\);|__syncwarp\(\);|cp_async_wait<(?P<groups>[^;]*)>\(\);|cp_async_commit\(\);"
     r"|\b(?:wait|wait_empty|drain|fence_\w+|wgmma_(?:fence|commit|wait<\d>)|mbarrier_arrive\w*"
-    r"|cp_async_mbarrier_arrive|bulk_commit|bulk_wait_read)\([^;{}]*\);"
+    r"|cp_async_mbarrier_arrive|bulk_commit|bulk_wait_read|named_barrier)\([^;{}]*\);"
 )
 LEAVES = re.compile(r"\)\s*(return|break|continue)\b")
 CHOICE = re.compile(r"[\w.]+(?: [-+*/] [\w.]+)* (<|<=|>=) [\w.]+(?= \?)")

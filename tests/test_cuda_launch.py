@@ -120,8 +120,9 @@ def check_grids(seen: Recorded) -> None:
     rows = most_row_tiles(slots, call.E, tile_rows(up))
     columns = COLUMNS[seen.wgmma]
     told = arguments.given(up)
-    up_tiles = rows * told.column_tiles
-    assert told.column_tiles == ceil_div(told.pitch * (2 if call.gated else 1), columns)
+    up_tiles = rows * told.walk.column_tiles
+    width = told.pitch * (2 if call.gated else 1)
+    assert told.walk.column_tiles == told.walk.slab == ceil_div(width, columns)
     assert told.pitch == ceil_div(call.I, 8) * 8
     shares = ceil_div(told.zero.count, 128 * 16)
     assert told.tiles == up_tiles
@@ -135,9 +136,11 @@ def check_grids(seen: Recorded) -> None:
         assert tile_rows(down) == tile_rows(up), "one table of row tiles serves both"
         told, done = arguments.given(down), arguments.given(finish)
         assert told.combine.first_column == done.first_column == reached
-        tiles = rows * told.column_tiles
+        tiles = rows * told.walk.column_tiles
+        assert 1 <= told.walk.slab <= told.walk.column_tiles and told.walk.group >= 1
+        assert told.walk.slab == told.walk.column_tiles or not call.deterministic
         assert down.grid[0] == (min(seen.chip.processors, tiles) if seen.wgmma else tiles)
-        assert done.last_column == min(reached + told.column_tiles * columns, call.H)
+        assert done.last_column == min(reached + told.walk.column_tiles * columns, call.H)
         assert done.last_column - reached <= told.combine.pitch == done.pitch
         reached = done.last_column
         assert done.parts == (ceil_div(call.H, 64) if reached == call.H else 0)
@@ -199,7 +202,7 @@ def check_arguments(seen: Recorded) -> None:
     x = call.hidden_states
     rows = x if x.stride(1) == 1 else x.contiguous()
     assert up.hidden_stride == rows.stride(0) and (up.hidden == x.data_ptr()) == (rows is x)
-    assert (up.K, up.E, up.H, up.I) == (call.K, call.E, call.H, call.I)
+    assert (up.K, up.walk.E, up.H, up.I) == (call.K, call.E, call.H, call.I)
     assert is_read(down.combine.gates.data, call.top_k_weights)
     assert DTYPES[down.combine.gates.dtype] == call.top_k_weights.dtype
     for launch in seen.named("finish"):
@@ -208,6 +211,10 @@ def check_arguments(seen: Recorded) -> None:
     if wgmma:
         assert arguments.maps(up_launch) == [0]
         assert all(arguments.maps(launch) == [1, 2] for launch in seen.named("down"))
+        # Each launch counts its tiles from 0, in a counter that routing cleared.
+        counted = [arguments.counter(x) for x in (up_launch, *seen.named("down"))]
+        assert counted == [routing.counters + 4 * i for i in range(len(counted))]
+    assert routing.launches == 1 + len(seen.named("down"))
 
     combined = slots if call.deterministic else call.T
     arrays = {
@@ -216,6 +223,7 @@ def check_arguments(seen: Recorded) -> None:
         routing.first_tile: 4 * (call.E + 1),
         routing.tile_expert: 4 * most_row_tiles(slots, call.E, routing.tile_rows),
         routing.totals: 4 * (call.E + 1),
+        routing.counters: 4 * routing.launches,
         routing.counts: 4 * (call.E + 1) * routing.chunks,
         up.inner: 2 * slots * up.pitch,
         down.combine.partials: 8 * slots * ceil_div(call.H, 64),
@@ -225,7 +233,7 @@ def check_arguments(seen: Recorded) -> None:
     for start, size in sorted(arrays.items()):
         assert start >= at and start % 16 == 0
         at = start + size
-    assert len(arrays) == 9 and at <= seen.workspace.data_ptr() + seen.workspace.numel()
+    assert len(arrays) == 10 and at <= seen.workspace.data_ptr() + seen.workspace.numel()
     assert (up.zero.data, down.inner) == (down.combine.combined, up.inner)
 
 
@@ -265,7 +273,7 @@ def check_maps(seen: Recorded) -> None:
     up, inner, down = seen.maps
     check_weight_map(up, call.gate_up_proj, call, 2 if call.gated and not call.interleaved else 1)
     told = arguments.given(seen.named("down")[0])
-    check_map(inner, told.inner, [call.I, slots], [1, told.inner_pitch], [64, 128])
+    check_map(inner, told.inner, [call.I, slots], [1, told.inner_pitch], [64, 64])
     check_weight_map(down, call.down_proj, call, 1)
 
 
@@ -365,6 +373,25 @@ def test_large_layers(case, deterministic):
     for chip in CHIPS.values():
         for wgmma in kinds(call) if chip.sm == 90 else (ANY,):
             check(call, chip, wgmma)
+
+
+@pytest.mark.parametrize(
+    ("name", "T", "columns"),
+    [
+        ("qwen3", 1024, 2048),  # the sums stay in the cache anyhow
+        ("qwen3", 4096, 1024),
+        ("qwen3", 16384, 1024),
+        ("deepseek-v3", 16384, 7168),  # inner costs more to read again
+        ("mixtral", 16384, 4096),
+    ],
+)
+def test_columns_that_down_does_first(name, T, columns):
+    """Where that saves bytes; by an LRU cache's count and not by the model's name."""
+    shape = {"qwen3": (8, 128, 2048, 768), "deepseek-v3": (8, 256, 7168, 2048)}
+    K, E, H, I = shape.get(name, (2, 8, 4096, 14336))  # noqa: E741
+    seen = check(meta_call(Case(name, T=T, K=K, E=E, H=H, I=I)), CHIPS[90], HOPPER)
+    (down,) = seen.named("down")
+    assert arguments.given(down).walk.slab * COLUMNS[HOPPER] == columns
 
 
 @pytest.mark.parametrize("wgmma", (ANY, HOPPER))

@@ -31,7 +31,8 @@ def case(rows: int, layout: str, **changes) -> Case:
 class Run(NamedTuple):
     case: Case
     deterministic: bool = False
-    sm: int = 90  # of the chip
+    sm: int = emulated.CHIP.sm
+    cache: int = emulated.CHIP.cache
 
 
 # The cheapest first: most mutants end there. Small sizes of a few tiles each, all of them also in
@@ -52,6 +53,7 @@ RUNS = [
     Run(Case("chunks of slots", T=700, K=2, E=5, H=8, I=8, routing="some_sentinels"), True),
     Run(Case("experts of two warps that route", T=40, K=2, E=40, H=8, I=8)),
     Run(Case("many slots", T=2080, K=2, E=12, H=8, I=8, routing="some_sentinels"), True),
+    Run(Case("output in slabs of 2 and 1 tiles", T=40, K=4, E=8, H=328, I=8), cache=28 << 10),
     Run(case(32, "concatenated")),
     Run(case(32, "concatenated transposed biased", routing="some_sentinels"), True),
     Run(case(32, "ungated transposed")),
@@ -85,10 +87,11 @@ def known(number: int) -> tuple[dict, cases.Saliency, cases.Saliency]:
 
 
 def run(extension, number: int, mutant: int, **options):
-    _, deterministic, sm = RUNS[number]
+    _, deterministic, sm, cache = RUNS[number]
     extension.configure(mutant=mutant, **options)
     call = emulated.call_of(known(number)[0], deterministic)
-    return cuda.execute(extension, call, emulated.CHIP._replace(sm=sm), stream=0)
+    chip = emulated.CHIP._replace(sm=sm, cache=cache)
+    return cuda.execute(extension, call, chip, stream=0)
 
 
 def complaint(extension, number: int, mutant: int, monkeypatch) -> str | None:

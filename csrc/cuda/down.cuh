@@ -11,14 +11,14 @@ template <class T> struct DownArgs {
     Projection<T> weights;  // rows H, k I
     Routing routing;
     Combine combine;
-    int E, I, inner_pitch;
-    int column_tiles, group;
+    Walk walk;
+    int I, inner_pitch;
 };
 
 template <class T, int ROWS, Layout LAYOUT>
 __global__ void __launch_bounds__(THREADS) down_kernel(DownArgs<T> args) {
     Tile tile;
-    if (!locate(tile, args.routing, blockIdx.x, args.E, args.column_tiles, args.group, ROWS)) return;
+    if (!locate(tile, args.routing, blockIdx.x, args.walk, ROWS)) return;
     const int column = args.combine.first_column + tile.column * COLUMNS;
 
     const auto inner_row = [&](int i) {  // past the end the last row repeats

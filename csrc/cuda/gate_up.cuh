@@ -22,8 +22,8 @@ template <class T> struct GateUpArgs {
     Routing routing;
     Gate gate;
     Pairing pairing;
-    int K, E, H, I, pitch;
-    int column_tiles, group;
+    Walk walk;
+    int K, H, I, pitch;
     int tiles;               // a bound; blocks from there on have shares of the zeros
     Zero zero;
 };
@@ -73,7 +73,7 @@ __global__ void __launch_bounds__(THREADS) gate_up_kernel(GateUpArgs<T> args) {
     const int number = blockIdx.x;
     if (number >= args.tiles) return zero_share(args.zero, number - args.tiles, threadIdx.x, THREADS);
     Tile tile;
-    if (!locate(tile, args.routing, number, args.E, args.column_tiles, args.group, ROWS)) return;
+    if (!locate(tile, args.routing, number, args.walk, ROWS)) return;
     const int column = tile.column * COLUMNS;
 
     const auto x_row = [&](int i) { return gathered_row(args, tile, i); };

@@ -111,6 +111,13 @@ __device__ __forceinline__ void red_add(Global<float> p, float x) {
     asm volatile("red.relaxed.gpu.global.add.f32 [%0], %1;\n" ::"l"(p), "f"(x) : "memory");
 }
 
+// "... atom": the same, and what was there before.
+__device__ __forceinline__ int atom_add(Global<int32_t> p, int x) {
+    int before;
+    asm volatile("atom.relaxed.gpu.global.add.s32 %0, [%1], %2;\n" : "=r"(before) : "l"(p), "r"(x) : "memory");
+    return before;
+}
+
 // "... red", vector form: to four adjacent floats, 16-byte aligned, each of them atomically. From sm_90
 // on; what other chips get of it traps.
 __device__ __forceinline__ constexpr bool has_red_add4() {

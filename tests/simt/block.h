@@ -4,6 +4,7 @@
 #include <cstdlib>
 #include <exception>
 #include <functional>
+#include <map>
 #include <memory>
 #include <string>
 #include <vector>
@@ -168,6 +169,8 @@ public:
 
     // Work of engines other than lanes, done one by one when no lane can run.
     std::vector<std::function<void()>> background;
+    std::map<const int32_t*, int32_t> counters_at_launch;   // that atom_add has seen
+    std::map<const int32_t*, uint32_t> turns;               // of this block at them
     std::shared_ptr<void> extension;   // what a chip's own instructions remember about this block
 
 private:

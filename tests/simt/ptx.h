@@ -154,6 +154,16 @@ inline void red_add(Global<float> p, float x, Site site = Site::here()) {
     detail::check_global<Use::atomic>(p, 4, site);
     *p.unchecked() += x;
 }
+// "atom.add", and what was there before. Blocks run one after the other here, and the first would count for
+// all: so it answers as if they came in turns, and one counts to where it stands when the launch begins.
+inline int atom_add(Global<int32_t> p, int x, Site site = Site::here()) {
+    detail::check_global<Use::atomic>(p, 4, site);
+    Block& block = here();
+    const int start = block.counters_at_launch.emplace(p.unchecked(), *p.unchecked()).first->second;
+    *p.unchecked() += x;
+    return start + x * static_cast<int>(block.turns[p.unchecked()]++ * block.grid.x + block.index.x);
+}
+
 inline bool has_red_add4() { return here().options.sm >= 90; }
 inline void red_add4(Global<float> p, float4 x, Site site = Site::here()) {
     if (!has_red_add4())
@@ -180,6 +190,7 @@ namespace reap::cuda {
 using bf16 = __nv_bfloat16;
 using f16 = __half;
 
+using simt::atom_add;
 using simt::cast;
 using simt::cp_async16;
 using simt::cp_async_commit;

@@ -11,6 +11,7 @@ namespace simt {
 inline void Block::configure(dim3 grid_size, dim3 block_size, size_t bytes, uint32_t first) {
     grid = grid_size, size = block_size, shared_bytes = bytes, first_block = first;
     threads = size.x * size.y * size.z;
+    counters_at_launch.clear();
     if (!stacks || stacks->size() < threads) stacks = std::make_unique<Stacks>(threads);
     lanes.resize(threads);
     warps.resize((threads + 31) / 32);
@@ -21,6 +22,7 @@ inline void Block::run(uint3 block_index, uint32_t number, const std::function<v
     time = 1, live = threads, steps = 0, failure = nullptr;
     for (Barrier& barrier : barriers) barrier = Barrier();
     background.clear();
+    turns.clear();
     extension.reset();
     std::memset(shared, 0xff, shared_bytes);
     shared_shadow.clear(shared_bytes);

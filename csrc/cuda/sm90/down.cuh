@@ -7,40 +7,54 @@ namespace reap::cuda::sm90 {
 
 template <class T> struct Down {
     DownArgs<T> args;
-    TensorMap inner;    // [S, I], boxes of 128 rows
-    TensorMap weights;  // see weight_box()
+    Global<int32_t> counter;  // of tiles
+    TensorMap inner;          // [S, I], boxes of 64 rows
+    TensorMap weights;        // see weight_box()
 };
 
+// By one thread.
 template <class T, bool B_MN_MAJOR>
 __device__ __forceinline__ void load_down(const Down<T>& down, const Ring& ring) {
     const DownArgs<T>& args = down.args;
     PipelineState state;
     Tile tile;
-    for (int number = blockIdx.x; locate(tile, args.routing, number, args.E, args.column_tiles, args.group, TILE_ROWS);
-         number += gridDim.x) {
+    int next = 0;
+    for (int number = blockIdx.x; locate(tile, args.routing, number, args.walk, TILE_ROWS); number = next) {
+        next = take_tile(down.counter);
         const int column = args.combine.first_column + tile.column * TILE_COLUMNS;
+        const int boxes = is_real(tile.first + GROUP_ROWS, tile.end) ? 2 : 1;
         for (int k = 0; k < args.I; k += TILE_K) {
             const Shared<uint64_t> full = ring.full + state.stage;
             wait_empty(ring, state);
-            mbarrier_arrive_expect(full, STAGE_BYTES);
-            const int at[2] = {k, tile.first};  // rows past the expert's last are those of the next
-            tma_load(ring.a(state.stage), down.inner, full, at);
+            announce(ring, state, tile);
+            mbarrier_arrive_expect(full, B_BYTES + boxes * BOX_BYTES);
+            for (int i = 0; i < boxes; ++i) {  // rows past the expert's last are those of the next
+                const int at[2] = {k, tile.first + i * GROUP_ROWS};
+                tma_load(ring.a(state.stage) + i * BOX_BYTES, down.inner, full, at);
+            }
             load_weights<B_MN_MAJOR>(ring.b(state.stage), down.weights, full, tile.expert, column, k, false);
             state.advance();
         }
     }
+    wait_empty(ring, state);
+    announce_end(ring, state);
+    mbarrier_arrive(ring.full + state.stage);
 }
 
 template <class T, bool B_MN_MAJOR>
 __device__ __forceinline__ void compute_down(const DownArgs<T>& args, const Ring& ring) {
+    const BulkStaging staged{shared_memory() + (ADDED_STRIPS_AT + consumer_warp() * ADDED_STRIP_BYTES)};
+    const int slices = (args.I + TILE_K - 1) / TILE_K;
     PipelineState state;
     Tile tile;
-    const BulkStaging staged{shared_memory() + (ADDED_STRIPS_AT + consumer_warp() * ADDED_STRIP_BYTES)};
-    for (int number = blockIdx.x; locate(tile, args.routing, number, args.E, args.column_tiles, args.group, TILE_ROWS);
-         number += gridDim.x) {
+    for (bool more = next_tile(tile, ring, state); more; more = next_tile(tile, ring, state)) {
+        if (!has_rows(tile)) {
+            pass_over(ring, state, slices);
+            continue;
+        }
         const int column = args.combine.first_column + tile.column * TILE_COLUMNS, first = tile.first + consumer_row();
         Accumulators acc;
-        multiply<T, B_MN_MAJOR, false>(acc, ring, state, (args.I + TILE_K - 1) / TILE_K);
+        multiply<T, B_MN_MAJOR, false>(acc, ring, state, slices);
         add_bias(acc, args.weights, tile.expert, column);
         const Rows rows = find_rows(args.combine, first, tile.end);
 #pragma unroll

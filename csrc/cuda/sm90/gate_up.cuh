@@ -8,8 +8,11 @@ namespace reap::cuda::sm90 {
 
 template <class T> struct GateUp {
     GateUpArgs<T> args;
-    TensorMap weights;  // see weight_box()
+    Global<int32_t> counter;  // of tiles
+    TensorMap weights;        // see weight_box()
 };
+
+constexpr int PRODUCERS_MEET = 1;  // a named barrier; 0 is that of __syncthreads
 
 // Behind the ring, one staged strip for each consumer warp.
 constexpr int STRIP_BYTES = 16 * BOX * sizeof(float);
@@ -21,22 +24,36 @@ __device__ __forceinline__ void load_gate_up(const GateUp<T>& up, const Ring& ri
     const GateUpArgs<T>& args = up.args;
     PipelineState state;
     Tile tile;
-    for (int number = blockIdx.x; locate(tile, args.routing, number, args.E, args.column_tiles, args.group, TILE_ROWS);
-         number += gridDim.x) {
+    int number = blockIdx.x;
+    for (int turn = 0; locate(tile, args.routing, number, args.walk, TILE_ROWS); turn ^= 1) {
+        const int next = threadIdx.x == 0 ? take_tile(up.counter) : 0;
+        const bool both = is_real(tile.first + GROUP_ROWS, tile.end);
         KMajorSlice<T, TILE_ROWS> x(args.hidden, args.H, [&](int i) { return gathered_row(args, tile, i); });
         for (int k = 0; k < args.H; k += TILE_K) {
             const Shared<uint64_t> full = ring.full + state.stage;
             wait_empty(ring, state);
             if (threadIdx.x == 0) {
+                announce(ring, state, tile);
                 mbarrier_arrive_expect(full, B_BYTES);
                 load_weights<B_MN_MAJOR>(ring.b(state.stage), up.weights, full, tile.expert, tile.column * TILE_COLUMNS,
                                          k, args.pairing == Pairing::halves);
             }
-            x.fill(ring.a(state.stage));
+            x.template fill_part<0, GROUP_ROWS>(ring.a(state.stage));
+            if (both) x.template fill_part<GROUP_ROWS, TILE_ROWS>(ring.a(state.stage));
+            x.advance();
             cp_async_mbarrier_arrive(full);
             state.advance();
         }
+        if (threadIdx.x == 0) store_shared(ring.taken + turn, next);
+        named_barrier(PRODUCERS_MEET, WARPGROUP);
+        number = load_shared(ring.taken + turn);
     }
+    wait_empty(ring, state);
+    if (threadIdx.x == 0) {
+        announce_end(ring, state);
+        mbarrier_arrive(ring.full + state.stage);
+    }
+    mbarrier_arrive(ring.full + state.stage);
     drain(ring, state);
 }
 
@@ -51,13 +68,17 @@ __device__ __forceinline__ void result_strip(float (&strip)[BOX / 8][4], const A
 
 template <class T, bool B_MN_MAJOR>
 __device__ __forceinline__ void compute_gate_up(const GateUpArgs<T>& args, const Ring& ring) {
+    const int slices = (args.H + TILE_K - 1) / TILE_K;
     PipelineState state;
     Tile tile;
-    for (int number = blockIdx.x; locate(tile, args.routing, number, args.E, args.column_tiles, args.group, TILE_ROWS);
-         number += gridDim.x) {
+    for (bool more = next_tile(tile, ring, state); more; more = next_tile(tile, ring, state)) {
+        if (!has_rows(tile)) {
+            pass_over(ring, state, slices);
+            continue;
+        }
         const int column = tile.column * TILE_COLUMNS;
         Accumulators acc;
-        multiply<T, B_MN_MAJOR, true>(acc, ring, state, (args.H + TILE_K - 1) / TILE_K);
+        multiply<T, B_MN_MAJOR, true>(acc, ring, state, slices);
         add_bias(acc, args.weights, tile.expert, column);
         const Staging staged{cast<float>(shared_memory() + (STRIPS_AT + consumer_warp() * STRIP_BYTES))};
 #pragma unroll

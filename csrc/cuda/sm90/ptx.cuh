@@ -131,6 +131,11 @@ __device__ __forceinline__ void fence_mbarrier_init() {
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
 }
 
+// "barrier": bar.sync of `threads` threads, whole warps; orders their memory accesses.
+__device__ __forceinline__ void named_barrier(int id, int threads) {
+    asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+
 // "cp.async.bulk.tensor": the box of the map at these coordinates (fastest first) into shared
 // memory; elements outside of the tensor become zeros and count as bytes of the barrier as well.
 template <int RANK>

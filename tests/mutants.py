@@ -23,7 +23,9 @@ FILES = (
     "routing.cuh", "tiles.cuh", "staging.cuh", "gate_up.cuh", "combine.cuh", "down.cuh",
     "finish.cuh", "zero.cuh",
 )  # fmt: skip
-SM90_FILES = ("sm90/pipeline.cuh", "sm90/gate_up.cuh", "sm90/combine.cuh", "sm90/down.cuh")
+SM90_FILES = (
+    "sm90/pipeline.cuh", "sm90/inner.cuh", "sm90/gate_up.cuh", "sm90/combine.cuh", "sm90/down.cuh",
+)  # fmt: skip
 STATEMENT = re.compile(
     r"__syncthreads\(\);|__syncwarp\(\);|cp_async_wait<(?P<groups>[^;]*)>\(\);|cp_async_commit\(\);"
     r"|\b(?:wait|wait_empty|drain|fence_\w+|wgmma_(?:fence|commit|wait<\d>)|mbarrier_arrive\w*"

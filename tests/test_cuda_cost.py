@@ -86,8 +86,8 @@ def test_bytes_past_the_cache_are_near_the_minimum(name, T, fewer):
 
 
 def test_columns_in_slabs_save_bytes():
-    """Of a layer whose sums do not fit the cache, unless a few columns of them come first. The other
-    time the kernels are told of a cache that is not there, and take the columns side by side."""
+    """Of a layer whose sums do not fit the cache, unless a few columns of them come first. The
+    other time the kernels are told of a cache that is not there, and take columns side by side."""
     case = Case("sums beyond the cache", T=256, K=4, E=32, H=1024, I=24)
     inputs, cache, moved = cases.make(case, torch.bfloat16), 160 << 10, []
     for told in (cache, 1 << 30):

@@ -137,7 +137,7 @@ def check_grids(seen: Recorded) -> None:
         told, done = arguments.given(down), arguments.given(finish)
         assert told.combine.first_column == done.first_column == reached
         tiles = rows * told.walk.column_tiles
-        assert 1 <= told.walk.slab <= told.walk.column_tiles and told.walk.group >= 1
+        assert told.walk.column_tiles % told.walk.slab == 0 and told.walk.group >= 1
         assert told.walk.slab == told.walk.column_tiles or not call.deterministic
         assert down.grid[0] == (min(seen.chip.processors, tiles) if seen.wgmma else tiles)
         assert done.last_column == min(reached + told.walk.column_tiles * columns, call.H)

@@ -45,9 +45,12 @@ struct Target {
     float gate;
 };
 
-// Of a sorted position. Past the end the last one repeats.
-__device__ __forceinline__ Target find_target(const Combine& args, int position, int end) {
-    const int slot = load_global(args.order + min(position, end - 1));
+// The slot at a sorted position. Past the end the last one repeats.
+__device__ __forceinline__ int find_slot(const Combine& args, int position, int end) {
+    return load_global(args.order + min(position, end - 1));
+}
+
+__device__ __forceinline__ Target find_target(const Combine& args, int slot) {
     return {args.deterministic ? slot : slot / args.K, args.gates.at(slot)};
 }
 
@@ -101,7 +104,7 @@ __device__ __forceinline__ void combine_rows(const Combine& args, const Staging&
     const Global<float> slab = args.combined - args.first_column;
 #pragma unroll 1
     for (int done = 0; done < ROWS; done += BATCH) {
-        const Target mine = find_target(args, first + done + lane_id(), end);
+        const Target mine = find_target(args, find_slot(args, first + done + lane_id(), end));
 #pragma unroll 4
         for (int i = 0; i < BATCH; i += WARP / ACROSS) {
             const int row = i + lane_id() / ACROSS;

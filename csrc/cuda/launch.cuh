@@ -50,7 +50,7 @@ struct Plan {
     Layout gate_up, down;
     int64_t inner_pitch;      // elements
     int64_t slab;             // columns of the output at a time
-    int64_t walked;           // of these, columns that down does before others
+    int64_t walked;           // of its column tiles, those that down does before others
     int64_t pitch;            // of `combined` [elements]
     int64_t combined_rows;
     int64_t parts;            // partials per slot
@@ -73,15 +73,16 @@ inline double bytes_of_down(const Layer& layer, const Plan& plan, int64_t column
            8.0 * layer.H * (layer.T + (plan.slots - layer.T) * missed);
 }
 
-// The columns of the output that down does before others: fewer where that saves a twentieth of the bytes.
-inline int64_t columns_at_a_time(const Layer& layer, const Plan& plan) {
-    int64_t best = plan.slab;
-    if (layer.deterministic) return best;  // nothing is added to
-    double least = 0.95 * bytes_of_down(layer, plan, best);
-    for (int64_t columns = layer.H / 2; columns >= plan.tile_columns; columns /= 2) {
-        const int64_t whole = round_up(columns, plan.tile_columns);
-        const double bytes = bytes_of_down(layer, plan, whole);
-        if (bytes < least) best = whole, least = bytes;
+// The column tiles of a slab that down does before others: fewer where that saves a twentieth of the bytes.
+inline int64_t tiles_at_a_time(const Layer& layer, const Plan& plan) {
+    const int64_t all = ceil_div(plan.slab, plan.tile_columns);
+    if (layer.deterministic) return all;  // nothing is added to
+    int64_t best = all;
+    double least = 0.95 * bytes_of_down(layer, plan, all * plan.tile_columns);
+    for (int64_t tiles = all; tiles % 2 == 0;) {
+        tiles /= 2;
+        const double bytes = bytes_of_down(layer, plan, tiles * plan.tile_columns);
+        if (bytes < least) best = tiles, least = bytes;
     }
     return best;
 }
@@ -118,7 +119,7 @@ inline Plan make_plan(const Layer& layer) {
         plan.slab = plan.pitch = std::min(tiles * plan.tile_columns, round_up(layer.H, plan.tile_columns));
         plan.combined_rows = plan.slots;
     }
-    plan.walked = columns_at_a_time(layer, plan);
+    plan.walked = tiles_at_a_time(layer, plan);
     return plan;
 }
 
@@ -222,8 +223,8 @@ template <class T> struct Launches {
         args.K = layer.K, args.H = layer.H, args.I = layer.I;
         args.pitch = plan.inner_pitch;
         // Of inner: of its padding too.
-        const int64_t width = layer.gated ? 2 * plan.inner_pitch : plan.inner_pitch;
-        args.walk = walk(width, width, layer.H);
+        const int64_t tiles = ceil_div(layer.gated ? 2 * plan.inner_pitch : plan.inner_pitch, plan.tile_columns);
+        args.walk = walk(tiles, tiles, layer.H);
         args.tiles = plan.row_tiles * args.walk.column_tiles;
         args.zero = {cast<float4>(work.combined), layer.deterministic ? 0 : plan.combined_rows * plan.pitch / 4};
         return args;
@@ -252,7 +253,8 @@ template <class T> struct Launches {
         args.combine.deterministic = layer.deterministic;
         args.I = layer.I;
         args.inner_pitch = plan.inner_pitch;
-        args.walk = walk(last_column - first_column, plan.walked, layer.I);
+        const int64_t tiles = ceil_div(last_column - first_column, plan.tile_columns);
+        args.walk = walk(tiles, std::min(plan.walked, tiles), layer.I);
         return args;
     }
 
@@ -280,10 +282,9 @@ template <class T> struct Launches {
         launch("finish", finish_kernel<T>, std::max(layer.T, ceil_div(plan.slots, FINISH_THREADS)), FINISH_THREADS, 0, args);
     }
 
-    // Tiles of `columns` columns, `slab` of them at a time, whose rows have `depth` elements.
-    Walk walk(int64_t columns, int64_t slab, int64_t depth) const {
-        return {static_cast<int>(layer.E), static_cast<int>(ceil_div(columns, plan.tile_columns)),
-                static_cast<int>(ceil_div(std::min(slab, columns), plan.tile_columns)), group_of(layer, plan, depth)};
+    // Of column tiles, `slab` of them at a time, whose rows have `depth` elements.
+    Walk walk(int64_t column_tiles, int64_t slab, int64_t depth) const {
+        return {static_cast<int>(layer.E), static_cast<int>(column_tiles), static_cast<int>(slab), group_of(layer, plan, depth)};
     }
 
     Ids ids() const { return {static_cast<const char*>(layer.top_k_index), layer.wide_ids}; }

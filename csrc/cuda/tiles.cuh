@@ -65,7 +65,7 @@ struct Tile {
 struct Walk {
     int E;
     int column_tiles;
-    int slab;   // column tiles; fewer may be in the last one
+    int slab;   // column tiles, a divisor of their number
     int group;  // row tiles
 };
 
@@ -74,14 +74,13 @@ __device__ __forceinline__ bool locate(Tile& tile, const Routing& routing, int n
     const int all = load_global(routing.first_tile + walk.E);
     if (number >= all * walk.column_tiles) return false;
     const int left = number / (all * walk.slab) * walk.slab;
-    const int width = min(walk.slab, walk.column_tiles - left);
     number -= all * left;
-    tile.expert = load_global(routing.tile_expert + number / width);
+    tile.expert = load_global(routing.tile_expert + number / walk.slab);
     const int first = load_global(routing.first_tile + tile.expert);
     const int row_tiles = load_global(routing.first_tile + tile.expert + 1) - first;
-    int local = number - first * width;
-    const int group_first = local / (walk.group * width) * walk.group;
-    local -= group_first * width;
+    int local = number - first * walk.slab;
+    const int group_first = local / (walk.group * walk.slab) * walk.group;
+    local -= group_first * walk.slab;
     const int height = min(walk.group, row_tiles - group_first);
     tile.column = left + local / height;
     tile.first = load_global(routing.offsets + tile.expert) + (group_first + local % height) * rows;

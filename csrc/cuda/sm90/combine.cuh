@@ -6,13 +6,11 @@
 
 namespace reap::cuda::sm90 {
 
-constexpr int STRIP_ROWS = 16;
-// Behind the ring, a staged strip for each consumer warp. Rows 0, 1, 2, 3 of any four are 32 bytes apart
+// A staged strip of each consumer warp. Rows 0, 1, 2, 3 of any four are 32 bytes apart
 // in their banks, for the fragments of half a warp: a quarter of the strip has all rows of one kind.
 constexpr int QUARTER_BYTES = STRIP_ROWS / 4 * BOX * sizeof(float) + 32;
 constexpr int ADDED_STRIP_BYTES = (4 * QUARTER_BYTES + 127) / 128 * 128;
-constexpr int ADDED_STRIPS_AT = (RING_BYTES + 127) / 128 * 128;
-constexpr int DOWN_BYTES = ADDED_STRIPS_AT + CONSUMERS * WARPGROUP / WARP * ADDED_STRIP_BYTES;
+constexpr int DOWN_BYTES = STAGED_AT + CONSUMERS * WARPGROUP / WARP * ADDED_STRIP_BYTES;
 
 struct BulkStaging {
     Shared<char> strip;
@@ -28,8 +26,9 @@ struct Rows {
     float gates[2];        // of the two rows in this lane's fragments
 };
 
-__device__ __forceinline__ Rows find_rows(const Combine& args, int first, int end) {
-    const Target mine = find_target(args, first + lane_id() % STRIP_ROWS, end);
+// From the slot of this lane's row.
+__device__ __forceinline__ Rows find_rows(const Combine& args, int slot) {
+    const Target mine = find_target(args, slot);
     Rows rows;
     rows.target = args.combined + mine.row * args.pitch;
 #pragma unroll

@@ -43,7 +43,7 @@ __device__ __forceinline__ void load_down(const Down<T>& down, const Ring& ring)
 
 template <class T, bool B_MN_MAJOR>
 __device__ __forceinline__ void compute_down(const DownArgs<T>& args, const Ring& ring) {
-    const BulkStaging staged{shared_memory() + (ADDED_STRIPS_AT + consumer_warp() * ADDED_STRIP_BYTES)};
+    const BulkStaging staged{shared_memory() + (STAGED_AT + consumer_warp() * ADDED_STRIP_BYTES)};
     const int slices = (args.I + TILE_K - 1) / TILE_K;
     PipelineState state;
     Tile tile;
@@ -53,10 +53,11 @@ __device__ __forceinline__ void compute_down(const DownArgs<T>& args, const Ring
             continue;
         }
         const int column = args.combine.first_column + tile.column * TILE_COLUMNS, first = tile.first + consumer_row();
+        const int slot = find_slot(args.combine, first + lane_id() % STRIP_ROWS, tile.end);  // comes during the main loop
         Accumulators acc;
         multiply<T, B_MN_MAJOR, false>(acc, ring, state, slices);
         add_bias(acc, args.weights, tile.expert, column);
-        const Rows rows = find_rows(args.combine, first, tile.end);
+        const Rows rows = find_rows(args.combine, slot);
 #pragma unroll
         for (int s = 0; s < 4; ++s) combine_strip(acc[s], args.combine, rows, staged, first, tile.end, column + s * BOX);
     }

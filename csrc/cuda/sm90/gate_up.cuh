@@ -1,8 +1,7 @@
 // ../gate_up.cuh for Hopper: weights come by TMA, rows of x by cp.async, which unlike TMA can gather
 // them.
 #pragma once
-#include "../gate_up.cuh"
-#include "pipeline.cuh"
+#include "inner.cuh"
 
 namespace reap::cuda::sm90 {
 
@@ -14,10 +13,7 @@ template <class T> struct GateUp {
 
 constexpr int PRODUCERS_MEET = 1;  // a named barrier; 0 is that of __syncthreads
 
-// Behind the ring, one staged strip for each consumer warp.
-constexpr int STRIP_BYTES = 16 * BOX * sizeof(float);
-constexpr int STRIPS_AT = (RING_BYTES + 127) / 128 * 128;
-constexpr int GATE_UP_BYTES = STRIPS_AT + CONSUMERS * WARPGROUP / WARP * STRIP_BYTES;
+constexpr int GATE_UP_BYTES = STAGED_AT + CONSUMERS * WARPGROUP / WARP * INNER_BYTES;
 
 template <class T, bool B_MN_MAJOR>
 __device__ __forceinline__ void load_gate_up(const GateUp<T>& up, const Ring& ring) {
@@ -57,15 +53,6 @@ __device__ __forceinline__ void load_gate_up(const GateUp<T>& up, const Ring& ri
     drain(ring, state);
 }
 
-// Strip s of the result, in which gate and up alternate as store_inner() wants them.
-__device__ __forceinline__ void result_strip(float (&strip)[BOX / 8][4], const Accumulators& acc, int s, bool halves) {
-#pragma unroll
-    for (int j = 0; j < 8; ++j)
-#pragma unroll
-        for (int c = 0; c < 4; ++c)
-            strip[j][c] = halves ? acc[j % 2 * 2 + s / 2][s % 2 * 4 + j / 2][c] : acc[s][j][c];
-}
-
 template <class T, bool B_MN_MAJOR>
 __device__ __forceinline__ void compute_gate_up(const GateUpArgs<T>& args, const Ring& ring) {
     const int slices = (args.H + TILE_K - 1) / TILE_K;
@@ -80,17 +67,10 @@ __device__ __forceinline__ void compute_gate_up(const GateUpArgs<T>& args, const
         Accumulators acc;
         multiply<T, B_MN_MAJOR, true>(acc, ring, state, slices);
         add_bias(acc, args.weights, tile.expert, column);
-        const Staging staged{cast<float>(shared_memory() + (STRIPS_AT + consumer_warp() * STRIP_BYTES))};
-#pragma unroll
-        for (int s = 0; s < 4; ++s) {
-            float strip[BOX / 8][4];
-            result_strip(strip, acc, s, args.pairing == Pairing::halves);
-            staged.store(strip, 0);
-            __syncwarp();
-            store_inner(args, staged, 16, tile.first + consumer_row(), tile.end, column + s * BOX);
-            __syncwarp();
-        }
+        const Shared<char> staged = shared_memory() + (STAGED_AT + consumer_warp() * INNER_BYTES);
+        finish_tile(args, acc, staged, tile.first + consumer_row(), tile.end, column);
     }
+    bulk_wait_read();  // shared memory is the block's no longer than its threads are there
     constexpr int MULTIPLIERS = CONSUMERS * WARPGROUP;
     for (int64_t share = blockIdx.x; share * MULTIPLIERS * ZERO_STEPS < args.zero.count; share += gridDim.x)
         zero_share(args.zero, share, threadIdx.x - WARPGROUP, MULTIPLIERS);

@@ -30,6 +30,9 @@ constexpr int STAGE_BYTES = A_BYTES + B_BYTES;
 constexpr int STAGES = 4;
 constexpr int RING_BYTES = STAGES * (STAGE_BYTES + 2 * sizeof(uint64_t) + sizeof(int4)) + 2 * sizeof(int4);
 
+constexpr int STAGED_AT = (RING_BYTES + 127) / 128 * 128;   // results of the consumer warps, on their way out
+
+constexpr int STRIP_ROWS = 16;                             // of a tile's, in one warp
 constexpr int WARPGROUP = 4 * WARP;
 constexpr int CONSUMERS = 2;                               // warpgroups, of 64 rows each
 constexpr int BLOCK = WARPGROUP * (1 + CONSUMERS);         // threads, the producer's first

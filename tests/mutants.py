@@ -29,7 +29,8 @@ SM90_FILES = (
 STATEMENT = re.compile(
     r"__syncthreads\(\);|__syncwarp\(\);|cp_async_wait<(?P<groups>[^;]*)>\(\);|cp_async_commit\(\);"
     r"|\b(?:wait|wait_empty|drain|fence_\w+|wgmma_(?:fence|commit|wait<\d>)|mbarrier_arrive\w*"
-    r"|cp_async_mbarrier_arrive|bulk_commit|bulk_wait_read|named_barrier)\([^;{}]*\);"
+    r"|cp_async_mbarrier_arrive|bulk_commit|bulk_wait_read|named_barrier|wait_for_launch_before)"
+    r"\([^;{}]*\);"
 )
 LEAVES = re.compile(r"\)\s*(return|break|continue)\b")
 CHOICE = re.compile(r"[\w.]+(?: [-+*/] [\w.]+)* (<|<=|>=) [\w.]+(?= \?)")

@@ -82,6 +82,19 @@ def test_nothing_spills(kernels):
         assert not [opcode for opcode in found if opcode.startswith(("LDL", "STL"))], kernel.name
 
 
+def test_kernels_wait_for_the_launch_before(kernels, arch):
+    """From sm_90 on, before anything in global memory is touched."""
+    for kernel in kernels.values():
+        code = sass.instructions(kernel.code)
+        if kernel.name.startswith("sm90::") and arch != "sm_90a":
+            continue  # these trap
+        waits = [i for i, each in enumerate(code) if "ACQBULK" in each]
+        assert len(waits) == (arch != "sm_80"), kernel.name
+        assert any("PREEXIT" in each for each in code) == (arch != "sm_80"), kernel.name
+        touching = re.compile(r"\b(?:LDG|STG|LDGSTS|RED|REDG|ATOM|ATOMG|UTMALDG|UBLK\w+)\b")
+        assert not any(touching.search(each) for each in code[: waits[0] if waits else 0])
+
+
 @pytest.mark.parametrize("dtype", HMMA)
 @pytest.mark.parametrize(("rows", "layout"), WHOLE)
 @pytest.mark.parametrize("gemm", GEMMS)

@@ -100,8 +100,10 @@ def tile_rows(gate_up) -> int:
 def check_limits(seen: Recorded) -> None:
     """What any launch must keep to, on the chip that it is for."""
     assert seen.launches
-    for launch in seen.launches:
+    for number, launch in enumerate(seen.launches):
         assert launch.stream == STREAM and launch.device == seen.chip.device
+        # With the end of our launch before, for which kernels for older chips cannot wait.
+        assert launch.overlapped == (seen.chip.sm >= 90 and number > 0)
         x, y, z = launch.grid
         assert 1 <= x < 2**31 and 1 <= y < 2**16 and 1 <= z < 2**16
         threads = launch.block[0] * launch.block[1] * launch.block[2]

@@ -75,7 +75,8 @@ template <int N> __device__ __forceinline__ float2 row_size(const float (&strip)
 // The sizes of a strip's 16 rows to the partials: rows from sorted position `first` on, columns from
 // `column` on. What is past the last column becomes 0.
 template <int N>
-__device__ __forceinline__ void measure_strip(float (&strip)[N][4], const Combine& args, int first, int end, int column) {
+__device__ __forceinline__ void measure_strip(float (&strip)[N][4], const Combine& args, int first, int end,
+                                              int column) {
     static_assert(N * 8 == PARTIAL_COLUMNS);
     if (column + PARTIAL_COLUMNS > args.H) {
 #pragma unroll
@@ -137,8 +138,9 @@ __device__ __forceinline__ void combine_tile(float (&strips)[STRIPS][COLUMN_TILE
     constexpr int ROWS = STRIPS * 16;
     const auto four = [](const float (&y)[4]) { return float4{y[0], y[1], y[2], y[3]}; };
     if (args.deterministic)
-        combine_rows<ROWS, 4>(args, staged, first, end, column,
-                              [&](Global<float> cell, const float (&y)[4]) { store_global(cast<float4>(cell), four(y)); });
+        combine_rows<ROWS, 4>(args, staged, first, end, column, [&](Global<float> cell, const float (&y)[4]) {
+            store_global(cast<float4>(cell), four(y));
+        });
     else if (has_red_add4())
         combine_rows<ROWS, 4>(args, staged, first, end, column,
                               [&](Global<float> cell, const float (&y)[4]) { red_add4(cell, four(y)); });

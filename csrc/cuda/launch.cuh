@@ -64,11 +64,15 @@ inline double bytes_of_down(const Layer& layer, const Plan& plan, int64_t column
     const double rows = double(plan.slots) / layer.E;
     const double stream = 2.0 * layer.I * (rows + columns), sums = 4.0 * layer.T * columns;
     const double away = std::max(0.0, 1 - rows / layer.T);  // chance that an expert is none of a token's
-    double touched = 0, missed = 1;
-    for (int64_t passed = 0; passed < layer.E && touched + stream + sums * (1 - missed * away) < layer.cache_bytes; ++passed) {
-        touched += stream;
-        missed *= away;
+    int64_t passed = 0;  // experts, the most whose bytes are all in the cache
+    for (int64_t high = layer.E; passed < high;) {
+        const int64_t middle = (passed + high + 1) / 2;
+        if (middle * stream + sums * (1 - std::pow(away, middle)) < layer.cache_bytes)
+            passed = middle;
+        else
+            high = middle - 1;
     }
+    const double missed = std::pow(away, passed);
     return 2.0 * layer.E * layer.I * layer.H + ceil_div(layer.H, columns) * 2.0 * plan.slots * layer.I +
            8.0 * layer.H * (layer.T + (plan.slots - layer.T) * missed);
 }
@@ -284,7 +288,8 @@ template <class T> struct Launches {
 
     // Of column tiles, `slab` of them at a time, whose rows have `depth` elements.
     Walk walk(int64_t column_tiles, int64_t slab, int64_t depth) const {
-        return {static_cast<int>(layer.E), static_cast<int>(column_tiles), static_cast<int>(slab), group_of(layer, plan, depth)};
+        return {static_cast<int>(layer.E), static_cast<int>(column_tiles), static_cast<int>(slab),
+                group_of(layer, plan, depth)};
     }
 
     Ids ids() const { return {static_cast<const char*>(layer.top_k_index), layer.wide_ids}; }

@@ -129,7 +129,8 @@ __device__ __forceinline__ constexpr bool has_red_add4() {
 }
 __device__ __forceinline__ void red_add4(Global<float> p, float4 x) {
 #if __CUDA_ARCH__ >= 900
-    asm volatile("red.relaxed.gpu.global.add.v4.f32 [%0], {%1, %2, %3, %4};\n" ::"l"(p), "f"(x.x), "f"(x.y), "f"(x.z), "f"(x.w)
+    asm volatile("red.relaxed.gpu.global.add.v4.f32 [%0], {%1, %2, %3, %4};\n" ::"l"(p), "f"(x.x), "f"(x.y),
+                 "f"(x.z), "f"(x.w)
                  : "memory");
 #else
     asm volatile("trap;\n");
@@ -158,6 +159,23 @@ __device__ __forceinline__ float reciprocal_approx(float x) {
     float y;
     asm("rcp.approx.ftz.f32 %0, %1;\n" : "=f"(y) : "f"(x));
     return y;
+}
+
+// "Parallel Synchronization and Communication Instructions: griddepcontrol", .wait: until the launch before
+// this one is over and what it wrote can be seen. Nothing that an earlier launch wrote or read may be
+// touched before. Older chips start no launch before the last one is over.
+__device__ __forceinline__ void wait_for_launch_before() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+// "... griddepcontrol", .launch_dependents: as soon as all blocks have said this, or ended, blocks of the next
+// launch may start where there is room, and wait there.
+__device__ __forceinline__ void let_next_launch_start() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
 }
 
 // "Miscellaneous Instructions: trap": the launch fails unless `holds`.

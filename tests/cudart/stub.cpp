@@ -29,6 +29,7 @@ struct Launch {
     size_t shared, allowed;  // dynamic shared memory asked for; and what the kernel's attribute lets it have
     uintptr_t stream;
     int device;
+    bool overlapped;         // with the end of the launch before
     std::string arguments;   // the bytes of the kernel's only parameter
 };
 
@@ -148,21 +149,27 @@ cudaError_t __cudaGetKernel(cudaKernel_t* kernel, const void* host) {
     *kernel = reinterpret_cast<cudaKernel_t>(const_cast<void*>(host));
     return cudaSuccess;
 }
-cudaError_t __cudaLaunchKernel(cudaKernel_t kernel, dim3 grid, dim3 block, void** arguments, size_t shared,
-                               cudaStream_t stream) {
+// The host's stubs refer to it; nobody calls them.
+cudaError_t __cudaLaunchKernel(cudaKernel_t, dim3, dim3, void**, size_t, cudaStream_t) { std::abort(); }
+
+cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t* how, const void* host, void** arguments) {
     if (const cudaError_t error = call("launch")) return error;
     Runtime& all = runtime();
     if (!all.settings.records) return cudaSuccess;
     const std::lock_guard<std::mutex> guard(all.mutex);
-    const void* host = kernel;
     const std::string& name = all.kernels.at(host);
     const auto bytes = all.settings.arguments.find(plain_name(name));
     std::string copied;
     if (bytes != all.settings.arguments.end()) copied.assign(static_cast<const char*>(arguments[0]), bytes->second);
     const auto allowed = all.allowed.find(host);
-    all.launches.push_back({name, {grid.x, grid.y, grid.z}, {block.x, block.y, block.z}, shared,
+    bool overlapped = false;
+    for (unsigned i = 0; i < how->numAttrs; ++i)
+        overlapped |= how->attrs[i].id == cudaLaunchAttributeProgrammaticStreamSerialization &&
+                      how->attrs[i].val.programmaticStreamSerializationAllowed;
+    all.launches.push_back({name, {how->gridDim.x, how->gridDim.y, how->gridDim.z},
+                            {how->blockDim.x, how->blockDim.y, how->blockDim.z}, how->dynamicSmemBytes,
                             allowed == all.allowed.end() ? WITHOUT_ASKING : allowed->second,
-                            reinterpret_cast<uintptr_t>(stream), device, copied});
+                            reinterpret_cast<uintptr_t>(how->stream), device, overlapped, copied});
     return cudaSuccess;
 }
 
@@ -220,6 +227,7 @@ PYBIND11_MODULE(recorder, m) {
         .def_readonly("allowed", &Launch::allowed)
         .def_readonly("stream", &Launch::stream)
         .def_readonly("device", &Launch::device)
+        .def_readonly("overlapped", &Launch::overlapped)
         .def_property_readonly("arguments", [](const Launch& launch) { return py::bytes(launch.arguments); });
     py::class_<Map>(m, "Map", py::module_local())
         .def_readonly("type", &Map::type)

@@ -32,6 +32,7 @@ struct Options {
     bool eager = false;                 // cp.async copies when issued; else when waited for
     bool profile = false;               // count wavefronts of shared memory (slow)
     int sm = 90;                        // compute capability of the chip
+    bool overlapped = false;            // a launch may start before the one before it is over
     size_t shared_limit = 232448;       // bytes of dynamic shared memory that a block may have
     uint64_t access_limit = 1u << 31;   // accesses and collectives of one block's lanes
     std::function<void(const GlobalAccess&)> watch = nullptr;   // is told of each, in order
@@ -89,6 +90,7 @@ struct Lane {
     uint3 index;                  // threadIdx
     View view;
     Wait wait;
+    bool waited;                  // for the launch before
     std::vector<Copy> copies;     // oldest first
     uint32_t group = 0;           // of cp.async: the one that is open
     uint64_t started = 0;         // of all its cp.async; the last of them are `copies`

@@ -42,6 +42,13 @@ template <bool broken> __global__ void misaligned_vector(Args a) {
     store_global(a.out + t, x.x);
 }
 
+// One that may start before the launch before it is over.
+template <bool broken> __global__ void launch_not_waited_for(Args a) {
+    const unsigned t = threadIdx.x;
+    if (!broken || t % 32 != 5) wait_for_launch_before();
+    store_global(a.out + t, load_global(a.in + t));                       //! launch_not_waited_for
+}
+
 // On an sm_80, as all kernels here.
 template <bool broken> __global__ void newer_instruction(Args a) {
     const unsigned t = threadIdx.x;

@@ -46,6 +46,7 @@ inline void Block::run(uint3 block_index, uint32_t number, const std::function<v
         lane.view = View();
         lane.view.block = number, lane.view.first_block = first_block, lane.view.thread = t;
         lane.wait = Wait();
+        lane.waited = !options.overlapped;
         lane.copies.clear();
         lane.group = 0;
         lane.started = lane.signalled = 0;

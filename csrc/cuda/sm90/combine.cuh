@@ -6,8 +6,8 @@
 
 namespace reap::cuda::sm90 {
 
-// A staged strip of each consumer warp. Rows 0, 1, 2, 3 of any four are 32 bytes apart
-// in their banks, for the fragments of half a warp: a quarter of the strip has all rows of one kind.
+// A staged strip of each consumer warp. Rows 0, 1, 2, 3 of any four are 32 bytes apart in their banks,
+// for the fragments of half a warp: a quarter of the strip has all rows of one kind.
 constexpr int QUARTER_BYTES = STRIP_ROWS / 4 * BOX * sizeof(float) + 32;
 constexpr int ADDED_STRIP_BYTES = (4 * QUARTER_BYTES + 127) / 128 * 128;
 constexpr int DOWN_BYTES = STAGED_AT + CONSUMERS * WARPGROUP / WARP * ADDED_STRIP_BYTES;
@@ -32,7 +32,8 @@ __device__ __forceinline__ Rows find_rows(const Combine& args, int slot) {
     Rows rows;
     rows.target = args.combined + mine.row * args.pitch;
 #pragma unroll
-    for (int half = 0; half < 2; ++half) rows.gates[half] = __shfl_sync(ALL_LANES, mine.gate, fragment_row() + half * 8);
+    for (int half = 0; half < 2; ++half)
+        rows.gates[half] = __shfl_sync(ALL_LANES, mine.gate, fragment_row() + half * 8);
     return rows;
 }
 

@@ -53,13 +53,15 @@ __device__ __forceinline__ void compute_down(const DownArgs<T>& args, const Ring
             continue;
         }
         const int column = args.combine.first_column + tile.column * TILE_COLUMNS, first = tile.first + consumer_row();
-        const int slot = find_slot(args.combine, first + lane_id() % STRIP_ROWS, tile.end);  // comes during the main loop
+        // Comes during the main loop.
+        const int slot = find_slot(args.combine, first + lane_id() % STRIP_ROWS, tile.end);
         Accumulators acc;
         multiply<T, B_MN_MAJOR, false>(acc, ring, state, slices);
         add_bias(acc, args.weights, tile.expert, column);
         const Rows rows = find_rows(args.combine, slot);
 #pragma unroll
-        for (int s = 0; s < 4; ++s) combine_strip(acc[s], args.combine, rows, staged, first, tile.end, column + s * BOX);
+        for (int s = 0; s < 4; ++s)
+            combine_strip(acc[s], args.combine, rows, staged, first, tile.end, column + s * BOX);
     }
     bulk_wait_read();  // shared memory is the block's no longer than its threads are there
 }
@@ -68,6 +70,7 @@ template <class T, bool B_MN_MAJOR>
 __global__ void __launch_bounds__(BLOCK, 1) down_kernel(const __grid_constant__ Down<T> down) {
 #ifdef REAP_HOPPER
     const Ring ring = make_ring(1);
+    follow_launch();
     if (threadIdx.x < WARPGROUP) {
         release_registers<PRODUCER_REGISTERS>();
         if (threadIdx.x == 0) load_down<T, B_MN_MAJOR>(down, ring);

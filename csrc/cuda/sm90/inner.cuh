@@ -8,13 +8,14 @@
 
 namespace reap::cuda::sm90 {
 
-constexpr int INNER_COLUMNS = TILE_COLUMNS / 2;        // of a gated tile
-constexpr int INNER_PITCH = INNER_COLUMNS * 2 + CHUNK_BYTES;  // bytes from row to row, all of which start in other banks
-constexpr int INNER_BYTES = STRIP_ROWS * INNER_PITCH;
-static_assert(INNER_BYTES >= STRIP_ROWS * BOX * int(sizeof(float)));  // the strip of store_inner() has its place there, too
+constexpr int INNER_COLUMNS = TILE_COLUMNS / 2;               // of a gated tile
+constexpr int INNER_PITCH = INNER_COLUMNS * 2 + CHUNK_BYTES;  // bytes from row to row, which start in other banks
+constexpr int INNER_BYTES = STRIP_ROWS * INNER_PITCH;         // of a warp; a strip for store_inner() has place there
+static_assert(INNER_BYTES >= STRIP_ROWS * BOX * int(sizeof(float)));
 
 __device__ __forceinline__ bool is_gated_swish(Pairing pairing, const Gate& gate) {
-    return pairing != Pairing::none && (gate.activation == Activation::silu || gate.activation == Activation::swiglu_clamped);
+    return pairing != Pairing::none &&
+           (gate.activation == Activation::silu || gate.activation == Activation::swiglu_clamped);
 }
 
 __device__ __forceinline__ float gated_swish(float g, float u, const Gate& gate) {
@@ -23,7 +24,8 @@ __device__ __forceinline__ float gated_swish(float g, float u, const Gate& gate)
 
 // The warp's 16 rows of a tile, activated, in shared memory.
 template <class T>
-__device__ __forceinline__ void stage_inner(const Accumulators& acc, Pairing pairing, const Gate& gate, Shared<char> staged) {
+__device__ __forceinline__ void stage_inner(const Accumulators& acc, Pairing pairing, const Gate& gate,
+                                            Shared<char> staged) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
         const int low = 2 * half, high = low + 1;
@@ -34,8 +36,8 @@ __device__ __forceinline__ void stage_inner(const Accumulators& acc, Pairing pai
 #pragma unroll
                 for (int j = 0; j < 8; ++j) {
                     const float(&g)[4] = acc[s][j], (&u)[4] = acc[s + 2][j];
-                    const uint32_t pair = narrow2<T>(gated_swish(g[low], u[low], gate), gated_swish(g[high], u[high], gate));
-                    store_shared(cast<uint32_t>(row + (s * BOX + j * 8 + fragment_column())), pair);
+                    store_shared(cast<uint32_t>(row + (s * BOX + j * 8 + fragment_column())),
+                                 narrow2<T>(gated_swish(g[low], u[low], gate), gated_swish(g[high], u[high], gate)));
                 }
         } else {
 #pragma unroll
@@ -54,9 +56,10 @@ template <class T>
 __device__ __forceinline__ void send_inner(const GateUpArgs<T>& args, Shared<char> staged, int first, int end, int n) {
     fence_proxy_async();
     __syncwarp();
+    const int bytes = min(INNER_COLUMNS, args.pitch - n) * int(sizeof(T));
     if (lane_id() < STRIP_ROWS && is_real(first + lane_id(), end))
-        bulk_store(args.inner + (int64_t(first + lane_id()) * args.pitch + n), cast<T>(staged + lane_id() * INNER_PITCH),
-                   min(INNER_COLUMNS, args.pitch - n) * 2);
+        bulk_store(args.inner + (int64_t(first + lane_id()) * args.pitch + n),
+                   cast<T>(staged + lane_id() * INNER_PITCH), bytes);
     bulk_commit();
 }
 

@@ -1,5 +1,4 @@
-// ../launch.cuh with Hopper's kernels for the two GEMMs. Executed on the emulator only, never on a
-// GPU: nobody gets them but who asks for the backend `cuda_sm90`.
+// ../launch.cuh with Hopper's kernels for the two GEMMs.
 //
 // What Layer.wgmma needs, beside what run_layer() does: an sm_90, H a multiple of 8, hidden and both
 // weights at multiples of 16 bytes, contiguous along one dimension and all other strides positive

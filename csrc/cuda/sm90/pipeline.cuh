@@ -59,7 +59,7 @@ struct PipelineState {
 struct Ring {
     Shared<char> stages;                                   // A, B of each
     Shared<uint64_t> full, empty;                          // [STAGES]
-    Shared<int4> tiles;                                    // of the stages: a Tile, or expert -1 after the last [STAGES]
+    Shared<int4> tiles;                                    // of the stages: a Tile; expert -1 after the last [STAGES]
     Shared<int> taken;                                     // numbers of the producer's next tiles [2]
 
     __device__ __forceinline__ Shared<char> a(int stage) const { return stages + stage * STAGE_BYTES; }

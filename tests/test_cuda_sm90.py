@@ -103,10 +103,12 @@ def test_emulated(case, dtype):
 
 
 @needs_emulator
-@pytest.mark.parametrize("transposed", (False, True))
-def test_no_bank_conflicts(transposed):
+@pytest.mark.parametrize("interleaved", (False, True))
+@pytest.mark.parametrize("activation", ("silu", "gelu"))
+def test_no_bank_conflicts(activation, interleaved):
     """Of cp.async and of the epilogues; TMA and wgmma know the swizzle."""
-    case = Case("profiled", transposed=transposed, **SIZES)
+    layout = {"interleaved": interleaved, "transposed": interleaved}
+    case = Case("profiled", activation=activation, **layout, **SIZES)
     run(cases.make(case, torch.bfloat16), profile=True)
     used = emulated.counters()["shared"].values()
     assert {"cp.async", "load", "store"} <= {use["what"] for use in used}

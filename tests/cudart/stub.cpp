@@ -54,7 +54,7 @@ struct Runtime {
     Settings settings;
     std::map<std::string, int> calls;
     std::vector<Launch> launches;
-    std::vector<Map> maps;
+    std::vector<Map> maps;           // since the process began, for the extension keeps some
     std::vector<std::string> order;  // of all calls
     std::map<const void*, size_t> allowed;
     std::map<const void*, std::string> kernels;
@@ -110,9 +110,9 @@ CUresult encode(CUtensorMap* map, CUtensorMapDataType type, cuuint32_t rank, voi
                 CUtensorMapInterleave interleave, CUtensorMapSwizzle swizzle, CUtensorMapL2promotion promotion,
                 CUtensorMapFloatOOBfill fill) {
     Runtime& all = runtime();
-    if (!all.settings.records) return CUDA_SUCCESS;
     const std::lock_guard<std::mutex> guard(all.mutex);
-    if (const int error = failure("cuTensorMapEncodeTiled")) return static_cast<CUresult>(error);
+    if (all.settings.records)
+        if (const int error = failure("cuTensorMapEncodeTiled")) return static_cast<CUresult>(error);
     *map = CUtensorMap{};
     map->opaque[0] = all.maps.size();  // by which a test knows it among a launch's arguments
     all.maps.push_back({type, interleave, swizzle, promotion, fill, reinterpret_cast<uintptr_t>(address),
@@ -246,14 +246,14 @@ PYBIND11_MODULE(recorder, m) {
             Runtime& all = runtime();
             const std::lock_guard<std::mutex> guard(all.mutex);
             all.settings = {std::move(fails), at, error, encodes, records, std::move(arguments)};
-            all.calls.clear(), all.launches.clear(), all.maps.clear(), all.order.clear(), all.allowed.clear();
+            all.calls.clear(), all.launches.clear(), all.order.clear(), all.allowed.clear();
             device = 0, last = cudaSuccess;
         },
-        "Forgets what was recorded, and says what fails from now on.", py::kw_only(), py::arg("fails") = "",
+        "Forgets what was recorded but for maps, and says what fails from now on.", py::kw_only(), py::arg("fails") = "",
         py::arg("at") = 1, py::arg("error") = 0, py::arg("encodes") = true, py::arg("records") = true,
         py::arg("arguments") = std::map<std::string, size_t>());
     m.def("launches", [] { return runtime().launches; });
-    m.def("maps", [] { return runtime().maps; });
+    m.def("map", [](size_t number) { return runtime().maps.at(number); });
     m.def("order", [] { return runtime().order; }, "Names of all functions that were called, in order.");
     m.def("last_error", [] { return static_cast<int>(last); }, "What cudaGetLastError would return.");
 }

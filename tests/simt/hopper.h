@@ -30,6 +30,7 @@ using simt::bulk_wait_read;
 using simt::cp_async_mbarrier_arrive;
 using simt::fence_mbarrier_init;
 using simt::fence_proxy_async;
+using simt::kept_tensor_map;
 using simt::make_tensor_map;
 using simt::mbarrier_arrive;
 using simt::mbarrier_arrive_expect;

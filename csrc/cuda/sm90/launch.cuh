@@ -34,10 +34,10 @@ template <class T> struct Launches : cuda::Launches<T> {
     // Makes all maps, so that nothing is launched if the driver refuses one.
     Launches(const Layer& layer, Global<char> memory) : cuda::Launches<T>(layer, memory) {
         const int64_t halves = layer.gated && !layer.interleaved ? 2 : 1;
-        up = make_tensor_map(weight_box(layer.gate_up, layer.E, halves, plan.rows / halves, layer.H));
+        up = kept_tensor_map(weight_box(layer.gate_up, layer.E, halves, plan.rows / halves, layer.H));
         inner = make_tensor_map(TensorBox{cast<const char>(work.inner), 2, {layer.I, plan.slots}, {1, plan.inner_pitch},
                                           {TILE_K, GROUP_ROWS}});
-        down_weights = make_tensor_map(weight_box(layer.down, layer.E, 1, layer.H, layer.I));
+        down_weights = kept_tensor_map(weight_box(layer.down, layer.E, 1, layer.H, layer.I));
     }
 
     // Blocks are persistent: one for each processor, and no more than there can be tiles.

@@ -32,6 +32,8 @@ struct TensorBox {
 #include <cuda.h>
 #include <cuda_runtime_api.h>
 
+#include <array>
+#include <map>
 #include <stdexcept>
 #include <string>
 #include <type_traits>
@@ -74,6 +76,19 @@ inline TensorMap make_tensor_map(const TensorBox& tensor) {
         throw std::runtime_error("cuTensorMapEncodeTiled fails with CUresult " +
                                  std::to_string(error));
     return map;
+}
+
+// The same of a tensor that many calls name, such as weights: a thread keeps the maps that it has had
+// made. A map is all of its TensorBox and nothing else, so that none gets stale.
+inline TensorMap kept_tensor_map(const TensorBox& tensor) {
+    constexpr size_t MOST = 1024;
+    thread_local std::map<std::array<int64_t, 14>, TensorMap> kept;
+    const auto& [data, rank, sizes, strides, box] = tensor;
+    const std::array<int64_t, 14> key{reinterpret_cast<int64_t>(data), rank, sizes[0], sizes[1], sizes[2], sizes[3],
+                                      strides[0], strides[1], strides[2], strides[3], box[0], box[1], box[2], box[3]};
+    if (const auto found = kept.find(key); found != kept.end()) return found->second;
+    if (kept.size() == MOST) kept.clear();
+    return kept[key] = make_tensor_map(tensor);
 }
 
 // "mbarrier.init": the phase completes at `arrivals` arrivals and when no bytes are awaited.

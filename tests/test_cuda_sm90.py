@@ -211,7 +211,7 @@ def test_every_statement_that_waits_signals_or_fences_is_a_mutant():
         "wgmma_fence": 1, "wgmma_commit": 1, "wgmma_wait<1>": 1, "wgmma_wait<0>": 1,
         "mbarrier_arrive": 6, "mbarrier_arrive_expect": 2, "cp_async_mbarrier_arrive": 1,
         "__syncthreads": 1, "__syncwarp": 6, "bulk_wait_read": 4, "bulk_commit": 2,
-        "named_barrier": 1,
+        "named_barrier": 1, "wait_for_launch_before": 2,
     }.items()  # fmt: skip
 
 

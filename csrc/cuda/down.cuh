@@ -17,7 +17,7 @@ template <class T> struct DownArgs {
 
 template <class T, int ROWS, Layout LAYOUT>
 __global__ void __launch_bounds__(THREADS) down_kernel(DownArgs<T> args) {
-    follow_launch();
+    wait_for_launch_before();
     Tile tile;
     if (!locate(tile, args.routing, blockIdx.x, args.walk, ROWS)) return;
     const int column = args.combine.first_column + tile.column * COLUMNS;

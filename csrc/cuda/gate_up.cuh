@@ -70,7 +70,7 @@ template <class T> __device__ __forceinline__ int64_t gathered_row(const GateUpA
 
 template <class T, int ROWS, Layout LAYOUT>
 __global__ void __launch_bounds__(THREADS) gate_up_kernel(GateUpArgs<T> args) {
-    follow_launch();
+    wait_for_launch_before();
     const int number = blockIdx.x;
     if (number >= args.tiles) return zero_share(args.zero, number - args.tiles, threadIdx.x, THREADS);
     Tile tile;

@@ -10,7 +10,7 @@ namespace {
 
 struct StreamLauncher {
     cudaStream_t stream;
-    bool overlaps;         // a launch may start at the end of the one before, for which its kernels wait
+    bool overlaps;         // a launch is made ready before the last one is over, for which its kernels wait
     bool started = false;  // what is before the first launch is not ours
 
     template <class Args>

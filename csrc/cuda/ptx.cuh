@@ -163,18 +163,10 @@ __device__ __forceinline__ float reciprocal_approx(float x) {
 
 // "Parallel Synchronization and Communication Instructions: griddepcontrol", .wait: until the launch before
 // this one is over and what it wrote can be seen. Nothing that an earlier launch wrote or read may be
-// touched before. Older chips start no launch before the last one is over.
+// touched before; every kernel begins with it. Older chips start no launch before the last one is over.
 __device__ __forceinline__ void wait_for_launch_before() {
 #if __CUDA_ARCH__ >= 900
     asm volatile("griddepcontrol.wait;" ::: "memory");
-#endif
-}
-
-// "... griddepcontrol", .launch_dependents: as soon as all blocks have said this, or ended, blocks of the next
-// launch may start where there is room, and wait there.
-__device__ __forceinline__ void let_next_launch_start() {
-#if __CUDA_ARCH__ >= 900
-    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
 #endif
 }
 

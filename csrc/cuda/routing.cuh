@@ -51,12 +51,6 @@ struct RoutingArgs {
     int launches;
 };
 
-// Where every kernel begins: the next launch may be made ready meanwhile, and this one was.
-__device__ __forceinline__ void follow_launch() {
-    wait_for_launch_before();
-    let_next_launch_start();
-}
-
 __device__ __forceinline__ int lane_id() { return threadIdx.x % WARP; }
 
 // The sum over this lane and those below.
@@ -145,7 +139,7 @@ __device__ __forceinline__ void clear_counters(const RoutingArgs& args) {
 
 // Block: a chunk.
 __global__ void __launch_bounds__(WARP) count_kernel(RoutingArgs args) {
-    follow_launch();
+    wait_for_launch_before();
     const Shared<int32_t> count = cast<int32_t>(shared_memory());  // [E+1]
     count_chunk(args, blockIdx.x, count);
     for (int expert = lane_id(); expert <= args.E; expert += WARP)
@@ -154,7 +148,7 @@ __global__ void __launch_bounds__(WARP) count_kernel(RoutingArgs args) {
 
 // Block: an expert.
 __global__ void __launch_bounds__(WARP) scan_kernel(RoutingArgs args) {
-    follow_launch();
+    wait_for_launch_before();
     const Global<int32_t> row = args.counts + int64_t(blockIdx.x) * args.chunks;
     int before = 0;
     for (int first = 0; first < args.chunks; first += WARP) {
@@ -170,7 +164,7 @@ __global__ void __launch_bounds__(WARP) scan_kernel(RoutingArgs args) {
 // Block: a chunk, and an expert's row tiles. Every warp sums the experts' totals again, which is
 // cheaper than a launch.
 __global__ void __launch_bounds__(WARP) place_kernel(RoutingArgs args) {
-    follow_launch();
+    wait_for_launch_before();
     const int block = blockIdx.x;
     const bool has_chunk = block < args.chunks;
     if (block == 0) clear_counters(args);
@@ -188,7 +182,7 @@ __global__ void __launch_bounds__(WARP) place_kernel(RoutingArgs args) {
 
 // Block: all chunks, one per warp.
 __global__ void __launch_bounds__(ROUTE_WARPS * WARP) route_kernel(RoutingArgs args) {
-    follow_launch();
+    wait_for_launch_before();
     const int warp = threadIdx.x / WARP;
     const Shared<int32_t> starts = cast<int32_t>(shared_memory());           // [E+1]
     const Shared<int32_t> counts = starts + (args.E + 1);                    // [chunks, E+1]

@@ -70,7 +70,7 @@ template <class T, bool B_MN_MAJOR>
 __global__ void __launch_bounds__(BLOCK, 1) down_kernel(const __grid_constant__ Down<T> down) {
 #ifdef REAP_HOPPER
     const Ring ring = make_ring(1);
-    follow_launch();
+    wait_for_launch_before();
     if (threadIdx.x < WARPGROUP) {
         release_registers<PRODUCER_REGISTERS>();
         if (threadIdx.x == 0) load_down<T, B_MN_MAJOR>(down, ring);

@@ -80,7 +80,7 @@ template <class T, bool B_MN_MAJOR>
 __global__ void __launch_bounds__(BLOCK, 1) gate_up_kernel(const __grid_constant__ GateUp<T> up) {
 #ifdef REAP_HOPPER
     const Ring ring = make_ring(WARPGROUP + 1);
-    follow_launch();
+    wait_for_launch_before();
     if (threadIdx.x < WARPGROUP) {
         release_registers<PRODUCER_REGISTERS>();
         load_gate_up<T, B_MN_MAJOR>(up, ring);

@@ -15,6 +15,7 @@ from reap.checkpoint.writing import Check, check_shards, checksum
 from reap.errors import ReapError
 from reap.files.folder import Folder, open_folder
 from reap.files.outputs import PRUNED, RECORD
+from reap.files.paths import path_of
 from reap.files.safefile import read_json
 from reap.model.identity import describe_folder, mtp_of
 from reap.model.info import ModelInfo
@@ -85,10 +86,12 @@ def verify(
     """
     started = time.monotonic()
     advance = progress or (lambda n: None)
+    path_of(folder, "folder", "the folder of a pruned model")
     opened = open_folder(folder)
     record = _record(opened.path)
     compared, size = None, 0
     if source is not None:
+        path_of(source, "source", "the folder of a model")
         compared, size = str(source), _compare(opened, record, open_folder(source), advance)
     elif record is not None:
         compared, size = _recorded(opened.path, record, advance)

@@ -79,7 +79,7 @@ class ModelInfo:
     fingerprint: str
     weights: str | None
     layers: tuple[LayerInfo, ...]
-    structure: Structure | None = dataclasses.field(default=None, hash=False)
+    structure: Structure | None = dataclasses.field(default=None, hash=False, repr=False)
     transformers: str | None = dataclasses.field(default=None, compare=False)
 
     def __post_init__(self) -> None:

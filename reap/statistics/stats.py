@@ -194,13 +194,15 @@ class Statistics:
                 for part in parts:
                     part.check()
 
-    def __add__(self, other: Statistics) -> Statistics:
+    def __add__(self, other: object) -> Statistics:
         """Both together, for shards, domains and ranks. ReapError says how two do not belong
         together.
 
         Unknown weights match known ones; the sum then carries the known ones, so that two different
         models never meet through a third.
         """
+        if not isinstance(other, Statistics):
+            return NotImplemented
         differences = [self.model.difference(other.model)]
         for field in ("gates", "pairs"):
             mine, theirs = getattr(self, field), getattr(other, field)
@@ -223,6 +225,13 @@ class Statistics:
         if type(other) is int and other == 0:
             return self._like(self.model) + self
         return NotImplemented
+
+    def __repr__(self) -> str:
+        domains = ", ".join(self.domains) or "none"
+        return (
+            f"<Statistics of {self.model.name}: {self.tokens:,} tokens through {len(self)} MoE "
+            f"layers, domains {domains}>"
+        )
 
     def __iter__(self) -> Iterator[str]:
         """The names of the layers, as of a mapping."""

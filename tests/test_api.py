@@ -147,7 +147,7 @@ def test_statistics_are_summed_and_iterated(stats: reap.Statistics) -> None:
     with pytest.raises(TypeError):
         1 + stats
     with pytest.raises(TypeError):
-        stats + None  # type: ignore[operator]
+        stats + None
 
 
 def test_the_library_speaks_of_arguments_and_the_command_of_options(files: Path) -> None:

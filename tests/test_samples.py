@@ -130,7 +130,7 @@ def test_turns_as_tables_and_other_programs_have_them() -> None:
     )
     assert read(lists, messages=[{"role": "user", "content": PARTS}]) == "(h)(i)"
     assert read(CHAT, prompt=TURNS[:1], completion=TURNS[1:]) == RENDERED
-    asked = {"instruction": "hi", "output": "yo", "history": [["a", "b"]]}
+    asked: dict[str, Any] = {"instruction": "hi", "output": "yo", "history": [["a", "b"]]}
     assert read(CHAT, **asked) == "[user]a[assistant]b" + RENDERED
 
 

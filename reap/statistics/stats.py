@@ -216,7 +216,11 @@ class Statistics:
         total = self._like(replace(known, structure=known.structure or rest.structure))
         total.data = _union(self.data, other.data)
         total.versions = _join_versions(self.versions, other.versions)
-        for key, part in (*self._copies(), *other._copies()):
+        # Of two releases of transformers they may be under another module.
+        names = dict(zip((*self.layers, *other.layers), total.layers * 2, strict=True))
+        for (domain, name), part in (*self._copies(), *other._copies()):
+            part.name = names[name]
+            key = domain, part.name
             total._parts[key] = total._parts[key] + part if key in total._parts else part
         return total
 
@@ -339,7 +343,13 @@ def _provenance(model: ModelInfo) -> tuple[Any, ...]:
     """A sort key that does not depend on the order of a sum: what knows most comes first."""
     structure = model.structure.to_json() if model.structure else {}
     known = model.weights is None, model.weights or "", not structure, not structure.get("config")
-    return *known, model.name, json.dumps(structure, sort_keys=True), model.transformers or ""
+    return (
+        *known,
+        model.name,
+        [layer.name for layer in model.layers],
+        json.dumps(structure, sort_keys=True),
+        model.transformers or "",
+    )
 
 
 def _union(mine: list[dict[str, Any]], theirs: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -153,9 +153,7 @@ class Renaming:
     def _is_sparse(self, value: Mapping[str, Any]) -> bool:
         """Whether it has some experts by number; not so layers, with an entry per expert each."""
         totals = {removal.total for removal in self.removals}
-        dense = all(
-            isinstance(item, list | dict) and len(item) in totals for item in value.values()
-        )
+        whole = (isinstance(one, list | dict) and len(one) in totals for one in value.values())
         return all(key.isdigit() for key in value) and not all(whole)
 
     def _positions(self, value: Collection[Any], place: _Place) -> tuple[int, ...] | None:

@@ -12,7 +12,7 @@ import pytest
 from test_batching import TOKENIZER, all_text
 
 from reap.errors import ReapError
-from reap.text.batching import batches
+from reap.text.batching import batches, parse_spec
 
 ROWS = [{"text": "one", "more": "1"}, {"text": "two", "more": "2"}]
 LINES = "\n".join(map(json.dumps, ROWS)).encode()
@@ -31,6 +31,7 @@ def test_lines_and_arrays(tmp_path: Path, name: str, content: bytes) -> None:
     path.write_bytes(gzip.compress(content) if name.lower().endswith("gz") else content)
     assert read(path) == ["one", "two"]
     assert read(path, "more") == ["1", "2"]
+    assert parse_spec(str(path)).domain == name[0]
 
 
 def test_compressed_text_and_folders(tmp_path: Path) -> None:

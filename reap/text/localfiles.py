@@ -47,10 +47,13 @@ class Row(NamedTuple):
 
 def suffix(path: str | os.PathLike[str]) -> str:
     """What a name says of the content; a compression's suffix is not part of it."""
+    return unpacked(path).suffix.lower()
+
+
+def unpacked(path: str | os.PathLike[str]) -> Path:
+    """The name without a compression's suffix."""
     inner = Path(path)
-    if inner.suffix.lower() in COMPRESSED:
-        inner = inner.with_suffix("")
-    return inner.suffix.lower()
+    return inner.with_suffix("") if inner.suffix.lower() in COMPRESSED else inner
 
 
 def has_rows(path: str | os.PathLike[str]) -> bool:

@@ -49,8 +49,12 @@ def test_what_a_data_loader_yields(model: Any, stats: reap.Statistics) -> None:
     [
         (None, "a batch is a NoneType"),
         ({"ids": torch.zeros(1, 2)}, "a batch is a dict: it must be"),
+        ({"input_ids": torch.zeros(1, 2)}, "input_ids of a batch are torch.float32"),
         ({"input_ids": torch.zeros(2, dtype=torch.int64)}, "input_ids .rows, length."),
-        ({"input_ids": torch.ones(1, 3), "attention_mask": torch.ones(3)}, r"shape .* \[1, 3\]"),
+        (
+            {"input_ids": torch.ones(1, 3).int(), "attention_mask": torch.ones(3)},
+            r"shape .* \[1, 3\]",
+        ),
     ],
 )
 def test_what_is_no_batch(model: Any, batch: Any, message: str) -> None:
@@ -86,6 +90,35 @@ def test_objects_where_files_belong(model: Any, files: Path, stats: reap.Statist
     assert not (files / "x").exists()
 
 
+def test_what_is_no_path(tmp_path: Path, model: Any, stats: reap.Statistics) -> None:
+    plan = reap.make_plan(stats, ratio=0.5)
+    refusals: dict[Any, str] = {
+        lambda: reap.prune(tmp_path, stats, tmp_path / "x"): "the plan is a Statistics: it must be",  # type: ignore[arg-type]
+        lambda: reap.Plan.load(3): "the plan is a int",  # type: ignore[arg-type]
+        lambda: reap.Statistics.load(None): "path is a NoneType: it must be a file of statistics",  # type: ignore[arg-type]
+        lambda: stats.save(None): "path is a NoneType",  # type: ignore[arg-type]
+        lambda: plan.save(b"p.json"): "path is a bytes",  # type: ignore[arg-type]
+        lambda: reap.verify(plan): "folder is a Plan",  # type: ignore[arg-type]
+        lambda: reap.batches("stdlib:code", "a folder"): "tokenizer is a str: it must be the",
+        lambda: reap.calibrate(model, None): "batches is a NoneType",  # type: ignore[arg-type]
+        lambda: reap.evaluate(model, 3): "batches is a int",  # type: ignore[arg-type]
+    }
+    for refused, message in refusals.items():
+        with pytest.raises(reap.ReapError, match=message):
+            refused()
+
+
+def test_what_is_printed_of_results(model: Any, stats: reap.Statistics) -> None:
+    name = stats.layers[0]
+    plan = reap.make_plan(stats, ratio=0.5)
+    assert repr(stats) == (
+        f"<Statistics of {stats.model.name}: 14 tokens through 4 MoE layers, domains default>"
+    )
+    assert repr(stats[name]) == f"<LayerStatistics of {name}: 8 experts, 14 tokens>"
+    assert repr(plan) == f"<Plan of {stats.model.name} by reap: keeps 4 of 8 experts in 4 layers>"
+    assert "structure" not in repr(stats.model)
+
+
 def test_a_path_is_a_spec(files: Path) -> None:
     from transformers import AutoTokenizer
 
@@ -113,6 +146,8 @@ def test_statistics_are_summed_and_iterated(stats: reap.Statistics) -> None:
     assert stats.layers[0] in stats and "nothing" not in stats
     with pytest.raises(TypeError):
         1 + stats
+    with pytest.raises(TypeError):
+        stats + None
 
 
 def test_the_library_speaks_of_arguments_and_the_command_of_options(files: Path) -> None:
@@ -122,3 +157,5 @@ def test_the_library_speaks_of_arguments_and_the_command_of_options(files: Path)
         reap.Plan.load(files / "p.json").save(files / "p.json")
     assert as_flags(str(e.value)).endswith("or pass --overwrite")
     assert as_flags("try multiple_of=8, a=b, keep=12") == "try --multiple-of 8, a=b, --keep 12"
+    for name in ("data 'a.jsonl=0' or a=1", "in /runs/keep=8/seed=3", "keep=8.json exists"):
+        assert as_flags(name) == name

@@ -18,3 +18,13 @@ def test_combine_adds_exactly(work):
     out = work / "two.json"
     invoke("plan", work / "both.st", "--domain", "two", "--keep", 4, "--out", out)
     assert json.loads(out.read_text())["calibration"]["domains"] == {"two": 512}
+
+
+def test_sums_of_tokens_that_count_otherwise_say_so(work):
+    from reap.statistics.stats import Statistics
+
+    some = Statistics.load(work / "two.st")
+    some.data = [entry | {"count": {"after": "x"}} for entry in some.data]
+    some.save(work / "some.st")
+    said = run_json("combine", work / "one.st", work / "some.st", "--out", work / "mixed.st")
+    assert said["notes"] == ["not all count the same tokens: all; those after 'x'"]

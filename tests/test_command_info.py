@@ -8,6 +8,7 @@ def test_info_says_what_a_path_is(work):
     stats = run_json("info", work / "one.st")
     assert (stats["kind"], stats["tokens"], stats["domains"]) == ("statistics", 512, {"one": 512})
     assert stats["experts"] == [16] and stats["versions"]["torch"]
+    assert stats["data"] == [str(work / "a.txt")]
     plan = run_json("info", work / "plan.json")
     assert (plan["kind"], plan["kept"], plan["tokens"]) == ("plan", [8], 512)
     for path in (pruned, pruned / "reap.json"):
@@ -21,5 +22,7 @@ def test_info_says_what_a_path_is(work):
     assert run_json("info", MODEL)["kind"] == "model"
     for path in (work / "one.st", work / "plan.json", pruned, MODEL):
         assert f"kind         {run_json('info', path)['kind']}" in invoke("info", path)[1]
+    for name in ("config.json", "model.safetensors"):
+        assert refused("info", MODEL / name).endswith(f": give its folder, {MODEL}")
     assert "neither statistics nor a plan" in refused("info", work / "a.txt")
     assert "no config.json" in refused("info", work / "empty")

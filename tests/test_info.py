@@ -137,11 +137,16 @@ def test_another_precision_is_a_note_where_it_is_allowed():
     assert FULL.notes(FULL) == []
 
 
-def test_layers_under_another_module_are_pruned_alike():
+def test_layers_under_another_module_are_the_same():
     moved = replace(LAYER, name="model.language_model.layers.0.mlp.experts")
     other = replace(FULL, layers=(moved,))
-    assert "against model.language_model.layers.0" in str(FULL.difference(other))
-    assert FULL.difference(other, to_prune=True) is None
+    assert FULL.difference(other) is None is other.difference(FULL)
+    later = replace(FULL, layers=(replace(moved, name="m.layers.1.mlp.experts"),))
+    assert "layer layers.0.mlp.experts against layers.1" in str(FULL.difference(later))
+    two = replace(FULL, layers=(LAYER, later.layers[0]))
+    assert "layers.1.mlp.experts in one alone, as where one has that of multi-token" in str(
+        two.difference(FULL)
+    )
     fewer = replace(FULL, layers=(replace(moved, num_experts=4),))
     assert "num_experts 8 against 4" in str(FULL.difference(fewer, to_prune=True))
 

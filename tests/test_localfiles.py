@@ -12,7 +12,7 @@ import pytest
 from test_batching import TOKENIZER, all_text
 
 from reap.errors import ReapError
-from reap.text.batching import batches
+from reap.text.batching import batches, parse_spec
 
 ROWS = [{"text": "one", "more": "1"}, {"text": "two", "more": "2"}]
 LINES = "\n".join(map(json.dumps, ROWS)).encode()
@@ -31,6 +31,7 @@ def test_lines_and_arrays(tmp_path: Path, name: str, content: bytes) -> None:
     path.write_bytes(gzip.compress(content) if name.lower().endswith("gz") else content)
     assert read(path) == ["one", "two"]
     assert read(path, "more") == ["1", "2"]
+    assert parse_spec(str(path)).domain == name[0]
 
 
 def test_compressed_text_and_folders(tmp_path: Path) -> None:
@@ -54,6 +55,49 @@ def test_damage_is_named(tmp_path: Path, name: str, content: bytes, message: str
     (tmp_path / name).write_bytes(content)
     with pytest.raises(ReapError, match=message):
         read(tmp_path / name)
+
+
+LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.jsonl", gzip.compress(LINES), r"what files called \*.gz hold"),
+        ("a.txt", b"\x28\xb5\x2f\xfd rest", r"what files called \*.zst hold"),
+        ("a.json", b"PAR1 rest", r"what files called \*.parquet hold"),
+        ("a.jsonl", LFS, "is a Git LFS pointer"),
+        ("a.txt", LFS, "is a Git LFS pointer"),
+        ("a.txt", "text".encode("utf-16"), "is UTF-16: convert"),
+        ("a.csv", LINES.decode().encode("utf-16"), "is UTF-16: convert"),
+    ],
+)
+def test_what_is_not_what_its_name_says(
+    tmp_path: Path, name: str, content: bytes, message: str
+) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ReapError, match=f"{name} .*{message}"):
+        read(tmp_path / name)
+
+
+def test_tables(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_bytes(b'\xef\xbb\xbftext,more\r\n"o,\nne",1\r\ntwo,2\r\n')
+    (tmp_path / "b.tsv.gz").write_bytes(gzip.compress(b"instruction\toutput\na\tb\n"))
+    assert read(tmp_path / "a.csv") == ["o,\nne", "two"]
+    assert read(tmp_path / "a.csv", "more") == ["1", "2"]
+    assert read(tmp_path / "b.tsv.gz") == ["a\n\nb"]
+    for content, message in {
+        b"text,more\none\n": "line 2: has not as many fields",
+        b"text\none,two\n": "line 2: has not as many fields",
+        b'text\n"one': "line 1: unexpected end",
+        b"other\none\n": "line 2: needs .* it has other",
+    }.items():
+        (tmp_path / "c.csv").write_bytes(content)
+        with pytest.raises(ReapError, match=f"c.csv, {message}"):
+            read(tmp_path / "c.csv")
+    (tmp_path / "c.csv").write_bytes(b"text\n\xff\n")
+    with pytest.raises(ReapError, match="c.csv: is not UTF-8"):
+        read(tmp_path / "c.csv")
 
 
 def test_the_rest_of_a_damaged_file_is_left_out(tmp_path: Path) -> None:

@@ -88,6 +88,7 @@ N = [[M.format(layer, expert) for expert in range(EXPERTS)] for layer in range(2
          {N[0][0]: {"quant_algo": "FP8"}}),
         # By position.
         ("bits", dict.fromkeys("01", [1, 2, 3, 4, 5, 6]), {"0": [2, 3, 6], "1": [3, 4, 5]}),
+        ("expert_bits", dict.fromkeys("01", [1, 2, 3, 4, 5, 6]), {"0": [2, 3, 6], "1": [3, 4, 5]}),
         ("layers", {"model.layers.1.mlp": {"experts": {str(i): i for i in range(6)}}},
          {"model.layers.1.mlp": {"experts": {"0": 2, "1": 3, "2": 4}}}),
         ("weight_block_size", [128, 128], [128, 128]),
@@ -100,6 +101,9 @@ def test_entries(key: str, before: Any, after: Any) -> None:
     config = {"ignore_me": [N[0][5]], "text_config": {"quantization_config": {key: before}}}
     written = renaming(OTHER).config(config)
     assert written == {**config, "text_config": {"quantization_config": {key: after}}}
+    assert renaming(OTHER).config({"weight_quantization": {key: before}}) == {
+        "weight_quantization": {key: after}
+    }
     assert json.dumps(written) == json.dumps(
         {**config, "text_config": {"quantization_config": {key: after}}}
     ), "in the same order"
@@ -119,6 +123,13 @@ def test_layers_that_keep_the_same_experts_share_a_pattern() -> None:
         ("expert_bits", list(range(6)), r"expert_bits has 6 entries"),
         ("bits", list(range(6)), r"bits has 6 entries"),
         ("ignore", ["model.layers.0.mlp.experts.[25]*"], r"which can be read in two ways"),
+        ("blocks", "model.layers.0.mlp.experts.1,model.layers.1", "blocks has .* names experts"),
+        ("ignore", ["model.layers.0.mlp.experts[3].up_proj"], "ignore has .* names experts"),
+        ("ignore", ["model/layers/0/mlp/experts/3"], "ignore has .* names experts"),
+        ("ignore", ["model.layers.0.mlp.experts.0-3"], "ignore has .* names experts"),
+        ("ignore", ["layers_0_experts_3"], "ignore has .* names experts"),
+        ("fp16_experts", {"layer_0": [0, 5]}, "fp16_experts.layer_0 names experts by number"),
+        ("layers", {"0": {"experts": {"0": 4, "5": 8}}}, "experts names experts by number"),
         ("modules_in_block_to_quantize", [["mlp.experts.1.up_proj"]], "for all layers alike"),
     ],
 )
@@ -138,7 +149,14 @@ def test_names_of_layers_that_are_dropped_go_with_them() -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["hf_quant_config.json", "quantize_config.json", "quantization_config.json"]
+    "name",
+    [
+        "hf_quant_config.json",
+        "quantize_config.json",
+        "quantization_config.json",
+        "quant_map.json",
+        "qconfig.json",
+    ],
 )
 def test_side_files(name: str, tmp_path: Path) -> None:
     folder = tmp_path / "m"

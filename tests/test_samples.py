@@ -111,12 +111,56 @@ def test_empty_rows_are_counted(fields: dict[str, Any]) -> None:
     assert tally.counts()["empty"] == 1 and tally.lines() == ["1 row left out as empty"]
 
 
+PARTS = [{"type": "text", "text": "h"}, {"type": "text", "text": "i"}]
+
+
+def test_turns_as_tables_and_other_programs_have_them() -> None:
+    """Fields that are null are not there, parts that a template cannot print are joined, and a
+    conversation may be in two columns."""
+    nulls = {"tool_calls": None, "reasoning_content": None}
+    asks = make_tokenizer(
+        chat_template="{% for m in messages %}{{ m.tool_calls[0] if 'tool_calls' in m else "
+        "m.content }}{% endfor %}"
+    )
+    assert read(asks, messages=[turn | nulls for turn in TURNS]) == "hiyo"
+    assert read(NO_TOOLS, messages=[{"role": "user", "content": PARTS}]) == "[user]hi"
+    lists = make_tokenizer(
+        chat_template="{% for m in messages %}{% for p in m.content %}({{ p.text }}){% endfor %}"
+        "{% endfor %}"
+    )
+    assert read(lists, messages=[{"role": "user", "content": PARTS}]) == "(h)(i)"
+    assert read(CHAT, prompt=TURNS[:1], completion=TURNS[1:]) == RENDERED
+    asked: dict[str, Any] = {"instruction": "hi", "output": "yo", "history": [["a", "b"]]}
+    assert read(CHAT, **asked) == "[user]a[assistant]b" + RENDERED
+
+
+@pytest.mark.parametrize("name", ["reasoning_content", "reasoning", "thinking"])
+def test_reasoning_by_any_name(name: str) -> None:
+    thinks = make_tokenizer(
+        chat_template="{% for m in messages %}<{{ m.reasoning_content }}>{{ m.content }}"
+        "{% endfor %}"
+    )
+    turn = {"role": "assistant", "content": "yo", name: "why"}
+    assert read(thinks, messages=[turn]) == "<why>yo"
+    tally = Tally()
+    assert sample_text({"messages": [turn]}, "here", NO_TOOLS, "", tally) is not None
+    assert tally.lines() == [f"1 row used without {name}, which the chat template does not show"]
+
+
+def test_calls_that_have_no_place_are_counted() -> None:
+    tally = Tally()
+    turn = {"role": "assistant", "content": None, "tool_calls": [{"function": CALL}]}
+    found = sample_text({"messages": [turn]}, "here", NO_TOOLS, "", tally)
+    assert found is not None and found.text == "[assistant]"
+    assert tally.counts()["unused"] == {"tool_calls": 1}
+
+
 def test_tools_that_have_no_place_are_counted() -> None:
     tally = Tally()
     rows = [{"messages": TURNS, "tools": [TOOL]}, {"query": "a", "answers": "b", "tools": [TOOL]}]
     for row, tokenizer in zip(rows, (NO_TOOLS, PLAIN), strict=True):
         assert sample_text(row, "here", tokenizer, "", tally) is not None
-    assert tally.tools_unused == 2 and "2 rows used without tools" in tally.lines()[0]
+    assert tally.unused == {"tools": 2} and "2 rows used without tools" in tally.lines()[0]
 
 
 @pytest.mark.parametrize(
@@ -130,6 +174,8 @@ def test_tools_that_have_no_place_are_counted() -> None:
         ({"conversations": [{"from": "martian", "value": "a"}]}, "'martian', which is none of"),
         ({"messages": [{"speaker": "a", "utterance": "b"}]}, "a turn has speaker, utterance"),
         ({"messages": [{"role": "user"}]}, "a turn has role"),
+        ({"messages": [{"role": "user", "content": None}]}, "a turn has role"),
+        ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "part of type 'image'"),
     ],
 )
 def test_refused(fields: dict[str, Any], message: str) -> None:

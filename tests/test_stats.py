@@ -1,4 +1,5 @@
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -112,6 +113,16 @@ def test_a_selection_and_a_sum_are_copies():
     copies = [stats.select("default"), stats + Statistics(MODEL)]
     stats.update(NAME, *slots(3))
     assert [copy.tokens for copy in copies] == [3, 3] and stats.tokens == 6
+
+
+def test_layers_under_another_module_are_summed():
+    moved = Statistics(replace(MODEL, layers=(replace(MODEL.layers[0], name=f"moved.{NAME}"),)))
+    moved.update(f"moved.{NAME}", *slots(3, 1))
+    stats = Statistics(MODEL)
+    stats.update(NAME, *slots(3, 2))
+    both = stats + moved
+    assert both == moved + stats and both.layers == (NAME,) and both.tokens == 6
+    assert both + moved == stats + (moved + moved)
 
 
 def test_versions_are_recorded_and_joined():

@@ -22,6 +22,9 @@ SHOW_AFTER_SECONDS = 2.0
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EBADF)
 
+# What the library advises to pass; anything else like them may be part of a file's name.
+ARGUMENTS = "allow_copy|keep|multiple_of|overwrite|trust_remote_code"
+
 Command = TypeVar("Command", bound=Callable[..., None])
 debug = False
 _interrupted: int | None = None  # the signal
@@ -109,7 +112,7 @@ def as_flags(text: str) -> str:
         value = "" if match[2] == "True" else f" {match[2]}"
         return f"--{match[1].replace('_', '-')}{value}"
 
-    return re.sub(r"\b([a-z_]+)=(True|\d+)\b", flag, text)
+    return re.sub(rf"(?<![^ ])({ARGUMENTS})=(True|\d+)(?![^ ;,:])", flag, text)
 
 
 def _interrupt(number: int, _: object) -> None:

@@ -32,6 +32,7 @@ from reap.errors import ReapError
 from reap.files import atomic
 from reap.files.folder import CONFIG, Folder, open_folder
 from reap.files.outputs import RECORD, check_folder
+from reap.files.paths import path_of
 from reap.files.safefile import Tensor, span
 from reap.files.units import sized
 from reap.model import compat
@@ -123,11 +124,7 @@ def prune(
     started = time.monotonic()
     compat.require(compat.PRUNING)
     for name, given in (("model_dir", model_dir), ("out_dir", out_dir)):
-        if not isinstance(given, str | os.PathLike):
-            raise ReapError(
-                f"{name} is a {type(given).__name__}: it must be a folder: pruning works on the "
-                "files of a model"
-            )
+        path_of(given, name, "a folder: pruning works on the files of a model")
     if not isinstance(plan, Plan):
         plan = Plan.load(plan)
     ready = _prepared(model_dir, plan, out_dir, overwrite, allow_copy, strict)

@@ -22,9 +22,10 @@ from reap.checkpoint.surgery import Edit
 from reap.errors import ReapError
 from reap.files.folder import CONFIG
 
-KEYS = ("quantization_config", "compression_config", "quantization")  # in config.json
-# hf_quant_config.json (ModelOpt), quantize_config.json (GPTQ), quant_config.json (AWQ), ...
-SIDE_FILE = re.compile(r"(\w+_)?quant\w*_config\.json")
+KEY = re.compile(r"(.*_)?quant(ized|ization)?(_.*)?|compression_config")  # in config.json
+# hf_quant_config.json (ModelOpt), quantize_config.json (GPTQ), quant_config.json (AWQ),
+# qconfig.json (Neural Compressor), ...
+SIDE_FILE = re.compile(r"(?!.*index\.json)[\w.-]*(quant|qconfig)[\w.-]*\.json", re.I)
 
 # Tables and lists whose names are globs (ModelOpt, Quark), or regular expressions (GPTQModel).
 GLOBS = {"exclude_modules", "quantized_layers", "exclude", "layer_quant_config"}
@@ -36,6 +37,8 @@ PREFIX = re.compile(r"re:|[+-]:")  # of a regular expression, which `re.match` t
 LITERAL = re.compile(r"[\w.-]+")
 # Words and "anything": matches an expert whatever its number is.
 ANY_NUMBER = re.compile(r"(re:|[+-]:)?\^?([A-Za-z_-]+|\.\*|\*|\\\.|\.(?=[A-Za-z_*]))*\$?")
+# An expert's number in any other notation, "experts[3]" or "experts.0-7" say.
+NUMBERED = re.compile(r"experts?[\W_]{1,3}\d", re.I)
 ONE_EXPERT = re.compile(r"(?P<head>.*experts\\?\.)(?P<id>\d+)(?!\d)(?P<rest>.*)")
 # The same where nothing in it is a pattern but what follows the expert.
 ONE_NAME = re.compile(
@@ -107,7 +110,7 @@ class Renaming:
         """A config.json with its quantisation rewritten, at any depth."""
         new = dict(config)
         for key, value in config.items():
-            if key in KEYS:
+            if KEY.fullmatch(key):
                 new[key] = self.tree(value, CONFIG, (*path, key))
             elif isinstance(value, dict):
                 new[key] = self.config(value, (*path, key))
@@ -120,11 +123,15 @@ class Renaming:
             ids = self._positions(value.values(), place) if _is_numbered(value) else None
             if ids is not None:
                 return {str(new): value[str(old)] for new, old in enumerate(ids)}
+            if value and place.of_experts and self._is_sparse(value):
+                raise place.error("names experts by number")
             return {
                 name: self.tree(item, file, (*path, key))
                 for key, item in value.items()
                 for name in self._entry(key, place)
             }
+        if isinstance(value, str) and NUMBERED.search(value):
+            raise place.error(f"has {value!r}, which names experts")
         if not isinstance(value, list):
             return value
         if path and path[-1] == IN_LAYER:
@@ -133,6 +140,8 @@ class Renaming:
             ids = self._positions(value, place)
             if ids is not None:
                 return [value[i] for i in ids]
+            if value and place.of_experts and all(type(item) is int for item in value):
+                raise place.error("names experts by number")
         new: list[Any] = []
         for i, item in enumerate(value):
             if isinstance(item, str):
@@ -141,19 +150,24 @@ class Renaming:
                 new.append(self.tree(item, file, (*path, str(i))))
         return new
 
+    def _is_sparse(self, value: Mapping[str, Any]) -> bool:
+        """Whether it has some experts by number; not so layers, with an entry per expert each."""
+        totals = {removal.total for removal in self.removals}
+        whole = (isinstance(one, list | dict) and len(one) in totals for one in value.values())
+        return all(key.isdigit() for key in value) and not all(whole)
+
     def _positions(self, value: Collection[Any], place: _Place) -> tuple[int, ...] | None:
         """The ids that stay of what has an entry per expert; None for what has not."""
-        of_experts = any("expert" in key.lower() for key in place.path)
         steps = [step for key in ("", *place.path) for step in key.split(".")]
         numbers = {int(step) for step in steps if step.isdigit()}
         layers = [r for r in self.removals if r.block.number in numbers] or self.removals
-        found = [r for r in layers if r.total == len(value) and (r.total > 2 or of_experts)]
+        found = [r for r in layers if r.total == len(value) and (r.total > 2 or place.of_experts)]
         if not found or "layer" in steps[-1]:
             return None
         if all(isinstance(v, list | dict) and len(v) == len(value) for v in value):
             return None  # of layers, as many as a layer has experts: these are in its entries
         depth = max(r.block.number for r in self.removals) + 1
-        told = of_experts or layers is not self.removals
+        told = place.of_experts or layers is not self.removals
         if not told and len(value) == depth:
             return None  # an entry per layer
         kept = {r.kept for r in found}
@@ -176,13 +190,13 @@ class Renaming:
                 return [f"{exact['module']}.experts.{ids.index(old)}{rest}"] if old in ids else []
             if exact and exact["module"] in self._blocks:
                 return [entry] if self.modules.get(entry, entry) is not None else []
-            if not re.search(r"experts\.\d", entry):
+            if not NUMBERED.search(entry):
                 return [entry]
         for view in self._views:
             told = self._by_match(entry, view, place)
             if told is not None:
                 return told
-        return self._by_name(entry)
+        return self._by_name(entry, place)
 
     def _by_match(self, entry: str, view: _View, place: _Place) -> list[str] | None:
         """The same as `_entry` for an entry that matches experts in this view, else None."""
@@ -226,11 +240,13 @@ class Renaming:
             return [f"{mark}^{re.escape(name)}$" for name in sorted(wanted)]
         return sorted(wanted)
 
-    def _by_name(self, entry: str) -> list[str]:
+    def _by_name(self, entry: str, place: _Place) -> list[str]:
         """The same for an entry that matches nothing and is a name under another prefix."""
         named, one = ONE_NAME.fullmatch(entry), ONE_EXPERT.fullmatch(entry)
         ids = self._ids(named["module"].replace("\\", "")) if named else None
         if ids is None or not one:
+            if not named and NUMBERED.search(entry):
+                raise place.error(f"has {entry!r}, which names experts")
             return [entry]
         old = int(one["id"])
         return [f"{one['head']}{ids.index(old)}{one['rest']}"] if old in ids else []
@@ -269,6 +285,11 @@ class _Place:
 
     file: str
     path: tuple[str, ...]
+
+    @property
+    def of_experts(self) -> bool:
+        """Whether this is under a name such as "experts"."""
+        return any("expert" in key.lower() for key in self.path)
 
     def error(self, what: str) -> ReapError:
         return ReapError(

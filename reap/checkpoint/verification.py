@@ -15,7 +15,9 @@ from reap.checkpoint.writing import Check, check_shards, checksum
 from reap.errors import ReapError
 from reap.files.folder import Folder, open_folder
 from reap.files.outputs import PRUNED, RECORD
+from reap.files.paths import path_of
 from reap.files.safefile import read_json
+from reap.model.config import NeedsCodeError
 from reap.model.identity import describe_folder, mtp_of
 from reap.model.info import ModelInfo
 from reap.model.shapes import loading_problems
@@ -85,10 +87,12 @@ def verify(
     """
     started = time.monotonic()
     advance = progress or (lambda n: None)
+    path_of(folder, "folder", "the folder of a pruned model")
     opened = open_folder(folder)
     record = _record(opened.path)
     compared, size = None, 0
     if source is not None:
+        path_of(source, "source", "the folder of a model")
         compared, size = str(source), _compare(opened, record, open_folder(source), advance)
     elif record is not None:
         compared, size = _recorded(opened.path, record, advance)
@@ -169,6 +173,14 @@ def _compare(
         base = ModelInfo.from_json(record["base_model"])
     except (AttributeError, KeyError, TypeError) as error:
         raise ReapError(f"{folder.path / RECORD} is damaged: it lacks {error}") from error
+    try:
+        other = base.difference(describe_folder(source.path, like=base), to_prune=True)
+    except NeedsCodeError:
+        other = None  # names and shapes of its experts are compared without
+    if other:
+        raise ReapError(
+            f"{source.path} is not the model that {folder.path} was pruned from: {other}"
+        )
     operation = operate(source, Plan(model=base, criterion=criterion, seed=seed, kept=kept))
     if folder.config != operation.config:
         raise ReapError(f"{folder.path}/config.json is not what pruning {source.path} gives")

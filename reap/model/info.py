@@ -79,7 +79,7 @@ class ModelInfo:
     fingerprint: str
     weights: str | None
     layers: tuple[LayerInfo, ...]
-    structure: Structure | None = dataclasses.field(default=None, hash=False)
+    structure: Structure | None = dataclasses.field(default=None, hash=False, repr=False)
     transformers: str | None = dataclasses.field(default=None, compare=False)
 
     def __post_init__(self) -> None:
@@ -103,15 +103,13 @@ class ModelInfo:
         """One phrase that says how `other` is a different model, or None when it is the same one.
 
         The name is only a label. What one side does not know, such as the weights of a model that
-        is not from a folder, matches anything. `to_prune` allows what pruning does not mind: other
-        data types, of which `notes` speaks, and layers under another module, as some releases of
-        transformers move them.
+        is not from a folder, matches anything, and layers may be under another module, as some
+        releases of transformers move them. `to_prune` allows other data types, which pruning does
+        not mind, and of which `notes` speaks.
         """
         if self.model_type != other.model_type:
             return f"model type {self.model_type} against {other.model_type}"
-        mine, theirs = self.layers, other.layers
-        if to_prune:
-            mine, theirs = _in_stack(mine), _in_stack(theirs)
+        mine, theirs = _in_stack(self.layers), _in_stack(other.layers)
         if mine != theirs:
             return _layer_difference(mine, theirs)
         if self.structure and other.structure:
@@ -202,6 +200,9 @@ def _layer_difference(mine: tuple[LayerInfo, ...], theirs: tuple[LayerInfo, ...]
     if len(mine) != len(theirs):
         odd = {layer.name for layer in mine} ^ {layer.name for layer in theirs}
         one = f", {min(odd)} in one alone" if odd else ""
+        fewer = min(mine, theirs, key=len)
+        if len(odd) == 1 and fewer == (mine if fewer is theirs else theirs)[:-1]:
+            one += ", as where one has that of multi-token prediction and one was told --no-mtp"
         return f"{len(mine)} MoE layers against {len(theirs)}{one}"
     ours, other = next((a, b) for a, b in zip(mine, theirs, strict=True) if a != b)
     if ours.name != other.name:

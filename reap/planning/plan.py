@@ -8,7 +8,6 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from os import PathLike
-from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +15,7 @@ from reap.errors import ReapError
 from reap.files.atomic import write_file
 from reap.files.kinds import kind_of
 from reap.files.outputs import PLAN, check_file
+from reap.files.paths import path_of
 from reap.files.safefile import parse_json, read_json
 from reap.model.info import LayerInfo, ModelInfo
 from reap.planning.counting import (
@@ -65,6 +65,14 @@ class Plan:
             _check_kept(layer, self.kept[layer.name])
         kept = {name: tuple(self.kept[name]) for name in names}
         object.__setattr__(self, "kept", MappingProxyType(kept))
+
+    def __repr__(self) -> str:
+        counts = {(layer.num_experts, len(self.kept[layer.name])) for layer in self.model.layers}
+        told = ", ".join(f"{kept} of {experts}" for experts, kept in sorted(counts))
+        return (
+            f"<Plan of {self.model.name} by {self.criterion}: keeps {told} experts in "
+            f"{len(self.kept)} layers>"
+        )
 
     def __reduce__(self) -> tuple[Any, ...]:
         """For copies and pickles, which cannot have a read-only view of a mapping."""
@@ -131,17 +139,19 @@ class Plan:
 
         `overwrite` replaces a plan alone.
         """
+        path_of(path, "path", "the file to write")
         check_file(path, FORMAT, overwrite=overwrite)
         write_file(path, self.to_json().encode(), overwrite=overwrite)
 
     @classmethod
     def load(cls, path: str | PathLike[str]) -> Plan:
         """Read what `save` wrote. ReapError for anything else."""
-        kind = kind_of(Path(path))
+        path = path_of(path, "the plan", "a plan, or the file of one")
+        kind = kind_of(path)
         if kind not in (None, "a plan"):
             hint = "make one of it with `reap plan`" if kind == "statistics" else NEXT
             raise ReapError(f"{path} is {kind}, not a plan: {hint}")
-        return cls._from_object(read_json(Path(path)), str(path))
+        return cls._from_object(read_json(path), str(path))
 
     @classmethod
     def _from_object(cls, data: dict[str, Any], where: str) -> Plan:

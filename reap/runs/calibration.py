@@ -19,7 +19,7 @@ from reap.observation.patch import observe
 from reap.runs.heads import own_mtp
 from reap.runs.partial import Partial
 from reap.statistics.stats import Statistics
-from reap.text.batching import Batch, Batches, check_ids
+from reap.text.batching import Batch, Batches, batches_in, check_ids
 
 
 def calibrate(
@@ -68,8 +68,7 @@ def calibrate(
             for batch in partial.take_up(stats, recorded, run):
                 if progress is not None:
                     progress(batch.tokens)
-        for given in batches:
-            batch = Batch.of(given)
+        for batch in batches_in(batches):
             with stats.domain(batch.domain), stats.counting(batch.counted):
                 forward(batch)
             if partial is not None and recorded is not None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from reap.errors import ReapError
-from reap.text.batching import Batch, check_ids
+from reap.text.batching import Batch, batches_in, check_ids
 
 TOTAL = "total"
 _SUMS = 5
@@ -60,8 +60,7 @@ def evaluate(
     try:
         for each in models:
             each.eval()
-        for given in batches:
-            batch = Batch.of(given)
+        for batch in batches_in(batches):
             if batch.domain == TOTAL:
                 raise ReapError(f"domain {TOTAL!r} is the name of the sum over domains: rename it")
             added = _batch_sums(models, batch)

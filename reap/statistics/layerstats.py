@@ -76,6 +76,11 @@ class LayerStatistics:
         # so that a GPU need not stop at every layer; `check` turns them into an error.
         self._faults = torch.zeros(E + 1, dtype=torch.int64, device=device)
 
+    def __repr__(self) -> str:
+        return (
+            f"<LayerStatistics of {self.name}: {self.num_experts} experts, {self.tokens:,} tokens>"
+        )
+
     @property
     def pairs(self) -> bool:
         return self._pairs is not None

@@ -194,13 +194,15 @@ class Statistics:
                 for part in parts:
                     part.check()
 
-    def __add__(self, other: Statistics) -> Statistics:
+    def __add__(self, other: object) -> Statistics:
         """Both together, for shards, domains and ranks. ReapError says how two do not belong
         together.
 
         Unknown weights match known ones; the sum then carries the known ones, so that two different
         models never meet through a third.
         """
+        if not isinstance(other, Statistics):
+            return NotImplemented
         differences = [self.model.difference(other.model)]
         for field in ("gates", "pairs"):
             mine, theirs = getattr(self, field), getattr(other, field)
@@ -214,7 +216,11 @@ class Statistics:
         total = self._like(replace(known, structure=known.structure or rest.structure))
         total.data = _union(self.data, other.data)
         total.versions = _join_versions(self.versions, other.versions)
-        for key, part in (*self._copies(), *other._copies()):
+        # Of two releases of transformers they may be under another module.
+        names = dict(zip((*self.layers, *other.layers), total.layers * 2, strict=True))
+        for (domain, name), part in (*self._copies(), *other._copies()):
+            part.name = names[name]
+            key = domain, part.name
             total._parts[key] = total._parts[key] + part if key in total._parts else part
         return total
 
@@ -223,6 +229,13 @@ class Statistics:
         if type(other) is int and other == 0:
             return self._like(self.model) + self
         return NotImplemented
+
+    def __repr__(self) -> str:
+        domains = ", ".join(self.domains) or "none"
+        return (
+            f"<Statistics of {self.model.name}: {self.tokens:,} tokens through {len(self)} MoE "
+            f"layers, domains {domains}>"
+        )
 
     def __iter__(self) -> Iterator[str]:
         """The names of the layers, as of a mapping."""
@@ -330,7 +343,13 @@ def _provenance(model: ModelInfo) -> tuple[Any, ...]:
     """A sort key that does not depend on the order of a sum: what knows most comes first."""
     structure = model.structure.to_json() if model.structure else {}
     known = model.weights is None, model.weights or "", not structure, not structure.get("config")
-    return *known, model.name, json.dumps(structure, sort_keys=True), model.transformers or ""
+    return (
+        *known,
+        model.name,
+        [layer.name for layer in model.layers],
+        json.dumps(structure, sort_keys=True),
+        model.transformers or "",
+    )
 
 
 def _union(mine: list[dict[str, Any]], theirs: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -22,6 +22,7 @@ from reap.errors import ReapError
 from reap.files.atomic import write_file
 from reap.files.kinds import kind_of
 from reap.files.outputs import STATISTICS, check_file
+from reap.files.paths import path_of
 from reap.files.safefile import OpenFile, encode_header, parse_json, read_header
 from reap.model.info import LayerInfo, ModelInfo
 from reap.statistics.exact import LIMBS
@@ -61,6 +62,7 @@ def write(state: State, path: str | PathLike[str], *, overwrite: bool = False) -
 
     `overwrite` replaces statistics alone.
     """
+    path_of(path, "path", "the file to write")
     check_file(path, FORMAT, overwrite=overwrite)
     about = {
         "format": FORMAT,
@@ -78,7 +80,7 @@ def write(state: State, path: str | PathLike[str], *, overwrite: bool = False) -
 
 def read(path: str | PathLike[str]) -> State:
     """What `write` wrote. ReapError for anything else, or for damage that can be seen."""
-    path = Path(path)
+    path = path_of(path, "path", "a file of statistics")
     kind = kind_of(path)
     if kind not in (None, "statistics", "weights of a model"):
         raise ReapError(

@@ -10,7 +10,7 @@ import hashlib
 import math
 import platform
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from os import PathLike, fspath
 from typing import Any
@@ -61,6 +61,8 @@ class Batch:
                 f"a batch is a {type(given).__name__}: it must be a reap.Batch, or a mapping "
                 "with input_ids [rows, length]"
             )
+        if ids.is_floating_point() or ids.dtype == torch.bool:
+            raise ReapError(f"the input_ids of a batch are {ids.dtype}: they must be whole numbers")
         mask, counted = given.get("attention_mask"), given.get("counted")
         if mask is None:
             mask = torch.ones_like(ids)
@@ -72,6 +74,16 @@ class Batch:
                 )
         counted = None if counted is None else counted != 0
         return cls(ids, mask, str(given.get("domain", "default")), counted)
+
+
+def batches_in(given: Any) -> Iterator[Batch]:
+    """The batches that a caller gave. ReapError for what holds none."""
+    if not isinstance(given, Iterable):
+        raise ReapError(
+            f"batches is a {type(given).__name__}: it must be reap.batches(...), a DataLoader or a "
+            "list of batches"
+        )
+    return (Batch.of(one) for one in given)
 
 
 def check_ids(model: Any, batch: Batch) -> None:
@@ -133,6 +145,11 @@ def batches(
         if source.kind == "hub":
             require_datasets(source)
     check_distinct(sources, seed)
+    if not callable(tokenizer):
+        raise ReapError(
+            f"tokenizer is a {type(tokenizer).__name__}: it must be the model's tokenizer, for "
+            "example of AutoTokenizer.from_pretrained(folder)"
+        )
     check_tokenizer(tokenizer)
     counting = Counting.of(count, count_after, count_until, tokenizer)
     packer = Packer(tokenizer, seq_len, packing, counting)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import csv
 import gzip
 import importlib
 import io
@@ -15,12 +16,17 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from reap.errors import ReapError, first_line
+from reap.files.safefile import LFS_POINTER
 from reap.text.samples import Tally, Text, sample_text
 
 JSON_ROWS = (".jsonl", ".ndjson")
 NAMED_JSON_ROWS = (*JSON_ROWS, ".json")  # a file by name; in a folder .json may be anything
 COMPRESSED = (".gz", ".zst")
 PARQUET = ".parquet"
+TABLES = {".csv": ",", ".tsv": "\t"}  # with a line of names first; in a folder they may be anything
+# How files begin whose name should say what they are.
+_PACKED = {b"\x1f\x8b": ".gz", b"\x28\xb5\x2f\xfd": ".zst", b"PAR1": PARQUET}
+_UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 TEXT_SUFFIXES = frozenset(
     ".txt .md .rst .tex .py .pyi .pyx .c .h .cc .cpp .cxx .hpp .cu .cuh .rs .go .java .kt .scala"
     " .js .jsx .ts .tsx .css .html .rb .php .pl .lua .r .jl .m .swift .cs .fs .hs .ml .clj .ex"
@@ -41,15 +47,18 @@ class Row(NamedTuple):
 
 def suffix(path: str | os.PathLike[str]) -> str:
     """What a name says of the content; a compression's suffix is not part of it."""
+    return unpacked(path).suffix.lower()
+
+
+def unpacked(path: str | os.PathLike[str]) -> Path:
+    """The name without a compression's suffix."""
     inner = Path(path)
-    if inner.suffix.lower() in COMPRESSED:
-        inner = inner.with_suffix("")
-    return inner.suffix.lower()
+    return inner.with_suffix("") if inner.suffix.lower() in COMPRESSED else inner
 
 
 def has_rows(path: str | os.PathLike[str]) -> bool:
     """Whether a file that was named holds rows with columns, rather than text."""
-    return suffix(path) in (*NAMED_JSON_ROWS, PARQUET)
+    return suffix(path) in (*NAMED_JSON_ROWS, PARQUET, *TABLES)
 
 
 def is_known(name: str) -> bool:
@@ -133,6 +142,9 @@ def _rows(path: Path) -> Iterator[Row]:
     if suffix(path) == PARQUET:
         yield from _parquet_rows(path)
         return
+    if suffix(path) in TABLES:
+        yield from _table_rows(path)
+        return
     with _opened(path) as (stream, raw, size):
         done, first = 0, True
         for number, line in enumerate(stream, 1):
@@ -157,6 +169,22 @@ def _array_rows(path: Path, content: bytes, line: int) -> Iterator[Row]:
     rows = _parse(content, f"{path}, line {line}", "a file that begins with [ is one array")
     for number, row in enumerate(rows, 1):
         yield Row(f"{path}, row {number}", row, number / len(rows))
+
+
+def _table_rows(path: Path) -> Iterator[Row]:
+    with _opened(path) as (stream, raw, size):
+        text = io.TextIOWrapper(stream, encoding="utf-8-sig", newline="")
+        rows = csv.DictReader(text, delimiter=TABLES[suffix(path)], strict=True)
+        try:
+            for row in rows:
+                where = f"{path}, line {rows.line_num}"
+                if None in row or None in row.values():
+                    raise _Unreadable(f"{where}: has not as many fields as the first line names")
+                yield Row(where, row, min(1.0, raw.tell() / size) if size else _NAN)
+        except csv.Error as error:
+            raise _Unreadable(f"{path}, line {rows.line_num}: {error}") from None
+        except UnicodeDecodeError as error:  # anywhere in what is read at a time
+            raise _Unreadable(f"{path}: is not UTF-8 ({error}): convert the file") from None
 
 
 def _parquet_rows(path: Path) -> Iterator[Row]:
@@ -189,7 +217,20 @@ def _opened(path: Path) -> Iterator[tuple[Any, Any, int]]:
             unpacker = _package("zstandard", path).ZstdDecompressor()
             yield io.BufferedReader(unpacker.stream_reader(raw, read_across_frames=True)), raw, size
         else:
-            yield io.BufferedReader(raw), raw, size
+            stream = io.BufferedReader(raw)
+            _check_start(stream.peek(len(LFS_POINTER)), path)
+            yield stream, raw, size
+
+
+def _check_start(start: bytes, path: Path) -> None:
+    """ReapError for a file that is not what its name says."""
+    if start.startswith(LFS_POINTER):
+        raise _Unreadable(f"{path} is a Git LFS pointer, not the file itself: run `git lfs pull`")
+    if start.startswith(_UTF16):
+        raise _Unreadable(f"{path} is UTF-16: convert it to UTF-8, say with iconv")
+    for magic, end in _PACKED.items():
+        if start.startswith(magic):
+            raise _Unreadable(f"{path} holds what files called *{end} hold: name it so")
 
 
 @contextmanager

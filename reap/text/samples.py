@@ -6,13 +6,14 @@ A row is used as its columns say, or refused, or counted in the source's `Tally`
 from __future__ import annotations
 
 import hashlib
-import json
 import math
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from reap.errors import ReapError, first_line
+from reap.text.turns import apply, calls_in, listed, rendered, turn, unshown
 
 CONVERSATIONS = ("messages", "conversations", "conversation")
 # A question, what may go with it, and its answer, as the common data sets call them.
@@ -29,18 +30,6 @@ PAIRS = (
     ("input", "", "output"),
 )
 SYSTEM = ("system", "system_prompt")
-SHAREGPT_ROLES = {
-    "human": "user",
-    "user": "user",
-    "gpt": "assistant",
-    "chatgpt": "assistant",
-    "assistant": "assistant",
-    "system": "system",
-    "function_call": "assistant",
-    "tool": "tool",
-    "observation": "tool",
-    "function_response": "tool",
-}
 _NAMED = 3  # rows that a tally names
 
 
@@ -70,7 +59,7 @@ class Tally:
     cut: int = 0  # rows of which the beginning was used, as asked for
     bad: int = 0  # left out by skip_bad
     repeated: int = 0  # used, although the same text came before
-    tools_unused: int = 0  # used without their tools, which the chat template does not show
+    unused: Counter[str] = field(default_factory=Counter)  # what the chat template does not show
     uncounted: int = 0  # ran, and none of their tokens counts
     named: list[str] = field(default_factory=list)  # the errors of the first bad rows
 
@@ -100,7 +89,7 @@ class Tally:
             "cut": self.cut,
             "bad": self.bad,
             "repeated": self.repeated,
-            "tools_unused": self.tools_unused,
+            "unused": dict(self.unused),
             "uncounted": self.uncounted,
         }
 
@@ -116,8 +105,10 @@ class Tally:
             said.append(f"{_rows(self.cut)} cut to the row's length")
         if self.repeated:
             said.append(f"{_rows(self.repeated)} used that came before: they count again")
-        if self.tools_unused:
-            said.append(f"{_rows(self.tools_unused)} used without tools, which have no place")
+        for name, count in sorted(self.unused.items()):
+            said.append(
+                f"{_rows(count)} used without {name}, which the chat template does not show"
+            )
         if self.uncounted:
             said.append(f"{_rows(self.uncounted)} ran without a token that counts")
         return said
@@ -154,15 +145,17 @@ def _text(fields: dict[str, Any], where: str, tokenizer: Any, column: str, tally
     if isinstance(plain, str) and plain:
         return Text(plain, where)
     for name in (column,) if column else CONVERSATIONS:
-        turns = _listed(fields.get(name))
+        turns = listed(fields.get(name))
         if turns:
-            turns = [_turn(turn, where) for turn in turns]
             return _render(turns, fields, where, tokenizer, tally)
     if plain == "" and column:
         return Text("", where)
     if not column:
         for question, context, answer in PAIRS:
             if {question, answer} <= fields.keys():
+                turns = [*listed(fields[question]), *listed(fields[answer])]
+                if all(isinstance(fields[name], list) for name in (question, answer)) and turns:
+                    return _render(turns, fields, where, tokenizer, tally)
                 pair = (fields[question], fields.get(context) or "", fields[answer])
                 if all(isinstance(value, str) for value in pair):
                     return _pair_text(pair, question == "prompt", fields, where, tokenizer, tally)
@@ -178,49 +171,6 @@ def _text(fields: dict[str, Any], where: str, tokenizer: Any, column: str, tally
 def _what_it_has(fields: dict[str, Any]) -> str:
     names = ", ".join(sorted(map(str, fields)))
     return f": it has {names[:80]}; FILE:COLUMN names the column to read" if names else ""
-
-
-def _listed(value: Any) -> list[Any]:
-    """A list, also one that is written as a JSON string; else nothing."""
-    if isinstance(value, str) and value.lstrip().startswith("["):
-        try:
-            value = json.loads(value)
-        except (ValueError, RecursionError):
-            return []
-    return value if isinstance(value, list) else []
-
-
-def _turn(turn: Any, where: str) -> Any:
-    """A turn with "role" and "content"; ShareGPT's have "from" and "value". What is no turn at all
-    is the chat template's to refuse, but a template prints nothing for a name it does not find."""
-    if not isinstance(turn, dict):
-        return turn
-    if "from" in turn and "value" in turn:
-        role = SHAREGPT_ROLES.get(turn["from"]) if isinstance(turn["from"], str) else None
-        if role is None:
-            known = ", ".join(SHAREGPT_ROLES)
-            raise ReapError(f"{where}: a turn is from {turn['from']!r}, which is none of {known}")
-        calls = _calls(turn["value"]) if turn["from"] == "function_call" else []
-        if calls:
-            return {"role": role, "content": "", "tool_calls": calls}
-        return {"role": role, "content": turn["value"]}
-    if "role" not in turn or not {"content", "tool_calls"} & turn.keys():
-        raise ReapError(
-            f'{where}: a turn has {", ".join(map(str, turn)) or "nothing"}, not "role", "content"'
-        )
-    return turn
-
-
-def _calls(text: Any) -> list[dict[str, Any]]:
-    """Tool calls that are written as JSON, {"name", "arguments"} or a list of such; else none."""
-    try:
-        found = json.loads(text)
-    except (TypeError, ValueError, RecursionError):
-        return []
-    found = found if isinstance(found, list) else [found]
-    if not all(isinstance(call, dict) and {"name", "arguments"} <= call.keys() for call in found):
-        return []
-    return [{"type": "function", "function": call} for call in found]
 
 
 def _pair_text(
@@ -239,17 +189,32 @@ def _pair_text(
         return Text("", where)
     template = getattr(tokenizer, "chat_template", None)
     if not template:
-        tally.tools_unused += bool(_listed(fields.get("tools")))
+        tally.unused.update(name for name in ("tools", "history") if listed(fields.get(name)))
         system = next((fields[name] for name in SYSTEM if isinstance(fields.get(name), str)), "")
         answered = asked + answer if joined else "\n\n".join(filter(None, (asked, answer)))
         return Text("\n\n".join(filter(None, (system, answered))), where)
-    turns: list[dict[str, Any]] = [{"role": "user", "content": asked}] if asked else []
-    calls = _calls(answer) if "tool_calls" in str(template) else []
+    turns = _history(fields, tally)
+    turns += [{"role": "user", "content": asked}] if asked else []
+    calls = calls_in(answer) if "tool_calls" in str(template) else []
     if calls:
         turns.append({"role": "assistant", "content": "", "tool_calls": calls})
     elif answer:
         turns.append({"role": "assistant", "content": answer})
     return _render(turns, fields, where, tokenizer, tally)
+
+
+def _history(fields: dict[str, Any], tally: Tally) -> list[dict[str, Any]]:
+    """The turns before a pair, which some sets have as pairs too."""
+    pairs = listed(fields.get("history"))
+    if any(not isinstance(p, list) or [type(text) for text in p] != [str, str] for p in pairs):
+        tally.unused["history"] += 1
+        return []
+    roles = ("user", "assistant")
+    return [
+        {"role": role, "content": text}
+        for pair in pairs
+        for role, text in zip(roles, pair, strict=True)
+    ]
 
 
 def _render(
@@ -259,6 +224,7 @@ def _render(
     template = getattr(tokenizer, "chat_template", None)
     if not template:
         raise ReapError(f"{where}: has chat messages, but the tokenizer has no chat template")
+    turns = [turn(one, where, str(template)) for one in turns]
     first = turns[0].get("role") if isinstance(turns[0], dict) else None
     system = next((fields[name] for name in SYSTEM if isinstance(fields.get(name), str)), "")
     if system and first != "system":
@@ -267,21 +233,22 @@ def _render(
     options = dict(options) if isinstance(options, dict) else {}
     for name in ("tools", "documents"):
         given = fields.get(name)
-        listed = _listed(given)
-        if given and not listed and given != "[]":
+        values = listed(given)
+        if given and not values and given != "[]":
             raise ReapError(f'{where}: "{name}" is neither a list nor one written as JSON')
-        if listed and name in str(template):
-            options[name] = [_tool(tool) for tool in listed] if name == "tools" else listed
-        elif listed and name == "tools":
-            tally.tools_unused += 1
+        if values and name in str(template):
+            options[name] = [_tool(tool) for tool in values] if name == "tools" else values
+        elif values:
+            tally.unused[name] += 1
     try:
-        text = str(_apply(tokenizer, turns, {**options, "tokenize": False}))
+        text, turns = rendered(tokenizer, turns, options)
         tokens = _turns_of(tokenizer, turns, options) if tally.assistant else None
     except Exception as error:  # the template is the model author's program: anything goes
         reason = first_line(error)
         raise ReapError(f"{where}: the chat template refuses its messages ({reason})") from error
     if not text:
         raise ReapError(f"{where}: the chat template makes no text of its messages")
+    tally.unused.update(unshown(turns, str(template)))
     return Text(text, where, templated=True, tokens=tokens)
 
 
@@ -295,36 +262,5 @@ def _turns_of(
 ) -> tuple[list[int], list[bool]]:
     """The token ids of a conversation, and which of them the template says the assistant made."""
     how = {"tokenize": True, "return_dict": True, "return_assistant_tokens_mask": True}
-    encoding = _apply(tokenizer, turns, options | how)
+    encoding = apply(tokenizer, turns, options | how)
     return list(encoding["input_ids"]), [bool(mark) for mark in encoding["assistant_masks"]]
-
-
-def _apply(tokenizer: Any, turns: list[Any], options: dict[str, Any]) -> Any:
-    """Arguments of tool calls may be JSON in a string: most templates want the object, some the
-    string."""
-    parsed = [_with_parsed_arguments(turn) for turn in turns]
-    try:
-        return tokenizer.apply_chat_template(parsed, **options)
-    except Exception:
-        if parsed == turns:
-            raise
-        return tokenizer.apply_chat_template(turns, **options)
-
-
-def _with_parsed_arguments(turn: Any) -> Any:
-    calls = turn.get("tool_calls") if isinstance(turn, dict) else None
-    if not isinstance(calls, list):
-        return turn
-    return {**turn, "tool_calls": [_parsed_call(call) for call in calls]}
-
-
-def _parsed_call(call: Any) -> Any:
-    if not isinstance(call, dict):
-        return call
-    if isinstance(call.get("function"), dict):
-        return {**call, "function": _parsed_call(call["function"])}
-    try:
-        arguments = json.loads(call["arguments"])
-    except (KeyError, TypeError, ValueError, RecursionError):
-        return call
-    return {**call, "arguments": arguments} if isinstance(arguments, dict) else call

@@ -103,7 +103,7 @@ def _local_domain(target: str) -> str:
     if os.path.isdir(target):
         return Path(target).resolve().name
     if os.path.exists(target):  # a pipe too, and by its own name: /dev/stdin is a link
-        return Path(target).stem
+        return localfiles.unpacked(target).stem
     fixed = itertools.takewhile(lambda part: not glob.has_magic(part), Path(target).parts)
     return Path(*fixed).resolve().name
 

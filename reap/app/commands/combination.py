@@ -24,6 +24,7 @@ def combine(
     """Add statistics of several runs, shards or domains of one model, exactly."""
     check_file(out, STATISTICS, overwrite=overwrite, inputs=stats)
     from reap.statistics.stats import Statistics
+    from reap.text.counted import said
 
     total = Statistics.load(stats[0])
     seen = {total.digest(): stats[0]}
@@ -33,7 +34,9 @@ def combine(
         if other is not path:
             raise ReapError(f"{other} and {path} hold the same statistics: give them once")
         total = total + more
-    saved = save_statistics(total, out, overwrite)
+    counted = sorted({said(entry.get("count")) for entry in total.data})
+    notes = [f"not all count the same tokens: {'; '.join(counted)}"] if len(counted) > 1 else []
+    saved = save_statistics(total, out, overwrite, notes)
     if json:
         print_json(saved)
     else:

@@ -10,6 +10,7 @@ import typer
 from reap.app.arguments import Json
 from reap.app.console import print_json, reports_errors
 from reap.errors import ReapError
+from reap.files.kinds import kind_of
 from reap.files.outputs import PLAN, PRUNED, RECORD, STATISTICS, format_of
 from reap.files.units import sized
 
@@ -45,6 +46,9 @@ def _told(path: str) -> dict[str, Any]:
         return _plan(file)
     if form == PRUNED:
         return _folder(str(file.parent))
+    kind = kind_of(file)
+    if kind in ("weights of a model", "a model's config"):
+        raise ReapError(f"{path} is {kind}: give its folder, {file.absolute().parent}")
     raise ReapError(f"{path} is not ours: neither statistics nor a plan")
 
 
@@ -66,7 +70,7 @@ def _statistics(file: Path) -> dict[str, Any]:
         "domains": stats.domain_tokens,
         "gates": stats.gates,
         "pairs": stats.pairs,
-        "data": [entry.get("spec") for entry in stats.data],
+        "data": [source.get("spec") for entry in stats.data for source in entry.get("sources", ())],
         "versions": stats.versions,
     }
 

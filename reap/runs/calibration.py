@@ -83,15 +83,21 @@ def calibrate(
             if progress is not None:
                 progress(batch.tokens)
     total = stats if partial is None else partial.total(stats)
+    shared = False
     if recorded is not None:
-        total.data = [recorded.describe() | run]
-    if total.tokens == 0:
+        about = recorded.describe() | run
+        shared = "shard" in about
+        if shared:
+            about["shard"]["versions"] = total.versions
+        total.data = [about]
+    if total.tokens == 0 and not shared:  # of few batches a share may have none
         raise ReapError("the calibration data has no tokens that count: nothing was observed")
     return total
 
 
 def what_runs(model: nn.Module, backend: str, deterministic: bool) -> dict[str, Any]:
-    """What, beside the text and the versions, decides the bits of the statistics."""
+    """What, beside the text and the versions, decides the bits of the statistics. Of a GPU that is
+    its name, not its number: processes that share a run have one each."""
     weights = list(model.parameters())
     if backend == "auto":
         available = [name for name, reason in reap_kernels.backends().items() if reason is None]
@@ -105,9 +111,8 @@ def what_runs(model: nn.Module, backend: str, deterministic: bool) -> dict[str, 
 
 
 def _device_name(device: torch.device) -> str:
-    return (
-        f"{device} ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else str(device)
-    )
+    name = f" ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else ""
+    return f"{device.type}{name}"
 
 
 def _takes_use_cache(model: nn.Module) -> bool:

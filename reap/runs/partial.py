@@ -14,7 +14,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from reap.errors import ReapError
+from reap.errors import ReapError, undisturbed
 from reap.files.atomic import discard_unfinished
 from reap.files.lock import Lock
 from reap.statistics.stats import Statistics, installed_versions
@@ -163,20 +163,30 @@ class Partial:
         except _Refused:
             raise
         except BaseException as error:
-            with suppress(ReapError):  # a full disk, say: the first error is the one to tell
-                saved = self.save()
-                if saved is not None and saved.tokens:
-                    note = (
-                        f"what was measured so far, {saved.tokens:,} tokens, is in {self.path}: "
-                        "the same command goes on from there"
-                    )
-                    # As `add_note` of Python 3.11 has it.
-                    error.__notes__ = [*getattr(error, "__notes__", ()), note]  # type: ignore[attr-defined]
+            try:
+                with undisturbed():
+                    notes = self._left()
+                    if notes:  # as `add_note` of Python 3.11 has it
+                        error.__notes__ = notes + getattr(error, "__notes__", [])  # type: ignore[attr-defined]
+            except KeyboardInterrupt as later:
+                later.__notes__ = getattr(error, "__notes__", [])  # type: ignore[attr-defined]
+                raise
             raise
         else:
             self.path.unlink(missing_ok=True)
         finally:
             self._lock.release()
+
+    def _left(self) -> list[str]:
+        """Write what there is, and say so."""
+        with suppress(ReapError):  # a full disk, say: the first error is the one to tell
+            saved = self.save()
+            if saved is not None and saved.tokens:
+                return [
+                    f"what was measured so far, {saved.tokens:,} tokens, is in {self.path}: "
+                    "the same command goes on from there"
+                ]
+        return []
 
     def _refuse(self, reason: str) -> None:
         raise _Refused(

@@ -49,7 +49,7 @@ _JOIN_SECONDS = 300.0  # for all ranks to come
 _LAST_WORDS_SECONDS = 10.0
 # What wakes the main thread when a rank is lost: of itself this signal does nothing.
 _WAKE = signal.SIGURG
-_AGAIN = "start all ranks again, and the same command goes on from what was measured"
+_AGAIN = "start all ranks again"
 Message = dict[str, Any]
 
 
@@ -321,11 +321,15 @@ class Ranks:
         for peer in self._peers.values():
             with suppress(OSError):
                 peer.write({"stop": line or type(error).__name__})
-        if self.rank and plain:
+        if self.rank == 0:
+            return
+        if plain:
             with self._news:
                 self._news.wait_for(lambda: self._peers[0].stops, _LAST_WORDS_SECONDS)
-            heard = any("stop" in message for message in self._peers[0].inbox)
-            self.speaks = not heard and (error is not self.lost or self.rank == 1)
+        if self.lost is None:
+            self.speaks = plain and not any("stop" in said for said in self._peers[0].inbox)
+        else:  # rank 0 has ended, and one is enough to tell that
+            self.speaks = self.rank == 1 and not self.lost.told
 
     def _close(self) -> None:
         self._closing = True

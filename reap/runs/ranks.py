@@ -40,6 +40,7 @@ from collections import deque
 from collections.abc import Mapping
 from contextlib import suppress
 from datetime import timedelta
+from types import FrameType
 from typing import Any
 
 from reap.errors import INTERRUPTED, ReapError, first_line
@@ -124,19 +125,19 @@ class Ranks:
         self._news = threading.Condition()
         self._closing = False
         self._handler: Any = None
-        self._listener: threading.Thread | None = None
+        self._listens = False
 
     def __enter__(self) -> Ranks:
         if threading.current_thread() is threading.main_thread():
             self._handler = signal.signal(_WAKE, self._raise_lost)
         try:
             self._connect()
-        except BaseException:
-            self.speaks = True
-            self._close()
+            self._listens = True
+            threading.Thread(target=self._listen, daemon=True).start()
+            self.check()
+        except BaseException as error:
+            self.__exit__(type(error), error, None)
             raise
-        self._listener = threading.Thread(target=self._listen, daemon=True)
-        self._listener.start()
         return self
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
@@ -178,7 +179,6 @@ class Ranks:
         if self.rank:
             self._send(0, {"ready": True})
             self._receive(0, "released")
-            self._closing = True
             return
         for rank in self._peers:
             self._receive(rank, "ready")
@@ -257,7 +257,7 @@ class Ranks:
         self._peers[rank] = peer
 
     def _listen(self) -> None:
-        """In a thread of its own: what the others say, until they have ended."""
+        """In a thread of its own: what the others say, until all have ended."""
         with selectors.DefaultSelector() as waiting, suppress(OSError, ValueError):
             for rank, peer in self._peers.items():
                 self._take(rank, peer.whole())  # of what came with its first words
@@ -269,14 +269,18 @@ class Ranks:
                         self._take(key.data, peer.whole())
                     else:
                         waiting.unregister(peer.link)
+                        peer.link.close()
                         self._take(key.data, [], ended=True)
 
     def _take(self, rank: int, messages: list[Message], ended: bool = False) -> None:
         peer = self._peers[rank]
         stop = next((message["stop"] for message in messages if "stop" in message), None)
         with self._news:
-            peer.inbox += messages
+            peer.inbox += [message for message in messages if "stop" not in message]
             peer.stops |= ended or stop is not None
+            peer.told |= stop is not None
+            # Then rank 0 may end at any moment.
+            self._closing |= any("released" in message for message in messages)
             self._news.notify_all()
         if stop is not None:
             self._lose(Lost(stop, told=True) if rank == 0 else Lost(f"{peer.name}: {stop}"))
@@ -293,8 +297,11 @@ class Ranks:
             with suppress(OSError):
                 signal.pthread_kill(threading.main_thread().ident or 0, _WAKE)
 
-    def _raise_lost(self, *_: object) -> None:
-        if not self._closing:
+    def _raise_lost(self, _: int, frame: FrameType | None) -> None:
+        whole = (Ranks.__enter__.__code__, Ranks.__exit__.__code__)  # not to be torn
+        while frame is not None and frame.f_code not in whole:
+            frame = frame.f_back
+        if frame is None and not self._closing:
             self.check()
 
     def _receive(self, rank: int, word: str) -> Any:
@@ -302,7 +309,6 @@ class Ranks:
             while not self._peers[rank].inbox:
                 self.check()
                 self._news.wait()
-            self.check()
             return self._peers[rank].inbox.popleft()[word]
 
     def _send(self, rank: int, message: Message) -> None:
@@ -323,11 +329,14 @@ class Ranks:
                 peer.write({"stop": line or type(error).__name__})
         if self.rank == 0:
             return
-        if plain:
+        if 0 not in self._peers:  # it was not found
+            self.speaks = True
+            return
+        if plain and self._listens:
             with self._news:
                 self._news.wait_for(lambda: self._peers[0].stops, _LAST_WORDS_SECONDS)
         if self.lost is None:
-            self.speaks = plain and not any("stop" in said for said in self._peers[0].inbox)
+            self.speaks = plain and not self._peers[0].told
         else:  # rank 0 has ended, and one is enough to tell that
             self.speaks = self.rank == 1 and not self.lost.told
 
@@ -338,11 +347,10 @@ class Ranks:
             self._handler = None
         for peer in self._peers.values():
             with suppress(OSError):
-                peer.link.shutdown(socket.SHUT_RDWR)  # which ends the listener
-        if self._listener is not None:
-            self._listener.join(_LAST_WORDS_SECONDS)
-        for peer in self._peers.values():
-            peer.link.close()
+                # To close it, with words of theirs unread, could lose ours. The listener does.
+                peer.link.shutdown(socket.SHUT_WR)
+            if not self._listens:
+                peer.link.close()
 
 
 class _Peer:
@@ -351,7 +359,8 @@ class _Peer:
     def __init__(self, link: socket.socket, name: str) -> None:
         self.link, self.name = link, name
         self.inbox: deque[Message] = deque()
-        self.stops = False  # it has said so, or has ended
+        self.told = False  # it has said why it stops
+        self.stops = False  # it has, or has ended
         self._buffer = bytearray()
 
     def write(self, message: Message) -> None:

@@ -131,7 +131,7 @@ class Partial:
     def complete(self, stats: Statistics, batches: Batches) -> None:
         """Write the statistics of a run that has all of its batches, for another process to add."""
         (data,) = stats.data
-        stats.data = [data | {"partial": {"batches": batches.position}}]
+        stats.data = [data | batches.describe() | {"partial": {"batches": batches.position}}]
         stats.save(self.path, overwrite=True)
         self._whole, self._written = None, stats
 

@@ -4,7 +4,9 @@ ends this program."""
 import os
 import signal
 import sys
-from contextlib import suppress
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from typing import NoReturn
 
 INTERRUPTED = "interrupted: no half-written output was left"
@@ -22,6 +24,28 @@ def first_line(error: BaseException) -> str:
         return type(error).__name__
     count = next((i for i, line in enumerate(lines, 1) if not line.endswith(":")), len(lines))
     return " ".join(lines[:count]).rstrip(":")
+
+
+@contextmanager
+def undisturbed() -> Iterator[None]:
+    """Signals that would raise an exception here wait for the end of the `with`, and so for no
+    longer than what is in it takes."""
+    if threading.current_thread() is not threading.main_thread():  # where none does
+        yield
+        return
+    waiting: list[int] = []
+    before = {
+        number: signal.signal(number, lambda number, _: waiting.append(number))
+        for number in signal.valid_signals()
+        if callable(signal.getsignal(number))
+    }
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        for late in waiting[:1]:
+            signal.raise_signal(late)
 
 
 def die_of(number: int) -> NoReturn:

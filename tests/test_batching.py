@@ -442,3 +442,44 @@ def test_the_same_arguments_give_the_same_batches():
 
     assert read(3) == read(3) and read(3) != read(4)
     assert "python" in read(3)[1]["sources"][0]
+
+
+@pytest.mark.parametrize("packing", [True, False])
+@pytest.mark.parametrize("options", [{}, {"max_tokens": 700}, {"max_tokens_per_source": 150}])
+@pytest.mark.parametrize("of", [2, 3, 20])
+def test_shards_are_the_run_in_one(here, of, options, packing):
+    """Each batch comes from one of them, limits are of all together, and all tell of one run."""
+    for name in "ab":
+        rows = ({"text": f"{name} number {i}" * (1 + i % 3)} for i in range(40))
+        (here / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    options = options | {"seq_len": 16, "batch_size": 2, "packing": packing}
+    specs = ["a.jsonl=2", "b.jsonl"]
+    whole = batches(specs, TOKENIZER, **options)
+    want = [(batch.domain, text_of(batch)) for batch in whole]
+    found = {}
+    for number in range(of):
+        some = batches(specs, TOKENIZER, **options, shard=f"{number}/{of}")
+        if number % 2:
+            assert some.read_ahead()
+            held = batches(specs, TOKENIZER, **options)
+            held.read_ahead()
+            assert some.beginning() == held.beginning()
+        for batch in some:
+            found[some.position - 1] = batch.domain, text_of(batch)
+        assert some.position == whole.position == len(want)
+        shard = {"numbers": [number], "of": of}
+        assert some.describe() == whole.describe() | {"shard": shard}
+        assert abs(some.expected_here - whole.tokens / of) <= 0.1 * whole.tokens / of + 1
+    assert [found[position] for position in range(len(want))] == want
+
+
+def test_the_beginning_is_that_of_the_text(here):
+    (here / "a.txt").write_text("some text " * 50)
+    beginnings = set()
+    for text in ("some text ", "some more "):
+        (here / "a.txt").write_text(text * 50)
+        for limit in (1, 100):
+            found = batches("a.txt", TOKENIZER, seq_len=16)
+            found.read_ahead(limit=limit)
+            beginnings.add(found.beginning())
+    assert len(beginnings) == 4

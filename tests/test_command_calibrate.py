@@ -14,8 +14,8 @@ import torch
 import typer
 from commandline import CALIBRATE, MODEL, ended, invoke, refused, run_json
 
-from reap.app.commands.calibration import PARTIAL
 from reap.errors import ReapError
+from reap.runs.rankfiles import PARTIAL
 from reap.statistics.stats import Statistics
 from reap.text import batching
 

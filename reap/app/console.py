@@ -9,7 +9,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from typing import Any, TypeVar
 
 import typer
@@ -26,7 +26,10 @@ FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EBADF)
 ARGUMENTS = "allow_copy|keep|multiple_of|overwrite|trust_remote_code"
 
 Command = TypeVar("Command", bound=Callable[..., None])
+RANKED = ("calibrate",)  # commands that can be started as several processes for one run
+
 debug = False
+quiet = False  # this process is one of several, and another one talks
 _interrupted: int | None = None  # the signal
 _printed = False  # a JSON document
 
@@ -41,13 +44,17 @@ def reports_errors(command: Command) -> Command:
 
     @functools.wraps(command)
     def run(*args: Any, **kwargs: Any) -> None:
-        global _interrupted, _printed
-        _interrupted, _printed = None, False
+        global _interrupted, _printed, quiet
+        _interrupted, _printed, quiet = None, False, False
         before = {number: signal.getsignal(number) for number in SIGNALS}
         for number, handler in before.items():
             if handler in (signal.default_int_handler, signal.SIG_DFL):
                 signal.signal(number, _interrupt)
         try:
+            if "WORLD_SIZE" in os.environ and command.__name__ not in RANKED:
+                from reap.runs.ranks import refuse_ranks
+
+                refuse_ranks(f"reap {command.__name__}")
             command(*args, **kwargs)
             _stop_if_interrupted()
             sys.stdout.flush()  # here, where a full disk can still be told
@@ -59,8 +66,9 @@ def reports_errors(command: Command) -> Command:
             code, line = _explain(error)
             line = "; ".join([line, *getattr(error, "__notes__", ())])
             line = as_flags(" ".join(line.split()))
-            say(line)
-            if kwargs.get("json") and not _printed:
+            if not quiet:
+                say(line)
+            if kwargs.get("json") and not _printed and not quiet:
                 _print_error(line)
             if _is_interrupt(error):
                 die_of(_interrupted or signal.SIGINT)
@@ -103,6 +111,13 @@ def say(line: str) -> None:
     """A line on stderr. That nobody can read it is no reason to end."""
     with suppress(OSError):
         typer.echo(f"reap: {line}", err=True)
+
+
+@contextmanager
+def silence() -> Iterator[None]:
+    """Nothing goes to stdout and stderr of what Python code prints there."""
+    with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
+        yield
 
 
 def as_flags(text: str) -> str:

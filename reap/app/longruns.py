@@ -16,6 +16,7 @@ from reap.app.console import progress, say
 
 if TYPE_CHECKING:
     from reap.text.batching import Batches
+    from reap.text.share import Share
     from reap.text.sources import Source
 
 FIRST_SECONDS, EVERY_SECONDS = 10.0, 60.0
@@ -59,7 +60,9 @@ def shape_of(rows: Batches) -> str:
     return f"{tokens} in rows of {about['seq_len']:,}, {about['batch_size']} at a time"
 
 
-def rows_of(folder: Path, text: TextOptions, sources: list[Source], trust: bool) -> Batches:
+def rows_of(
+    folder: Path, text: TextOptions, sources: list[Source], trust: bool, share: Share | None = None
+) -> Batches:
     """The text as batches for the model in `folder`, the beginning of it read: what is wrong with
     short text shows here."""
     from reap.model.config import row_length
@@ -79,6 +82,7 @@ def rows_of(folder: Path, text: TextOptions, sources: list[Source], trust: bool)
         count=text.count,
         count_after=text.count_after,
         count_until=text.count_until,
+        shard=share,
     )
     if _may_be_bad(rows, sources):
         rows.read_ahead(limit=SAMPLE)

@@ -20,7 +20,7 @@ class Lock:
     """
 
     def __init__(self, path: Path) -> None:
-        self._file = path.with_name(f".{path.name}.lock")
+        self._file = lock_file(path)
         self._fd = self._take(path)
         self.release = weakref.finalize(self, _release, self._file, self._fd, os.getpid())
 
@@ -50,6 +50,11 @@ class Lock:
                 os.close(fd)
                 raise ReapError(f"cannot lock {self._file}: {error.strerror}") from error
             os.close(fd)
+
+
+def lock_file(path: Path) -> Path:
+    """The file that is there while a Lock of `path` is held."""
+    return path.with_name(f".{path.name}.lock")
 
 
 def _release(file: Path, fd: int, owner: int) -> None:

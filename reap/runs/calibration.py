@@ -81,9 +81,14 @@ def calibrate(
 
 def completed(total: Statistics, text: Batches | None, run: dict[str, Any]) -> Statistics:
     """`total` with what went in, where that is known. ReapError when it holds no tokens."""
+    shared = False
     if text is not None:
-        total.data = [text.describe() | run]
-    if total.tokens == 0:
+        about = text.describe() | run
+        shared = "shard" in about
+        if shared:
+            about["shard"]["versions"] = total.versions
+        total.data = [about]
+    if total.tokens == 0 and not shared:  # of few batches a share may have none
         raise ReapError("the calibration data has no tokens that count: nothing was observed")
     return total
 
@@ -106,8 +111,9 @@ def forward_of(model: nn.Module) -> Callable[[Batch], None]:
 
 
 def what_runs(model: nn.Module, backend: str, deterministic: bool) -> dict[str, Any]:
-    """What, beside the text and the versions, decides the bits of the statistics. Weights on the
-    meta device are elsewhere, and come where the others are."""
+    """What, beside the text and the versions, decides the bits of the statistics. Of a GPU that is
+    its name, not its number: processes that share a run have one each. Weights on the meta device
+    are elsewhere, and come where the others are."""
     weights = list(model.parameters())
     if backend == "auto":
         available = [name for name, reason in reap_kernels.backends().items() if reason is None]
@@ -121,9 +127,8 @@ def what_runs(model: nn.Module, backend: str, deterministic: bool) -> dict[str, 
 
 
 def _device_name(device: torch.device) -> str:
-    return (
-        f"{device} ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else str(device)
-    )
+    name = f" ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else ""
+    return f"{device.type}{name}"
 
 
 def _takes_use_cache(model: nn.Module) -> bool:

@@ -1,8 +1,8 @@
 """What a calibration has measured: kept in a file while it runs, and taken up when it ended early.
 
 The file is one of statistics, with sums of whole batches alone. Its one `data` entry is that of the
-run so far, and "partial" in it says how many batches that were. Sums are exact, so that a run in
-pieces has the bits of a run in one.
+run so far, and "partial" in it says how many batches that were, of all shares of the run. Sums are
+exact, so that a run in pieces has the bits of a run in one.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from reap.errors import ReapError
+from reap.errors import ReapError, undisturbed
 from reap.files.atomic import discard_unfinished
 from reap.files.lock import Lock
 from reap.statistics.stats import Statistics, installed_versions
@@ -45,7 +45,6 @@ class Partial:
         self._lock = Lock(path)
         discard_unfinished(path)
         self._before: Statistics | None = None
-        self._batches = 0
         self._changed: set[str] = set()  # domains since what is remembered
         self._remember_at = 0.0
         # Of whole batches: statistics by domain, and the data entry; then what was written of them.
@@ -65,7 +64,9 @@ class Partial:
             return
         (kept,) = self._before.data
         pairs: list[tuple[str, Any, Any]] = [
-            (name, kept.get(name), data[name]) for name in data if name not in _PROGRESS
+            (name, kept.get(name), data.get(name))
+            for name in dict.fromkeys((*data, "shard"))
+            if name not in _PROGRESS
         ]
         versions = self._before.versions
         pairs += [(name, versions.get(name), now) for name, now in installed_versions().items()]
@@ -93,11 +94,10 @@ class Partial:
         if difference:
             self._refuse(f"it is of another model: {difference}")
         (kept,) = self._before.data
-        for _ in range(kept["partial"]["batches"]):
+        while batches.position < kept["partial"]["batches"]:
             batch = next(batches, None)
             if batch is None:
                 break
-            self._batches += 1
             yield batch
         now = batches.describe()["sources"]
         for before, after in zip(kept["sources"], now, strict=True):
@@ -107,7 +107,6 @@ class Partial:
     def mark(self, stats: Statistics, domain: str, batches: Batches, data: dict[str, Any]) -> None:
         """A batch of `domain` is whole: remember `stats` as they are, unless that was done a moment
         ago. Waits for a GPU only now and then, to know that what is remembered is sound."""
-        self._batches += 1
         self._changed.add(domain)
         start = time.monotonic()
         if start < self._remember_at:
@@ -129,7 +128,6 @@ class Partial:
         self, stats: Statistics, domains: list[str], batches: Batches, data: dict[str, Any]
     ) -> None:
         """A wave is whole, of one batch of each of `domains`: write the file now."""
-        self._batches += len(domains)
         self._changed.update(domains)
         self._remember(stats, batches, data)
         self.save()
@@ -139,10 +137,17 @@ class Partial:
     ) -> dict[str, Statistics]:
         before = {} if self._whole is None else self._whole[0]
         parts = {**before, **{name: stats.snapshot(name) for name in self._changed}}
-        done = {"partial": {"batches": self._batches}}
+        done = {"partial": {"batches": batches.position}}
         self._whole = parts, batches.describe() | data | done
         self._changed = set()
         return parts
+
+    def complete(self, stats: Statistics, batches: Batches) -> None:
+        """Write the statistics of a run that has all of its batches, for another process to add."""
+        (data,) = stats.data
+        stats.data = [data | batches.describe() | {"partial": {"batches": batches.position}}]
+        stats.save(self.path, overwrite=True)
+        self._whole, self._written = None, stats
 
     def total(self, stats: Statistics) -> Statistics:
         """`stats` and what the file has."""
@@ -172,20 +177,30 @@ class Partial:
         except _Refused:
             raise
         except BaseException as error:
-            with suppress(ReapError):  # a full disk, say: the first error is the one to tell
-                saved = self.save()
-                if saved is not None and saved.tokens:
-                    note = (
-                        f"what was measured so far, {saved.tokens:,} tokens, is in {self.path}: "
-                        "the same command goes on from there"
-                    )
-                    # As `add_note` of Python 3.11 has it.
-                    error.__notes__ = [*getattr(error, "__notes__", ()), note]  # type: ignore[attr-defined]
+            try:
+                with undisturbed():
+                    notes = self._left()
+                    if notes:  # as `add_note` of Python 3.11 has it
+                        error.__notes__ = notes + getattr(error, "__notes__", [])  # type: ignore[attr-defined]
+            except KeyboardInterrupt as later:
+                later.__notes__ = getattr(error, "__notes__", [])  # type: ignore[attr-defined]
+                raise
             raise
         else:
             self.path.unlink(missing_ok=True)
         finally:
             self._lock.release()
+
+    def _left(self) -> list[str]:
+        """Write what there is, and say so."""
+        with suppress(ReapError):  # a full disk, say: the first error is the one to tell
+            saved = self.save()
+            if saved is not None and saved.tokens:
+                return [
+                    f"what was measured so far, {saved.tokens:,} tokens, is in {self.path}: "
+                    "the same command goes on from there"
+                ]
+        return []
 
     def _refuse(self, reason: str) -> None:
         raise _Refused(

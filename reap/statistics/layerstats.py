@@ -11,6 +11,7 @@ gives the same bits.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 
 import torch
@@ -186,16 +187,34 @@ class LayerStatistics:
 
     def __add__(self, other: LayerStatistics) -> LayerStatistics:
         """The statistics of both, on the CPU. ReapError when they differ in layer or kind."""
-        for field in ("name", "num_experts", "gates", "pairs"):
-            mine, theirs = getattr(self, field), getattr(other, field)
-            if mine != theirs:
-                raise ReapError(f"cannot add layer statistics: {field} {mine!r} against {theirs!r}")
         total = LayerStatistics(
             self.num_experts, name=self.name, gates=self.gates, pairs=self.pairs
         )
         for part in (self, other):
-            total._merge(part)
+            total.merge(part)
         return total
+
+    def called(self, name: str) -> LayerStatistics:
+        """These, not a copy of them, by another name."""
+        if name == self.name:
+            return self
+        other = copy.copy(self)
+        other.name = name
+        return other
+
+    def merge(self, other: LayerStatistics) -> None:
+        """Add `other` to these. ReapError when they differ in layer or kind."""
+        for field in ("name", "num_experts", "gates", "pairs"):
+            mine, theirs = getattr(self, field), getattr(other, field)
+            if mine != theirs:
+                raise ReapError(f"cannot add layer statistics: {field} {mine!r} against {theirs!r}")
+        other.check()
+        self._tokens += other._tokens.to(self.device)
+        self._count += other._count.to(self.device)
+        self._peak = torch.maximum(self._peak, other._peak.to(self.device))
+        self._sums.merge(other._sums)
+        if self._pairs is not None and other._pairs is not None:
+            self._pairs.merge(other._pairs)
 
     def __eq__(self, other: object) -> bool:
         """Whether both are of the same layer and kind and every exact sum is the same."""
@@ -320,15 +339,6 @@ class LayerStatistics:
         place = torch.where(expert < 0, self.num_experts, expert)
         place = torch.where(fault, place, 0)
         self._faults.index_add_(0, place.flatten(), fault.flatten().long())
-
-    def _merge(self, other: LayerStatistics) -> None:
-        other.check()
-        self._tokens += other._tokens.to(self.device)
-        self._count += other._count.to(self.device)
-        self._peak = torch.maximum(self._peak, other._peak.to(self.device))
-        self._sums.merge(other._sums)
-        if self._pairs is not None and other._pairs is not None:
-            self._pairs.merge(other._pairs)
 
     def _read(self, field: str) -> Tensor:
         self.check()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from os import PathLike
@@ -18,6 +18,7 @@ from reap import versions
 from reap.errors import ReapError
 from reap.model.info import LayerInfo, ModelInfo
 from reap.statistics import statsfile
+from reap.statistics.joining import joined
 from reap.statistics.layerstats import LayerStatistics, any_faults, check_gates
 
 
@@ -195,14 +196,34 @@ class Statistics:
                     part.check()
 
     def __add__(self, other: object) -> Statistics:
-        """Both together, for shards, domains and ranks. ReapError says how two do not belong
-        together.
+        """Both together, for shards, domains and ranks; see `total`."""
+        if not isinstance(other, Statistics):
+            return NotImplemented
+        return Statistics.total((self, other))
+
+    @classmethod
+    def total(cls, many: Iterable[Statistics]) -> Statistics:
+        """The sum of all, of which one at a time is held. ReapError says how two do not belong
+        together; also for none at all, and for one shard of a run twice.
 
         Unknown weights match known ones; the sum then carries the known ones, so that two different
         models never meet through a third.
         """
-        if not isinstance(other, Statistics):
-            return NotImplemented
+        rest = iter(many)
+        first = next(rest, None)
+        if first is None:
+            raise ReapError("no statistics to add: give at least one")
+        total = first._like(first.model)
+        total._parts.update(first._copies())
+        data = list(first.data)
+        for more in rest:
+            total._take(more)
+            data += more.data
+        total.data = joined(data)
+        return total
+
+    def _take(self, other: Statistics) -> None:
+        """Add `other`, but for its data, to statistics that nobody else has."""
         differences = [self.model.difference(other.model)]
         for field in ("gates", "pairs"):
             mine, theirs = getattr(self, field), getattr(other, field)
@@ -213,16 +234,19 @@ class Statistics:
                 f"{difference}"
             )
         known, rest = sorted((self.model, other.model), key=_provenance)
-        total = self._like(replace(known, structure=known.structure or rest.structure))
-        total.data = _union(self.data, other.data)
-        total.versions = _join_versions(self.versions, other.versions)
+        names = self.layers, other.layers
+        self.model = replace(known, structure=known.structure or rest.structure)
+        self._infos = {layer.name: layer for layer in self.model.layers}
+        self.versions = _join_versions(self.versions, other.versions)
         # Of two releases of transformers they may be under another module.
-        names = dict(zip((*self.layers, *other.layers), total.layers * 2, strict=True))
-        for (domain, name), part in (*self._copies(), *other._copies()):
-            part.name = names[name]
-            key = domain, part.name
-            total._parts[key] = total._parts[key] + part if key in total._parts else part
-        return total
+        mine, theirs = (dict(zip(each, self.layers, strict=True)) for each in names)
+        parts = {(domain, mine[name]): part for (domain, name), part in self._parts.items()}
+        self._parts = {key: part.called(key[1]) for key, part in parts.items()}
+        for (domain, name), part in other._parts.items():
+            key = domain, theirs[name]
+            if key not in self._parts:
+                self._parts[key] = self._empty(self._infos[key[1]])
+            self._parts[key].merge(part.called(key[1]))
 
     def __radd__(self, other: object) -> Statistics:
         """So that `sum([a, b])` works, which begins with 0."""
@@ -350,12 +374,6 @@ def _provenance(model: ModelInfo) -> tuple[Any, ...]:
         json.dumps(structure, sort_keys=True),
         model.transformers or "",
     )
-
-
-def _union(mine: list[dict[str, Any]], theirs: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """All data specifications, without repeats, in an order that no merge order can change."""
-    texts = {json.dumps(spec, sort_keys=True) for spec in (*mine, *theirs)}
-    return [json.loads(text) for text in sorted(texts)]
 
 
 def _join_versions(mine: dict[str, str], theirs: dict[str, str]) -> dict[str, str]:

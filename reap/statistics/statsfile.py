@@ -26,6 +26,7 @@ from reap.files.paths import path_of
 from reap.files.safefile import OpenFile, encode_header, parse_json, read_header
 from reap.model.info import LayerInfo, ModelInfo
 from reap.statistics.exact import LIMBS
+from reap.statistics.joining import numbers_of
 from reap.statistics.layerstats import PAIRS, SUMS, LayerStatistics
 from reap.statistics.lazyrows import LazyRows
 
@@ -126,6 +127,11 @@ def read(path: str | PathLike[str]) -> State:
     return State(model, about["gates"], pairs, about["data"], about["versions"], parts)
 
 
+def read_data(path: str | PathLike[str]) -> list[dict[str, Any]]:
+    """The data entries of a file alone; ReapError as for `read`, without a look at the sums."""
+    return _about(Path(path), read_header(Path(path)).metadata)["data"]
+
+
 def digest(state: State) -> str:
     """Hex SHA-256 of model, gates and every exact sum."""
     model = state.model.to_json()
@@ -179,6 +185,11 @@ def _about(path: Path, metadata: dict[str, str]) -> dict[str, Any]:
             raise ReapError(f"{path}: metadata field {field!r} must be a JSON {kind.__name__}")
     if not all(isinstance(spec, dict) for spec in about["data"]):
         raise ReapError(f"{path}: metadata field 'data' must be a list of objects")
+    try:
+        for spec in about["data"]:
+            numbers_of(spec)
+    except ReapError as error:
+        raise ReapError(f"{path}: {error}") from None
     if not all(isinstance(text, str) for text in about["versions"].values()):
         raise ReapError(f"{path}: metadata field 'versions' must map names to strings")
     for domain, names in about["parts"].items():

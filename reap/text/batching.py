@@ -24,6 +24,7 @@ from reap.model.load import check_tokenizer, special_ids
 from reap.text.counted import ALL, ASSISTANT, Counting, said
 from reap.text.packing import HeldRow, Packer, Row
 from reap.text.samples import Tally
+from reap.text.share import Share
 from reap.text.sources import Source, check_distinct, parse_spec, read, require_datasets
 
 __all__ = ["Batch", "Batches", "Source", "batches", "parse_spec"]
@@ -112,9 +113,11 @@ def batches(
     count: str = ALL,
     count_after: str | None = None,
     count_until: str | None = None,
+    shard: Share | str | None = None,
 ) -> Batches:
     """Batches over the specs' text, once, as `Batches` describes. `domain` replaces the names that
-    the specs give to theirs.
+    the specs give to theirs. Of a `shard`, "0/8" to "7/8" say, come its share of the batches alone:
+    statistics of all shards add up to those of one run.
 
     All tokens run. Which of them go into the statistics: all; with `count_after` those of every
     document (row, file) that follow the first place where it has this text, `</think>` say, and
@@ -160,14 +163,18 @@ def batches(
         tally = Tally(skip_bad, seen, assistant=counting.count == ASSISTANT)
         rows = packer.rows(read(source, tokenizer, seed, tally), tally)
         streams.append(_Stream(source, rows, tally, max_tokens_per_source, special))
-    return Batches(streams, packer, batch_size, max_tokens, max_tokens_per_source, seed)
+    share = Share.parse(shard) if isinstance(shard, str) else shard or Share()
+    return Batches(streams, packer, batch_size, max_tokens, max_tokens_per_source, seed, share)
 
 
 class Batches(Iterator[Batch]):
     """Iterates once. `max_tokens` is met exactly by cutting the last row, where there is enough
     text; a source that runs out, or has given `max_tokens_per_source`, leaves its share to the
     others, and `describe` says how many tokens each of them gave. The same arguments give the same
-    batches."""
+    batches.
+
+    A share hands out some of the batches, and passes the others by: what is said of batches that
+    were handed out, and all limits, are of both. `position`: how many these are so far."""
 
     def __init__(
         self,
@@ -177,7 +184,10 @@ class Batches(Iterator[Batch]):
         max_tokens: int | None,
         max_tokens_per_source: int | None,
         seed: int,
+        share: Share,
     ) -> None:
+        self.position = 0
+        self._share = share
         self._streams = streams
         self._open = list(streams)
         self._packer = packer
@@ -207,6 +217,11 @@ class Batches(Iterator[Batch]):
             bounds.append(round(total))
         return min(bounds, default=None)
 
+    @property
+    def expected_here(self) -> int | None:
+        """Those of `expected` that are this share's, about."""
+        return None if self.expected is None else round(self.expected / self._share.of)
+
     def read_ahead(
         self, progress: Callable[[int], None] | None = None, limit: int = READ_AHEAD
     ) -> bool:
@@ -221,14 +236,24 @@ class Batches(Iterator[Batch]):
                 progress(sum(len(row.ids) for row in found[1]))
         return False
 
+    def beginning(self) -> str:
+        """Hex SHA-256 of what was read ahead: of all shares the same."""
+        digest = hashlib.sha256()
+        for stream, rows in self._ahead:
+            digest.update(f"{self._streams.index(stream)}, {len(rows)} rows".encode())
+            for row in rows:
+                digest.update(row.encoded())
+        return digest.hexdigest()
+
     def __next__(self) -> Batch:
-        found = self._ahead.popleft() if self._ahead else self._take()
-        if found is None:
-            raise StopIteration
-        stream, rows = found
-        stream.hand_out(rows)
-        ids, mask, counted = self._packer.pad(rows)
-        return Batch(ids, mask, stream.source.domain, counted)
+        while (found := self._ahead.popleft() if self._ahead else self._take()) is not None:
+            stream, rows = found
+            stream.hand_out(rows)
+            self.position += 1
+            if self._share.has(self.position - 1):
+                ids, mask, counted = self._packer.pad(rows)
+                return Batch(ids, mask, stream.source.domain, counted)
+        raise StopIteration
 
     def _take(self) -> tuple[_Stream, list[HeldRow]] | None:
         """The next batch's rows, and where they are from. ReapError when a source has ended without
@@ -260,7 +285,8 @@ class Batches(Iterator[Batch]):
         tokens and the sha256 over the tokens handed out (per row its length, then its ids, int32
         little endian, then, where not all count, per token whether it does), and how many of its
         rows were empty, bad (and left out), repeated, without place for their tools or without
-        tokens that count. Complete once the iteration has ended."""
+        tokens that count. Complete once the iteration has ended; then a shard's differs from that
+        of the whole in its "shard" alone."""
         counting = self._packer.counting
         counted = {"counted": self.counted} if counting.restricted else {}
         return {
@@ -274,6 +300,7 @@ class Batches(Iterator[Batch]):
             "tokens": self.tokens,
             **counted,
             "sources": [stream.describe() for stream in self._streams],
+            **self._share.describe(),
         }
 
     def notes(self) -> list[str]:
@@ -281,6 +308,7 @@ class Batches(Iterator[Batch]):
         used once, as far as it has been read."""
         counting = self._packer.counting
         ran = f"{self.tokens:,} tokens ran, {self.counted:,} of them count: "
+        ran = ran if self._share.of == 1 else f"in all {self._share.of} shards {ran}"
         return [ran + said(counting.describe())] * counting.restricted + [
             f"{stream.source.spec}: {'; '.join(stream.tally.lines())}"
             for stream in self._streams
@@ -339,13 +367,11 @@ class _Stream:
         return rows
 
     def hand_out(self, rows: list[HeldRow]) -> None:
-        for ids, counted in rows:
-            self.tokens += len(ids)
-            self.counted += len(ids) if counted is None else int(counted.sum())
+        for row in rows:
+            self.tokens += len(row.ids)
+            self.counted += len(row.ids) if row.counted is None else int(row.counted.sum())
             self.row_count += 1
-            self.digest.update(np.array([len(ids)], "<i4").tobytes() + ids.tobytes())
-            if counted is not None:
-                self.digest.update(counted.tobytes())
+            self.digest.update(row.encoded())
 
     def describe(self) -> dict[str, Any]:
         """The source's part of `Batches.describe`; the standard library's with its version."""

@@ -29,6 +29,12 @@ class HeldRow(NamedTuple):
     ids: Any  # [n] int32
     counted: Any  # [n] bool, or None
 
+    def encoded(self) -> bytes:
+        """What is hashed of a row: its length, then its ids, int32 little endian, then, where not
+        all count, per token whether it does."""
+        marks = b"" if self.counted is None else self.counted.tobytes()
+        return np.array([len(self.ids)], "<i4").tobytes() + self.ids.tobytes() + marks
+
 
 @dataclass(frozen=True)
 class Packer:

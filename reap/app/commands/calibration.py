@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -20,12 +21,11 @@ from reap.app.arguments import (
 )
 from reap.app.console import print_json, reports_errors
 from reap.app.longruns import announce, read_on, reported, rows_of, shape_of, where
+from reap.app.together import Together, together
 from reap.files.outputs import STATISTICS, check_file
 
 if TYPE_CHECKING:
     from reap.statistics.stats import Statistics
-
-PARTIAL = ".partial.safetensors"  # behind the output's name
 
 
 @reports_errors
@@ -36,21 +36,33 @@ def calibrate(
     out: Annotated[Path, typer.Option(help="the statistics file to write")],
     measuring: MeasureOptions,
     loading: LoadOptions,
+    shard: Annotated[
+        str | None,
+        typer.Option(metavar="I/N", help="only share I, from 0 to N-1, of N; combine adds all"),
+    ] = None,
     overwrite: Overwrite = False,
     json: Json = False,
 ) -> None:
-    """Run MODEL over calibration text and write the statistics of every expert."""
+    """Run MODEL over calibration text and write the statistics of every expert.
+
+    Started by torchrun, several processes do it together; with --shard they need not know of each
+    other.
+    """
 
     def check(inputs: Sequence[str | Path]) -> None:
         check_file(out, STATISTICS, overwrite=overwrite, inputs=inputs)
 
-    folder = find_model(model, text, measuring, loading, check)
-    with measured(model, folder, text, measuring, loading, out, lambda info: None) as found:
-        stats, notes = found
-        saved = save_statistics(stats, out, overwrite, notes)
-    if json:
+    with together(shard) as all_of_us:
+        loading = replace(loading, device=all_of_us.device(loading.device))
+        folder = find_model(model, text, measuring, loading, check)
+        with measured(
+            model, folder, text, measuring, loading, out, lambda info: None, all_of_us
+        ) as found:
+            stats, notes = found
+            saved = save_statistics(stats, out, overwrite, notes) if all_of_us.writes else None
+    if saved is not None and json:
         print_json(saved)
-    else:
+    elif saved is not None:
         tell_statistics(saved)
 
 
@@ -83,10 +95,12 @@ def measured(
     loading: LoadOptions,
     out: Path,
     accept: Callable[[Any], None],
+    all_of_us: Together | None = None,
 ) -> Iterator[tuple[Statistics, list[str]]]:
     """The statistics of the text, and notes on it, to be written to `out`. Until the end of the
     `with` what was measured is kept beside it, for the same command to go on from. `accept` hears
-    of the model (ModelInfo) as early as can be, and may refuse it."""
+    of the model (ModelInfo) as early as can be, and may refuse it. The work is shared with
+    `all_of_us`."""
     from reap.model.identity import describe, describe_folder
     from reap.runs.calibration import calibrate as run
     from reap.runs.heads import chosen_mtp
@@ -94,18 +108,20 @@ def measured(
     from reap.runs.partial import Partial
     from reap.runs.waves import calibrate_streamed, open_layers
 
+    us = all_of_us or Together()
     trust = loading.trust_remote_code
     if not trust:
         accept(describe_folder(folder))  # without experts it is refused here too
-    partial = Partial(out.with_name(out.name + PARTIAL))
+    partial = Partial(us.partial_file(out))
     sources = text.sources()
-    rows = rows_of(folder, text, sources, trust)
+    rows = rows_of(folder, text, sources, trust, us.share)
     partial.refuse_other(rows.describe())
     modes = [f"gates {measuring.gates}", "pairs" if measuring.pairs else None]
     modes += ["deterministic" if measuring.deterministic else None]
     runs = where(folder, loading, measuring.backend)
-    announce("calibrating", model, runs, *modes, shape_of(rows))
+    announce("calibrating", model, runs, *modes, us.said(), shape_of(rows))
     read_on(rows, sources)
+    us.check_same(folder, rows, measuring, loading, out)
     streamed = why_streamed(
         True if measuring.wave_tokens else measuring.stream,
         folder,
@@ -117,11 +133,12 @@ def measured(
     if streamed is not None:
         layers = open_layers(folder, loading.dtype, trust, measuring.limit)
     loaded = loading.load(folder) if layers is None else layers.model
+    us.check_same_run(loaded, measuring)
     if trust:
         accept(describe(loaded))
     head, of_head = chosen_mtp(loaded, folder, measuring.mtp)
     with partial.kept():
-        with reported("calibrating", lambda: rows.expected, "tokens") as advance:
+        with reported("calibrating", lambda: rows.expected_here, "tokens") as advance:
             options: dict[str, Any] = {
                 "gates": measuring.gates,
                 "pairs": measuring.pairs,
@@ -144,7 +161,8 @@ def measured(
                     say=lambda line: announce("calibrating", f"layer by layer ({streamed})", line),
                 )
         del loaded, layers, head, options  # their memory, for what follows
-        yield stats, [*rows.notes(), *of_head]
+        yield us.sum_of_all(stats, partial, rows, out), [*rows.notes(), *of_head]
+        us.release()
 
 
 def save_statistics(

@@ -53,6 +53,7 @@ def _told(path: str) -> dict[str, Any]:
 
 
 def _statistics(file: Path) -> dict[str, Any]:
+    from reap.statistics.joining import shards_said
     from reap.statistics.stats import Statistics
     from reap.text.counted import said
 
@@ -62,10 +63,12 @@ def _statistics(file: Path) -> dict[str, Any]:
         for entry in stats.data
         if entry.get("count") and type(entry.get("counted")) is type(entry.get("tokens")) is int
     ]
+    shards = [named for named in map(shards_said, stats.data) if named]
     return {
         "kind": "statistics",
         **_model(stats.model),
         "tokens": stats.tokens,
+        **({"only": shards} if shards else {}),
         **({"counted": counted} if counted else {}),
         "domains": stats.domain_tokens,
         "gates": stats.gates,

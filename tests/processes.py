@@ -1,0 +1,82 @@
+"""Ranks as tests start them: forks of the test's own process, which have all modules loaded."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+SECONDS = 60.0  # by when all have to have ended
+
+
+class Forked:
+    """`size` ranks at `work(rank)`. What it returns, or how it ends, is in `said`: of `wait`, or of
+    the destructor's kill."""
+
+    def __init__(self, folder: Path, size: int, work: Callable[[int], Any]) -> None:
+        self.folder = folder
+        port = free_port()
+        self.ids = [self._start(rank, size, port, work) for rank in range(size)]
+
+    def _start(self, rank: int, size: int, port: int, work: Callable[[int], Any]) -> int:
+        child = os.fork()
+        if child:
+            return child
+        code = 3
+        try:
+            names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+            values = (rank, size, rank, "127.0.0.1", port)
+            os.environ.update({name: str(v) for name, v in zip(names, values, strict=True)})
+            torch.set_num_threads(1)
+            signal.signal(signal.SIGTERM, signal.default_int_handler)
+            said = self.folder / f"said-{rank}"
+            said.unlink(missing_ok=True)
+            try:
+                said.write_text(str(work(rank)))
+                code = 0
+            except BaseException as error:
+                said.write_text("; ".join([str(error), *getattr(error, "__notes__", ())]))
+                code = 2 if isinstance(error, ValueError) else 1
+                if code == 1:
+                    traceback.print_exc(file=sys.__stderr__)
+        finally:
+            os._exit(code)
+
+    def kill(self, rank: int, number: int = signal.SIGKILL) -> None:
+        os.kill(self.ids[rank], number)
+
+    def wait(self) -> list[int]:
+        """Exit codes; a signal's is negative. Who hangs is killed and fails the test."""
+        codes: dict[int, int] = {}
+        ends = time.monotonic() + SECONDS
+        while len(codes) < len(self.ids):
+            for child in self.ids:
+                if child not in codes:
+                    done, status = os.waitpid(child, os.WNOHANG)
+                    if done:
+                        codes[child] = os.waitstatus_to_exitcode(status)
+            if time.monotonic() > ends:
+                for child in set(self.ids) - codes.keys():
+                    os.kill(child, signal.SIGKILL)
+                    os.waitpid(child, 0)
+                raise AssertionError(f"ranks hang: {codes}, {self.said()}")
+            time.sleep(0.005)
+        return [codes[child] for child in self.ids]
+
+    def said(self) -> list[str]:
+        files = [self.folder / f"said-{rank}" for rank in range(len(self.ids))]
+        return [file.read_text() if file.exists() else "" for file in files]
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

@@ -109,9 +109,8 @@ class ModelInfo:
         """
         if self.model_type != other.model_type:
             return f"model type {self.model_type} against {other.model_type}"
-        mine, theirs = _in_stack(self.layers), _in_stack(other.layers)
-        if mine != theirs:
-            return _layer_difference(mine, theirs)
+        if _in_stack(self.layers) != _in_stack(other.layers):
+            return _layer_difference(self.layers, other.layers)
         if self.structure and other.structure:
             different = self.structure.difference(other.structure)
             if different:
@@ -198,12 +197,16 @@ def _in_stack(layers: tuple[LayerInfo, ...]) -> tuple[LayerInfo, ...]:
 
 def _layer_difference(mine: tuple[LayerInfo, ...], theirs: tuple[LayerInfo, ...]) -> str:
     if len(mine) != len(theirs):
+        fewer, more = sorted((mine, theirs), key=len)
         odd = {layer.name for layer in mine} ^ {layer.name for layer in theirs}
         one = f", {min(odd)} in one alone" if odd else ""
-        fewer = min(mine, theirs, key=len)
-        if len(odd) == 1 and fewer == (mine if fewer is theirs else theirs)[:-1]:
-            one += ", as where one has that of multi-token prediction and one was told --no-mtp"
+        if _in_stack(fewer) == _in_stack(more[:-1]):
+            one = (
+                f", {more[-1].name} in one alone, as where one has the layer of multi-token "
+                "prediction and one is without it (--no-mtp)"
+            )
         return f"{len(mine)} MoE layers against {len(theirs)}{one}"
+    mine, theirs = _in_stack(mine), _in_stack(theirs)
     ours, other = next((a, b) for a, b in zip(mine, theirs, strict=True) if a != b)
     if ours.name != other.name:
         return f"layer {ours.name} against {other.name}"

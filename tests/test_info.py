@@ -144,7 +144,7 @@ def test_layers_under_another_module_are_the_same():
     later = replace(FULL, layers=(replace(moved, name="m.layers.1.mlp.experts"),))
     assert "layer layers.0.mlp.experts against layers.1" in str(FULL.difference(later))
     two = replace(FULL, layers=(LAYER, later.layers[0]))
-    assert "layers.1.mlp.experts in one alone, as where one has that of multi-token" in str(
+    assert "layers.1.mlp.experts in one alone, as where one has the layer of multi-token" in str(
         two.difference(FULL)
     )
     fewer = replace(FULL, layers=(replace(moved, num_experts=4),))

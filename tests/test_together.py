@@ -83,8 +83,9 @@ def test_ranks_are_one(here: Path, size: int, pairs: bool) -> None:
 
 
 @pytest.mark.parametrize("kills", [4, pytest.param(50, marks=pytest.mark.slow)])
-def test_ranks_killed_at_any_moment(here: Path, kills: int) -> None:
+def test_ranks_killed_at_any_moment(here: Path, kills: int, monkeypatch: Any) -> None:
     """One of them, or all, again and again: those that get through have the bits of one process."""
+    monkeypatch.setattr("reap.runs.ranks._JOIN_SECONDS", 5.0)  # no torchrun ends who waits
     calibrate(MODEL_HERE, text(here)).save(here / "whole")
     started = time.monotonic()
     assert Forked(here, 2, lambda _: run(here)).wait() == [0, 0]

@@ -26,6 +26,7 @@ __all__ = [
     "Plan",
     "PruneReport",
     "ReapError",
+    "Stable",
     "Statistics",
     "__version__",
     "batches",
@@ -51,6 +52,7 @@ if TYPE_CHECKING:
     from reap.planning.plan import Plan, make_plan
     from reap.runs.calibration import calibrate
     from reap.runs.evaluation import Evaluation, evaluate
+    from reap.runs.stability import Stable
     from reap.statistics.layerstats import LayerStatistics
     from reap.statistics.stats import Statistics
     from reap.text.batching import Batch, batches
@@ -66,6 +68,7 @@ else:  # a type checker that saw __getattr__ would believe any name
         "planning.plan": ("Plan", "make_plan"),
         "runs.calibration": ("calibrate",),
         "runs.evaluation": ("Evaluation", "evaluate"),
+        "runs.stability": ("Stable",),
         "statistics.layerstats": ("LayerStatistics",),
         "statistics.stats": ("Statistics",),
         "text.batching": ("Batch", "batches"),

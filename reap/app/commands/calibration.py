@@ -15,6 +15,7 @@ from reap.app.arguments import (
     MeasureOptions,
     Model,
     Overwrite,
+    StopOptions,
     TextOptions,
     grouped,
 )
@@ -23,6 +24,8 @@ from reap.app.longruns import announce, read_on, reported, rows_of, shape_of, wh
 from reap.files.outputs import STATISTICS, check_file
 
 if TYPE_CHECKING:
+    from reap.model.info import ModelInfo
+    from reap.runs.stability import Stable
     from reap.statistics.stats import Statistics
 
 PARTIAL = ".partial.safetensors"  # behind the output's name
@@ -36,6 +39,7 @@ def calibrate(
     out: Annotated[Path, typer.Option(help="the statistics file to write")],
     measuring: MeasureOptions,
     loading: LoadOptions,
+    stopping: StopOptions,
     overwrite: Overwrite = False,
     json: Json = False,
 ) -> None:
@@ -44,8 +48,14 @@ def calibrate(
     def check(inputs: Sequence[str | Path]) -> None:
         check_file(out, STATISTICS, overwrite=overwrite, inputs=inputs)
 
+    until = stopping.until()
     folder = find_model(model, text, measuring, loading, check)
-    with measured(model, folder, text, measuring, loading, out, lambda info: None) as found:
+
+    def accept(found: ModelInfo) -> None:
+        if until is not None:
+            until.check(found)
+
+    with measured(model, folder, text, measuring, loading, out, accept, until) as found:
         stats, notes = found
         saved = save_statistics(stats, out, overwrite, notes)
     if json:
@@ -82,11 +92,12 @@ def measured(
     measuring: MeasureOptions,
     loading: LoadOptions,
     out: Path,
-    accept: Callable[[Any], None],
+    accept: Callable[[ModelInfo], None],
+    until: Stable | None = None,
 ) -> Iterator[tuple[Statistics, list[str]]]:
     """The statistics of the text, and notes on it, to be written to `out`. Until the end of the
     `with` what was measured is kept beside it, for the same command to go on from. `accept` hears
-    of the model (ModelInfo) as early as can be, and may refuse it."""
+    of the model as early as can be, and may refuse it. With `until` it may end before the text."""
     from reap.model.identity import describe, describe_folder
     from reap.runs.calibration import calibrate as run
     from reap.runs.heads import chosen_mtp
@@ -101,6 +112,9 @@ def measured(
     partial.refuse_other(rows.describe())
     modes = [f"gates {measuring.gates}", "pairs" if measuring.pairs else None]
     modes += ["deterministic" if measuring.deterministic else None]
+    if until is not None:
+        until.check_text(rows)
+        modes += [f"until ratio {until.ratio} is stable"]
     runs = where(folder, loading, measuring.backend)
     announce("calibrating", model, runs, *modes, shape_of(rows))
     read_on(rows, sources)
@@ -120,6 +134,7 @@ def measured(
                 mtp=head or False,
                 progress=advance,
                 partial=partial,
+                until=until,
             )
         del loaded, head  # their memory, for what follows
         yield stats, [*rows.notes(), *of_head]
@@ -135,6 +150,7 @@ def save_statistics(
         "tokens": stats.tokens,
         "layers": len(stats.layers),
         "domains": list(stats.domains),
+        "ended": [entry["ended"] for entry in stats.data if "ended" in entry],
         "notes": list(notes),
     }
 
@@ -146,5 +162,5 @@ def tell_statistics(saved: dict[str, Any]) -> None:
         f"{saved['out']}: {saved['tokens']:,} tokens through {saved['layers']} MoE layers, "
         f"domains {domains}"
     )
-    for note in saved["notes"]:
+    for note in (*saved["ended"], *saved["notes"]):
         typer.echo(note)

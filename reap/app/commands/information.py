@@ -58,11 +58,13 @@ def _statistics(file: Path) -> dict[str, Any]:
         for entry in stats.data
         if entry.get("count") and type(entry.get("counted")) is type(entry.get("tokens")) is int
     ]
+    ended = [str(entry["ended"]) for entry in stats.data if "ended" in entry]
     return {
         "kind": "statistics",
         **_model(stats.model),
         "tokens": stats.tokens,
         **({"counted": counted} if counted else {}),
+        **({"ended": ended} if ended else {}),
         "domains": stats.domain_tokens,
         "gates": stats.gates,
         "pairs": stats.pairs,

@@ -11,8 +11,8 @@ OLDEST = $(shell $(BIN)/python -c 'from reap.versions import TESTED; print(TESTE
 ON_OLDEST = OMP_NUM_THREADS=1 PYTHONPATH=$(abspath $(VENV))/transformers-$(OLDEST) $(BIN)/python -m pytest
 ON_NEWEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 # What depends on the release: observing and loading models, and checkpoints that it writes and reads.
-BY_RELEASE := $(patsubst %,tests/test_%.py,calibration compat config experts following heads identity layers load measure \
-	mtp mtplayer padding patch pruning surgery)
+BY_RELEASE := $(patsubst %,tests/test_%.py,calibration compat config experts following heads identity layers layerwise load \
+	measure mtp mtplayer padding patch pruning streaming surgery)
 
 # What starts compilers or runs what they made (the emulator, mutants, other processors, all of Triton's interpreter), and
 # the stages of `make gpu`, which wait.

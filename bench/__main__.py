@@ -29,6 +29,7 @@ SUITES = {
     "calibrate": "bench.calibrate",
     "prune": "bench.prune",
     "stats": "bench.stats",
+    "stream": "bench.stream",
 }
 ON_GPU = ("layer", "norms", "calibrate", "stats")
 Suite = Enum("Suite", dict(zip(SUITES, SUITES, strict=True)), type=str)  # type: ignore[misc]
@@ -50,11 +51,13 @@ def main(
     impls: Annotated[str | None, typer.Option(help="of `layer` and `calibrate`, by comma")] = None,
     isas: Annotated[str | None, typer.Option(help="of `layer`, besides the best; by comma")] = None,
     routing: Annotated[str | None, typer.Option(help="of `layer`: uniform, even; by comma")] = None,
-    device: Annotated[Device, typer.Option(help="of all but roof and prune")] = Device.cpu,
+    device: Annotated[Device, typer.Option(help="of all but roof, prune, stream")] = Device.cpu,
     threads: Annotated[int | None, typer.Option(min=1, help="torch's own by default")] = None,
     rounds: Annotated[int | None, typer.Option(min=1, help="samples of each")] = None,
     seconds: Annotated[float | None, typer.Option(help="for each impl and size")] = None,
-    gigabytes: Annotated[float | None, typer.Option(help="size of the `prune` checkpoint")] = None,
+    gigabytes: Annotated[
+        float | None, typer.Option(help="of the checkpoint of `prune`, `stream`")
+    ] = None,
     llmcompressor_python: Annotated[
         Path | None, typer.Option(help="a python that has llmcompressor, for `calibrate`")
     ] = None,

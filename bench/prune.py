@@ -102,8 +102,11 @@ def _smaller(gigabytes: float) -> tuple[int, int, int]:
     return 64, max(8, math.ceil(gigabytes * 1e9 / (16 * 3 * 64 * 2)) // 8 * 8), 16
 
 
-def write_checkpoint(folder: Path, layers: int, hidden: int, inner: int, experts: int) -> int:
-    """A Qwen3-MoE checkpoint of random bytes: bf16 shards, an index. Returns its tensors' bytes."""
+def write_checkpoint(
+    folder: Path, layers: int, hidden: int, inner: int, experts: int, noise: bytes | None = None
+) -> int:
+    """A Qwen3-MoE checkpoint of random bytes, or of `noise` again and again: bf16 shards, an index.
+    Returns its tensors' bytes."""
     from reap.files.safefile import encode_header, span
 
     folder.mkdir(parents=True)
@@ -123,7 +126,7 @@ def write_checkpoint(folder: Path, layers: int, hidden: int, inner: int, experts
             filled = 0
         shards[-1][name] = ("BF16", shape)
         filled += span("BF16", shape)
-    noise, weight_map, total = os.urandom(8 << 20), {}, 0
+    noise, weight_map, total = noise or os.urandom(8 << 20), {}, 0
     for i, tensors in enumerate(shards):
         path = folder / f"model-{i + 1:05}-of-{len(shards):05}.safetensors"
         left = sum(span(*tensor) for tensor in tensors.values())

@@ -31,6 +31,7 @@ __all__ = [
     "__version__",
     "batches",
     "calibrate",
+    "calibrate_streamed",
     "evaluate",
     "load_mtp",
     "make_plan",
@@ -53,6 +54,7 @@ if TYPE_CHECKING:
     from reap.runs.calibration import calibrate
     from reap.runs.evaluation import Evaluation, evaluate
     from reap.runs.stability import Stable
+    from reap.runs.waves import calibrate_streamed
     from reap.statistics.layerstats import LayerStatistics
     from reap.statistics.stats import Statistics
     from reap.text.batching import Batch, batches
@@ -69,6 +71,7 @@ else:  # a type checker that saw __getattr__ would believe any name
         "runs.calibration": ("calibrate",),
         "runs.evaluation": ("Evaluation", "evaluate"),
         "runs.stability": ("Stable",),
+        "runs.waves": ("calibrate_streamed",),
         "statistics.layerstats": ("LayerStatistics",),
         "statistics.stats": ("Statistics",),
         "text.batching": ("Batch", "batches"),

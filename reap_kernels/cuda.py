@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import torch
 
-from reap_kernels import native
+from reap_kernels import gpu, native
 from reap_kernels.contract import Call, Saliency
 
 NAME = "cuda"
@@ -39,14 +39,17 @@ class Chip(NamedTuple):
 def available() -> str | None:
     if reason := native.missing("_cuda"):
         return reason
-    if torch.version.cuda is None:
-        return f"this torch is built for {'ROCm' if torch.version.hip else 'CPUs only'}"
-    if not torch.cuda.is_available():
-        return "no GPU driver or no GPU"
+    if torch.version.hip is not None:
+        return "this torch is built for ROCm"
+    if reason := gpu.missing():
+        return reason
     try:
         native.module("_cuda").device_count()
-    except RuntimeError as error:  # say, a driver older than the toolkit that built the extension
-        return str(error)
+    except RuntimeError as error:
+        return (
+            f"{error}: the driver may be older than the CUDA toolkit that built the extension: "
+            "update it, or build with an older nvcc"
+        )
     reasons = [_unfit(chip(index).sm) for index in range(torch.cuda.device_count())]
     return None if None in reasons else reasons[0]
 

@@ -55,7 +55,8 @@ def moe_saliency(
     Saliency(out [T, H] model dtype, norms [T, K] fp32, peaks [T, K] fp32) in fresh memory.
     Raises ValueError that names the argument, what it was and what it must be, before any work;
     only an id below 0 in GPU memory, which the host cannot see without waiting for the device, is a
-    device-side assertion instead where `triton` runs, and a trap where `cuda` does.
+    device-side assertion instead where `triton` runs, and a trap where `cuda` does. Where memory
+    runs out, torch.OutOfMemoryError says so in one line; the next call may have fewer tokens.
     There is no backward: inputs that require grad need torch.no_grad() or torch.inference_mode().
     """
     tensors = (
@@ -121,11 +122,18 @@ def _run(*arguments):  # type: ignore[no-untyped-def]
     if not getattr(chosen, "ASSERTS_IDS", False):
         check_ids(call.top_k_index)
     kind = call.hidden_states.device.type
-    if not torch.is_autocast_enabled(kind):
-        return chosen.run(call)
-    # The dtypes are part of the contract: autocast must not change them under a backend's feet.
-    with torch.autocast(kind, enabled=False):
-        return chosen.run(call)
+    try:
+        if not torch.is_autocast_enabled(kind):
+            return chosen.run(call)
+        # The dtypes are part of the contract: autocast must not change them under a backend's feet.
+        with torch.autocast(kind, enabled=False):
+            return chosen.run(call)
+    except torch.OutOfMemoryError as error:
+        reason = str(error).partition("\n")[0]
+        raise torch.OutOfMemoryError(
+            f"no memory for {call.T * call.K} slots on {chosen.NAME}: pass fewer tokens at a time "
+            f"({reason})"
+        ) from error
 
 
 def _fake(*arguments):  # type: ignore[no-untyped-def]

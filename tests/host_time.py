@@ -132,9 +132,14 @@ def observe(repeats: int) -> Times:
 
 
 @contextmanager
-def no_driver(launched: Callable[..., object] = lambda *_: None) -> Iterator[None]:
+def no_driver(
+    launched: Callable[..., object] = lambda *_: None,
+    made: Callable[..., object] = lambda *_: None,
+    device: int = -1,
+) -> Iterator[None]:
     """Triton launches on tensors in host memory, as on an sm_90, up to the driver, in place of
-    which `launched` gets the grid, four things and the arguments."""
+    which `launched` gets the grid, four things and the arguments. `made` gets the name and the key
+    of each kernel that triton would compile: once for each `device`."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import CompiledKernel
@@ -157,10 +162,11 @@ def no_driver(launched: Callable[..., object] = lambda *_: None) -> Iterator[Non
             pass
 
     def compiled(self, key, signature, device, *_):
+        made(self.__name__, key)
         return self.device_caches[device][0].setdefault(key, Kernel())
 
     driver = SimpleNamespace(
-        get_current_device=lambda: -1,
+        get_current_device=lambda: device,
         get_current_stream=lambda device: 0,
         get_current_target=lambda: GPUTarget("cuda", 90, 32),
     )
@@ -194,7 +200,7 @@ def triton(repeats: int) -> Times:
 
     def first() -> object:
         with mock.patch.object(launch, "_plans", Plans()):
-            return launch.run(call, config)
+            return launch.run(call, config, None)
 
     with (
         no_driver(),
@@ -208,8 +214,8 @@ def triton(repeats: int) -> Times:
     ):
         return {
             "triton, the op": median(op, repeats),
-            "  its choice of a config": median(lambda: backend._choose(call), repeats),
-            "  seven launches": median(lambda: launch.run(call, config), repeats),
+            "  its choice of a config": median(lambda: backend.unsupported(call), repeats),
+            "  four launches": median(lambda: launch.run(call, config, None), repeats),
             "  the same for the first time": median(first, repeats),
             "triton's statistics": median(lambda: layer.update(*slots), repeats),
         }

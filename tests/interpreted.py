@@ -5,15 +5,21 @@ file. Imported only in a process that has TRITON_INTERPRET set.
 """
 
 import inspect
-from collections import defaultdict
+from collections import Counter, defaultdict
 from contextlib import contextmanager
 from dataclasses import replace
 
 import numpy as np
+import plain_routing
 import torch
+import triton
 import triton.language as tl
 from triton.runtime import interpreter
 from triton.runtime.interpreter import GridExecutor, InterpreterBuilder, interpreter_builder
+
+from reap_kernels.contract import Call
+from reap_kernels.triton.configs import Config
+from reap_kernels.triton.tiles import locate, locate_slab
 
 _patch_lang = interpreter._patch_lang
 _patched: set[int] = set()
@@ -129,3 +135,47 @@ def traffic(monkeypatch):
         patch.setattr(InterpreterBuilder, "create_masked_store", watched_store)
         patch.setattr(InterpreterBuilder, "create_atomic_rmw", watched_atomic)
         yield seen
+
+
+@contextmanager
+def products(monkeypatch):
+    """Counts the matrix products inside, by their rows."""
+    seen: Counter[int] = Counter()
+    dot = InterpreterBuilder.create_dot
+
+    def watched(self, a, *rest):
+        seen[a.data.shape[0]] += 1
+        return dot(self, a, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(InterpreterBuilder, "create_dot", watched)
+        yield seen
+
+
+@triton.jit
+def _look(
+    found, tile_expert, first_tile, offsets, E, columns, slab, group_m,
+    N: tl.constexpr, M: tl.constexpr,
+):  # fmt: skip
+    place = tl.arange(0, N)
+    program = tl.minimum(place, tl.load(first_tile + E) * columns - 1)
+    program, first, here = locate_slab(program, first_tile, E, columns, slab)
+    tile = locate(program, tile_expert, first_tile, offsets, here, group_m, M)
+    for i in tl.static_range(4):
+        tl.store(found + i * N + place, tile[i] + (first if i == 3 else 0))
+
+
+def tiles_in_order(call: Call, config: Config, slab: int) -> tuple[list[int], list[list[int]]]:
+    """Slots by sorted position, and of every program of down its expert, first position, end and
+    column tile, by the kernels' own functions on all programs at once."""
+    routed = plain_routing.route(call.top_k_index, call.E)
+    tiles = -(-routed.counts // config.block_m)
+    first_tile = torch.nn.functional.pad(tiles.cumsum(0), (1, 0))
+    tile_expert = torch.arange(call.E).repeat_interleave(tiles)
+    columns = -(-call.H // config.down.block_n)
+    number = len(tile_expert) * columns
+    found = torch.zeros(4, triton.next_power_of_2(number), dtype=torch.int32)
+    tables = [table.int() for table in (tile_expert, first_tile, routed.offsets)]
+    sizes = (call.E, columns, min(slab, columns), config.down.group_m)
+    _look[(1,)](found, *tables, *sizes, N=found.shape[1], M=config.block_m)
+    return routed.order.tolist(), found[:, :number].T.tolist()

@@ -11,6 +11,7 @@ import json
 import re
 import tempfile
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import NamedTuple
 
 import sass
@@ -91,22 +92,24 @@ def compiled(kernel, arguments: dict, options: dict, target: GPUTarget):
     signature, constants, attributes = {}, {}, {}
     for i, parameter in enumerate(kernel.params):
         value = arguments[parameter.name]
-        if parameter.is_constexpr or value is None or (type(value) is int and value == 1):
+        fixed = type(value) is int and not parameter.do_not_specialize
+        if parameter.is_constexpr or value is None or (fixed and value == 1):
             signature[parameter.name], constants[(i,)] = "constexpr", value
         elif isinstance(value, float):
             signature[parameter.name] = "fp32"
         else:
             tensor = isinstance(value, torch.Tensor)
             signature[parameter.name] = TYPES[value.dtype] if tensor else "i32"
-            if tensor or value % 16 == 0:
+            vague = parameter.do_not_specialize_on_alignment
+            if (tensor and not vague) or (fixed and value % 16 == 0):
                 attributes[(i,)] = [["tt.divisibility", 16]]
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
     return triton.compile(source, target=target, options=options)
 
 
 def resources(binary) -> dict:
-    """Registers, bytes of local memory, of spills and of shared memory, and the tensor-core
-    instructions of a compiled kernel."""
+    """Registers, bytes of local memory, of spills and of shared memory, the tensor-core
+    instructions of a compiled kernel, and whether what it loads leaves the cache first."""
     if "amdgcn" in binary.asm:
         text = binary.asm["amdgcn"]
 
@@ -134,6 +137,7 @@ def resources(binary) -> dict:
         "shared": binary.metadata.shared,
         "tensor": sorted(set(re.findall(r"\b(?:HMMA|HGMMA|UTC\w*MMA)[\w.]*", code))),
         "loop": sass.share(sass.main_loop(code)),
+        "passing": "evict_first" in binary.asm["ptx"],
     }
 
 
@@ -157,14 +161,19 @@ def call(variant: Variant, T: int = 4096, K: int = 8, E: int = 128) -> Call:
 def gemms(chip: str, config: configs.Config, variant: Variant) -> Iterator[dict]:
     _, target, _ = CHIPS[chip]
     made = call(variant)
-    tiles, *_ = routing.allocate(made, config.block_m, made.top_k_index.new_empty)
+    tiles = routing.allocate(made, config.block_m, made.top_k_index.new_empty)
     x, S, width = made.hidden_states, made.T * made.K, launch.slab_width(made, config)
     wide = x.new_empty((S, width), dtype=torch.float32)
     inner = x.new_empty((S, made.I))
     buffers = {"inner": inner, "combined": wide, "squares": wide, "peaks": wide}
-    slab = {"first_column": 0, "W": width}
+    slab = {"first_column": 0, "W": width, "slab": 2}
+    sums = None if made.deterministic else wide
     for kernel, arguments, tile in (
-        (gate_up.gate_up_kernel, gate_up.arguments(made, tiles, inner, config), config.gate_up),
+        (
+            gate_up.gate_up_kernel,
+            gate_up.arguments(made, tiles, inner, sums, config),
+            config.gate_up,
+        ),
         (down.down_kernel, down.arguments(made, tiles, buffers, config) | slab, config.down),
     ):
         yield resources(compiled(kernel, arguments, launch.options(tile), target)) | {
@@ -177,7 +186,8 @@ def small_kernels(chip: str) -> Iterator[dict]:
     _, target, _ = CHIPS[chip]
     made = call(VARIANTS[16][0])
     x, ids = made.hidden_states, made.top_k_index
-    tiles, counts, totals = routing.allocate(made, 128, ids.new_empty)
+    tiles = routing.allocate(made, 128, ids.new_empty)
+    counts = totals = tiles.order
     shared = routing.arguments(made)
     norms = x.new_empty(ids.shape, dtype=torch.float32)
     result = Saliency(x, norms, norms)
@@ -190,7 +200,9 @@ def small_kernels(chip: str) -> Iterator[dict]:
     slots = (ids, made.top_k_weights, norms, norms)
     mask = ids.new_empty((made.T,), dtype=torch.bool)
     placed = {"before": counts, "totals": totals, "BLOCK_M": 128, **tiles.arguments(), **shared}
+    routed = placed | {"WIDE": routing.WIDE}
     for kernel, arguments in (
+        (routing.route_kernel, routed),
         (routing.count_kernel, {"counts": counts, **shared}),
         (routing.scan_kernel, {"counts": counts, "totals": totals, "blocks": 16, "BLOCK": 256}),
         (routing.place_kernel, placed),
@@ -223,8 +235,12 @@ def every(chip: str, large: bool) -> Iterator[dict]:
         if not large:
             variants = tuple(v for v in variants if choice.unaligned or configs.aligned(call(v)))
         for variant in variants:
-            needed = [instruction] if choice.bits == 16 else []
-            for found in gemms(chip, choice.config, variant):
+            few = choice.config.block_m < 64 and instruction == "HGMMA"  # wgmma takes 64 rows
+            needed = [] if choice.bits == 32 else ["HMMA" if few else instruction]
+            config = choice.config
+            if large and family in configs.HINTED:
+                config = replace(config, slab=2)
+            for found in gemms(chip, config, variant):
                 yield found | {"needed": needed, "limit": limit}
 
 

@@ -58,6 +58,7 @@ def test_every_suite_has_rows_of_us_and_of_peers(smoke):
         assert impls["norms"] == {"reap:cpu", "cpu, norms off"}
     assert impls["prune"] == {"reap", "reap --no-verify", "cp -r", "cp -r; sync"}
     assert {"reap:update", "reap:update+pairs", "layer eager"} <= impls["stats"]
+    assert impls["stream"] == {"reap layer by layer", "in memory"}
 
 
 def test_rows_are_sane(smoke):

@@ -3,12 +3,16 @@
 import json
 import math
 import shutil
+import signal
+import subprocess
+import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import typer
-from commandline import MODEL, ended, invoke, refused, run_json
+from commandline import CALIBRATE, MODEL, ended, invoke, refused, run_json
 
 from reap.app.commands.calibration import PARTIAL
 from reap.errors import ReapError
@@ -162,3 +166,67 @@ def test_the_first_line_says_what_runs_where(work, tmp_path, monkeypatch):
 def test_a_device_that_is_not_there(work, tmp_path, device):
     command = ("calibrate", "no/model", "--data", work / "a.txt", "--out", tmp_path / "x.st")
     assert f"device '{device}' is not usable" in refused(*command, "--device", device)
+
+
+def layer_by_layer(work: Path, out: Path, *more: object) -> tuple[int, str, str]:
+    """`calibrate` as for one.st, with more options."""
+    given = ("--data", work / "a.txt", "--max-tokens", 512, "--seq-len", 64, "--batch-size", 2)
+    return invoke("calibrate", MODEL, *given, "--domain", "one", "--out", out, *more)
+
+
+@pytest.mark.parametrize("more", [("--stream",), ("--wave-tokens", 200)])
+def test_layer_by_layer(work: Path, tmp_path: Path, more: tuple[object, ...]) -> None:
+    code, out, err = layer_by_layer(work, tmp_path / "x.st", *more)
+    assert code == 0 and "512 tokens through 4 MoE layers, domains one" in out
+    assert "calibrating: layer by layer (as asked for), 4 layers of 6.81 MB, at most " in err
+    found, whole = Statistics.load(tmp_path / "x.st"), Statistics.load(work / "one.st")
+    assert found.digest() == whole.digest() and found.data == whole.data
+    assert [path.name for path in tmp_path.iterdir()] == ["x.st"]
+
+
+def test_layer_by_layer_by_itself(work: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    """Where the model would not fit, which is said."""
+    from reap.runs import memory, mode
+
+    need = memory.resident() + (2 << 30)
+    monkeypatch.setattr(mode, "LOADING", 1e6)
+    code, _, err = layer_by_layer(work, tmp_path / "x.st", "--memory-limit", f"{need}", "--json")
+    assert code == 0 and "calibrating: layer by layer (whole it takes 7" in err
+    found = Statistics.load(tmp_path / "x.st")
+    assert found.digest() == Statistics.load(work / "one.st").digest()
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (("--memory-limit", "100M"), "memory do not hold one layer"),
+        (("--memory-limit", "much"), "'much' is not a size: write it like 24G"),
+        (("--no-stream", "--wave-tokens", 100), "are not for --no-stream"),
+        (("--no-stream", "--memory-limit", "1G"), "are not for --no-stream"),
+    ],
+)
+def test_layer_by_layer_refused(
+    work: Path, tmp_path: Path, more: tuple[object, ...], said: str
+) -> None:
+    code, _, err = layer_by_layer(work, tmp_path / "x.st", *more)
+    assert code == 2 and said in err.splitlines()[-1], err
+    assert not list(tmp_path.glob("*.st*"))
+
+
+def test_layer_by_layer_survives_a_kill(work: Path, tmp_path: Path) -> None:
+    """Not to be caught: what was whole is in the file, and the same command goes on from it."""
+    options = ("--max-tokens", 6000, "--seq-len", 64, "--wave-tokens", 256)
+    command = [str(word) for word in (*CALIBRATE, tmp_path / "x.st", *options)]
+    kept, digests = tmp_path / f"x.st{PARTIAL}", []
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 60
+    while not kept.exists() and time.monotonic() < deadline and process.poll() is None:
+        time.sleep(0.01)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL and Statistics.load(kept).tokens % 256 == 0
+    for out in ("x.st", "y.st"):
+        command[command.index("--out") + 1] = str(tmp_path / out)
+        done = subprocess.run(command, check=True, capture_output=True, text=True)
+        assert f"{out}: 6,000 tokens" in done.stdout
+        digests.append(Statistics.load(tmp_path / out).digest())
+    assert digests[0] == digests[1] and not kept.exists()

@@ -21,19 +21,20 @@ import transformers
 from folders import saved, some_plan
 from tiny import tiny_inputs, tiny_model
 from torch import nn
-from transformers import core_model_loading
+from transformers import core_model_loading, modeling_utils
 from transformers.integrations import moe
 from transformers.utils import logging
 
 from reap.checkpoint.pruning import prune
 from reap.errors import ReapError
 from reap.model import compat
+from reap.model.layerwise import Layerwise
 from reap.model.load import load_model
 from reap.observation.patch import observe
 from reap.versions import releases
 
 ROOT = Path(__file__).parent.parent
-EXPERTS, CONFIGURATIONS, CLASSES, LOADER, TORCH = compat.SEAMS
+EXPERTS, CONFIGURATIONS, CLASSES, LOADER, PARTS, TORCH = compat.SEAMS
 
 
 @pytest.fixture(autouse=True)
@@ -99,11 +100,16 @@ def reporting_nothing(model: nn.Module, *_: Any, **__: Any) -> Any:
 
 
 LOAD = core_model_loading, "convert_and_load_state_dict_in_model"
+BOUND = modeling_utils, LOAD[1]
 DECORATE = moe, "use_experts_implementation"
 AUTO = transformers.AutoModelForCausalLM
 GONE = object()  # the name is no more
 # Names that more than one check comes across.
-ALSO = {"_model_mapping": {LOADER}, "_compiled_call_impl": {EXPERTS}}
+ALSO = {
+    "_model_mapping": {LOADER, PARTS},
+    "rename_source_key": {LOADER},
+    "_compiled_call_impl": {EXPERTS},
+}
 
 
 @pytest.mark.parametrize(
@@ -123,6 +129,10 @@ ALSO = {"_model_mapping": {LOADER}, "_compiled_call_impl": {EXPERTS}}
         (LOADER, *LOAD, GONE, "convert_and_load"),
         (LOADER, *LOAD, with_another_argument, "parallel"),
         (LOADER, *LOAD, reporting_nothing, "of a damaged checkpoint it says"),
+        (PARTS, *BOUND, GONE, "convert_and_load"),
+        (PARTS, *BOUND, with_another_argument, "with_another_argument"),
+        (PARTS, core_model_loading, "rename_source_key", GONE, "rename_source_key"),
+        (PARTS, core_model_loading, "rename_source_key", lambda *_: ("a", None), "finds []"),
         (TORCH, torch._C, "_current_graph_task_id", GONE, "_current_graph_task_id"),
         (TORCH, torch._C, "_current_graph_task_id", lambda: 0, "where there is none"),
         (TORCH, nn.Module, "_compiled_call_impl", GONE, "_compiled_call_impl"),
@@ -171,6 +181,7 @@ def test_every_work_is_checked_before_it_starts(tmp_path: Path, monkeypatch: Any
         for work, start in {
             compat.OBSERVING: lambda: observe(model).__enter__(),
             compat.LOADING: lambda: load_model(tmp_path / "nowhere"),
+            compat.STREAMING: lambda: Layerwise(tmp_path / "nowhere"),
             compat.PRUNING: lambda: prune(tmp_path / "nowhere", plan, tmp_path / "out"),
         }.items():
             with pytest.raises(ReapError) as caught:

@@ -73,8 +73,9 @@ def test_reasons_why_it_does_not_run(monkeypatch):
     assert cuda.available() == "this torch is built for CPUs only"
     monkeypatch.setattr(torch.version, "hip", "7.0")
     assert cuda.available() == "this torch is built for ROCm"
+    monkeypatch.setattr(torch.version, "hip", None)
     monkeypatch.setattr(torch.version, "cuda", "13.0")
-    assert cuda.available() == "no GPU driver or no GPU"
+    assert str(cuda.available()).startswith("no GPU that torch can use: ")
 
 
 @no_gpu
@@ -83,7 +84,9 @@ def test_a_driver_older_than_the_toolkit_is_a_reason(monkeypatch):
         raise RuntimeError("cudaErrorInsufficientDriver: old")
 
     with_gpu(monkeypatch, SimpleNamespace(architectures="sm_80", device_count=device_count))
-    assert cuda.available() == "cudaErrorInsufficientDriver: old"
+    reason = str(cuda.available())
+    assert reason.startswith("cudaErrorInsufficientDriver: old: the driver may be older")
+    assert reason.endswith("update it, or build with an older nvcc")
 
 
 @no_gpu

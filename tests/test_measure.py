@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from reap.model.compat import Layout
-from reap.observation.measure import _exact, accurate, activation_of, fused
+from reap.observation.measure import _exact, accurate, activation_of, fused, state_of
 
 
 class Gate(nn.Module):
@@ -86,3 +86,35 @@ def test_the_exact_output_leaves_slots_without_expert_out(dtype: torch.dtype) ->
     expected = fused(weights, layout, hidden, ids, gates, backend="reference").out
     assert exact.dtype == wide
     torch.testing.assert_close(exact, expected)
+
+
+def test_modules_of_one_state_compute_the_same() -> None:
+    def function(g: Tensor, u: Tensor) -> Tensor:
+        return g * u
+
+    def changed(**given: Any) -> Gate:
+        gate = Gate(function, limit=7.0)
+        for name, value in given.items():
+            setattr(gate, name, value)
+        return gate
+
+    weight = nn.Parameter(torch.ones(1))
+    plain = state_of(changed(), ("weight",))
+    assert state_of(changed(weight=weight), ("weight",)) == plain
+    shared = nn.Module()
+    differing = [
+        changed(limit=7.5),
+        changed(limit=None),
+        changed(function=lambda g, u: g * u),
+        changed(_apply_gate=lambda gate_up: gate_up),
+        changed(weight=weight, other=weight),
+        changed(act_fn=nn.SiLU()),
+        changed(act_fn=nn.GELU()),
+        changed(act_fn=nn.GELU("tanh")),
+        changed(act_fn=nn.PReLU()),
+        changed(act_fn=nn.PReLU()),
+        changed(act_fn=shared, limit=True),
+    ]
+    states = {plain, *(state_of(gate, ("weight",)) for gate in differing)}
+    assert len(states) == 1 + len(differing)
+    assert state_of(changed(act_fn=nn.SiLU())) == state_of(changed(act_fn=nn.SiLU()))

@@ -371,3 +371,22 @@ def test_negative_ids_are_found_in_compiled_code_too():
     compiled = torch.compile(moe_saliency, fullgraph=True, backend="aot_eager")
     with pytest.raises(ValueError, match="holds the id -1"):
         compiled(**inputs(top_k_index=ids(T, K, value=-1)))
+
+
+def test_memory_that_runs_out_is_one_line_and_the_next_call_runs(monkeypatch):
+    inputs = cases.make(cases.SHAPES[4], torch.float32)
+
+    def full(call):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nMore\nlines")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ops.cpu, "available", lambda: None)
+        patch.setattr(ops.cpu, "unsupported", lambda call: None)
+        patch.setattr(ops.cpu, "run", full)
+        with pytest.raises(torch.OutOfMemoryError) as found:
+            moe_saliency(**inputs)
+    assert str(found.value) == (
+        "no memory for 3 slots on cpu: pass fewer tokens at a time "
+        "(CUDA out of memory. Tried to allocate 2 GiB.)"
+    )
+    cases.assert_accurate(moe_saliency(**inputs), inputs)

@@ -183,12 +183,24 @@ def test_an_inner_model_with_other_tokens(passed: dict[str, Any]) -> None:
         model(input_ids=IDS, attention_mask=MASK)
 
 
-def test_canvas_tokens_of_equal_length_are_not_taken_for_the_prompt() -> None:
+@pytest.mark.parametrize(("canvas", "masked"), [(9, False), (5, False), (5, True)])
+def test_a_canvas_beside_a_padded_prompt(canvas: int, masked: bool) -> None:
+    """Its tokens are not the prompt's, even where as many: all count, but those that a mask
+    of their own leaves out."""
     model = tiny_model("diffusion_gemma")
     inputs = tiny_inputs(model, lengths=[9, 5])
-    inputs["decoder_input_ids"] = inputs["input_ids"]
-    with pytest.raises(ReapError, match="DecoderModel in it with no token ids"), observe(model):
+    inputs["decoder_input_ids"] = inputs["input_ids"][:, :canvas]
+    if masked:
+        own = torch.ones(2, canvas, dtype=torch.int64)
+        own[1, -2:] = 0
+        inputs["decoder_attention_mask"] = torch.cat([inputs["attention_mask"], own], 1)
+    with observe(model) as stats:
         run(model, inputs)
+    assert stats.tokens == 9 + 5 + 2 * canvas - (2 if masked else 0)
+    unmasked = {name: x for name, x in inputs.items() if "mask" not in name}
+    with observe(model) as all_stats:
+        run(model, unmasked)
+    assert all_stats.tokens == 2 * 9 + 2 * canvas
 
 
 def test_a_static_cache_counts_what_is_not_padded() -> None:

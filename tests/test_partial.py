@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from letters import Tokenizer
 from tiny import tiny_model
 
 from reap.errors import ReapError
@@ -19,13 +20,6 @@ from reap.runs.calibration import calibrate
 from reap.runs.partial import Partial
 from reap.statistics.stats import Statistics
 from reap.text.batching import Batches, batches
-
-
-class Tokenizer:
-    eos_token_id = pad_token_id = None
-
-    def __call__(self, text: str, **_: Any) -> dict[str, list[int]]:
-        return {"input_ids": [ord(letter) % 64 for letter in text]}
 
 
 class Stop(Exception):

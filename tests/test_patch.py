@@ -19,7 +19,7 @@ from reap.model.experts import find_experts
 from reap.observation import measure
 from reap.observation.layers import Layer
 from reap.observation.patch import _layers, observe
-from reap.statistics.layerstats import LayerStatistics
+from reap.statistics.stats import Statistics
 
 # Softmax renormalised or not, sigmoid with groups and bias, interleaved and transposed with biases,
 # a hybrid, no gate half: the rest is in the sweep.
@@ -430,7 +430,7 @@ def test_no_layer_waits_for_its_device(model_type: str, lengths: Any, monkeypatc
     ids, gates = (torch.zeros(18, 2, dtype=t, device="meta") for t in (torch.int64, torch.float32))
     monkeypatch.setattr(Layer, "check_device", lambda self, kind: None)  # which refuses it
     monkeypatch.setattr(measure, "accurate", lambda *_, **__: True)  # waits once, at the first call
-    monkeypatch.setattr(LayerStatistics, "check", lambda self: None)  # at the end
+    monkeypatch.setattr(Statistics, "check", lambda self: None)  # once, at the end
     hidden = torch.zeros(18, 32, device="meta")
     with torch.no_grad(), observe(model, pairs=True) as stats:
         for experts in find_experts(model):
@@ -444,6 +444,25 @@ def test_no_layer_waits_for_its_device(model_type: str, lengths: Any, monkeypatc
             out = model(input_ids=inputs["input_ids"], attention_mask=mask)
             assert out.is_meta and out.shape == hidden.shape
     assert {part.device.type for part in stats._parts.values()} == {"meta"}
+
+
+def test_what_layers_have_in_common_is_found_once(monkeypatch: Any) -> None:
+    """Layers of one class and state have one activation; one with another is asked for itself."""
+    seen: list[nn.Module] = []
+    activation_of = measure.activation_of
+
+    def counted(module: nn.Module) -> str | None:
+        seen.append(module)
+        return activation_of(module)
+
+    monkeypatch.setattr(measure, "activation_of", counted)
+    model = tiny_model("qwen3_moe", num_hidden_layers=5)
+    experts = [one.module for one in find_experts(model)]
+    experts[3].act_fn = nn.GELU()
+    with observe(model):
+        activations = [_layers[module].activation for module in experts]
+    assert activations == ["silu", "silu", "silu", "gelu", "silu"]
+    assert seen == [experts[0], experts[3]]
 
 
 def test_a_graph_cannot_be_captured(monkeypatch: Any) -> None:

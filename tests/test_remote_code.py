@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 from folders import edit_config, saved, some_plan, tensors_of
 from safetensors.torch import save_file
-from tiny import tiny_model
+from tiny import tiny_inputs, tiny_model
 
 from reap.checkpoint.pruning import prune
 from reap.checkpoint.verification import verify
@@ -17,6 +18,8 @@ from reap.errors import ReapError
 from reap.model.identity import describe, describe_folder
 from reap.model.info import ModelInfo
 from reap.model.load import load_model, load_tokenizer
+from reap.runs.calibration import calibrate
+from reap.runs.waves import calibrate_streamed
 
 CONFIGURATION = """
 import pathlib
@@ -42,6 +45,9 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
     monkeypatch.setattr("builtins.input", asked)
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "c"))
+    for name in [name for name in sys.modules if name.startswith("transformers_modules")]:
+        monkeypatch.delitem(sys.modules, name)  # of an earlier test's folder
+    monkeypatch.setattr("sys.path", [*sys.path])  # to which transformers adds this one's
     folder = tmp_path / "odd"
     saved(folder, num_hidden_layers=2)
     code = CONFIGURATION.format(mark=str(tmp_path / "ran"))
@@ -104,3 +110,27 @@ def test_what_transformers_knows_itself_needs_no_code(folder: Path, tmp_path: Pa
     assert type(load_model(folder)).__name__ == "Qwen3MoeForCausalLM"
     report = prune(folder, some_plan(folder), tmp_path / "out")
     assert report.unchecked is None and not (tmp_path / "ran").exists()
+
+
+SHARED = """
+    def __init__(self, config):
+        super().__init__(config)
+        self.model.layers[1] = self.model.layers[0]
+"""
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_it_runs_layer_by_layer(folder: Path, shared: bool) -> None:
+    """Also one that goes through a layer twice, of which the checkpoint has one."""
+    state = tiny_model("qwen3_moe", num_hidden_layers=2).state_dict()
+    if shared:
+        (folder / "modeling_odd.py").write_text(MODELING + SHARED)
+        state = {name: x for name, x in state.items() if ".layers.1." not in name}
+    save_file(state, folder / "model.safetensors", {"format": "pt"})
+    model = load_model(folder, trust_remote_code=True)
+    batches = [tiny_inputs(model, lengths=[9, 4]), tiny_inputs(model, seed=2)]
+    whole = calibrate(model, batches)
+    found = calibrate_streamed(folder, batches, trust_remote_code=True)
+    assert found.digest() == whole.digest() and len(found.layers) == 2 - shared
+    with pytest.raises(ReapError, match="trust_remote_code=True"):
+        calibrate_streamed(folder, batches)

@@ -21,25 +21,26 @@ CASES = [
 
 
 def launches(run, inputs):
-    """What reaches the driver: grids and arguments, tensors of `inputs` by number and others by the
-    order of their first appearance."""
+    """What reaches the driver: grids and arguments, memory of `inputs` by number and other memory
+    by the order of its first appearance."""
     others: dict = {}
     seen: list = []
     known = {x.data_ptr(): number for number, x in enumerate(inputs) if x is not None}
 
     def told(value):
-        if not isinstance(value, torch.Tensor):
-            return value
-        fresh = value.data_ptr() not in known
-        place = others.setdefault(value.data_ptr(), len(others)) if fresh else None
-        return (value.dtype, value.shape, place) if fresh else known[value.data_ptr()]
+        address = value.data_ptr() if isinstance(value, torch.Tensor) else value
+        if address in known:
+            return "given", known[address]
+        if type(address) is int and address > 1 << 40:  # no size is that large
+            return "buffer", others.setdefault(address, len(others))
+        return value
 
     def launched(*arguments):
         seen.append((arguments[:3], [told(value) for value in arguments[9:]]))
 
     with host_time.no_driver(launched), torch.no_grad():
         result = run()
-    return seen, [told(tensor) for tensor in result or ()]
+    return seen, [(told(tensor), tensor.dtype, tensor.shape) for tensor in result or ()]
 
 
 @pytest.mark.parametrize(("case", "dtype", "deterministic"), CASES, ids=str)
@@ -49,12 +50,25 @@ def test_a_layer(case, dtype, deterministic, monkeypatch):
 
     def once(seed):
         call = make_call(**cases.make(case, dtype, seed=seed), deterministic=deterministic)
-        return launches(lambda: launch.run(call, config), call[: len(TENSORS)])
+        return launches(lambda: launch.run(call, config, "key"), call[: len(TENSORS)])
 
     first = once(1)
-    assert len(plans._plans) == 1 and len(first[0]) >= 6
+    assert len(plans._plans) == 1 and len(first[0]) >= 4
     monkeypatch.setattr(replay.Recorder, "launch", None)  # now nothing but the plan can
     assert once(2) == first
+
+
+def test_a_plan_is_launched_on_the_stream_of_its_call(monkeypatch):
+    monkeypatch.setattr(launch, "_plans", replay.Plans())
+    config, streams = configs.CHOICES["sm_90"][0].config, []
+    call = make_call(**cases.make(CASES[0][0], torch.bfloat16))
+    with host_time.no_driver(lambda *given: streams.append(given[3])), torch.no_grad():
+        for stream in (0, 7, 8):  # the first time is triton's own launch
+            monkeypatch.setattr(
+                triton.runtime.driver.active, "get_current_stream", lambda device, s=stream: s
+            )
+            launch.run(call, config, "key")
+    assert streams == [0] * 4 + [7] * 4 + [8] * 4
 
 
 def slots(seed, masked):
@@ -78,9 +92,7 @@ def test_statistics(masked, pairs, monkeypatch):
         if layer._pairs is not None:
             given += [layer._pairs.live_count, layer._pairs.sums._limbs]
         seen, _ = launches(lambda: layer.update(*columns, mask), given)
-        return [
-            (grid, [x if not isinstance(x, tuple) else x[2] for x in told]) for grid, told in seen
-        ]
+        return seen
 
     first = once(1)
     assert len(plans._plans) == len(first) == 1
@@ -111,9 +123,20 @@ def test_alignment_and_strides_make_another_plan(monkeypatch):
     assert len(plans._plans) == 3
 
 
+def test_the_workspace_holds_every_buffer_apart_from_the_others():
+    recorder = replay.Recorder([torch.zeros(1)])
+    result = recorder.empty(3, dtype=torch.float32)
+    made = [recorder.scratch(n, dtype=torch.int32) for n in (1, 0, 100, 64)]
+    plan = recorder.plan()
+    assert plan is not None and plan.results == [(result.shape, result.dtype)]
+    ends = [at + buffer.nbytes for at, buffer in zip(plan.offsets, made, strict=True)]
+    assert all(at % replay.ALIGNMENT == 0 for at in plan.offsets)
+    assert all(end <= at for end, at in zip(ends, [*plan.offsets[1:], plan.size], strict=True))
+
+
 def test_plans_are_bounded(monkeypatch):
     monkeypatch.setattr(replay, "MAX_PLANS", 2)
-    plans, plan = replay.Plans(), replay.Plan([], [], [])
+    plans, plan = replay.Plans(), replay.Plan([], [], [], 0)
     for key in "abc":
         plans.put(key, None, plan)
     assert plans.get("c", None) is plan and plans.get("a", None) is None

@@ -14,7 +14,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 GROUND = {"reap.errors", "reap.versions"}
 THIRD_PARTY = {  # of each package, beside the standard library
-    "reap": {"huggingface_hub", "numpy", "reap_kernels", "rich", "safetensors", "torch"}
+    "reap": {"greenlet", "huggingface_hub", "numpy", "reap_kernels", "rich", "safetensors", "torch"}
     | {"transformers", "typer"},
     "reap_kernels": {"torch", "triton"},
 }

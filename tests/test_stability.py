@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from commandline import MODEL, invoke, refused, run_json
+from commandline import ended as ended_early
 from test_partial import Stop, every_batch_is_remembered, here, text  # noqa: F401
 from tiny import tiny_model
 
@@ -288,6 +289,8 @@ def test_the_command(tmp_path: Path) -> None:
         (["--until-stable", 0.5, "--max-tokens", 640], "fewer than 32"),
     ]:
         assert reason in refused(*command, *options)
+    _, line = ended_early(*command, "--until-stable", 0.5, "--stream")
+    assert "needs the whole model in memory" in line
     loose = ["--until-stable", 0.25, "--stable-confidence", 0.5, "--stable-tie", 0.9]
     saved = run_json(*command, *loose, "--max-tokens", 9600, "--stable-looks", 1)
     (ended,) = saved["ended"]

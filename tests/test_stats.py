@@ -168,3 +168,16 @@ def test_more_slots_than_top_k_and_unknown_gates():
         Statistics(MODEL, gates="softmax")
     with pytest.raises(ReapError, match="gates is 'softmax'"):
         LayerStatistics(2, gates="softmax")
+
+
+def test_faults_of_all_layers_are_read_at_once(monkeypatch):
+    stats = Statistics(TWO_LAYERS)
+    for name in stats.layers:
+        stats.update(name, *slots(5, 1, k=2))
+    with monkeypatch.context() as patch:
+        patch.setattr(LayerStatistics, "check", None)  # nobody asks each
+        stats.check()
+    last = stats._parts["default", stats.layers[-1]]
+    last._faults[1] = 2
+    with pytest.raises(ReapError, match=f"layer {last.name}, expert 1: .* in 2 slots"):
+        stats.check()

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import cases
 import plain_routing
@@ -22,7 +23,7 @@ from reap.statistics.layerstats import LayerStatistics
 from reap_kernels import moe_saliency, ops
 from reap_kernels import triton as backend
 from reap_kernels.contract import TENSORS, Call, make_call
-from reap_kernels.triton import configs, records, tune
+from reap_kernels.triton import configs, order
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"
@@ -116,6 +117,57 @@ def test_accurate_with_shipped_tiles(name, monkeypatch):
     cases.assert_accurate(run(inputs, deterministic=True), inputs)
 
 
+@pytest.mark.parametrize(("slab", "dtype"), [(1, torch.bfloat16), (2, torch.float32)], ids=str)
+def test_accurate_in_slabs(slab, dtype, monkeypatch):
+    """The last of them narrower than the others."""
+    case = Case("", T=40, K=2, E=3, H=288, I=48, bias=True, routing="some_sentinels")
+    inputs = cases.make(case, dtype, DEVICE)
+    config, _ = backend.choose(call_of(inputs))
+    assert config is not None
+    tile = replace(config.down, block_n=64)
+    monkeypatch.setattr(configs, "choose", lambda *_: replace(config, down=tile, slab=slab))
+    backend._choices.clear()
+    cases.assert_accurate(run(inputs), inputs)
+
+
+@interpreter_only
+def test_few_last_rows_are_half_a_tile(monkeypatch):
+    """In tiles of 16: four of these experts' tiles hold more than eight rows, three do not."""
+    rows, case = (16, 8, 17, 25, 7, 0), Case("", T=73, K=1, E=6, H=64, I=32)
+    inputs = cases.make(case, torch.float32)
+    ids = torch.arange(6).repeat_interleave(torch.tensor(rows))[:, None]
+    inputs["top_k_index"] = ids[torch.randperm(73, generator=torch.Generator().manual_seed(1))]
+    with interpreted.products(monkeypatch) as seen:
+        cases.assert_accurate(run(inputs), inputs)
+    products = 2 * 2 + 2  # of a row tile: gate and up in two steps along H, down in two along I
+    assert seen == {16: 4 * products, 8: 3 * products}
+
+
+@pytest.mark.parametrize("dtype", (torch.float16, torch.float32), ids=str)
+def test_norms_can_be_left_out_to_see_what_they_cost(dtype):
+    from reap_kernels.triton import launch
+
+    inputs = cases.make(cases.SHAPES[4], dtype, DEVICE)
+    call = call_of(inputs, deterministic=True)
+    config, _ = backend.choose(call)
+    assert config is not None
+    without = launch.run(call, config, "without", norms=False)
+    assert torch.equal(without.out, run(inputs, deterministic=True).out)
+
+
+@interpreter_only
+def test_their_bench_runs():
+    from bench import norms
+    from bench.measure import PRESETS
+    from bench.shapes import TINY
+
+    with_norms, without = norms._layer_on_gpu(
+        TINY, "fp32", replace(PRESETS["smoke"], tokens=(2,), rounds=1)
+    )
+    assert (with_norms.impl, without.impl) == (norms.ON_GPU, norms.OFF_GPU)
+    assert set(with_norms.speedup_vs) == {norms.OFF_GPU}
+
+
 def same_bits(a, b) -> bool:
     return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
 
@@ -134,11 +186,15 @@ def test_same_bits_in_any_order_of_programs(monkeypatch):
     assert same_bits(first[1:], atomic[1:])
 
 
-def test_routing_is_stable_and_its_tiles_cover_every_slot_once():
+# More than one block of slots; more than are counted at a time; in one launch and in three.
+@pytest.mark.parametrize(("T", "E"), [(130, 11), (700, 31)])
+@pytest.mark.parametrize("one", [True, False])
+def test_routing_is_stable_and_its_tiles_cover_every_slot_once(T, E, one, monkeypatch):
     from reap_kernels.triton import routing
     from reap_kernels.triton.replay import Recorder
 
-    case = replace(cases.ROUTINGS[0], T=130, K=3, E=11)  # more than one block of slots
+    monkeypatch.setattr(routing, "in_one_launch", lambda call: one)
+    case = replace(cases.ROUTINGS[0], T=T, K=3, E=E)
     inputs = cases.make(case, torch.float32, DEVICE)
     expected = plain_routing.route(inputs["top_k_index"], case.E)
     for block_m in (16, 64):
@@ -183,6 +239,7 @@ def program_bytes(case: Case, counts: list[int], config: configs.Config) -> dict
         ("gate_up_kernel", "hidden_states", "load"): 2 * S * H * up_columns,
         ("gate_up_kernel", "gate_up_proj", "load"): 2 * tiles * 2 * I * H,
         ("gate_up_kernel", "inner", "store"): 2 * S * I,
+        ("gate_up_kernel", "sums", "store"): 4 * T * H,
         ("down_kernel", "inner", "load"): 2 * S * I * columns,
         ("down_kernel", "down_proj", "load"): 2 * tiles * H * I,
         ("down_kernel", "combined", "atomic"): 4 * S * H,
@@ -211,6 +268,69 @@ def test_bytes_are_those_that_the_tiles_say(monkeypatch):
     big = {"gate_up_kernel", "down_kernel", "finish_kernel"}
     others = {k for k in seen.bytes if k[0] in big and k[1] not in tables}
     assert others == set(expected), "a tensor that nobody counted"
+
+
+class Cache:
+    """What was used last; counts the bytes that come into it, and those written that leave it. What
+    is `passing` leaves before all else."""
+
+    def __init__(self, size: int) -> None:
+        self.size, self.held, self.moved = size, 0, 0
+        self.lines: dict[bool, dict[Any, tuple[int, bool]]] = {True: {}, False: {}}
+
+    def use(self, line: Any, size: int, *, written: bool = False, passing: bool = False) -> None:
+        lines = self.lines[passing]
+        if lines.pop(line, None) is None:
+            self.moved += size
+            self.held += size
+        lines[line] = size, written
+        while self.held > self.size:
+            self.drop()
+
+    def drop(self) -> None:
+        lines = self.lines[True] or self.lines[False]
+        size, written = lines.pop(next(iter(lines)))
+        self.held -= size
+        self.moved += size * written
+
+
+def moved(call: Call, config: configs.Config, slab: int, cache: int, together: int) -> int:
+    """Bytes of down past a cache, where that many programs run at a time and share what they read
+    meanwhile. In slabs the operands pass by, as EVICT says."""
+    slots, programs = interpreted.tiles_in_order(call, config, slab)
+    assert len({(start, column) for _, start, _, column in programs}) == len(programs)
+    memory = Cache(cache)
+    row, passing = 2 * call.I, slab * config.down.block_n < call.H
+    for first in range(0, len(programs), together):
+        wave = programs[first : first + together]
+        for start in dict.fromkeys(start for _, start, _, _ in wave):
+            memory.use(start, config.block_m * row, passing=passing)
+        for weights in dict.fromkeys((expert, column) for expert, _, _, column in wave):
+            memory.use(weights, config.down.block_n * row, passing=passing)
+        for _, start, end, column in wave:
+            for slot in slots[start : min(start + config.block_m, end)]:
+                memory.use(("sum", slot // call.K, column), 4 * config.down.block_n, written=True)
+    while memory.held:
+        memory.drop()
+    return memory.moved
+
+
+@interpreter_only
+def test_slabs_keep_the_sums_in_the_cache():
+    """A layer of Qwen3-30B-A3B for 16384 tokens on an H100, all at a quarter but H and I."""
+    shape, cache, together = REAL["qwen3-30b-a3b"], configs.CACHE["sm_90"] // 4, 132 // 4
+    case = Case("", T=4096, K=shape.K, E=shape.E // 4, H=shape.H, I=shape.I)
+    ids = cases.make(replace(case, H=8, I=8), torch.bfloat16)["top_k_index"]
+    sizes = [(case.T, case.H), (case.E, 2 * case.I, case.H), (case.E, case.H, case.I)]
+    x, up, down = (torch.empty(size, dtype=torch.bfloat16, device="meta") for size in sizes)
+    call = Call(x, up, down, ids, ids)
+    config = configs.choose(call, "sm_90", configs.SHARED_LIMIT["sm_90"], cache)
+    assert config is not None and config.slab == 2
+    whole, slabs = (moved(call, config, slab, cache, together) for slab in (8, 2))
+    print(f"{whole / 1e6:.0f} MB expert by expert, {slabs / 1e6:.0f} MB in slabs")
+    for width, found in ((2048, whole), (512, slabs)):
+        assert found <= 1.2 * order.down_bytes(call, width, cache), width
+    assert slabs < 0.65 * whole
 
 
 @interpreter_only
@@ -244,7 +364,7 @@ def test_addresses_beyond_32_bits():
 
 @interpreter_only
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float32), ids=str)
-def test_at_most_eight_launches_and_nothing_waits(dtype, monkeypatch):
+def test_five_launches_and_nothing_waits(dtype, monkeypatch):
     """Every torch op and every kernel of a layer with its statistics, nothing executed."""
     from torch.utils._python_dispatch import TorchDispatchMode
     from triton.runtime.interpreter import GridExecutor
@@ -268,13 +388,12 @@ def test_at_most_eight_launches_and_nothing_waits(dtype, monkeypatch):
         GridExecutor, "__call__", lambda self, *a, **k: launches.append(self.fn.__name__)
     )
     with Ops():
-        result = launch.run(call, config)
+        result = launch.run(call, config, None)
         stats.update(call.top_k_index, call.top_k_weights, *result[1:], mask)
     free = {"new_empty", "empty", "empty_like", "transpose", "view", "detach"}
     spent = [name for name in launches if name not in free]
     assert spent == [
-        "count_kernel", "scan_kernel", "place_kernel", "gate_up_kernel",
-        "zero_", "down_kernel", "finish_kernel", "statistics_kernel",
+        "route_kernel", "gate_up_kernel", "down_kernel", "finish_kernel", "statistics_kernel"
     ]  # fmt: skip
 
 
@@ -409,35 +528,3 @@ def test_unsupported_calls_say_why(monkeypatch):
         run(inputs)
     monkeypatch.setattr(ops, "LADDER", (backend, ops.reference))
     cases.assert_accurate(moe_saliency(**inputs), inputs)  # auto moves on
-
-
-def test_tuned_configs_are_recorded_and_used(monkeypatch, tmp_path):
-    inputs = cases.make(Case("", H=64, I=32), torch.float16, DEVICE)
-    call = call_of(inputs)
-    other = replace(configs.CHOICES["interpreter"][0].config, block_m=32)
-    shipped = configs.CHOICES["interpreter"][0].config
-    monkeypatch.setattr(tune, "candidates", lambda call: [shipped, other])
-    for module in (tune, records):
-        monkeypatch.setattr(module, "machine_of", lambda device: {"gpu": "x", "triton": "3"})
-    monkeypatch.setattr(records, "_records", {})
-    times = iter((2.0, 1.0))
-    monkeypatch.setattr("triton.testing.do_bench", lambda f: (f(), next(times))[1])
-    *tensors, activation, gated, interleaved, transposed = inputs.values()
-    path = tmp_path / "tuned.json"
-    measured = tune.measure(path, *tensors[:5], activation=activation)
-    assert list(measured.values()) == [2.0, 1.0]
-    assert records.recorded(call) is None  # recorded is not yet used
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    tune.use(path)
-    assert records.recorded(call) == other
-    assert records.recorded(call._replace(top_k_index=inputs["top_k_index"][:, :1])) is None
-    cases.assert_accurate(run(inputs), inputs)
-    for module in (tune, records):
-        monkeypatch.setattr(module, "machine_of", lambda device: {"gpu": "y", "triton": "3"})
-    with pytest.raises(ValueError, match="was measured on .*'x'.*measure it again"):
-        tune.use(path)
-    zero = path.read_text().replace('"block_m": 32', '"block_m": 0')
-    for text in ("{", "[]", '{"gpu": "y", "triton": "3", "configs": {"a": {}}}', zero):
-        path.write_text(text)
-        with pytest.raises(ValueError, match="is not a record of tuned configs"):
-            tune.use(path)

@@ -4,8 +4,10 @@ import json
 import os
 import subprocess
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import cases
 import offline
@@ -62,6 +64,8 @@ def test_large_tiles_compile_without_spills_to_tensor_cores(chip):
     assert [row["kernel"] for row in found] == ["gate_up_kernel", "down_kernel"]
     for row in found:
         assert_clean(row)
+        slabs = chip in configs.HINTED and row["kernel"] == "down_kernel"
+        assert row.get("passing", False) == slabs
 
 
 @pytest.mark.slow
@@ -70,7 +74,8 @@ def test_every_config_compiles_without_spills_to_tensor_cores(chip):
     found = rows(chip)
     for row in found:
         assert_clean(row)
-        assert row.get("asserts", True) or row["kernel"] != "count_kernel"
+        asserting = row["kernel"] in ("route_kernel", "count_kernel")
+        assert row.get("asserts", asserting) == asserting
     compiled = {row["config"] for row in found}
     family = offline.CHIPS[chip][0]
     assert {repr(choice.config) for choice in configs.CHOICES[family]} <= compiled
@@ -94,7 +99,8 @@ def test_configs_follow_rows_shape_and_memory():
         return configs.choose(offline.call(variant, T=T), "sm_90", limit, cache)
 
     assert chosen(plain, 1 << 14).block_m == 128
-    assert chosen(plain, 64).block_m == 64
+    assert chosen(plain, 1024).block_m == 64
+    assert chosen(plain, 64).block_m == 16
     assert chosen(plain._replace(I=64), 1 << 14).block_m == 64
     assert chosen(plain._replace(H=2047), 1 << 14).gate_up.block_n == 32
     assert chosen(plain, 1 << 14, limit=64 << 10).shared_bytes(True, 2) <= 64 << 10
@@ -136,7 +142,7 @@ def test_reasons_why_it_is_not_available(monkeypatch):
     monkeypatch.setattr(torch.version, "cuda", None)
     assert backend.available() == "this torch is built for CPUs only"
     monkeypatch.setattr(torch.version, "cuda", "13.0")
-    assert backend.available() == "no GPU driver or no GPU"
+    assert str(backend.available()).startswith("no GPU that torch can use: ")
     monkeypatch.setattr("triton.__version__", "3.1.0")
     assert backend.available() == "triton is 3.1.0, must be 3.4 or newer"
     assert backends()["triton"] == backend.available()
@@ -175,3 +181,29 @@ def test_tensors_in_host_memory_are_refused_beside_a_gpu(monkeypatch):
     monkeypatch.setattr(backend, "available", lambda: None)
     with pytest.raises(ValueError, match="triton: tensors are on cpu, must be on a GPU"):
         moe_saliency(**cases.make(cases.SHAPES[4], torch.float32), backend="triton")
+
+
+def test_a_call_runs_on_the_device_of_its_tensors(monkeypatch):
+    """Which is changed to only where it is not the current one, and back."""
+    from reap_kernels.triton import launch
+
+    now, ran = 1, []
+
+    @contextmanager
+    def on(device):
+        nonlocal now
+        before, now = now, device.index
+        yield
+        now = before
+
+    tensor = SimpleNamespace(device=SimpleNamespace(type="cuda", index=1))
+    call: Any = SimpleNamespace(hidden_states=tensor, top_k_index=tensor)
+    monkeypatch.setattr(backend, "signature_of", lambda call: "key")
+    monkeypatch.setattr(backend, "_choices", {"key": ("config", None)})
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: now)
+    monkeypatch.setattr(torch.cuda, "device", on)
+    monkeypatch.setattr(launch, "run", lambda *given: ran.append((now, *given)))
+    backend.run(call)
+    now = 0
+    backend.run(call)
+    assert ran == [(1, call, "config", "key")] * 2 and now == 0

@@ -81,11 +81,10 @@ def plan(out: Path, device: str, *, smoke: bool = False) -> list[Stage]:
         bench("layer", "layer stats", 80, *layer, "1,64,1024,4096", *fast),
         bench("calibrate", "calibrate", 80, "--rounds", "2", *whole),
         bench("large", "layer", 100, *short, *large, *fast, "--routing", "uniform,even"),
+        bench("norms", "norms", 25, *layer, "16384,1024"),
         bench("observers", "layer", 40, *layer, "64,1024", *slow),
     ]
-    if device == "cuda":  # where `norms` has nothing to run: see norms.NOT_ON_A_GPU
-        return made
-    return [stage for stage in made if stage not in on_gpu] + [bench("norms", "norms", 30, *short)]
+    return made if device == "cuda" else [stage for stage in made if stage not in on_gpu]
 
 
 @app.command()

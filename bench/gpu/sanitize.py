@@ -3,6 +3,7 @@
     python -m bench.gpu.sanitize [--out FOLDER] [--seconds 170]
 
 Only our kernels are instrumented, by their names: torch's would take minutes, and are not ours.
+Each tool must first find a fault that was planted for it, through the same filters.
 """
 
 from __future__ import annotations
@@ -25,9 +26,11 @@ from bench.gpu.small import BACKENDS
 TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
 # Parts of mangled names. Triton's kernels have those of their functions; what torch writes into
 # their buffers must be seen as well, or initcheck takes it for uninitialized.
-TRITON = ("count_kernel", "scan_kernel", "place_kernel", "gate_up_kernel", "down_kernel",
-          "finish_kernel", "FillFunctor")  # fmt: skip
+TRITON = ("route_kernel", "count_kernel", "scan_kernel", "place_kernel", "gate_up_kernel",
+          "down_kernel", "finish_kernel", "FillFunctor")  # fmt: skip
 KERNELS = {"cuda": ("reap",), "cuda_sm90": ("reap",), "triton": TRITON}
+PLANTED = Path(__file__).with_name("planted.cu")
+MOST_PROCESSES = 12
 FOUND = 86  # the exit code that stands for errors
 SUMMARY = re.compile(r"(?:ERROR|RACECHECK) SUMMARY: (\d+)")
 KINDS = re.compile(r"^=+ (?:Invalid|Uninitialized|Error|Warning|Barrier).*", flags=re.M)
@@ -49,13 +52,37 @@ def filters(backend: str, said: str) -> list[str]:
 
 
 def command(program: str, tool: str, backend: str, said: str) -> list[str]:
+    """compute-sanitizer with a tool, over the kernels of a backend; what runs comes after it."""
     options = ["--tool", tool, "--error-exitcode", str(FOUND), "--print-limit", "20"]
     if "--target-processes" in said:  # Triton starts compilers
         options += ["--target-processes", "application-only"]
     if "--report-api-errors" in said:  # libraries ask for what a driver may not have
         options += ["--report-api-errors", "no"]
-    driver = [sys.executable, "-m", "bench.gpu.small", backend]
-    return [program, *options, *filters(backend, said), *driver]
+    return [program, *options, *filters(backend, said)]
+
+
+def small(backend: str) -> list[str]:
+    return [sys.executable, "-m", "bench.gpu.small", backend]
+
+
+def plant(folder: Path, log: Path) -> Path | None:
+    """The program with the faults; None if it cannot be compiled, for reasons in `log`."""
+    made = folder / "planted"
+    with open(log, "wb") as output:
+        nvcc = facts.program("nvcc")
+        if nvcc is None:
+            output.write(b"nvcc is missing")
+            return None
+        words = [nvcc, "-arch=native", "-o", str(made), str(PLANTED)]
+        done = subprocess.run(words, stdout=output, stderr=subprocess.STDOUT, timeout=60)
+    return made if done.returncode == 0 else None
+
+
+def control(outcome: dict[str, Any]) -> dict[str, Any]:
+    """Of a run over a planted fault: right if it was found."""
+    if outcome["state"] == "errors":
+        return outcome | {"state": "ok", "line": "finds the planted fault"}
+    return outcome | {"state": "blind", "line": f"misses the planted fault: {outcome['line']}"}
 
 
 def verdict(code: int | None, log: str) -> tuple[str, str]:
@@ -110,30 +137,38 @@ def main(
     said = done.stdout + done.stderr
     out.mkdir(parents=True, exist_ok=True)
     found: dict[str, dict[str, Any]] = {}
-    for backend in only.split(","):  # compiles what Triton needs, and must work without a tool
-        plain = [sys.executable, "-m", "bench.gpu.small", backend]
-        found[f"{backend} alone"] = check(plain, out / f"{backend}-alone.log", until)
+    backends = only.split(",")
+    for backend in backends:  # compiles what Triton needs, and must work without a tool
+        found[f"{backend} alone"] = check(small(backend), out / f"{backend}-alone.log", until)
         _tell(f"{backend} alone", found, out)
-    runs = {
-        f"{backend} {tool}": command(program, tool, backend, said)
-        for backend in only.split(",")
-        if found[f"{backend} alone"]["state"] == "ok"
-        for tool in TOOLS
-    }
-    with ThreadPoolExecutor(len(runs) or 1) as pool:
+    planted = plant(out, out / "planted.log")
+    runs = {}
+    for backend in backends:
+        for tool in TOOLS:
+            words = command(program, tool, backend, said)
+            if planted is not None:
+                runs[f"{backend} {tool} planted"] = [*words, str(planted), tool]
+            if found[f"{backend} alone"]["state"] == "ok":
+                runs[f"{backend} {tool}"] = [*words, *small(backend)]
+    if planted is None:
+        line = "no fault could be planted, so that clean results mean nothing: see planted.log"
+        found["planted"] = {"state": "failed", "line": line, "seconds": 0}
+        _tell("planted", found, out)
+    with ThreadPoolExecutor(MOST_PROCESSES) as pool:
         futures = {
             name: pool.submit(check, words, out / f"{name.replace(' ', '-')}.log", until)
-            for name, words in runs.items()
+            for name, words in sorted(runs.items(), key=lambda run: "planted" not in run[0])
         }
         for name, future in futures.items():
-            found[name] = future.result()
+            outcome = future.result()
+            found[name] = control(outcome) if "planted" in name else outcome
             _tell(name, found, out)
     sys.exit(any(each["state"] != "ok" for each in found.values()))
 
 
 def _tell(name: str, found: dict[str, dict[str, Any]], out: Path) -> None:
     each = found[name]
-    print(f"{name:22} {each['state']:8} {each['seconds']:6} s  {each['line']}", flush=True)
+    print(f"{name:28} {each['state']:8} {each['seconds']:6} s  {each['line']}", flush=True)
     (out / "sanitize.json").write_text(json.dumps(found, indent=1))
 
 

@@ -9,8 +9,6 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from bench import norms
-
 FIGURES = (
     "ms", "x floor", "TFLOP/s", "alone ms", "host ms", "x grouped_mm", "extra MB", "MHz", "W",
 )  # fmt: skip
@@ -29,17 +27,7 @@ def show(content: dict[str, Any], console: Console | None = None) -> None:
     made = Table(title_justify="left")
     made.add_column("what", no_wrap=True)
     made.add_column("impl", no_wrap=True)
-    for name in (
-        "ms",
-        "x floor",
-        "TFLOP/s",
-        "alone ms",
-        "host ms",
-        "x grouped_mm",
-        "extra MB",
-        "MHz",
-        "W",
-    ):
+    for name in FIGURES:
         made.add_column(name, justify="right", no_wrap=True)
     made.add_column("longest kernels, ms")
     before = None
@@ -52,8 +40,6 @@ def show(content: dict[str, Any], console: Console | None = None) -> None:
         before = what
     if before is not None:
         console.print(made)
-    if content.get("device") == "cuda":
-        console.print(f"norms: {norms.NOT_ON_A_GPU}", highlight=False)
     for line in _stage_lines(stages):
         console.print(escape(line), highlight=False)
 

@@ -17,9 +17,8 @@ from typing import Any
 from bench.gpu import small
 
 LAYERS = ("deepseek-v3", "mixtral-8x7b", "gpt-oss-120b-own", "qwen3-30b-a3b")
-# Triton has a kernel of its own for a size that is 1, and one for sizes that 16 does not divide:
-# calibration's probe has few tokens.
-FEW = (64, 8, 1)
+# Those of other tiles and orders; nothing is compiled for a number of tokens itself.
+FEW = (4096, 1024, 64)
 T_LARGE = 1 << 14
 MOST_PROCESSES = 12
 
@@ -37,7 +36,15 @@ def jobs() -> list[dict[str, Any]]:
         for deterministic in (False, True)
     ]
     others = [{"small": i} for i in range(len(small.calls()))]
-    return [*large, *few, {"statistics": False}, {"statistics": True}, *others, *_of_tests()]
+    return [
+        *large,
+        *few,
+        {"norms": LAYERS[-1]},
+        {"statistics": False},
+        {"statistics": True},
+        *others,
+        *_of_tests(),
+    ]
 
 
 def _of_tests() -> list[dict[str, Any]]:
@@ -53,18 +60,21 @@ def _of_tests() -> list[dict[str, Any]]:
 def compile(job: dict[str, Any], device: str) -> None:
     import torch
 
-    from bench import inputs
+    from bench import norms
     from bench.gate import cases
-    from bench.shapes import REAL
     from reap.statistics.layerstats import LayerStatistics
     from reap_kernels import moe_saliency
 
     backend = "triton" if device == "cuda" else "auto"
+    if "norms" in job:
+        for T in (T_LARGE, 1024):
+            norms.without_norms(_layer(job["norms"], T, device))()
+        return
     if "statistics" in job:
         ids = torch.zeros(64, 8, dtype=torch.int64, device=device)
-        gates, norms = (torch.ones(64, 8, dtype=d, device=device) for d in (torch.bfloat16, None))
+        gates, sizes = (torch.ones(64, 8, dtype=d, device=device) for d in (torch.bfloat16, None))
         statistics = LayerStatistics(128, pairs=job["statistics"], device=device)
-        statistics.update(ids, gates, norms, norms)
+        statistics.update(ids, gates, sizes, sizes)
         return
     deterministic = job.get("deterministic", False)
     if "small" in job:
@@ -74,16 +84,23 @@ def compile(job: dict[str, Any], device: str) -> None:
         table = cases()
         given = table.make(table.CASES[job["case"]], table.DTYPES[job["dtype"]], device)
     else:
-        shape = REAL[job["shape"]]
-        given = inputs.routed(shape, job["T"], torch.bfloat16, device)
-        # One expert for all: the same kernels, without gigabytes in each process.
-        given |= {
-            name: weight.expand(shape.E, *weight.shape[1:])
-            for name, weight in inputs.weights(shape, torch.bfloat16, device, experts=1).items()
-        }
+        given = _layer(job["shape"], job["T"], device)
     moe_saliency(**given, backend=backend, deterministic=deterministic)
     if device == "cuda":
         torch.cuda.synchronize()
+
+
+def _layer(name: str, T: int, device: str) -> dict[str, Any]:
+    """One expert for all: the same kernels, without gigabytes in each process."""
+    import torch
+
+    from bench import inputs
+    from bench.shapes import REAL
+
+    shape = REAL[name]
+    weights = inputs.weights(shape, torch.bfloat16, device, experts=1)
+    expanded = {key: weight.expand(shape.E, *weight.shape[1:]) for key, weight in weights.items()}
+    return inputs.routed(shape, T, torch.bfloat16, device) | expanded
 
 
 def work(device: str, part: int, parts: int, path: Path) -> int:

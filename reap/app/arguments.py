@@ -130,14 +130,38 @@ class MeasureOptions:
         bool,
         typer.Option("--mtp/--no-mtp", help="also the layer for multi-token prediction, if any"),
     ] = True
+    stream: Annotated[
+        bool | None,
+        typer.Option(
+            "--stream/--no-stream",
+            help="one layer in memory at a time; by itself where the model does not fit",
+        ),
+    ] = None
+    memory_limit: Annotated[
+        str | None, typer.Option(metavar="SIZE", help="like 24G; without it all that is free")
+    ] = None
+    wave_tokens: Annotated[
+        int | None, typer.Option(min=1, help="of --stream: tokens at a time, which a kill may lose")
+    ] = None
 
     def check(self) -> None:
         """ReapError for what can be told before there is a model."""
+        from reap.errors import ReapError
         from reap.observation.patch import check_backend
         from reap.statistics.layerstats import check_gates
 
         check_gates(self.gates)
         check_backend(self.backend)
+        if self.stream is False and (self.memory_limit, self.wave_tokens) != (None, None):
+            raise ReapError("--memory-limit and --wave-tokens are not for --no-stream")
+        _ = self.limit
+
+    @property
+    def limit(self) -> int | None:
+        """--memory-limit in bytes; ReapError for what is no size."""
+        from reap.runs.memory import parse_size
+
+        return None if self.memory_limit is None else parse_size(self.memory_limit)
 
 
 @dataclass(frozen=True)

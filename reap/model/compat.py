@@ -14,8 +14,8 @@ import os
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import cache, partial
+from dataclasses import dataclass, replace
+from functools import cache, lru_cache, partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -61,7 +61,11 @@ def experts_functions() -> Any:
 
 def dispatches(module: nn.Module) -> bool:
     """Whether the module's class looks its forward up in `experts_functions()`."""
-    forward = type(module).forward
+    return _dispatches(type(module).forward)
+
+
+@lru_cache(maxsize=1024)  # a model has thousands of modules of a few classes
+def _dispatches(forward: Callable[..., Any]) -> bool:
     names = getattr(getattr(forward, "__code__", None), "co_freevars", ())
     cells = dict(zip(names, getattr(forward, "__closure__", None) or (), strict=False))
     registry = cells.get("experts_interface")
@@ -184,6 +188,91 @@ def _quick_to_copy(step: Any) -> Any:
     return step
 
 
+class Part(NamedTuple):
+    """Of a checkpoint, what `from_pretrained` shall load."""
+
+    tensors: Mapping[str, Any]  # in place of the files' own; on the meta device: loaded later
+    places: Mapping[str, str]  # modules and weights -> cpu, or meta for those that wait
+
+
+class PartLoader:
+    """Loads a checkpoint in parts, each as `from_pretrained` loads it whole: its conversions, data
+    types, dequantisation and checks.
+
+        with loader.installed():
+            model = cls.from_pretrained(folder)  # `choose(model, names)` says what this loads
+        loader.load(tensors)                     # the rest, in any portions
+
+    `names` maps keys of the checkpoint to the weights of the model that they become (of several
+    weights made of one key, the first).
+    """
+
+    def __init__(self, choose: Callable[[nn.Module, dict[str, str]], Part]) -> None:
+        self._choose = choose
+        self._thread = threading.get_ident()
+        self._load: Callable[[dict[str, Any]], Any] | None = None
+
+    @contextmanager
+    def installed(self) -> Iterator[None]:
+        """Inside, what this thread loads is loaded in parts. Not for two threads at a time."""
+        from transformers import modeling_utils
+
+        own = modeling_utils.convert_and_load_state_dict_in_model
+
+        def load(model: nn.Module, state_dict: Any, load_config: Any, **rest: Any) -> Any:
+            if threading.get_ident() != self._thread:
+                return own(model, state_dict, load_config, **rest)
+            part = self._choose(model, _names_in_model(model, state_dict, load_config))
+            self._load = lambda tensors: own(model, tensors, load_config, **rest)
+            now = replace(load_config, device_map={"": "cpu", **part.places})
+            return own(model, {**state_dict, **part.tensors}, now, **rest)
+
+        modeling_utils.convert_and_load_state_dict_in_model = load
+        try:
+            yield
+        finally:
+            modeling_utils.convert_and_load_state_dict_in_model = own
+
+    def load(self, tensors: Mapping[str, Any]) -> None:
+        """Put these into the model: keys of the checkpoint. ReapError when they do not convert."""
+        assert self._load is not None, "nothing was loaded yet"
+        with quiet(), torch.inference_mode(False), torch.no_grad():
+            info, *_ = self._load(dict(tensors))
+        for name, why in info.conversion_errors.items():
+            raise ReapError(f"{name} cannot be made of what is stored: {' '.join(why.split())}")
+
+
+def _names_in_model(model: nn.Module, keys: Mapping[str, Any], how: Any) -> dict[str, str]:
+    from transformers.core_model_loading import (
+        WeightConverter,
+        WeightRenaming,
+        dot_natural_key,
+        rename_source_key,
+    )
+
+    known = model.state_dict()
+    mapping = how.weight_mapping or []
+    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+    converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+    names = {}
+    for key in sorted(keys, key=dot_natural_key):  # in the loader's order: some renamings count
+        name, _ = rename_source_key(key, renamings, converters, model.base_model_prefix, known)
+        if name not in known and key in known:
+            name, _ = rename_source_key(key, [], [], model.base_model_prefix, known)
+        names[key] = name
+    return names
+
+
+def ties(model: nn.Module) -> dict[str, str]:
+    """Weights that a transformers model says are others by another name -> those others."""
+    return dict(getattr(model, "all_tied_weights_keys", None) or {})
+
+
+def is_quantised(model: nn.Module) -> bool:
+    """Whether a loaded model computes with weights that a quantiser packed."""
+    return getattr(model, "hf_quantizer", None) is not None
+
+
 def is_compiled(model: nn.Module) -> bool:
     """Whether `torch.compile(model)` or `model.compile()` was applied to it or a part of it."""
     from torch._dynamo import OptimizedModule
@@ -219,7 +308,8 @@ class Seam:
 
 OBSERVING, PRUNING = "observing a model", "pruning a checkpoint"
 LOADING = "loading a model from a folder"
-WORKS = (LOADING, OBSERVING, PRUNING)
+STREAMING = "running a model layer by layer"
+WORKS = (LOADING, OBSERVING, STREAMING, PRUNING)
 FREE = "scores and plans of existing statistics"  # of these names
 
 
@@ -279,8 +369,8 @@ def _check_classes() -> None:
     _check(names == ["MixtralForCausalLM", None], f"a Mixtral configuration maps to {names}")
 
 
-def _check_loader() -> None:
-    """The loader accepts the checkpoint of a tiny model and finds what is wrong with another."""
+def _tiny_checkpoint() -> tuple[nn.Module, dict[str, Tensor]]:
+    """A model on the meta device and what its checkpoint holds, there as well."""
     from transformers import AutoConfig
 
     sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "vocab_size": 8}
@@ -294,8 +384,16 @@ def _check_loader() -> None:
             for expert in range(2)
             for name in ("w1", "w2", "w3")
         }
-        rest = {name: x for name, x in model.state_dict().items() if ".experts." not in name}
-        state |= {name.replace(".mlp.", ".block_sparse_moe."): x for name, x in rest.items()}
+    rest = {name: x for name, x in model.state_dict().items() if ".experts." not in name}
+    return model, state | {
+        name.replace(".mlp.", ".block_sparse_moe."): x for name, x in rest.items()
+    }
+
+
+def _check_loader() -> None:
+    """The loader accepts the checkpoint of a tiny model and finds what is wrong with another."""
+    model, state = _tiny_checkpoint()
+    with torch.device("meta"):
         whole = load_on_meta(model, state)
         _check(not any(whole), f"of a whole checkpoint it says {tuple(whole)}")
         del state["model.norm.weight"]
@@ -303,6 +401,28 @@ def _check_loader() -> None:
         found = load_on_meta(model, state)
     wrong = {"model.norm.weight"}, {"odd"}, {"lm_head.weight"}, set[str]()
     _check(found == Loaded(*wrong), f"of a damaged checkpoint it says {tuple(found)}")
+
+
+def _check_parts() -> None:
+    """A tiny model is loaded without its layer, and then with it."""
+    model, on_meta = _tiny_checkpoint()
+    layer = "model.layers.0"
+    stored = {name: torch.ones_like(x, device="cpu") for name, x in on_meta.items()}
+    inside = {name for name in stored if name.startswith(f"{layer}.")}
+
+    def choose(_: nn.Module, names: dict[str, str]) -> Part:
+        found = {key for key, name in names.items() if name.startswith(f"{layer}.")}
+        _check(found == inside, f"of {layer} it finds {sorted(found)}")
+        return Part({name: on_meta[name] for name in inside}, {layer: "meta"})
+
+    loader = PartLoader(choose)
+    with loader.installed():
+        model = type(model).from_pretrained(None, config=model.config, state_dict=stored)
+    away = {name for name, x in model.named_parameters() if x.is_meta}
+    wanted = {name for name in model.state_dict() if name.startswith(f"{layer}.")}
+    _check(away == wanted, f"without {layer} it leaves out {sorted(away)}")
+    loader.load({name: stored[name] for name in inside})
+    _check(all(bool((x == 1).all()) for x in model.parameters()), f"{layer} is not loaded later")
 
 
 def _check_torch() -> None:
@@ -317,6 +437,7 @@ SEAMS = (
     Seam("transformers' configurations", "transformers", WORKS, _check_configurations),
     Seam("transformers' model classes", "transformers", (LOADING, PRUNING), _check_classes),
     Seam("transformers' loader", "transformers", (PRUNING,), _check_loader),
+    Seam("transformers' loader of parts", "transformers", (STREAMING,), _check_parts),
     Seam("torch's compiled modules and backward passes", "torch", (OBSERVING,), _check_torch),
 )
 _checking = threading.Lock()  # checks of two threads would remove each other's function

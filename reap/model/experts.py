@@ -12,6 +12,7 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import chain
 from typing import Any
 
 import torch
@@ -76,10 +77,8 @@ def find_experts(model: nn.Module) -> list[Experts]:
     names: dict[tuple[int, ...], str] = {}  # by the identity of the weights
     modules = dict(inner.named_modules())
     for name, module in modules.items():
-        if OTHER_TOWERS.search(name):
-            continue
         kind = _kind(name, module)
-        if kind is not None:
+        if kind is not None and not OTHER_TOWERS.search(name):
             block = modules[name.rpartition(".")[0]]
             weights = tuple(id(parameter) for parameter in module.parameters())
             first = names.setdefault(weights or (id(module),), name)
@@ -89,7 +88,7 @@ def find_experts(model: nn.Module) -> list[Experts]:
 
 
 def _kind(name: str, module: nn.Module) -> str | None:
-    if name.rpartition(".")[2].isdigit():  # one expert of a list
+    if name[-1:].isdigit() and name.rpartition(".")[2].isdigit():  # one expert of a list
         return None
     if compat.dispatches(module):
         return "interface"
@@ -126,7 +125,7 @@ def _check_all_found(model: nn.Module, modules: dict[str, nn.Module], names: set
     missed = []
     around = {parent for name in names for parent in _parents(name)}
     for name, module in modules.items():
-        looks = LOOKS_LIKE_EXPERTS.search(type(module).__name__) or NAMED_EXPERTS.search(name)
+        looks = _looks_like_experts(type(module).__name__) or NAMED_EXPERTS.search(name)
         if not looks or not name or OTHER_TOWERS.search(name) or "shared_expert" in name:
             continue
         related = name in names or name in around or any(p in names for p in _parents(name))
@@ -144,6 +143,11 @@ def _check_all_found(model: nn.Module, modules: dict[str, nn.Module], names: set
         raise ReapError(
             f"{type(model).__name__}: the config counts experts, but no module holds any"
         )
+
+
+@lru_cache(maxsize=1024)
+def _looks_like_experts(cls: str) -> bool:
+    return LOOKS_LIKE_EXPERTS.search(cls) is not None
 
 
 def _parents(name: str) -> Iterator[str]:
@@ -190,18 +194,19 @@ def _routing_modules(experts: Experts) -> Iterator[nn.Module]:
 
 def _top_k(experts: Experts, config: Any) -> int | None:
     modules = list(_routing_modules(experts))
-    configs = [*(getattr(module, "config", None) for module in modules), config]
-    said = [getattr(module, name, None) for module in modules for name in TOP_K_ATTRIBUTES]
-    said += [getattr(place, key, None) for place in configs for key in TOP_K_KEYS]
-    numbers = (n for n in said if isinstance(n, int) and not isinstance(n, bool))
+    said = (getattr(module, name, None) for module in modules for name in TOP_K_ATTRIBUTES)
+    configs = (*(getattr(module, "config", None) for module in modules), config)
+    written = (getattr(place, key, None) for place in configs for key in TOP_K_KEYS)
+    numbers = (n for n in chain(said, written) if isinstance(n, int) and not isinstance(n, bool))
     return next(numbers, None)
 
 
 def _groups(experts: Experts) -> tuple[int, int, int]:
     """Router groups, how many of them a token may use, and how many experts score one."""
     for module in _routing_modules(experts):
-        for name in GROUP_ATTRIBUTES:
-            groups, best = getattr(module, name, None), getattr(module, "topk_group", None)
+        best = getattr(module, "topk_group", None)
+        for name in GROUP_ATTRIBUTES if best is not None else ():
+            groups = getattr(module, name, None)
             if isinstance(groups, int) and isinstance(best, int) and groups > 1:
                 method = getattr(module, "topk_method", None)
                 least = GROUP_SCORES.get(str(method), DEFAULT_GROUP_SCORE)

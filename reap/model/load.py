@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -101,6 +102,27 @@ def load_model(
     Raises ReapError for damaged or missing weight files, and for weights that the model needs and
     the files do not have.
     """
+    device = find_device(device)
+    # Without accelerate a model can still be loaded whole and then moved.
+    moved = find_spec("accelerate") is None and device not in ACCELERATED
+    place = None if moved or device == "cpu" else device
+    model = from_folder(folder, dtype, trust_remote_code, nullcontext(), device_map=place)
+    if moved:
+        try:
+            model.to(device)
+        except torch.OutOfMemoryError as error:
+            raise _too_large(folder, device, error) from error
+    return model
+
+
+def from_folder(
+    folder: Path,
+    dtype: str,
+    trust_remote_code: bool,
+    around: AbstractContextManager[Any],
+    device_map: str | None = None,
+) -> Any:
+    """What `load_model` does once the device is known. The loading itself is inside of `around`."""
     check_dtype(dtype)
     compat.require(compat.LOADING)
     opened = open_folder(folder)  # reads headers alone
@@ -112,25 +134,20 @@ def load_model(
         if auto.__name__ in own or compat.mapped_class(auto, config)
     )
     cls = next(autos, None) or model_classes(config, folder)[0]
-    device = find_device(device)
-    # Without accelerate a model can still be loaded whole and then moved.
-    moved = find_spec("accelerate") is None and device not in ACCELERATED
     try:
-        with quiet(bars=sys.stderr.isatty()):
+        with quiet(bars=sys.stderr.isatty()), around:
             model, report = cls.from_pretrained(
                 folder,
                 dtype=dtype,
                 use_safetensors=True,
                 trust_remote_code=trust_remote_code,
                 output_loading_info=True,
-                device_map=None if moved or device == "cpu" else device,
+                device_map=device_map,
             )
-            if moved:
-                model.to(device)
     except (torch.OutOfMemoryError, MemoryError) as error:
-        raise ReapError(
-            f"{folder} does not fit in the memory of {device}: {first_line(error)}"
-        ) from error
+        raise _too_large(folder, device_map or "cpu", error) from error
+    except ReapError:
+        raise
     except Exception as error:
         raise ReapError(f"{folder} does not load: {_why(opened, error)}") from error
     if report["missing_keys"]:
@@ -139,6 +156,10 @@ def load_model(
             f"missing, such as {min(report['missing_keys'])}"
         )
     return model.eval()
+
+
+def _too_large(folder: Path, device: str, error: BaseException) -> ReapError:
+    return ReapError(f"{folder} does not fit in the memory of {device}: {first_line(error)}")
 
 
 def load_mtp(model: Any, folder: str | os.PathLike[str] | None = None) -> Mtp | None:

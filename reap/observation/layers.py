@@ -46,9 +46,12 @@ class Layer:
         self.cls = type(experts.module).__name__
         self.activation = None
         if experts.kind == "interface":
-            self.activation = measure.activation_of(experts.module)
             self.layout = compat.layout(experts.module)
             self.names = measure.weight_names(self.layout)
+            self.activation = observer.verdict(
+                measure.state_of(experts.module, self.names),
+                lambda: measure.activation_of(experts.module),
+            )
         self.options = {**observer.options, "activation": self.activation}
         self.mark: Mark = lambda ids: ids  # see `phantoms`
         self.replaced: Callable[[], bool] = lambda: False  # parts of it that no hook sees

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import lru_cache
+from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
@@ -188,6 +189,26 @@ def _exact(
             y = gates[t, k] * reference.expert_output(x, 0, call)
             exact[t] += torch.where(expert < len(weights[0]), y, 0)[0]
     return exact
+
+
+_EVERY_MODULES = frozenset(vars(nn.Module()))
+_PLAIN = (int, float, str)
+
+
+def state_of(module: nn.Module, weights: tuple[str, ...] = ()) -> tuple[Any, ...]:
+    """The same for two modules of a class that differ in their parameters called `weights` alone,
+    as the layers of a model do: numbers and texts by value, anything else by identity."""
+    own = ((name, x) for name, x in vars(module).items() if name not in _EVERY_MODULES)
+    tensors = chain(
+        module.named_parameters(recurse=False, remove_duplicate=False),
+        module.named_buffers(recurse=False, remove_duplicate=False),
+    )
+    return (
+        type(module),
+        *((name, type(x), x if x is None or isinstance(x, _PLAIN) else id(x)) for name, x in own),
+        *((name, id(tensor)) for name, tensor in tensors if name not in weights),
+        *((name, state_of(child)) for name, child in module.named_children()),
+    )
 
 
 def activation_of(module: nn.Module) -> str | None:

@@ -9,9 +9,9 @@ the experts must have been called with [B,q] tokens, the experts with B*q, and t
 from __future__ import annotations
 
 import inspect
-import threading
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,6 +30,7 @@ class _Call:
     cached: int | None  # tokens in the cache before the call; None: it cannot be told
     mask: Any
     maskless: bool  # no argument of it is a mask of any name
+    decodes: bool  # other tokens than those of the calls around it
     real: Tensor | None = None  # [B*q] bool, once worked out; None if nothing is known to be padded
     known: bool = False
 
@@ -38,26 +39,28 @@ class _Call:
         return type(self.model).__name__
 
 
-class Padding(threading.local):
+class Padding:
     """Follows the calls of a model and of the models in it, while its hooks are installed.
 
-    Every thread has calls of its own.
+    Every context (`contextvars`), which a thread or a suspended batch is, has calls of its own;
+    tuples, because a context may begin as a copy of another.
     """
 
     def __init__(self) -> None:
-        self._calls: list[_Call] = []
+        self._now: ContextVar[tuple[_Call, ...]] = ContextVar("calls", default=())
 
     @property
     def shape(self) -> tuple[int, int] | None:
         """[B,q] of the tokens that the innermost running model was called with, if known."""
-        return self._calls[-1].shape if self._calls else None
+        calls = self._now.get()
+        return calls[-1].shape if calls else None
 
     def install(self, models: Iterable[nn.Module], undo: ExitStack) -> None:
         """Hooks that `undo` removes. `models` are those that contain the experts."""
         for model in models:
             enter = model.register_forward_pre_hook(self._entering(model), with_kwargs=True)
             undo.callback(enter.remove)
-            # A function, which copies of the model can have: they cannot have what is a thread's.
+            # A function, which copies of the model can have: they cannot have what is a context's.
             leave = model.register_forward_hook(lambda *_: self._leave(), always_call=True)
             undo.callback(leave.remove)
 
@@ -67,25 +70,28 @@ class Padding(threading.local):
         @torch.compiler.disable
         def enter(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             given = named(args, kwargs)
-            if any(call.model is model for call in self._calls):
+            decodes = not _TOKENS & given.keys() and "decoder_input_ids" in given
+            if decodes:
+                given = _decoders(given)
+            calls = self._now.get()
+            if any(call.model is model for call in calls):
                 # No model runs inside itself: that call was cut short, by an interrupt say.
-                self._calls.clear()
-            self._calls.append(
-                _Call(
-                    model=model,
-                    shape=token_shape(given),
-                    cached=_cached(given),
-                    mask=given.get("attention_mask"),
-                    maskless=not any("mask" in name and x is not None for name, x in given.items()),
-                )
+                calls = ()
+            call = _Call(
+                model=model,
+                shape=token_shape(given),
+                cached=_cached(given),
+                mask=given.get("attention_mask"),
+                maskless=not any("mask" in name and x is not None for name, x in given.items()),
+                decodes=decodes,
             )
+            self._now.set((*calls, call))
 
         return enter
 
     @torch.compiler.disable
     def _leave(self) -> None:
-        if self._calls:
-            self._calls.pop()
+        self._now.set(self._now.get()[:-1])
 
     def real(self, tokens: int, device: torch.device) -> Tensor | None:
         """Which of the `tokens` that experts were just called with are not padding: [T] bool.
@@ -94,12 +100,13 @@ class Padding(threading.local):
         wait for it, perhaps a mask of all. ReapError when there is padding and it cannot be lined
         up with the tokens.
         """
-        masked = next((i for i, call in enumerate(self._calls) if call.mask is not None), None)
+        calls = self._now.get()
+        calls = calls[max((i for i, call in enumerate(calls) if call.decodes), default=0) :]
+        masked = next((i for i, call in enumerate(calls) if call.mask is not None), None)
         if masked is None:
             return None
-        call = self._calls[masked]
+        call, outer = calls[masked], calls[:masked]
         if not call.known:
-            outer = self._calls[:masked]
             if outer and not _is_plain(call.mask) and all(around.maskless for around in outer):
                 call.real = None  # made by the model itself, which was told of no padding
             else:
@@ -107,7 +114,7 @@ class Padding(threading.local):
             call.known = True
         if call.real is None:
             return None
-        misfit = self._misfit(masked, tokens)
+        misfit = _misfit(calls[masked:], tokens)
         if misfit is not None:
             if bool(call.real.all()):
                 return None
@@ -115,20 +122,27 @@ class Padding(threading.local):
         call.real = call.real.to(device)
         return call.real
 
-    def _misfit(self, masked: int, tokens: int) -> str | None:
-        """Why call number `masked`, which has a mask, is not of the same tokens as the experts'."""
-        call = self._calls[masked]
-        for inner in self._calls[masked:]:
-            if inner.shape != call.shape:
-                seen = "no token ids" if inner.shape is None else f"tokens {list(inner.shape)}"
-                return (
-                    f"{call.cls} was called with tokens {list(call.shape or ())} and {inner.cls} "
-                    f"in it with {seen}"
-                )
-        known = 0 if call.real is None else len(call.real)
-        if known != tokens:
-            return f"{call.cls} was called with {known} tokens and its experts with {tokens}"
-        return None
+
+def _misfit(calls: tuple[_Call, ...], tokens: int) -> str | None:
+    """Why the first of `calls`, which has a mask, is not of the same tokens as the experts'."""
+    call = calls[0]
+    for inner in calls:
+        if inner.shape != call.shape:
+            seen = "no token ids" if inner.shape is None else f"tokens {list(inner.shape)}"
+            return (
+                f"{call.cls} was called with tokens {list(call.shape or ())} and {inner.cls} "
+                f"in it with {seen}"
+            )
+    known = 0 if call.real is None else len(call.real)
+    if known != tokens:
+        return f"{call.cls} was called with {known} tokens and its experts with {tokens}"
+    return None
+
+
+def _decoders(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Of a call with a decoder's tokens alone (a canvas beside the prompt, say) what is of them."""
+    own = {name.removeprefix("decoder_"): x for name, x in given.items() if "decoder_" in name}
+    return {name: x for name, x in given.items() if "mask" not in name} | own
 
 
 def naming(model: nn.Module) -> Callable[[tuple[Any, ...], dict[str, Any]], dict[str, Any]]:
@@ -136,6 +150,9 @@ def naming(model: nn.Module) -> Callable[[tuple[Any, ...], dict[str, Any]], dict
     the old names that a decorator still takes."""
     names = list(inspect.signature(type(model).forward).parameters)[1:]
     return lambda args, kwargs: {**dict(zip(names, args, strict=False)), **kwargs}
+
+
+_TOKENS = {"input_ids", "inputs_embeds"}
 
 
 def token_shape(given: Mapping[str, Any]) -> tuple[int, int] | None:

@@ -42,7 +42,8 @@ class _Calls:
     model: _Model  # the innermost that contains it
     recorded: int = 0
     tokens: int = 0  # of the recorded calls, padding included
-    module: int = 0  # returned calls of its experts, however they ran
+    entered: int = 0  # calls of its experts
+    module: int = 0  # and those that returned, however they ran
     block: int = 0
     first: tuple[Tensor, Tensor] | None = None  # ids and gates of the first call
     repeats: Tensor | None = None  # how often they came again, beyond what the model was given
@@ -75,6 +76,8 @@ class Witness:
             experts = layer.experts
             holders = [model for model, parts in inside if id(experts.module) in parts]
             calls = self._layers[layer] = _Calls(holders[-1] if holders else _Model(experts.block))
+            enter = experts.module.register_forward_pre_hook(self._counting_calls(calls))
+            undo.callback(enter.remove)
             for field, part in (("module", experts.module), ("block", experts.block)):
                 hook = self._counting_in(calls, field)
                 undo.callback(part.register_forward_hook(hook).remove)
@@ -106,7 +109,9 @@ class Witness:
         for layer, calls in self._layers.items():
             ran[layer.info.name] |= calls.recorded > 0
         idle = [name for name, recorded in ran.items() if not recorded]
-        if len(idle) == len(ran) and self._ran():
+        # One that was entered and ended in an error, which the caller may have caught, was called.
+        called = any(calls.entered for calls in self._layers.values())
+        if len(idle) == len(ran) and self._ran() and not called:
             raise ReapError(
                 f"the model ran and none of its {len(idle)} MoE layers did, such as {idle[0]}: "
                 "something took their place: change the model first and observe it then"
@@ -148,6 +153,14 @@ class Witness:
             shape = token_shape(named(args, kwargs))
             with self._counting:
                 model.tokens += math.inf if shape is None else math.prod(shape)
+
+        return entering
+
+    def _counting_calls(self, calls: _Calls) -> Callable[..., None]:
+        @torch.compiler.disable
+        def entering(_: nn.Module, args: Any) -> None:
+            with self._counting:
+                calls.entered += 1
 
         return entering
 

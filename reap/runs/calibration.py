@@ -51,10 +51,8 @@ def calibrate(
     not embed, and for text too short for `until`. The model is in eval mode meanwhile, and left as
     it was found, whatever happens.
     """
-    base = pretrained(model).base_model
-    options = {"use_cache": False} if _takes_use_cache(base) else {}
-    device = _input_device(base)
-    run: dict[str, Any] = {"run": what_runs(base, backend, deterministic)}
+    forward = forward_of(model)
+    run: dict[str, Any] = {"run": what_runs(pretrained(model).base_model, backend, deterministic)}
     recorded = batches if isinstance(batches, Batches) else None
     if until is not None:
         run["until"] = until.describe()
@@ -81,12 +79,8 @@ def calibrate(
                     progress(batch.tokens)
         for given in () if watch is not None and watch.stable else batches:
             batch = Batch.of(given)
-            check_ids(base, batch)
-            # Without padding no mask is the same, and lets attention take its causal fast path.
-            padded = not bool(batch.attention_mask.all())
-            mask = batch.attention_mask.to(device) if padded else None
             with stats.domain(batch.domain), stats.counting(batch.counted):
-                base(input_ids=batch.input_ids.to(device), attention_mask=mask, **options)
+                forward(batch)
             if watch is not None:
                 watch.batch(*([stats] if partial is None else partial.both(stats)))
             if partial is not None and recorded is not None:
@@ -98,22 +92,45 @@ def calibrate(
     total = stats if partial is None else partial.total(stats)
     if watch is not None:
         run["ended"] = watch.ended()
-    if recorded is not None or watch is not None:
-        total.data = [({} if recorded is None else recorded.describe()) | run]
+    return completed(total, recorded, run)
+
+
+def completed(total: Statistics, text: Batches | None, run: dict[str, Any]) -> Statistics:
+    """`total` with what went in, where that is known. ReapError when it holds no tokens."""
+    if text is not None or "ended" in run:
+        total.data = [({} if text is None else text.describe()) | run]
     if total.tokens == 0:
         raise ReapError("the calibration data has no tokens that count: nothing was observed")
     return total
 
 
+def forward_of(model: nn.Module) -> Callable[[Batch], None]:
+    """What runs a batch through `model` without its head. ReapError, then, for a token that the
+    model does not embed; here for one without weights."""
+    base = pretrained(model).base_model
+    options = {"use_cache": False} if _takes_use_cache(base) else {}
+    device = _input_device(base)
+
+    def forward(batch: Batch) -> None:
+        check_ids(base, batch)
+        # Without padding no mask is the same, and lets attention take its causal fast path.
+        padded = not bool(batch.attention_mask.all())
+        mask = batch.attention_mask.to(device) if padded else None
+        base(input_ids=batch.input_ids.to(device), attention_mask=mask, **options)
+
+    return forward
+
+
 def what_runs(model: nn.Module, backend: str, deterministic: bool) -> dict[str, Any]:
-    """What, beside the text and the versions, decides the bits of the statistics."""
+    """What, beside the text and the versions, decides the bits of the statistics. Weights on the
+    meta device are elsewhere, and come where the others are."""
     weights = list(model.parameters())
     if backend == "auto":
         available = [name for name, reason in reap_kernels.backends().items() if reason is None]
         backend = f"auto of {', '.join(available)}"
     return {
         "dtype": ", ".join(sorted({str(w.dtype).removeprefix("torch.") for w in weights})),
-        "device": ", ".join(sorted({_device_name(w.device) for w in weights})),
+        "device": ", ".join(sorted({_device_name(w.device) for w in weights if not w.is_meta})),
         "backend": backend,
         "deterministic": deterministic,
     }

@@ -123,13 +123,7 @@ class Partial:
         start = time.monotonic()
         if start < self._remember_at:
             return
-        before = {} if self._whole is None else self._whole[0]
-        parts = {**before, **{name: stats.snapshot(name) for name in self._changed}}
-        progress: dict[str, Any] = {"batches": self._batches}
-        if self._watch is not None:
-            progress["until"] = self._watch.state()
-        self._whole = parts, batches.describe() | data | {"partial": progress}
-        self._changed = set()
+        parts = self._remember(stats, batches, data)
         end = time.monotonic()
         self._remember_at = end + (end - start) / _SHARE
         if end >= self._write_at:
@@ -141,6 +135,27 @@ class Partial:
                 log.warning("what was measured so far is not kept: %s", error)
             done_at = time.monotonic()
             self._write_at = done_at + max(_WRITE_SECONDS, (done_at - end) / _WRITE_SHARE)
+
+    def keep(
+        self, stats: Statistics, domains: list[str], batches: Batches, data: dict[str, Any]
+    ) -> None:
+        """A wave is whole, of one batch of each of `domains`: write the file now."""
+        self._batches += len(domains)
+        self._changed.update(domains)
+        self._remember(stats, batches, data)
+        self.save()
+
+    def _remember(
+        self, stats: Statistics, batches: Batches, data: dict[str, Any]
+    ) -> dict[str, Statistics]:
+        before = {} if self._whole is None else self._whole[0]
+        parts = {**before, **{name: stats.snapshot(name) for name in self._changed}}
+        progress: dict[str, Any] = {"batches": self._batches}
+        if self._watch is not None:
+            progress["until"] = self._watch.state()
+        self._whole = parts, batches.describe() | data | {"partial": progress}
+        self._changed = set()
+        return parts
 
     def both(self, stats: Statistics) -> list[Statistics]:
         """`stats` and what the file has, if anything."""

@@ -358,6 +358,11 @@ class LayerStatistics:
             )
 
 
+def any_faults(parts: list[LayerStatistics]) -> bool:
+    """Whether a slot could not be summed in any of these, which are on one device. Waits for it."""
+    return bool(torch.cat([part._faults for part in parts]).any())
+
+
 def check_gates(gates: str) -> None:
     """ReapError for a way to read gates that there is not."""
     if gates not in GATES:

@@ -18,7 +18,7 @@ from reap import versions
 from reap.errors import ReapError
 from reap.model.info import LayerInfo, ModelInfo
 from reap.statistics import statsfile
-from reap.statistics.layerstats import LayerStatistics, check_gates
+from reap.statistics.layerstats import LayerStatistics, any_faults, check_gates
 
 
 class Statistics:
@@ -188,9 +188,15 @@ class Statistics:
         return chosen
 
     def check(self) -> None:
-        """ReapError naming layer and expert if a slot so far could not be summed (NaN, Inf)."""
+        """ReapError naming layer and expert if a slot so far could not be summed (NaN, Inf). Waits
+        for each device once."""
+        by_device: dict[torch.device, list[LayerStatistics]] = {}
         for part in self._parts.values():
-            part.check()
+            by_device.setdefault(part.device, []).append(part)
+        for parts in by_device.values():
+            if any_faults(parts):
+                for part in parts:
+                    part.check()
 
     def __add__(self, other: Statistics) -> Statistics:
         """Both together, for shards, domains and ranks. ReapError says how two do not belong

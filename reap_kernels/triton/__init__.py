@@ -18,16 +18,17 @@ from typing import Any
 
 import torch
 
+from reap_kernels import gpu
 from reap_kernels.contract import Call, Saliency, check_ids
-from reap_kernels.triton import configs, records
+from reap_kernels.triton import configs
 from reap_kernels.triton.configs import Config
 from reap_kernels.triton.signature import signature_of
 
 NAME = "triton"
 ASSERTS_IDS = True
 CAVEAT = (
-    "ran on one GPU, an H100 (2026-11, commit c35517e); for other chips it was compiled, "
-    "and executed in Triton's interpreter"
+    "ran on one GPU, an H100 (2026-11, commit c35517e); what came since, and all other chips, were "
+    "compiled, and executed in Triton's interpreter"
 )
 MIN_TRITON = (3, 4)
 MAX_EXPERTS = 1 << 12  # the routing kernels scan them in one vector
@@ -49,10 +50,7 @@ def available() -> str | None:
         if torch.cuda.is_available():
             return "TRITON_INTERPRET is set although there is a GPU: unset it"
         return None
-    if not torch.cuda.is_available():
-        build = torch.version.cuda or torch.version.hip
-        return "no GPU driver or no GPU" if build else "this torch is built for CPUs only"
-    return None
+    return gpu.missing()
 
 
 def unsupported(call: Call) -> str | None:
@@ -65,7 +63,7 @@ def unsupported(call: Call) -> str | None:
         return f"{call.E} experts, at most {MAX_EXPERTS}"
     if call.T * call.K > MAX_SLOTS:
         return f"{call.T * call.K} slots, at most {MAX_SLOTS}: pass fewer tokens at a time"
-    return _choose(call)[1]
+    return choose(call)[1]
 
 
 def run(call: Call) -> Saliency:
@@ -73,18 +71,24 @@ def run(call: Call) -> Saliency:
 
     if call.top_k_index.device.type == "cpu":
         check_ids(call.top_k_index)
-    config, reason = _choose(call)
-    assert config is not None, reason
-    with torch.cuda.device_of(call.hidden_states):
-        return launch.run(call, config)
-
-
-def _choose(call: Call) -> tuple[Config | None, str | None]:
-    """A config, or None and the reason. The same object for calls of one signature: the launches
-    that were made with it can be repeated."""
-    if config := records.recorded(call):
-        return config, None
     key = signature_of(call)
+    config, reason = _choose(call, key)
+    assert config is not None, reason
+    device = call.hidden_states.device
+    # Seldom another one, and asking is cheaper than a context.
+    if device.type == "cpu" or torch.cuda.current_device() == device.index:
+        return launch.run(call, config, key)
+    with torch.cuda.device(device):
+        return launch.run(call, config, key)
+
+
+def choose(call: Call) -> tuple[Config | None, str | None]:
+    """The call's config, or None and the reason."""
+    return _choose(call, signature_of(call))
+
+
+def _choose(call: Call, key: Any) -> tuple[Config | None, str | None]:
+    """The same object for calls of one signature: launches made with it can be repeated."""
     if key not in _choices:
         if len(_choices) >= MAX_CHOICES:
             _choices.clear()

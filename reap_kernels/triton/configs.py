@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from reap_kernels.contract import Call
+from reap_kernels.triton import order
 
 
 @dataclass(frozen=True)
@@ -40,16 +41,27 @@ class Config:
     block_m: int
     gate_up: Tile
     down: Tile
+    # Of tiles: 2 if an expert's last rows, where they are few, are half a tile.
+    sizes: int = 1
+    # Column tiles of down that all rows go through before the next ones: `order` counts.
+    slab: int = 1 << 30
 
-    def grouped(self, depths: tuple[int, int], cache: int) -> Config:
-        """As many row tiles side by side as leave a fifth of the cache to the weights that pass by,
-        if that is more: an expert that is one group reads its weights once. `depths`: bytes of a
-        row of x and of the inner tensor."""
+    def ordered(self, call: Call, cache: int, hinted: bool) -> Config:
+        """With the order of the tiles that moves few bytes past a cache of that size: as many row
+        tiles side by side as leave a fifth of it to the weights that pass by, if that is more (an
+        expert that is one group reads its weights once), and down in slabs where that pays. hinted:
+        loads can say that they leave the cache first; without that they push a slab's sums out."""
+        elements = cache * 4 // 5 // (self.block_m * call.hidden_states.element_size())
         up, down = (
-            replace(tile, group_m=max(tile.group_m, cache * 4 // 5 // (self.block_m * depth)))
-            for tile, depth in zip((self.gate_up, self.down), depths, strict=True)
+            replace(tile, group_m=max(tile.group_m, elements // depth))
+            for tile, depth in ((self.gate_up, call.H), (self.down, call.I))
         )
-        return replace(self, gate_up=up, down=down)
+        if not hinted:
+            return replace(self, gate_up=up, down=down)
+        slab = order.slab_tiles(call, down.block_n, cache)
+        if slab * down.block_n < call.H:  # there the cache is the slab's
+            down = self.down
+        return replace(self, gate_up=up, down=down, slab=slab)
 
     def shared_bytes(self, gated: bool, itemsize: int) -> int:
         """Shared memory of the kernel that needs more. [bytes]"""
@@ -111,6 +123,11 @@ UNALIGNED = Choice(
 CHOICES: dict[str, tuple[Choice, ...]] = {
     "sm_80": (
         Choice(
+            Config(16, Tile(64, 64, 4, 4), Tile(128, 64, 4, 4)),
+            "next to no rows: what a program copies are weights, as many at a time as fit",
+            rows=8,
+        ),
+        Choice(
             Config(32, Tile(64, 64, 4, 4), Tile(64, 64, 4, 4)),
             "few rows: bound by the weights' bytes, so half-empty tiles cost nothing",
             rows=24,
@@ -122,13 +139,18 @@ CHOICES: dict[str, tuple[Choice, ...]] = {
             rows=96,
         ),
         Choice(
-            Config(128, Tile(64, 32, 8, 4), Tile(128, 32, 8, 4)),
+            Config(128, Tile(64, 32, 8, 4), Tile(128, 32, 8, 4), sizes=2),
             "64 accumulator registers per thread, the most that the epilogue leaves room for",
         ),
         UNALIGNED,
         *FFMA,
     ),
     "sm_86": (
+        Choice(
+            Config(16, Tile(32, 64, 4, 4), Tile(64, 64, 4, 4)),
+            "as on sm_80, two programs in 99 KB of shared memory",
+            rows=8,
+        ),
         Choice(
             Config(32, Tile(64, 64, 4, 3), Tile(64, 64, 4, 3)),
             "few rows: bound by the weights' bytes",
@@ -141,7 +163,7 @@ CHOICES: dict[str, tuple[Choice, ...]] = {
             rows=96,
         ),
         Choice(
-            Config(128, Tile(64, 32, 8, 3), Tile(128, 32, 8, 3)),
+            Config(128, Tile(64, 32, 8, 3), Tile(128, 32, 8, 3), sizes=2),
             "as on sm_80, with one stage less",
         ),
         UNALIGNED,
@@ -149,13 +171,18 @@ CHOICES: dict[str, tuple[Choice, ...]] = {
     ),
     "sm_90": (
         Choice(
+            Config(16, Tile(64, 64, 4, 5), Tile(128, 64, 4, 5)),
+            "as on sm_80, without wgmma, which takes 64 rows: three programs per SM",
+            rows=8,
+        ),
+        Choice(
             Config(64, Tile(64, 64, 4, 4), Tile(128, 64, 4, 4)),
             "64 rows are one warpgroup's wgmma, the least it takes",
             rows=96,
             width=64,
         ),
         Choice(
-            Config(128, Tile(128, 64, 8, 3), Tile(256, 64, 8, 4)),
+            Config(128, Tile(128, 64, 8, 3), Tile(256, 64, 8, 4), sizes=2),
             "two warpgroups of 64x256 each, the widest wgmma; on an H100 gate_up was 8% faster "
             "with 3 stages than with 4, and down 9% with 4 than with 3",
         ),
@@ -170,7 +197,7 @@ CHOICES: dict[str, tuple[Choice, ...]] = {
             width=64,
         ),
         Choice(
-            Config(128, Tile(128, 64, 8, 3), Tile(256, 64, 8, 3)),
+            Config(128, Tile(128, 64, 8, 3), Tile(256, 64, 8, 3), sizes=2),
             "128x256 accumulators: half of the tensor memory, the epilogue's registers do the rest",
         ),
         UNALIGNED,
@@ -184,7 +211,7 @@ CHOICES: dict[str, tuple[Choice, ...]] = {
             width=64,
         ),
         Choice(
-            Config(128, Tile(64, 64, 8, 2), Tile(128, 64, 8, 2)),
+            Config(128, Tile(64, 64, 8, 2), Tile(128, 64, 8, 2), sizes=2),
             "what fits 64 KB of shared memory",
         ),
         UNALIGNED,
@@ -197,7 +224,7 @@ CHOICES: dict[str, tuple[Choice, ...]] = {
     ),
     "interpreter": tuple(
         Choice(
-            Config(16, Tile(32, 32, 1, 1, group_m=2), Tile(64, 16, 1, 1, group_m=2)),
+            Config(16, Tile(32, 32, 1, 1, group_m=2), Tile(64, 16, 1, 1, group_m=2), sizes=2),
             "small tests have several tiles",
             bits=bits,
             unaligned=True,
@@ -225,6 +252,9 @@ CACHE = {
     "gfx942": 256 << 20,
     "interpreter": 0,
 }
+
+# Where triton tells the cache what to let go of first.
+HINTED = ("sm_90", "sm_100")
 
 _FAMILY = {(8, 0): "sm_80", (8, 7): "sm_80", (8, 6): "sm_86", (8, 9): "sm_86"}
 _FAMILY_BY_MAJOR = {9: "sm_90", 10: "sm_100", 12: "sm_86"}  # 12 has sm_86's mma and shared memory
@@ -256,11 +286,10 @@ def cache_size(device: torch.device, kind: str) -> int:
 
 
 def choose(call: Call, kind: str, limit: int, cache: int) -> Config | None:
-    """The first config of a family that suits the call and fits `limit` bytes of shared memory,
-    with its groups widened to `cache`."""
+    """The first config of a family that suits the call and fits `limit` bytes of shared memory, in
+    the order that suits `cache` bytes."""
     itemsize = call.hidden_states.element_size()
     for choice in CHOICES[kind]:
         if choice.suits(call) and choice.config.shared_bytes(call.gated, itemsize) <= limit:
-            depths = (call.H * itemsize, call.I * itemsize)
-            return choice.config.grouped(depths, cache)
+            return choice.config.ordered(call, cache, kind in HINTED)
     return None

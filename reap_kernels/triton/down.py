@@ -20,9 +20,9 @@ from reap_kernels.triton.tiles import (
     load_rows,
     load_weights,
     locate,
+    locate_slab,
     multiply,
     strides,
-    tile_count,
 )
 
 # Columns that are combined at once. Each element of a piece has a pointer of its own; those of a
@@ -38,7 +38,7 @@ def _halves(y):
 
 
 @triton.jit
-def _combine(y, cell, real, left, DETERMINISTIC: tl.constexpr, EVEN_N: tl.constexpr):
+def _add(y, cell, real, left, DETERMINISTIC: tl.constexpr, EVEN_N: tl.constexpr):
     """Stores or adds y [M, N] at the rows that start at `cell` [M], of which `left` columns are."""
     n = tl.arange(0, y.shape[1])
     stored = real[:, None] if EVEN_N else real[:, None] & (n < left)[None, :]
@@ -49,14 +49,39 @@ def _combine(y, cell, real, left, DETERMINISTIC: tl.constexpr, EVEN_N: tl.conste
 
 
 @triton.jit
+def _combine(y, cell, real, left, DETERMINISTIC: tl.constexpr, EVEN_N: tl.constexpr):
+    """The same, piece by piece."""
+    N: tl.constexpr = y.shape[1]
+    HALF: tl.constexpr = N // 2
+    if N <= PIECE:
+        _add(y, cell, real, left, DETERMINISTIC, EVEN_N)
+    else:
+        a, b = _halves(y)
+        if HALF <= PIECE:
+            _add(a, cell, real, left, DETERMINISTIC, EVEN_N)
+            _add(b, cell + HALF, real, left - HALF, DETERMINISTIC, EVEN_N)
+        else:
+            tl.static_assert(HALF == 2 * PIECE)
+            c, d = _halves(a)
+            _add(c, cell, real, left, DETERMINISTIC, EVEN_N)
+            _add(d, cell + PIECE, real, left - PIECE, DETERMINISTIC, EVEN_N)
+            c, d = _halves(b)
+            _add(c, cell + HALF, real, left - HALF, DETERMINISTIC, EVEN_N)
+            _add(d, cell + HALF + PIECE, real, left - HALF - PIECE, DETERMINISTIC, EVEN_N)
+
+
+@triton.jit(
+    do_not_specialize=["S", "slab", "group_m"],
+    do_not_specialize_on_alignment=["gates"],
+)
 def down_kernel(
     inner,  # rows by sorted position [S, I] model dtype
     down_proj,  # [E, H, I] in any order of memory, model dtype
     down_bias,  # [E, H] model dtype, or None
     gates,  # [T, K] bf16, fp16 or fp32
     combined,  # [T, H] fp32; [S, W] fp32 if DETERMINISTIC
-    squares,  # column tile, sorted position -> sum of y^2 [tiles, S] fp32
-    peaks,  # column tile, sorted position -> max |y| [tiles, S] fp32
+    squares,  # column tile, sorted position -> sum of y^2 [tiles, S] fp32, or None
+    peaks,  # column tile, sorted position -> max |y| [tiles, S] fp32, or None
     order,  # sorted position -> slot [S] int32
     offsets,  # expert -> first sorted position [E+1] int32
     first_tile,  # expert -> first row tile [E+1] int32
@@ -65,9 +90,10 @@ def down_kernel(
     H,
     I,  # noqa: E741
     S,
-    first_column,  # of the slab; a multiple of BLOCK_N
+    first_column,  # of this launch; a multiple of BLOCK_N
+    slab,  # column tiles that all rows go through before the next
     group_m,
-    W,  # columns of this launch: H, or those of the slab
+    W,  # columns of this launch: H if not DETERMINISTIC
     stride_we,
     stride_wh,
     stride_wi,
@@ -79,75 +105,69 @@ def down_kernel(
     DETERMINISTIC: tl.constexpr,
     EVEN_N: tl.constexpr,
     EVEN_K: tl.constexpr,
+    EVICT: tl.constexpr,  # which operands leave the cache first: in slabs, before the sums
+    SIZES: tl.constexpr,  # 2: a tile of few rows is half a tile
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
     program = tl.program_id(0)
-    if program >= tile_count(first_tile, E, W, BLOCK_N):
+    columns = tl.cdiv(W, BLOCK_N)
+    if program >= tl.load(first_tile + E) * columns:
         return
+    program, first, columns = locate_slab(program, first_tile, E, columns, slab)
     expert, start, end, column = locate(
-        program, tile_expert, first_tile, offsets, W, group_m, BLOCK_M, BLOCK_N
+        program, tile_expert, first_tile, offsets, columns, group_m, BLOCK_M
     )
-    position = start + tl.arange(0, BLOCK_M)
-    real = position < end
-    local = column * BLOCK_N + tl.arange(0, BLOCK_N)
-    n = first_column + local
-    inside = n < H
-    k = tl.arange(0, BLOCK_K)
+    column += first
+    # An expert's last tile may fill no half of its rows: then half a tile is computed.
+    tail = (end - start <= BLOCK_M // SIZES).to(tl.int32) * (SIZES - 1)
+    for part in tl.static_range(SIZES):
+        if tail == part:
+            position = start + tl.arange(0, BLOCK_M // (1 + part))
+            real = position < end
+            local = column * BLOCK_N + tl.arange(0, BLOCK_N)
+            n = first_column + local
+            inside = n < H
+            k = tl.arange(0, BLOCK_K)
 
-    row = tl.minimum(position, end - 1).to(tl.int64)
-    a = inner + row[:, None] * I + k[None, :]
-    weights = down_proj + expert.to(tl.int64) * stride_we
-    b = weights + n.to(tl.int64)[None, :] * stride_wh + k.to(tl.int64)[:, None] * stride_wi
-    step_b = BLOCK_K * tl.cast(stride_wi, tl.int64)
+            row = tl.minimum(position, end - 1).to(tl.int64)
+            a = inner + row[:, None] * I + k[None, :]
+            weights = down_proj + expert.to(tl.int64) * stride_we
+            b = weights + n.to(tl.int64)[None, :] * stride_wh + k.to(tl.int64)[:, None] * stride_wi
+            step_b = BLOCK_K * tl.cast(stride_wi, tl.int64)
 
-    y = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for done in range(0, I, BLOCK_K):
-        x = load_rows(a, k, I - done, EVEN_K)
-        y = multiply(x, load_weights(b, k, I - done, inside, EVEN_K, EVEN_N), y)
-        a += BLOCK_K
-        b += step_b
+            y = tl.zeros((position.shape[0], BLOCK_N), tl.float32)
+            for done in range(0, I, BLOCK_K):
+                x = load_rows(a, k, I - done, EVEN_K, EVICT)
+                y = multiply(x, load_weights(b, k, I - done, inside, EVEN_K, EVEN_N, EVICT), y)
+                a += BLOCK_K
+                b += step_b
 
-    if down_bias is not None:
-        bias = down_bias + expert.to(tl.int64) * stride_be + n.to(tl.int64) * stride_bh
-        y += tl.load(bias, mask=inside, other=0.0).to(tl.float32)[None, :]
+            if down_bias is not None:
+                bias = down_bias + expert.to(tl.int64) * stride_be + n.to(tl.int64) * stride_bh
+                y += tl.load(bias, mask=inside, other=0.0).to(tl.float32)[None, :]
 
-    # Columns past H are zero here: no mask.
-    partial = (first_column // BLOCK_N + column).to(tl.int64) * S + position
-    tl.store(squares + partial, tl.sum(y * y, axis=1), mask=real)
-    tl.store(peaks + partial, tl.max(tl.abs(y), axis=1), mask=real)
+            if squares is not None:  # columns past H are zero here: no mask
+                partial = (first_column // BLOCK_N + column).to(tl.int64) * S + position
+                tl.store(squares + partial, tl.sum(y * y, axis=1), mask=real)
+                tl.store(peaks + partial, tl.max(tl.abs(y), axis=1), mask=real)
 
-    slot = tl.load(order + row)
-    token = (slot // K).to(tl.int64)
-    gate = tl.load(gates + token * stride_gt + (slot % K).to(tl.int64) * stride_gk)
-    y *= gate.to(tl.float32)[:, None]
-    if DETERMINISTIC:
-        cell = combined + slot.to(tl.int64) * W + column * BLOCK_N
-        left = W - column * BLOCK_N
-    else:
-        cell = combined + token * H + (first_column + column * BLOCK_N)
-        left = H - first_column - column * BLOCK_N
-    if BLOCK_N <= PIECE:
-        _combine(y, cell, real, left, DETERMINISTIC, EVEN_N)
-    else:
-        HALF: tl.constexpr = BLOCK_N // 2
-        a, b = _halves(y)
-        if HALF <= PIECE:
-            _combine(a, cell, real, left, DETERMINISTIC, EVEN_N)
-            _combine(b, cell + HALF, real, left - HALF, DETERMINISTIC, EVEN_N)
-        else:
-            tl.static_assert(HALF == 2 * PIECE)
-            c, d = _halves(a)
-            _combine(c, cell, real, left, DETERMINISTIC, EVEN_N)
-            _combine(d, cell + PIECE, real, left - PIECE, DETERMINISTIC, EVEN_N)
-            c, d = _halves(b)
-            _combine(c, cell + HALF, real, left - HALF, DETERMINISTIC, EVEN_N)
-            _combine(d, cell + HALF + PIECE, real, left - HALF - PIECE, DETERMINISTIC, EVEN_N)
+            slot = tl.load(order + row)
+            token = (slot // K).to(tl.int64)
+            gate = tl.load(gates + token * stride_gt + (slot % K).to(tl.int64) * stride_gk)
+            y *= gate.to(tl.float32)[:, None]
+            if DETERMINISTIC:
+                cell = combined + slot.to(tl.int64) * W + column * BLOCK_N
+                left = W - column * BLOCK_N
+            else:
+                cell = combined + token * H + (first_column + column * BLOCK_N)
+                left = H - first_column - column * BLOCK_N
+            _combine(y, cell, real, left, DETERMINISTIC, EVEN_N)
 
 
-def arguments(call: Call, tiles: Tiles, buffers: dict[str, Tensor], config: Config) -> dict:
-    """The down kernel's arguments by name, but for the slab's first_column and W.
+def arguments(call: Call, tiles: Tiles, buffers: dict[str, Tensor | None], config: Config) -> dict:
+    """The down kernel's arguments by name, but for first_column, W and slab.
 
     buffers: inner, combined, squares and peaks.
     """
@@ -172,6 +192,8 @@ def arguments(call: Call, tiles: Tiles, buffers: dict[str, Tensor], config: Conf
         "DETERMINISTIC": call.deterministic,
         "EVEN_N": call.H % tile.block_n == 0,
         "EVEN_K": call.I % tile.block_k == 0,
+        "EVICT": "evict_first" if config.slab * tile.block_n < call.H else "",
+        "SIZES": config.sizes,
         "BLOCK_M": config.block_m,
         "BLOCK_N": tile.block_n,
         "BLOCK_K": tile.block_k,

@@ -13,10 +13,13 @@ from reap_kernels.triton.routing import Tiles
 from reap_kernels.triton.tiles import narrow, strides
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=["T", "S", "tiles"],
+    do_not_specialize_on_alignment=["ids"],
+)
 def finish_kernel(
     combined,  # as written by down_kernel
-    squares,  # [tiles, S] fp32
+    squares,  # [tiles, S] fp32; None, as the next: leave norms and peaks alone
     partial_peaks,  # [tiles, S] fp32
     out,  # [T, H] model dtype
     norms,  # [T, K] fp32
@@ -43,7 +46,7 @@ def finish_kernel(
     """Adds the partials of BLOCK_S slots and writes BLOCK_T * W elements of the output."""
     program = tl.program_id(0)
     position = program * BLOCK_S + tl.arange(0, BLOCK_S)
-    if tiles > 0:
+    if squares is not None and tiles > 0:
         total = tl.zeros((BLOCK_S,), tl.float32)
         peak = tl.zeros((BLOCK_S,), tl.float32)
         routed = position < tl.load(offsets + E)  # others have no expert, so no partials

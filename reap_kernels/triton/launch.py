@@ -1,4 +1,6 @@
-"""One MoE layer as launches: zero, count, scan, place, gate_up, down, finish."""
+"""One MoE layer as launches: route (or count, scan and place), gate_up, down, finish."""
+
+from typing import Any
 
 import torch
 import triton
@@ -6,10 +8,10 @@ from torch import Tensor
 
 from reap_kernels.contract import TENSORS, Call, Saliency
 from reap_kernels.triton import down, finish, gate_up, routing
+from reap_kernels.triton.announce import announced
 from reap_kernels.triton.configs import Config, Tile
 from reap_kernels.triton.replay import Plans, Recorder
 from reap_kernels.triton.routing import Tiles
-from reap_kernels.triton.signature import signature_of
 
 # Tokens per program of the last kernel, and the columns that it handles at a time.
 FINISH_TOKENS, FINISH_COLUMNS = 4, 1024
@@ -17,10 +19,10 @@ FINISH_TOKENS, FINISH_COLUMNS = 4, 1024
 _plans = Plans()
 
 
-def run(call: Call, config: Config) -> Saliency:
-    """The call's result. Seven launches with atomic combine (six if the model is fp32); with the
-    deterministic one two more for every slab but the first, and no zeroing."""
-    key = signature_of(call)
+def run(call: Call, config: Config, key: Any, *, norms: bool = True) -> Saliency:
+    """The call's result. Four launches for few slots and six for more; with the deterministic
+    combine two more for every slab but the first. key: the call's signature. norms: False leaves
+    norms and peaks out, in memory of any content, to measure what they cost."""
     plan = _plans.get(key, config)
     if plan is not None:
         return Saliency(*plan.run(call[: len(TENSORS)])[:3])
@@ -28,12 +30,13 @@ def run(call: Call, config: Config) -> Saliency:
         up, down_proj = call.gate_up_proj.mT, call.down_proj.mT
         call = call._replace(gate_up_proj=up, down_proj=down_proj, transposed=False)
     recorder = Recorder(call[: len(TENSORS)])
-    result = launch(call, config, recorder)
+    with announced():
+        result = launch(call, config, recorder, norms)
     _plans.put(key, config, recorder.plan())
     return result
 
 
-def launch(call: Call, config: Config, recorder: Recorder) -> Saliency:
+def launch(call: Call, config: Config, recorder: Recorder, norms: bool = True) -> Saliency:
     x, S, f32 = call.hidden_states, call.T * call.K, torch.float32
     result = Saliency(
         recorder.empty(call.T, call.H, dtype=x.dtype),
@@ -44,14 +47,22 @@ def launch(call: Call, config: Config, recorder: Recorder) -> Saliency:
         return result
     tiles = routing.route(call, config.block_m, recorder)
 
-    inner = recorder.empty(S, call.I, dtype=x.dtype)
+    inner = recorder.scratch(S, call.I, dtype=x.dtype)
+    width = slab_width(call, config)
+    if call.deterministic:
+        combined = recorder.scratch(S, width, dtype=f32)
+    elif x.dtype == f32:
+        combined = result.out
+    else:
+        combined = recorder.scratch(call.T, call.H, dtype=f32)
+    sums = None if call.deterministic else combined
     recorder.launch(
         gate_up.gate_up_kernel,
-        (gate_up.programs(call, tiles, config),),
-        gate_up.arguments(call, tiles, inner, config),
+        (gate_up.programs(call, tiles, sums, config),),
+        gate_up.arguments(call, tiles, inner, sums, config),
         **options(config.gate_up),
     )
-    combine(call, tiles, inner, result, config, recorder)
+    combine(call, tiles, inner, combined, result, config, recorder, norms)
     return result
 
 
@@ -59,23 +70,16 @@ def combine(
     call: Call,
     tiles: Tiles,
     inner: Tensor,
+    combined: Tensor,
     result: Saliency,
     config: Config,
     recorder: Recorder,
+    norms: bool,
 ) -> None:
     """The down projection and everything after it, in one piece or slab by slab."""
     width, f32 = slab_width(call, config), torch.float32
-    if call.deterministic:
-        combined = recorder.empty(call.T * call.K, width, dtype=f32)
-    elif call.hidden_states.dtype == f32:
-        combined = result.out
-    else:
-        combined = recorder.empty(call.T, call.H, dtype=f32)
-    if not call.deterministic:
-        recorder.zero(combined)
-
     partials = (triton.cdiv(call.H, config.down.block_n), call.T * call.K)
-    squares, peaks = (recorder.empty(*partials, dtype=f32) for _ in range(2))
+    squares, peaks = (recorder.scratch(*partials, dtype=f32) if norms else None for _ in range(2))
     buffers = {"inner": inner, "squares": squares, "peaks": peaks, "combined": combined}
     multiply = down.arguments(call, tiles, buffers, config)
     add = finish.arguments(call, tiles, result) | {
@@ -86,8 +90,10 @@ def combine(
     }
     for first in range(0, call.H, width):
         slab = {"first_column": first, "W": min(width, call.H - first)}
-        grid = (tiles.bound * triton.cdiv(slab["W"], config.down.block_n),)
-        recorder.launch(down.down_kernel, grid, multiply | slab, **options(config.down))
+        columns = triton.cdiv(slab["W"], config.down.block_n)
+        order = {"slab": min(config.slab, columns)}
+        grid = (tiles.bound * columns,)
+        recorder.launch(down.down_kernel, grid, multiply | slab | order, **options(config.down))
         last = first + width >= call.H
         recorder.launch(
             finish.finish_kernel,

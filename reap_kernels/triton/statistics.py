@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from reap_kernels.triton.announce import announced
 from reap_kernels.triton.replay import Plans, Recorder
 from reap_kernels.triton.signature import signature
 from reap_kernels.triton.tiles import strides
@@ -105,7 +106,10 @@ def _slots(
     return expert, gate, norm, weighted, peak, counted & summable, counted & ~summable
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=["T"],
+    do_not_specialize_on_alignment=["ids", "gates", "norms", "peaks", "mask"],
+)
 def statistics_kernel(
     ids,  # [T, K] int32 or int64
     gates,  # [T, K] any float
@@ -203,13 +207,14 @@ def accumulate(
         named = arguments(slots, mask, accumulators, renormalized)
         # Views of another dtype stand for what they view.
         recorder = Recorder([named[name] for name in (*_SLOTS, "mask", *Accumulators._fields)])
-        recorder.launch(
-            statistics_kernel,
-            (triton.cdiv(T, BLOCK), K),
-            named,
-            num_warps=4,
-            enable_fp_fusion=False,  # every addend is rounded as torch rounds it
-        )
+        with announced():
+            recorder.launch(
+                statistics_kernel,
+                (triton.cdiv(T, BLOCK), K),
+                named,
+                num_warps=4,
+                enable_fp_fusion=False,  # every addend is rounded as torch rounds it
+            )
     _plans.put(key, None, recorder.plan())
 
 

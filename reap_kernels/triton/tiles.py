@@ -19,14 +19,19 @@ def strides(names: str, tensor: Tensor | None) -> dict[str, int]:
 
 
 @triton.jit
-def tile_count(
+def locate_slab(
+    program,
     first_tile,  # expert -> its first row tile; [E] is the number of row tiles [E+1] int32
     E,
-    N,
-    BLOCK_N: tl.constexpr,
+    columns,  # column tiles in all
+    slab,  # of a slab
 ):
-    """The number of programs with work: row tiles of all experts times column tiles."""
-    return tl.load(first_tile + E) * tl.cdiv(N, BLOCK_N)
+    """A program's number in its slab of columns, and the slab's first column tile and their number.
+    All row tiles of a slab run before those of the next."""
+    tiles = tl.load(first_tile + E) * slab
+    before = program // tiles
+    first = before * slab
+    return program - before * tiles, first, tl.minimum(columns - first, slab)
 
 
 @triton.jit
@@ -35,17 +40,15 @@ def locate(
     tile_expert,  # row tile -> expert [row tiles] int32
     first_tile,  # expert -> its first row tile [E+1] int32
     offsets,  # expert -> its first sorted position [E+1] int32
-    N,
+    columns,  # column tiles
     group_m,
     BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
 ):
     """A program's expert, first position, end of the expert's positions, and column tile.
 
     The programs of an expert are neighbours. Among them row tiles run fastest, in groups of group_m
     whose rows stay in the L2 cache while each column tile of the weights passes by once.
     """
-    columns = tl.cdiv(N, BLOCK_N)
     expert = tl.load(tile_expert + program // columns)
     first = tl.load(first_tile + expert)
     rows = tl.load(first_tile + expert + 1) - first
@@ -59,23 +62,26 @@ def locate(
 
 
 @triton.jit
-def load_rows(pointers, k, depth, EVEN_K: tl.constexpr):
+def load_rows(pointers, k, depth, EVEN_K: tl.constexpr, EVICT: tl.constexpr):
     """[BLOCK_M, BLOCK_K] of the left operand; rows past the end repeat the last: no mask."""
     if EVEN_K:
-        return tl.load(pointers)
-    return tl.load(pointers, mask=k[None, :] < depth, other=0.0)
+        return tl.load(pointers, eviction_policy=EVICT)
+    return tl.load(pointers, mask=k[None, :] < depth, other=0.0, eviction_policy=EVICT)
 
 
 @triton.jit
-def load_weights(pointers, k, depth, inside, EVEN_K: tl.constexpr, EVEN_N: tl.constexpr):
+def load_weights(
+    pointers, k, depth, inside, EVEN_K: tl.constexpr, EVEN_N: tl.constexpr, EVICT: tl.constexpr
+):
     """[BLOCK_K, BLOCK_N] of the weights; zeros where there are none."""
     if EVEN_K and EVEN_N:
-        return tl.load(pointers)
+        return tl.load(pointers, eviction_policy=EVICT)
     if EVEN_K:
-        return tl.load(pointers, mask=inside[None, :], other=0.0)
-    if EVEN_N:
-        return tl.load(pointers, mask=k[:, None] < depth, other=0.0)
-    return tl.load(pointers, mask=(k[:, None] < depth) & inside[None, :], other=0.0)
+        return tl.load(pointers, mask=inside[None, :], other=0.0, eviction_policy=EVICT)
+    within = k[:, None] < depth
+    if not EVEN_N:
+        within &= inside[None, :]
+    return tl.load(pointers, mask=within, other=0.0, eviction_policy=EVICT)
 
 
 @triton.jit

@@ -21,6 +21,7 @@ from reap.app.arguments import (
 )
 from reap.app.console import print_json, reports_errors
 from reap.app.longruns import announce, read_on, reported, rows_of, shape_of, where
+from reap.errors import ReapError
 from reap.files.outputs import STATISTICS, check_file
 
 if TYPE_CHECKING:
@@ -101,7 +102,9 @@ def measured(
     from reap.model.identity import describe, describe_folder
     from reap.runs.calibration import calibrate as run
     from reap.runs.heads import chosen_mtp
+    from reap.runs.mode import why_streamed
     from reap.runs.partial import Partial
+    from reap.runs.waves import calibrate_streamed, open_layers
 
     trust = loading.trust_remote_code
     if not trust:
@@ -118,25 +121,49 @@ def measured(
     runs = where(folder, loading, measuring.backend)
     announce("calibrating", model, runs, *modes, shape_of(rows))
     read_on(rows, sources)
-    loaded = loading.load(folder)
+    streamed = why_streamed(
+        True if measuring.wave_tokens else measuring.stream,
+        folder,
+        dtype=loading.dtype,
+        device=loading.device,
+        limit=measuring.limit,
+    )
+    layers = None
+    if streamed is not None:
+        if until is not None:
+            raise ReapError(
+                f"--until-stable needs the whole model in memory, and this runs layer by layer "
+                f"({streamed}): leave one of them out"
+            )
+        layers = open_layers(folder, loading.dtype, trust, measuring.limit)
+    loaded = loading.load(folder) if layers is None else layers.model
     if trust:
         accept(describe(loaded))
     head, of_head = chosen_mtp(loaded, folder, measuring.mtp)
     with partial.kept():
         with reported("calibrating", lambda: rows.expected, "tokens") as advance:
-            stats = run(
-                loaded,
-                rows,
-                gates=measuring.gates,
-                pairs=measuring.pairs,
-                backend=measuring.backend,
-                deterministic=measuring.deterministic,
-                mtp=head or False,
-                progress=advance,
-                partial=partial,
-                until=until,
-            )
-        del loaded, head  # their memory, for what follows
+            options: dict[str, Any] = {
+                "gates": measuring.gates,
+                "pairs": measuring.pairs,
+                "backend": measuring.backend,
+                "deterministic": measuring.deterministic,
+                "mtp": head or False,
+                "progress": advance,
+                "partial": partial,
+            }
+            if layers is None:
+                stats = run(loaded, rows, **options, until=until)
+            else:
+                stats = calibrate_streamed(
+                    layers,
+                    rows,
+                    **options,
+                    memory_limit=measuring.limit,
+                    wave_tokens=measuring.wave_tokens,
+                    scratch=out.parent,
+                    say=lambda line: announce("calibrating", f"layer by layer ({streamed})", line),
+                )
+        del loaded, layers, head  # their memory, for what follows
         yield stats, [*rows.notes(), *of_head]
 
 

@@ -1,0 +1,56 @@
+"""Whether a model is calibrated in memory or layer by layer."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import torch
+
+from reap.errors import ReapError
+from reap.files.folder import open_folder
+from reap.files.units import sized
+from reap.runs import memory
+
+LOADING = 1.1  # of the weights: what else is there while a model is loaded
+SIZES = {"bfloat16": 2, "float16": 2, "float32": 4}
+# Bytes that a stored byte becomes, of weights that are unpacked to 16 bits: FP8, two FP4 in one.
+UNPACKED = {"F8_E4M3": 2, "F8_E5M2": 2, "U8": 4, "I8": 4}
+
+
+def why_streamed(
+    asked: bool | None, folder: Path, *, dtype: str, device: str, limit: int | None
+) -> str | None:
+    """Why the model in `folder` runs layer by layer, as a phrase; None when it is loaded whole.
+
+    asked: None chooses; True and False are answers. limit: bytes of memory that it may take, files
+    that are mapped included; None is what is free. ReapError where the answer is impossible.
+    """
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device != "cpu":
+        if asked:
+            raise ReapError(f"layer by layer runs on the CPU alone, not on {device}: --device cpu")
+        return None
+    if asked is not None:
+        return "as asked for" if asked else None
+    stored, made = _weights(folder, dtype)
+    # A mapped file is memory to a control group until the system drops it.
+    need = memory.resident() + round(made * LOADING) + (stored if limit is not None else 0)
+    have = memory.allowed() if limit is None else limit
+    return f"whole it takes {sized(need)} of memory, of {sized(have)}" if need > have else None
+
+
+def _weights(folder: Path, dtype: str) -> tuple[int, int]:
+    """Bytes of the weights in the folder's files and, about, in memory."""
+    opened = open_folder(folder)
+    packed = "quantization_config" in opened.config
+    stored = made = 0
+    for shard in opened.shards:
+        for tensor in shard.tensors.values():
+            stored += tensor.nbytes
+            if tensor.dtype in ("BF16", "F16", "F32") and dtype in SIZES:
+                made += math.prod(tensor.shape) * SIZES[dtype]
+            else:
+                made += tensor.nbytes * (UNPACKED.get(tensor.dtype, 1) if packed else 1)
+    return stored, made

@@ -1,0 +1,200 @@
+"""Calibration of a model in a folder, layer by layer and in waves: as many batches at a time as
+memory holds. After a wave its statistics are kept, and a run that ends early goes on from there."""
+
+from __future__ import annotations
+
+import math
+import sys
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, closing
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from reap.errors import ReapError
+from reap.files.units import sized
+from reap.model.config import text_config
+from reap.model.experts import pretrained
+from reap.model.layerwise import Layerwise
+from reap.model.mtplayer import Mtp
+from reap.observation.patch import observe
+from reap.runs import memory
+from reap.runs.calibration import completed, forward_of, what_runs
+from reap.runs.heads import own_mtp
+from reap.runs.hidden import HiddenFile
+from reap.runs.partial import Partial
+from reap.runs.room import Room, admission, measure
+from reap.runs.streaming import Job, Stream
+from reap.statistics.stats import Statistics
+from reap.text.batching import Batch, Batches
+
+
+def calibrate_streamed(
+    folder: str | PathLike[str] | Layerwise,
+    batches: Iterable[Batch | Mapping[str, Any]],
+    *,
+    gates: str = "applied",
+    pairs: bool = False,
+    backend: str = "auto",
+    deterministic: bool = False,
+    mtp: Mtp | bool = True,
+    dtype: str = "auto",
+    trust_remote_code: bool = False,
+    memory_limit: int | str | None = None,
+    wave_tokens: int | None = None,
+    scratch: str | PathLike[str] | None = None,
+    say: Callable[[str], None] | None = None,
+    progress: Callable[[int], None] | None = None,
+    partial: Partial | None = None,
+) -> Statistics:
+    """`calibrate` of the model in `folder`, with one layer of it in memory at a time, on the CPU:
+    the same statistics, bit for bit.
+
+    Batches go through the layers in waves, each layer is read once per wave while the one before it
+    runs. A wave has as many tokens as `memory_limit` holds (bytes, or like "24G"; by default what
+    the machine and its control groups have free), and at most `wave_tokens`. Hidden states that do
+    not fit wait in a file without a name in `scratch` (by default the system's folder for temporary
+    files), where that costs less than another wave. `partial` is written after every wave. `say` is
+    called with a line about all this once it is known.
+
+    The other arguments are those of `calibrate` and `load_model`, and so are the errors. ReapError
+    also for a model that cannot be run layer by layer, for a limit that does not hold a layer, for
+    a disk that does not hold the file, and for weight files that change meanwhile.
+    """
+    limit = memory.allowed() if memory_limit is None else memory.parse_size(str(memory_limit))
+    if wave_tokens is not None and wave_tokens < 1:
+        raise ReapError(f"wave_tokens is {wave_tokens}: it has to be at least 1")
+    recorded = batches if isinstance(batches, Batches) else None
+    if partial is not None and recorded is None:
+        raise ReapError("a run can be taken up again only with batches of reap.batches")
+    layers = folder
+    if not isinstance(layers, Layerwise):
+        layers = open_layers(Path(layers), dtype, trust_remote_code, limit)
+    with ExitStack() as undo:
+        undo.enter_context(closing(layers))
+        model = layers.model
+        _forget_what_layers_return(model)
+        run = {"run": what_runs(pretrained(model).base_model, backend, deterministic)}
+        stats = undo.enter_context(
+            observe(
+                model,
+                gates=gates,
+                pairs=pairs,
+                backend=backend,
+                deterministic=deterministic,
+                mtp=own_mtp(model) if mtp is True else mtp or None,
+            )
+        )
+        undo.enter_context(torch.inference_mode())
+        if partial is not None and recorded is not None:
+            for batch in partial.take_up(stats, recorded, run):
+                if progress is not None:
+                    progress(batch.tokens)
+        stream = Stream(layers, forward_of(model), stats, progress)
+        undo.enter_context(stream.installed())
+        copies = 1 if recorded is None else len(recorded.describe()["sources"])
+        if partial is not None:
+            copies *= 3  # it remembers some, and writes others
+        place = Path(scratch or tempfile.gettempdir())
+        waves = Waves(stream, limit, wave_tokens, place, copies, say or (lambda _: None))
+        undo.enter_context(closing(waves))
+        for wave in waves.run(batches):
+            if partial is not None and recorded is not None:
+                partial.keep(stats, [batch.domain for batch in wave], recorded, run)
+    total = stats if partial is None else partial.total(stats)
+    return completed(total, recorded, run)
+
+
+def open_layers(
+    folder: Path, dtype: str = "auto", trust_remote_code: bool = False, limit: int | None = None
+) -> Layerwise:
+    """The model in `folder` without its layers. ReapError when `limit` bytes, or what is free, do
+    not hold one of them."""
+    admit = admission(memory.allowed() if limit is None else limit)
+    return Layerwise(folder, dtype=dtype, trust_remote_code=trust_remote_code, admit=admit)
+
+
+class Waves:
+    """Sends batches through `stream` in waves. The first batch shows how large they may be."""
+
+    def __init__(
+        self,
+        stream: Stream,
+        limit: int,
+        most: int | None,
+        scratch: Path,
+        copies: int,
+        say: Callable[[str], None],
+    ) -> None:
+        self.stream, self.limit, self.most, self.scratch = stream, limit, most, scratch
+        self.copies, self.say = copies, say
+        self.room: Room | None = None
+        self.tokens = 0  # of a wave, padding included
+        self.in_memory = 0  # of these, that wait in memory
+        self.largest = 1  # of the batches so far
+        self.file: HiddenFile | None = None
+
+    def close(self) -> None:
+        if self.file is not None:
+            self.file.close()
+
+    def run(self, batches: Iterable[Batch | Mapping[str, Any]]) -> Iterator[list[Batch]]:
+        """Yields the batches of each wave when it has ended."""
+        rest = iter(batches)
+        expected = getattr(batches, "expected", None)
+        while (given := next(rest, None)) is not None:
+            jobs = [self._begin(Batch.of(given), 0)]
+            if self.room is None:
+                self._plan(jobs[0], expected)
+            sent = jobs[0].batch.input_ids.numel()
+            while sent + self.largest <= self.tokens and (given := next(rest, None)) is not None:
+                jobs.append(self._begin(Batch.of(given), sent))
+                sent += jobs[-1].batch.input_ids.numel()
+            while self.stream.step():
+                memory.give_back()
+            if self.file is not None:
+                self.file.clear()
+            yield [job.batch for job in jobs]
+
+    def _begin(self, batch: Batch, sent: int) -> Job:
+        """A batch behind `sent` tokens of its wave; its hidden states in the file if memory has no
+        place for them."""
+        size = batch.input_ids.numel()
+        self.largest = max(self.largest, size)
+        waits = None
+        if self.room is not None and self.file is not None and sent + size > self.in_memory:
+            waits = self.file.place(math.ceil(size * self.room.hidden))
+        return self.stream.add(batch, waits)
+
+    def _plan(self, job: Job, expected: int | None) -> None:
+        layers = self.stream.layers.text
+        stored = sum(map(self.stream.layers.stored, layers))
+        self.room = room = measure(self.stream, job, self.limit, self.copies)
+        room.check(self.largest)
+        most = min(n for n in (expected, self.most, sys.maxsize) if n is not None)
+        self.tokens = self.in_memory = room.in_memory()
+        if self.tokens < most:
+            self.tokens = room.with_file(self.scratch, len(layers), stored)
+        self.tokens = min(self.tokens, self.most or self.tokens)
+        spilled = room.in_file(min(self.tokens, most))
+        where = "hidden states in memory"
+        if spilled:
+            self.in_memory = min(self.tokens, most) - spilled
+            size = math.ceil((spilled + self.largest) * room.hidden)
+            self.file = HiddenFile(self.scratch, size)
+            where = f"{sized(size)} of hidden states in a file in {self.scratch}"
+        self.say(
+            f"{len(layers)} layers of {sized(stored)}, at most "
+            f"{max(min(self.tokens, most), self.largest):,} tokens at a time, {where}"
+        )
+
+
+def _forget_what_layers_return(model: Any) -> None:
+    """A forward that keeps something of every layer for its caller keeps it for all batches."""
+    for config in (model.config, text_config(model.config)):
+        for name in ("output_hidden_states", "output_router_logits"):
+            if getattr(config, name, False):
+                setattr(config, name, False)

@@ -1,0 +1,62 @@
+"""In memory or layer by layer: by what is asked for, and by what fits."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from folders import edit_config, saved
+from safetensors.torch import save_file
+
+from reap.errors import ReapError
+from reap.runs import memory, mode
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    saved(tmp_path)
+    tensors = {"a": torch.zeros(1000), "b": torch.zeros(100, dtype=torch.uint8)}
+    save_file(tensors, tmp_path / "model.safetensors")
+    return tmp_path
+
+
+def why(folder: Path, monkeypatch: Any, free: int = 1 << 40, **options: Any) -> str | None:
+    monkeypatch.setattr(memory, "resident", lambda: 1000)
+    monkeypatch.setattr(memory, "allowed", lambda: 1000 + free)
+    given: dict[str, Any] = {"asked": None, "dtype": "auto", "device": "cpu", "limit": None}
+    return mode.why_streamed(folder=folder, **(given | options))
+
+
+@pytest.mark.parametrize(("free", "fits"), [(4510, True), (4509, False)])
+def test_what_does_not_fit(folder: Path, monkeypatch: Any, free: int, fits: bool) -> None:
+    found = why(folder, monkeypatch, free)
+    assert found == (None if fits else "whole it takes 5.51 kB of memory, of 5.51 kB")
+    assert why(folder, monkeypatch, 0, asked=False) is None
+    assert why(folder, monkeypatch, asked=True) == "as asked for"
+
+
+def test_a_limit_counts_mapped_files(folder: Path, monkeypatch: Any) -> None:
+    assert why(folder, monkeypatch, limit=1000 + 4510 + 4100) is None
+    assert why(folder, monkeypatch, limit=1000 + 4510 + 4099) is not None
+
+
+def test_in_another_dtype(folder: Path, monkeypatch: Any) -> None:
+    assert why(folder, monkeypatch, 2310, dtype="bfloat16") is None
+    assert why(folder, monkeypatch, 2309, dtype="bfloat16") is not None
+
+
+def test_packed_weights_grow(folder: Path, monkeypatch: Any) -> None:
+    edit_config(folder, quantization_config={"quant_method": "mxfp4"})
+    assert why(folder, monkeypatch, 4840) is None
+    assert why(folder, monkeypatch, 4839) is not None
+
+
+def test_a_gpu(folder: Path, monkeypatch: Any) -> None:
+    """What it holds is not looked at, and layers do not run there."""
+    assert why(folder, monkeypatch, 0, device="cuda") is None
+    with pytest.raises(ReapError, match="runs on the CPU alone, not on cuda: --device cpu"):
+        why(folder, monkeypatch, device="cuda", asked=True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert why(folder, monkeypatch, 0, device="auto") is None

@@ -36,6 +36,7 @@ class Room:
     fixed: int
     held: float  # per token, padding included
     hidden: float  # of `held`, per token: what may wait in a file
+    running: int = 0  # of `fixed`, by a batch while it runs
 
     @property
     def free(self) -> float:
@@ -110,7 +111,7 @@ def measure(stream: Stream, job: Job, limit: int, copies: int) -> Room:
     stored = max(layers.stored(unit) for unit in layers.text)
     fixed = base + max(largest + stored + running, round(largest * loading))
     fixed += copies * _sums(stream.stats)
-    return Room(limit, fixed, (held + FRAMES) / tokens, hidden / tokens)
+    return Room(limit, fixed, (held + FRAMES) / tokens, hidden / tokens, running)
 
 
 def _sums(stats: Statistics) -> int:

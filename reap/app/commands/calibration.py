@@ -20,7 +20,7 @@ from reap.app.arguments import (
     grouped,
 )
 from reap.app.console import print_json, reports_errors
-from reap.app.longruns import announce, read_on, reported, rows_of, shape_of, where
+from reap.app.longruns import announce, read_on, reported, rows_of, shape_of, verdict, where
 from reap.errors import ReapError
 from reap.files.outputs import STATISTICS, check_file
 
@@ -101,6 +101,7 @@ def measured(
     of the model as early as can be, and may refuse it. With `until` it may end before the text."""
     from reap.model.identity import describe, describe_folder
     from reap.runs.calibration import calibrate as run
+    from reap.runs.disk import check_disk, statistics_size
     from reap.runs.heads import chosen_mtp
     from reap.runs.mode import why_streamed
     from reap.runs.partial import Partial
@@ -108,7 +109,10 @@ def measured(
 
     trust = loading.trust_remote_code
     if not trust:
-        accept(describe_folder(folder))  # without experts it is refused here too
+        found = describe_folder(folder)  # without experts it is refused here too
+        accept(found)
+        domains = {source.domain for source in text.sources()}
+        check_disk(out, statistics_size(found, measuring.pairs, len(domains)))
     partial = Partial(out.with_name(out.name + PARTIAL))
     sources = text.sources()
     rows = rows_of(folder, text, sources, trust)
@@ -119,8 +123,6 @@ def measured(
         until.check_text(rows)
         modes += [f"until ratio {until.ratio} is stable"]
     runs = where(folder, loading, measuring.backend)
-    announce("calibrating", model, runs, *modes, shape_of(rows))
-    read_on(rows, sources)
     streamed = why_streamed(
         True if measuring.wave_tokens else measuring.stream,
         folder,
@@ -128,6 +130,9 @@ def measured(
         device=loading.device,
         limit=measuring.limit,
     )
+    modes += [verdict(folder, loading, streamed)]
+    announce("calibrating", model, runs, *modes, shape_of(rows))
+    read_on(rows, sources)
     layers = None
     if streamed is not None:
         if until is not None:

@@ -24,7 +24,7 @@ def batch(model: Any, seed: int = 0) -> Batch:
 
 
 def judged(folder: Path, model_type: str, tokens: int | None, **options: Any) -> Any:
-    model = saved(folder, model_type)
+    model = saved(folder, model_type, **options.pop("overrides", {}))
     limit = memory.resident() + (1 << 30)
     return estimate(
         open_layers(folder, limit=limit),
@@ -58,6 +58,11 @@ def test_by_hand(tmp_path: Path) -> None:
     assert found.flops == 2 * 1000 * met
     assert found.stored == sum(w.nbytes for w in model.model.layers.parameters())
     assert found.statistics == statistics_size(describe_folder(tmp_path), True, 3)
+
+
+def test_one_layer(tmp_path: Path) -> None:
+    found = judged(tmp_path, "qwen3_moe", 1000, overrides={"num_hidden_layers": 1})
+    assert found.seconds > 0 and "1 layers of" in found.about
 
 
 def test_waves(tmp_path: Path) -> None:

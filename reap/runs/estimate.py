@@ -14,7 +14,7 @@ import math
 import statistics
 import time
 from contextlib import ExitStack, closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -54,11 +54,11 @@ class Estimate:
     mapped: int  # ... files, of which the system drops as much as it must
     stored: int  # of the weights in files
     statistics: int  # of the file that is written
-    tokens: int | None
     tokens_per_second: float
-    flops: int | None
-    bytes_read: int | None
-    seconds: float | None
+    tokens: int | None = None
+    flops: int | None = None
+    bytes_read: int | None = None
+    seconds: float | None = None
 
 
 def estimate(
@@ -103,52 +103,49 @@ def estimate(
         undo.enter_context(closing(waves))
         waves.plan(stream.add(batches[0]), tokens)
         assert waves.room is not None
-        steps = _steps(stream, batches[-1])
+        # The layers that the first batch went through were read, so that they say nothing of it.
+        ahead = max((job.steps for job in stream.jobs), default=1) - 1
+        steps = _steps(stream, batches[-1], ahead + PROBED)
         sums = statistics_size(stats.model, pairs, domains)
     found = {step.kind: [s for s in steps if s.kind == step.kind] for step in steps}
     per_token = [_of(unit, found) for unit in layers.text]
     stored = sum(map(layers.stored, layers.text))
-    reading = statistics.median(step.reading for step in steps)
+    reading = statistics.median(step.reading for step in steps[ahead:] or steps)
     rate = 1 / sum(per_token)
-    seconds = bytes_read = None
-    if tokens is not None:
-        count = math.ceil(tokens / max(1, waves.tokens)) if layerwise else 1
-        bytes_read = count * stored
-        seconds = tokens / rate + stored * reading
-        if layerwise:
-            seconds = count * sum(
-                max(layers.stored(unit) * reading, cost * tokens / count)
-                for unit, cost in zip(layers.text, per_token, strict=True)
-            )
+    waves_needed = 1
+    if layerwise and tokens is not None:
+        waves_needed = math.ceil(tokens / max(1, waves.tokens))
     peak = whole + waves.room.running + 3 * sums
     if layerwise:
         waiting = min(tokens or waves.in_memory, waves.in_memory) * waves.room.held
         peak = round(min(waves.room.fixed + waiting, limit * (1 - MARGIN)))
-    flops = None if tokens is None else 2 * tokens * _met(layers, stats)
-    return Estimate(
-        layerwise,
-        said[0],
-        peak,
-        0 if layerwise else stored,
-        stored,
-        sums,
-        tokens,
-        rate,
-        flops,
-        bytes_read,
-        seconds,
+    known = Estimate(layerwise, said[0], peak, 0 if layerwise else stored, stored, sums, rate)
+    if tokens is None:
+        return known
+    seconds = stored * reading + tokens / rate
+    if layerwise:  # the next layer is read while one runs
+        seconds = sum(
+            max(layers.stored(unit) * reading * waves_needed, cost * tokens)
+            for unit, cost in zip(layers.text, per_token, strict=True)
+        )
+    return replace(
+        known,
+        tokens=tokens,
+        flops=2 * tokens * _met(layers, stats),
+        bytes_read=waves_needed * stored,
+        seconds=seconds,
     )
 
 
-def _steps(stream: Stream, batch: Batch) -> list[Step]:
+def _steps(stream: Stream, batch: Batch, least: int) -> list[Step]:
     """Runs `batch` behind what waits in `stream`, layer by layer, until each kind of layer was run
-    and PROBED of them, or SECONDS have gone."""
+    and `least` of them, or SECONDS have gone."""
     wanted = {_kind(unit) for unit in stream.layers.text}
-    begun, steps, ahead = time.monotonic(), list[Step](), stream.jobs[0].steps
+    begun, steps = time.monotonic(), list[Step]()
     stream.add(batch)
     while (unit := stream.wanted()) is not None:
-        enough = {step.kind for step in steps} == wanted and len(steps) >= PROBED + ahead
-        if enough or (len(steps) > ahead and time.monotonic() - begun > SECONDS):
+        enough = {step.kind for step in steps} == wanted and len(steps) >= least
+        if enough or (steps and time.monotonic() - begun > SECONDS):
             break
         tokens = sum(job.batch.input_ids.numel() for job in stream.jobs if job.at is unit)
         start = time.monotonic()
@@ -158,8 +155,7 @@ def _steps(stream: Stream, batch: Batch) -> list[Step]:
             ran = time.monotonic() - ready
         stored = max(1, stream.layers.stored(unit))
         steps.append(Step(_kind(unit), (ready - start) / stored, ran / tokens))
-    # The first layers were read, and kernels and threads begun, before the clock ran.
-    return steps[ahead:] if {step.kind for step in steps[ahead:]} == wanted else steps
+    return steps
 
 
 def _kind(unit: Unit) -> str:

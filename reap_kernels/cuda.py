@@ -1,8 +1,8 @@
 """The CUDA backend: csrc/cuda, for NVIDIA GPUs from sm_80 on.
 
-Its kernels have been executed on the emulator of the test suite and on an H100: see CAVEAT. Raw
-addresses, strides and torch's current stream go in; there is no allocation but
-torch's and no wait, so a call can be captured in a CUDA graph.
+Its kernels have been executed on the emulator of the test suite, an earlier state of them on an
+H100: see CAVEAT. Raw addresses, strides and torch's current stream go in; there is no allocation
+but torch's and no wait, so a call can be captured in a CUDA graph.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ NAME = "cuda"
 ASSERTS_IDS = True  # a negative id traps in the first kernel
 CAVEAT = (
     "ran on one GPU, an H100 (2026-11, commit c35517e, right after one word was mended); "
-    "on no other chip but an emulated one"
+    "what was changed since, and other chips, on an emulator only"
 )
 DTYPES = (torch.bfloat16, torch.float16)
 MAX_EXPERTS = 1 << 12  # one block counts and scans them

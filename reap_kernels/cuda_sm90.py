@@ -1,8 +1,8 @@
 """The CUDA backend's kernels for Hopper alone: csrc/cuda/sm90, with TMA, mbarriers and wgmma.
 
-They have been executed on the emulator of the test suite and on an H100 (see CAVEAT), where they
-were the fastest: `auto` tries them first. What TMA cannot read (memory that is not in multiples of
-16 bytes) runs on the next backend.
+They have been executed on the emulator of the test suite, an earlier state of them on an H100 (see
+CAVEAT), where they were the fastest: `auto` tries them first. What TMA cannot read (memory that is
+not in multiples of 16 bytes) runs on the next backend.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ NAME = "cuda_sm90"
 ASSERTS_IDS = True
 CAVEAT = (
     "ran on one GPU, an H100 (2026-11, commit c35517e, right after one word was mended), where it "
-    "was the fastest"
+    "was the fastest; what was changed since ran on an emulator only"
 )
 SM = 90  # compute capability, times ten
 UNIT = 8  # elements of 16 bits in the 16 bytes that TMA counts in

@@ -27,11 +27,12 @@ Projection = _struct(
     ("expert_stride row_stride k_stride bias_expert_stride bias_row_stride", c_int64),
     ("columns", Columns),
 )
+Walk = _struct("Walk", ("E column_tiles slab group", c_int32))
 Routing = _struct(
     "RoutingArgs",
     ("ids", Ids),
-    ("counts totals order offsets first_tile tile_expert", c_uint64),
-    ("E S chunk chunks tile_rows", c_int32),
+    ("counts totals order offsets first_tile tile_expert counters", c_uint64),
+    ("E S chunk chunks tile_rows launches", c_int32),
 )
 GateUp = _struct(
     "GateUpArgs",
@@ -41,7 +42,9 @@ GateUp = _struct(
     ("inner", c_uint64),
     ("routing", Found),
     ("gate", Gate),
-    ("pairing K E H I pitch column_tiles group tiles", c_int32),
+    ("pairing", c_int32),
+    ("walk", Walk),
+    ("K H I pitch tiles", c_int32),
     ("zero", Zero),
 )
 Combine = _struct(
@@ -59,7 +62,8 @@ Down = _struct(
     ("weights", Projection),
     ("routing", Found),
     ("combine", Combine),
-    ("E I inner_pitch column_tiles group", c_int32),
+    ("walk", Walk),
+    ("I inner_pitch", c_int32),
 )
 Finish = _struct(
     "FinishArgs",
@@ -83,7 +87,8 @@ MAPS = {"gate_up_kernel": 1, "down_kernel": 2}  # behind the same in csrc/cuda/s
 
 
 def _maps_at(kind: type[Structure]) -> int:
-    return -(-ctypes.sizeof(kind) // 128) * 128
+    """In csrc/cuda/sm90 a counter of tiles comes first."""
+    return -(-(ctypes.sizeof(kind) + ctypes.sizeof(c_uint64)) // MAP_BYTES) * MAP_BYTES
 
 
 def sizes() -> dict[str, int]:
@@ -103,6 +108,12 @@ def _name(launch) -> str:
 def given(launch) -> Structure:
     """The parameter of a recorded launch, without tensor maps."""
     return KINDS[_name(launch)].from_buffer_copy(launch.arguments)
+
+
+def counter(launch) -> int:
+    """Of tiles: the address that a launch of csrc/cuda/sm90 was given."""
+    at = ctypes.sizeof(KINDS[_name(launch)])
+    return int.from_bytes(launch.arguments[at : at + 8], "little")
 
 
 def maps(launch) -> list[int]:

@@ -19,12 +19,18 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-FILES = ("routing.cuh", "tiles.cuh", "gate_up.cuh", "down.cuh", "finish.cuh", "zero.cuh")
-SM90_FILES = ("sm90/pipeline.cuh", "sm90/gate_up.cuh", "sm90/down.cuh")
+FILES = (
+    "routing.cuh", "tiles.cuh", "staging.cuh", "gate_up.cuh", "combine.cuh", "down.cuh",
+    "finish.cuh", "zero.cuh",
+)  # fmt: skip
+SM90_FILES = (
+    "sm90/pipeline.cuh", "sm90/inner.cuh", "sm90/gate_up.cuh", "sm90/combine.cuh", "sm90/down.cuh",
+)  # fmt: skip
 STATEMENT = re.compile(
     r"__syncthreads\(\);|__syncwarp\(\);|cp_async_wait<(?P<groups>[^;]*)>\(\);|cp_async_commit\(\);"
     r"|\b(?:wait|wait_empty|drain|fence_\w+|wgmma_(?:fence|commit|wait<\d>)|mbarrier_arrive\w*"
-    r"|cp_async_mbarrier_arrive)\([^;{}]*\);"
+    r"|cp_async_mbarrier_arrive|bulk_commit|bulk_wait_read|named_barrier|wait_for_launch_before)"
+    r"\([^;{}]*\);"
 )
 LEAVES = re.compile(r"\)\s*(return|break|continue)\b")
 CHOICE = re.compile(r"[\w.]+(?: [-+*/] [\w.]+)* (<|<=|>=) [\w.]+(?= \?)")

@@ -53,7 +53,7 @@ class Recorded(NamedTuple):
     result: Any
     workspace: torch.Tensor
     launches: list
-    maps: list
+    encoded: int  # maps that the driver made
 
     def named(self, name: str) -> list:
         """The launches of a kernel, whatever its template arguments."""
@@ -79,7 +79,8 @@ def record(call: Call, chip: cuda.Chip, wgmma: bool = False) -> Recorded:
         patch.setattr(torch, "empty", remember)
         result = cuda.execute(cudart.extension(), call, chip, STREAM, wgmma=wgmma)
     (workspace,) = (x for x in allocated if x.dtype == torch.uint8)
-    return Recorded(call, chip, wgmma, result, workspace, recorder.launches(), recorder.maps())
+    encoded = recorder.order().count("cuTensorMapEncodeTiled")
+    return Recorded(call, chip, wgmma, result, workspace, recorder.launches(), encoded)
 
 
 def ceil_div(a: int, b: int) -> int:
@@ -100,8 +101,10 @@ def tile_rows(gate_up) -> int:
 def check_limits(seen: Recorded) -> None:
     """What any launch must keep to, on the chip that it is for."""
     assert seen.launches
-    for launch in seen.launches:
+    for number, launch in enumerate(seen.launches):
         assert launch.stream == STREAM and launch.device == seen.chip.device
+        # With the end of our launch before, for which kernels for older chips cannot wait.
+        assert launch.overlapped == (seen.chip.sm >= 90 and number > 0)
         x, y, z = launch.grid
         assert 1 <= x < 2**31 and 1 <= y < 2**16 and 1 <= z < 2**16
         threads = launch.block[0] * launch.block[1] * launch.block[2]
@@ -120,8 +123,9 @@ def check_grids(seen: Recorded) -> None:
     rows = most_row_tiles(slots, call.E, tile_rows(up))
     columns = COLUMNS[seen.wgmma]
     told = arguments.given(up)
-    up_tiles = rows * told.column_tiles
-    assert told.column_tiles == ceil_div(told.pitch * (2 if call.gated else 1), columns)
+    up_tiles = rows * told.walk.column_tiles
+    width = told.pitch * (2 if call.gated else 1)
+    assert told.walk.column_tiles == told.walk.slab == ceil_div(width, columns)
     assert told.pitch == ceil_div(call.I, 8) * 8
     shares = ceil_div(told.zero.count, 128 * 16)
     assert told.tiles == up_tiles
@@ -135,9 +139,11 @@ def check_grids(seen: Recorded) -> None:
         assert tile_rows(down) == tile_rows(up), "one table of row tiles serves both"
         told, done = arguments.given(down), arguments.given(finish)
         assert told.combine.first_column == done.first_column == reached
-        tiles = rows * told.column_tiles
+        tiles = rows * told.walk.column_tiles
+        assert told.walk.column_tiles % told.walk.slab == 0 and told.walk.group >= 1
+        assert told.walk.slab == told.walk.column_tiles or not call.deterministic
         assert down.grid[0] == (min(seen.chip.processors, tiles) if seen.wgmma else tiles)
-        assert done.last_column == min(reached + told.column_tiles * columns, call.H)
+        assert done.last_column == min(reached + told.walk.column_tiles * columns, call.H)
         assert done.last_column - reached <= told.combine.pitch == done.pitch
         reached = done.last_column
         assert done.parts == (ceil_div(call.H, 64) if reached == call.H else 0)
@@ -199,15 +205,18 @@ def check_arguments(seen: Recorded) -> None:
     x = call.hidden_states
     rows = x if x.stride(1) == 1 else x.contiguous()
     assert up.hidden_stride == rows.stride(0) and (up.hidden == x.data_ptr()) == (rows is x)
-    assert (up.K, up.E, up.H, up.I) == (call.K, call.E, call.H, call.I)
+    assert (up.K, up.walk.E, up.H, up.I) == (call.K, call.E, call.H, call.I)
     assert is_read(down.combine.gates.data, call.top_k_weights)
     assert DTYPES[down.combine.gates.dtype] == call.top_k_weights.dtype
     for launch in seen.named("finish"):
         done = arguments.given(launch)
         assert [done.out, done.norms, done.peaks] == [x.data_ptr() for x in seen.result]
     if wgmma:
-        assert arguments.maps(up_launch) == [0]
-        assert all(arguments.maps(launch) == [1, 2] for launch in seen.named("down"))
+        assert len({tuple(arguments.maps(launch)) for launch in seen.named("down")}) == 1
+        # Each launch counts its tiles from 0, in a counter that routing cleared.
+        counted = [arguments.counter(x) for x in (up_launch, *seen.named("down"))]
+        assert counted == [routing.counters + 4 * i for i in range(len(counted))]
+    assert routing.launches == 1 + len(seen.named("down"))
 
     combined = slots if call.deterministic else call.T
     arrays = {
@@ -216,6 +225,7 @@ def check_arguments(seen: Recorded) -> None:
         routing.first_tile: 4 * (call.E + 1),
         routing.tile_expert: 4 * most_row_tiles(slots, call.E, routing.tile_rows),
         routing.totals: 4 * (call.E + 1),
+        routing.counters: 4 * routing.launches,
         routing.counts: 4 * (call.E + 1) * routing.chunks,
         up.inner: 2 * slots * up.pitch,
         down.combine.partials: 8 * slots * ceil_div(call.H, 64),
@@ -225,7 +235,7 @@ def check_arguments(seen: Recorded) -> None:
     for start, size in sorted(arrays.items()):
         assert start >= at and start % 16 == 0
         at = start + size
-    assert len(arrays) == 9 and at <= seen.workspace.data_ptr() + seen.workspace.numel()
+    assert len(arrays) == 10 and at <= seen.workspace.data_ptr() + seen.workspace.numel()
     assert (up.zero.data, down.inner) == (down.combine.combined, up.inner)
 
 
@@ -257,15 +267,17 @@ def check_weight_map(made, weight: torch.Tensor, call: Call, halves: int) -> Non
 
 
 def check_maps(seen: Recorded) -> None:
-    """Three in all, however many slabs there are."""
+    """Three in all, however many slabs there are, and of weights only new ones are made."""
     call, slots = seen.call, seen.call.T * seen.call.K
     if not seen.wgmma:
-        assert not seen.maps
+        assert seen.encoded == 0
         return
-    up, inner, down = seen.maps
+    assert 1 <= seen.encoded <= 3
+    numbers = arguments.maps(seen.named("gate_up")[0]) + arguments.maps(seen.named("down")[0])
+    up, inner, down = map(cudart.recorder().map, numbers)
     check_weight_map(up, call.gate_up_proj, call, 2 if call.gated and not call.interleaved else 1)
     told = arguments.given(seen.named("down")[0])
-    check_map(inner, told.inner, [call.I, slots], [1, told.inner_pitch], [64, 128])
+    check_map(inner, told.inner, [call.I, slots], [1, told.inner_pitch], [64, 64])
     check_weight_map(down, call.down_proj, call, 1)
 
 
@@ -367,6 +379,25 @@ def test_large_layers(case, deterministic):
             check(call, chip, wgmma)
 
 
+@pytest.mark.parametrize(
+    ("name", "T", "columns"),
+    [
+        ("qwen3", 1024, 2048),  # the sums stay in the cache anyhow
+        ("qwen3", 4096, 1024),
+        ("qwen3", 16384, 1024),
+        ("deepseek-v3", 16384, 7168),  # inner costs more to read again
+        ("mixtral", 16384, 4096),
+    ],
+)
+def test_columns_that_down_does_first(name, T, columns):
+    """Where that saves bytes; by an LRU cache's count and not by the model's name."""
+    shape = {"qwen3": (8, 128, 2048, 768), "deepseek-v3": (8, 256, 7168, 2048)}
+    K, E, H, I = shape.get(name, (2, 8, 4096, 14336))  # noqa: E741
+    seen = check(meta_call(Case(name, T=T, K=K, E=E, H=H, I=I)), CHIPS[90], HOPPER)
+    (down,) = seen.named("down")
+    assert arguments.given(down).walk.slab * COLUMNS[HOPPER] == columns
+
+
 @pytest.mark.parametrize("wgmma", (ANY, HOPPER))
 @pytest.mark.parametrize(
     ("T", "routing"), [(1, ["route"]), (512, ["route"]), (513, ["count", "scan", "place"])]
@@ -405,14 +436,27 @@ def test_an_error_of_the_runtime_has_its_name_and_leaves_nothing_behind(
 
 
 def test_a_driver_that_refuses_a_map_is_named_before_any_launch():
-    call = call_of(Case("", **SIZES["small"]), torch.bfloat16, False)
     recorder = cudart.recorder()
     for at in (1, 2, 3):
+        case = Case("", **SIZES["small"] | {"I": 80 + 8 * at})  # whose maps nobody has kept
+        call = call_of(case, torch.bfloat16, False)
         recorder.reset(fails="cuTensorMapEncodeTiled", at=at, error=1)
         with pytest.raises(RuntimeError, match="cuTensorMapEncodeTiled fails with CUresult 1"):
             cuda.execute(cudart.extension(), call, CHIPS[90], STREAM, wgmma=True)
         assert not recorder.launches()
     check(call, CHIPS[90], HOPPER)
+
+
+def test_maps_of_weights_are_made_once():
+    """For each place, size and layout of them; that of inner is not kept."""
+    first = call_of(Case("", T=5, K=2, E=3, H=64, I=120), torch.bfloat16, False)
+    assert check(first, CHIPS[90], HOPPER).encoded == 3
+    for again in (first, first._replace(top_k_weights=first.top_k_weights * 2)):
+        assert check(again, CHIPS[90], HOPPER).encoded == 1
+    moved = first._replace(down_proj=first.down_proj.clone())
+    assert check(moved, CHIPS[90], HOPPER).encoded == 2
+    other = first._replace(down_proj=torch.zeros(3, 64, 128).bfloat16()[:, :, :120])
+    assert check(other, CHIPS[90], HOPPER).encoded == 2
 
 
 LOOKED_UP = """

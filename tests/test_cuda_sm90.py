@@ -19,7 +19,7 @@ from cases import Case
 from test_cuda_cost import H100, minimum
 
 from bench.shapes import REAL
-from reap_kernels import cuda, cuda_sm90, moe_saliency, native, ops
+from reap_kernels import cuda, cuda_sm90, moe_saliency, native, ops, swiglu_clamped
 
 needs_nvcc = pytest.mark.skipif(nvcc.missing() is not None, reason=str(nvcc.missing()))
 needs_emulator = pytest.mark.skipif(emulated.missing() is not None, reason=str(emulated.missing()))
@@ -29,34 +29,50 @@ DTYPES = (torch.bfloat16, torch.float16)
 
 # Two tiles of columns, the second nearly empty; slices of k that end early.
 SIZES: dict[str, Any] = {"T": 33, "K": 3, "E": 4, "H": 136, "I": 136}
-CASES = [
-    Case(
-        layout.why,
-        gated=layout.gated,
-        interleaved=layout.interleaved,
-        transposed=layout.transposed,
-        bias=layout.bias,
-        routing="some_sentinels" if layout.bias else "half_the_experts",
-        **SIZES,
-    )
-    for layout in cases.LAYOUTS
-] + [
-    Case("full tiles and one row more", T=129, K=1, E=1, H=256, I=128),
-    Case("more stages than the ring has, several tiles per block", T=24, E=5, H=456, I=328),
-    Case("one of everything", T=1, K=1, E=1, H=8, I=8, gated=False),
-    Case(
-        "an inner size that is padded",
-        T=9,
-        E=4,
-        H=72,
-        I=36,
-        interleaved=True,
-        transposed=True,
-        gates=None,
-    ),
-    Case("nobody has an expert", routing="all_sentinels", **SIZES),
-    Case("gates in the model dtype", gates=None, ids=torch.int32, **SIZES),
-]
+CASES = (
+    [
+        Case(
+            layout.why,
+            gated=layout.gated,
+            interleaved=layout.interleaved,
+            transposed=layout.transposed,
+            bias=layout.bias,
+            routing="some_sentinels" if layout.bias else "half_the_experts",
+            **SIZES,
+        )
+        for layout in cases.LAYOUTS
+    ]
+    + [
+        Case("full tiles and one row more", T=129, K=1, E=1, H=256, I=128),
+        Case("more stages than the ring has, several tiles per block", T=24, E=5, H=456, I=328),
+        Case("one of everything", T=1, K=1, E=1, H=8, I=8, gated=False),
+        Case(
+            "an inner size that is padded",
+            T=9,
+            E=4,
+            H=72,
+            I=36,
+            interleaved=True,
+            transposed=True,
+            gates=None,
+        ),
+        Case("nobody has an expert", routing="all_sentinels", **SIZES),
+        Case("gates in the model dtype", gates=None, ids=torch.int32, **SIZES),
+        # Gated swish is computed in registers, what these have is not.
+        Case("gelu", activation="gelu", **SIZES),
+        Case("relu2 interleaved", activation="relu2", interleaved=True, bias=True, **SIZES),
+    ]
+    + [
+        Case(
+            f"clamped swish{' interleaved' * interleaved}",
+            activation=swiglu_clamped(1.702, 0.7, 1.0),
+            interleaved=interleaved,
+            bias=True,
+            **SIZES,
+        )
+        for interleaved in (False, True)
+    ]
+)
 
 
 # Few enough that a block has several tiles.
@@ -87,10 +103,12 @@ def test_emulated(case, dtype):
 
 
 @needs_emulator
-@pytest.mark.parametrize("transposed", (False, True))
-def test_no_bank_conflicts(transposed):
+@pytest.mark.parametrize("interleaved", (False, True))
+@pytest.mark.parametrize("activation", ("silu", "gelu"))
+def test_no_bank_conflicts(activation, interleaved):
     """Of cp.async and of the epilogues; TMA and wgmma know the swizzle."""
-    case = Case("profiled", transposed=transposed, **SIZES)
+    layout = {"interleaved": interleaved, "transposed": interleaved}
+    case = Case("profiled", activation=activation, **layout, **SIZES)
     run(cases.make(case, torch.bfloat16), profile=True)
     used = emulated.counters()["shared"].values()
     assert {"cp.async", "load", "store"} <= {use["what"] for use in used}
@@ -120,6 +138,18 @@ def test_bytes_past_the_cache_are_near_the_minimum(name, T, fewer):
 
 
 @needs_emulator
+@pytest.mark.parametrize(("T", "groups"), [(40, 1), (64, 1), (65, 2), (128, 2), (129, 3), (193, 4)])
+def test_what_an_expert_does_not_fill_is_not_multiplied(T, groups):
+    """Of its last tile, at most 64 rows are one group of 64 and not two: counted by instructions
+    of 16 rows by 8 columns by 16 of k, and by the rows of x that are read, 64 for each group."""
+    case = Case("ragged", T=T, K=1, E=1, H=128, I=128)
+    run(cases.make(case, torch.bfloat16))
+    counted = emulated.counters()
+    assert counted["mma"] == groups * (64 // 16) * (256 // 8) * (128 // 16 + 128 // 16)
+    assert counted["global"]["hidden"]["read"] == groups * 64 * 128 * 2
+
+
+@needs_emulator
 def test_a_nan_stays_in_its_token():
     inputs = cases.make(Case("one NaN", **SIZES), torch.bfloat16)
     plain = run(inputs)
@@ -136,11 +166,19 @@ MUTANTS = [
     for mutant in mutants.find(SOURCES, mutants.FILES + mutants.SM90_FILES)
     if mutant.file in mutants.SM90_FILES
 ]
+# What makes no difference to any result, and why; (file, what is taken out).
+EQUIVALENT = {
+    ("sm90/gate_up.cuh", "both"): """rows of x that nobody multiplies may be copied as well; they
+        are counted in test_what_an_expert_does_not_fill_is_not_multiplied""",
+}
 # The ring goes round within a tile, blocks have several tiles, and the last rows are not real.
 DEEP: dict[str, Any] = {"T": 20, "K": 2, "E": 3, "H": 392, "I": 328}
 RUNS = [
     Case("mutant", **DEEP),
     Case("mutant", interleaved=True, transposed=True, bias=True, **SIZES),
+    Case("mutant, staged in fp32", activation="gelu", **SIZES),
+    # The end is said with the stage that the last tile began with.
+    Case("mutant, as many slices as stages", T=9, K=2, E=3, H=256, I=256),
 ]
 
 
@@ -169,17 +207,20 @@ def test_without_a_mutant_nothing_is_wrong(mutated):
 def test_every_statement_that_waits_signals_or_fences_is_a_mutant():
     found = Counter(re.sub(r"\(.*", "", mutant.text) for mutant in MUTANTS)
     assert found.items() >= {
-        "wait": 2, "wait_empty": 3, "drain": 1, "fence_mbarrier_init": 1, "fence_proxy_async": 1,
+        "wait": 4, "wait_empty": 5, "drain": 1, "fence_mbarrier_init": 1, "fence_proxy_async": 3,
         "wgmma_fence": 1, "wgmma_commit": 1, "wgmma_wait<1>": 1, "wgmma_wait<0>": 1,
-        "mbarrier_arrive": 2, "mbarrier_arrive_expect": 2, "cp_async_mbarrier_arrive": 1,
-        "__syncthreads": 1, "__syncwarp": 2,
+        "mbarrier_arrive": 6, "mbarrier_arrive_expect": 2, "cp_async_mbarrier_arrive": 1,
+        "__syncthreads": 1, "__syncwarp": 6, "bulk_wait_read": 4, "bulk_commit": 2,
+        "named_barrier": 1, "wait_for_launch_before": 2,
     }.items()  # fmt: skip
 
 
 @needs_emulator
 @pytest.mark.parametrize("mutant", MUTANTS, ids=lambda m: f"{m.file}:{m.line}-{m.text}")
 def test_mutant_is_caught(mutated, mutant):
-    assert complaint(mutated, mutant.number), f"survives: {mutant}"
+    found, proof = complaint(mutated, mutant.number), EQUIVALENT.get((mutant.file, mutant.text))
+    assert found or proof, f"survives: {mutant}"
+    assert not (found and proof), f"{found}, although {proof}"
 
 
 @needs_nvcc
@@ -204,11 +245,17 @@ def test_machine_code(name, layout, dtype):
     assert not re.search(r"\bHMMA", text)
     assert ("tnspB" in text) == (layout == "true")
     assert len(re.findall(r"UTMALDG\.4D", text)) == 4
-    assert len(re.findall(r"UTMALDG\.2D", text)) == (name == "down_kernel")
+    assert ("UTMALDG.2D" in text) == (name == "down_kernel")
     assert len(re.findall(r"LDGSTS\.E\.BYPASS\.\S*128", text)) == (
         8 if name == "gate_up_kernel" else 0
     )
     assert len(re.findall(r"ARRIVES\.LDGSTSBAR", text)) == (name == "gate_up_kernel")
+    # Rows leave by bulk copies: of inner whole, of y in four strips and two modes.
+    copied, added = (4, 4) if name == "down_kernel" else (1, 0)
+    assert len(re.findall(r"UBLKCP\.G\.S", text)) == copied
+    assert len(re.findall(r"UBLKRED\.G\.S\.ADD\.F32\.RN", text)) == added
+    assert not re.search(r"\bREDG?\.", text)
+    assert len(re.findall(r"\bATOMG\.E\.ADD", text)) == 1  # the counter of tiles
     for instruction in ("SYNCS.EXCH", "SYNCS.PHASECHK.TRANS64.TRYWAIT", "SYNCS.ARRIVE.TRANS64",
                         "USETMAXREG.DEALLOC", "USETMAXREG.TRY_ALLOC"):  # fmt: skip
         assert instruction in text, instruction

@@ -46,6 +46,19 @@ FAULTS = {
     "unwritten_operand": ("uninitialised", 4096),
     "released_too_soon": ("race", 2048),
     "half_a_warpgroup": ("deadlock", 2048),
+    "bulk_unfenced": ("proxy", 256),
+    "bulk_unmet": ("race", 256),
+    "bulk_overwritten": ("race", 256),
+    "bulk_met_too_late": ("race", 256),
+    "bulk_half_a_chunk": ("launch", 256),
+    "bulk_odd_source": ("misaligned", 256),
+    "bulk_odd_target": ("misaligned", 256),
+    "bulk_past_target": ("out_of_bounds", 256),
+    "bulk_past_source": ("out_of_bounds", 256),
+    "bulk_to_input": ("read_only", 256),
+    "bulk_from_nothing": ("uninitialised", 256),
+    "bulk_not_committed": ("copy_in_flight", 128),
+    "bulk_not_waited": ("copy_in_flight", 128),
 }
 
 

@@ -54,6 +54,7 @@ template <class T> __device__ __forceinline__ float4 sum_columns(const FinishArg
 
 // Block: a token's columns of the slab, and 128 sorted positions.
 template <class T> __global__ void __launch_bounds__(FINISH_THREADS) finish_kernel(FinishArgs<T> args) {
+    wait_for_launch_before();
     const int block = blockIdx.x;
     const int64_t position = int64_t(block) * FINISH_THREADS + threadIdx.x;
     if (args.parts > 0 && position < args.S) finish_slot(args, static_cast<int>(position));

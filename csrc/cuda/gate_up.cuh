@@ -7,7 +7,7 @@
 // consecutive elements of inner, which it stores at once, and the code of the activations is there
 // once, in a loop, instead of once per accumulator.
 #pragma once
-#include "tiles.cuh"
+#include "staging.cuh"
 #include "zero.cuh"
 
 namespace reap::cuda {
@@ -22,39 +22,10 @@ template <class T> struct GateUpArgs {
     Routing routing;
     Gate gate;
     Pairing pairing;
-    int K, E, H, I, pitch;
-    int column_tiles, group;
+    Walk walk;
+    int K, H, I, pitch;
     int tiles;               // a bound; blocks from there on have shares of the zeros
     Zero zero;
-};
-
-// The fp32 tile of one warp in shared memory, 64 columns in chunks of 4. A chunk is swizzled by
-// its row so that neither fragments (2 columns of 4 rows at a time) nor readers (a chunk of each of
-// 8 lanes, from 1 or 2 rows) meet in a bank.
-struct Staging {
-    Shared<float> tile;
-
-    __device__ __forceinline__ Shared<float> chunk(int row, int number) const {
-        return tile + (row * WARP_COLUMNS + (number ^ row % 4 * 2 ^ number / 8) * 4);
-    }
-    // A strip of 16 rows.
-    __device__ __forceinline__ void store(const float (&strip)[COLUMN_TILES][4], int row) const {
-        const int column = fragment_column();
-#pragma unroll
-        for (int j = 0; j < COLUMN_TILES; ++j)
-#pragma unroll
-            for (int half = 0; half < 2; ++half)
-                store_shared(cast<float2>(chunk(row + fragment_row() + half * 8, 2 * j + column / 4) + column % 4),
-                             float2{strip[j][2 * half], strip[j][2 * half + 1]});
-    }
-    // N consecutive columns.
-    template <int N> __device__ __forceinline__ void load(float (&x)[N], int row, int column) const {
-#pragma unroll
-        for (int i = 0; i < N; i += 4) {
-            const float4 four = load_shared(cast<const float4>(chunk(row, (column + i) / 4)));
-            x[i] = four.x, x[i + 1] = four.y, x[i + 2] = four.z, x[i + 3] = four.w;
-        }
-    }
 };
 
 // Activates a staged tile of `rows` rows from sorted position `first` on, whose first column is result
@@ -99,10 +70,11 @@ template <class T> __device__ __forceinline__ int64_t gathered_row(const GateUpA
 
 template <class T, int ROWS, Layout LAYOUT>
 __global__ void __launch_bounds__(THREADS) gate_up_kernel(GateUpArgs<T> args) {
+    wait_for_launch_before();
     const int number = blockIdx.x;
     if (number >= args.tiles) return zero_share(args.zero, number - args.tiles, threadIdx.x, THREADS);
     Tile tile;
-    if (!locate(tile, args.routing, number, args.E, args.column_tiles, args.group, ROWS)) return;
+    if (!locate(tile, args.routing, number, args.walk, ROWS)) return;
     const int column = tile.column * COLUMNS;
 
     const auto x_row = [&](int i) { return gathered_row(args, tile, i); };

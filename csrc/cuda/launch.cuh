@@ -50,10 +50,46 @@ struct Plan {
     Layout gate_up, down;
     int64_t inner_pitch;      // elements
     int64_t slab;             // columns of the output at a time
+    int64_t walked;           // of its column tiles, those that down does before others
     int64_t pitch;            // of `combined` [elements]
     int64_t combined_rows;
     int64_t parts;            // partials per slot
 };
+
+// Bytes that pass the cache while down adds to the output, `columns` columns at a time: the weights; inner,
+// once for each slab; rows of the sums, read and written as often as they have left the cache. Between two
+// experts of a token others pass, each with rows of inner and of the sums, and weights; what the last of
+// them touched is in the cache.
+inline double bytes_of_down(const Layer& layer, const Plan& plan, int64_t columns) {
+    const double rows = double(plan.slots) / layer.E;
+    const double stream = 2.0 * layer.I * (rows + columns), sums = 4.0 * layer.T * columns;
+    const double away = std::max(0.0, 1 - rows / layer.T);  // chance that an expert is none of a token's
+    int64_t passed = 0;  // experts, the most whose bytes are all in the cache
+    for (int64_t high = layer.E; passed < high;) {
+        const int64_t middle = (passed + high + 1) / 2;
+        if (middle * stream + sums * (1 - std::pow(away, middle)) < layer.cache_bytes)
+            passed = middle;
+        else
+            high = middle - 1;
+    }
+    const double missed = std::pow(away, passed);
+    return 2.0 * layer.E * layer.I * layer.H + ceil_div(layer.H, columns) * 2.0 * plan.slots * layer.I +
+           8.0 * layer.H * (layer.T + (plan.slots - layer.T) * missed);
+}
+
+// The column tiles of a slab that down does before others: fewer where that saves a twentieth of the bytes.
+inline int64_t tiles_at_a_time(const Layer& layer, const Plan& plan) {
+    const int64_t all = ceil_div(plan.slab, plan.tile_columns);
+    if (layer.deterministic) return all;  // nothing is added to
+    int64_t best = all;
+    double least = 0.95 * bytes_of_down(layer, plan, all * plan.tile_columns);
+    for (int64_t tiles = all; tiles % 2 == 0;) {
+        tiles /= 2;
+        const double bytes = bytes_of_down(layer, plan, tiles * plan.tile_columns);
+        if (bytes < least) best = tiles, least = bytes;
+    }
+    return best;
+}
 
 inline Plan make_plan(const Layer& layer) {
     Plan plan;
@@ -87,12 +123,16 @@ inline Plan make_plan(const Layer& layer) {
         plan.slab = plan.pitch = std::min(tiles * plan.tile_columns, round_up(layer.H, plan.tile_columns));
         plan.combined_rows = plan.slots;
     }
+    plan.walked = tiles_at_a_time(layer, plan);
     return plan;
 }
 
+// Launches whose blocks take their tiles in turn: gate_up, and down once per slab.
+inline int64_t counters_of(const Layer& layer, const Plan& plan) { return 1 + ceil_div(layer.H, plan.slab); }
+
 // The workspace, cut into arrays that start at multiples of 256 bytes.
 template <class T> struct Workspace {
-    Global<int32_t> counts, totals, order, offsets, first_tile, tile_expert;
+    Global<int32_t> counts, totals, order, offsets, first_tile, tile_expert, counters;
     Global<T> inner;
     Global<float2> partials;
     Global<float> combined;
@@ -105,6 +145,7 @@ template <class T> struct Workspace {
         cut(offsets, memory, layer.E + 1, "offsets");
         cut(first_tile, memory, layer.E + 1, "first_tile");
         cut(tile_expert, memory, plan.row_tiles, "tile_expert");
+        cut(counters, memory, counters_of(layer, plan), "counters");
         cut(inner, memory, plan.slots * plan.inner_pitch, "inner");
         cut(partials, memory, plan.slots * plan.parts, "partials");
         cut(combined, memory, plan.combined_rows * plan.pitch, "combined");
@@ -163,6 +204,7 @@ template <class T> struct Launches {
         args.counts = work.counts, args.totals = work.totals, args.order = work.order, args.offsets = work.offsets;
         args.first_tile = work.first_tile, args.tile_expert = work.tile_expert;
         args.E = layer.E, args.S = plan.slots, args.chunk = plan.chunk, args.chunks = plan.chunks;
+        args.counters = work.counters, args.launches = counters_of(layer, plan);
         args.tile_rows = plan.tile_rows;
         const int shared = (layer.E + 1) * sizeof(int32_t);
         if (plan.one_block) return launch("route", route_kernel, 1, plan.chunks * WARP, (plan.chunks + 1) * shared, args);
@@ -182,12 +224,12 @@ template <class T> struct Launches {
         args.routing = routing();
         args.gate = gate();
         args.pairing = halves ? Pairing::halves : layer.gated ? Pairing::neighbours : Pairing::none;
-        args.K = layer.K, args.E = layer.E, args.H = layer.H, args.I = layer.I;
+        args.K = layer.K, args.H = layer.H, args.I = layer.I;
         args.pitch = plan.inner_pitch;
         // Of inner: of its padding too.
-        args.column_tiles = ceil_div(layer.gated ? 2 * plan.inner_pitch : plan.inner_pitch, plan.tile_columns);
-        args.group = group_of(layer, plan, layer.H);
-        args.tiles = plan.row_tiles * args.column_tiles;
+        const int64_t tiles = ceil_div(layer.gated ? 2 * plan.inner_pitch : plan.inner_pitch, plan.tile_columns);
+        args.walk = walk(tiles, tiles, layer.H);
+        args.tiles = plan.row_tiles * args.walk.column_tiles;
         args.zero = {cast<float4>(work.combined), layer.deterministic ? 0 : plan.combined_rows * plan.pitch / 4};
         return args;
     }
@@ -213,17 +255,17 @@ template <class T> struct Launches {
         args.combine.K = layer.K, args.combine.S = plan.slots, args.combine.H = layer.H;
         args.combine.first_column = first_column;
         args.combine.deterministic = layer.deterministic;
-        args.E = layer.E, args.I = layer.I;
+        args.I = layer.I;
         args.inner_pitch = plan.inner_pitch;
-        args.column_tiles = ceil_div(last_column - first_column, plan.tile_columns);
-        args.group = group_of(layer, plan, layer.I);
+        const int64_t tiles = ceil_div(last_column - first_column, plan.tile_columns);
+        args.walk = walk(tiles, std::min(plan.walked, tiles), layer.I);
         return args;
     }
 
     template <class Launcher> void down(Launcher& launch, int64_t first_column, int64_t last_column) const {
         const DownArgs<T> args = down_args(first_column, last_column);
         with_constants(plan.down, plan.tile_rows, [&](auto layout, auto rows) {
-            launch("down", down_kernel<T, rows(), layout()>, plan.row_tiles * args.column_tiles, THREADS,
+            launch("down", down_kernel<T, rows(), layout()>, plan.row_tiles * args.walk.column_tiles, THREADS,
                    Ring<rows()>::BYTES, args);
         });
     }
@@ -242,6 +284,12 @@ template <class T> struct Launches {
         args.first_column = first_column, args.last_column = last_column;
         args.deterministic = layer.deterministic;
         launch("finish", finish_kernel<T>, std::max(layer.T, ceil_div(plan.slots, FINISH_THREADS)), FINISH_THREADS, 0, args);
+    }
+
+    // Of column tiles, `slab` of them at a time, whose rows have `depth` elements.
+    Walk walk(int64_t column_tiles, int64_t slab, int64_t depth) const {
+        return {static_cast<int>(layer.E), static_cast<int>(column_tiles), static_cast<int>(slab),
+                group_of(layer, plan, depth)};
     }
 
     Ids ids() const { return {static_cast<const char*>(layer.top_k_index), layer.wide_ids}; }

@@ -52,11 +52,13 @@ template <int N, class F> __device__ __forceinline__ void map(float (&x)[N], F f
     for (int i = 0; i < N; ++i) x[i] = f(x[i]);
 }
 
+__device__ __forceinline__ float swish(float x, const Gate& gate) { return x * sigmoid(gate.alpha * x); }
+
 template <int N> __device__ __forceinline__ void activate(float (&x)[N], const Gate& gate) {
     switch (gate.activation) {
         case Activation::silu:
         case Activation::swiglu_clamped:
-            return map(x, [&](float v) { return v * sigmoid(gate.alpha * v); });
+            return map(x, [&](float v) { return swish(v, gate); });
         case Activation::gelu:
             return map(x, [](float v) { return 0.5f * v * (1.0f + erff(0.70710678f * v)); });
         case Activation::gelu_tanh:  // (1 + tanh z) / 2 = sigmoid(2 z)
@@ -68,12 +70,18 @@ template <int N> __device__ __forceinline__ void activate(float (&x)[N], const G
     }
 }
 
+// What is before the activation, and what it is multiplied with.
+__device__ __forceinline__ float limited_gate(float g, const Gate& gate) { return min_nan(g, gate.limit); }
+__device__ __forceinline__ float limited_up(float u, const Gate& gate) {
+    return max_nan(min_nan(u, gate.limit), -gate.limit) + gate.offset;
+}
+
 // g = act(g) * u
 template <int N> __device__ __forceinline__ void activate(float (&g)[N], const float (&u)[N], const Gate& gate) {
-    map(g, [&](float v) { return min_nan(v, gate.limit); });
+    map(g, [&](float v) { return limited_gate(v, gate); });
     activate(g, gate);
 #pragma unroll
-    for (int i = 0; i < N; ++i) g[i] *= max_nan(min_nan(u[i], gate.limit), -gate.limit) + gate.offset;
+    for (int i = 0; i < N; ++i) g[i] *= limited_up(u[i], gate);
 }
 
 }  // namespace reap::cuda

@@ -106,14 +106,34 @@ __device__ __forceinline__ void mma_m16n8k16<f16>(float (&d)[4], const uint32_t 
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
-// "Parallel Synchronization and Communication Instructions: red": adds to two adjacent floats, 8-byte
-// aligned, each of them atomically; in one instruction from sm_90 on.
-__device__ __forceinline__ void red_add2(Global<float> p, float x, float y) {
-#if __CUDA_ARCH__ >= 900
-    asm volatile("red.relaxed.gpu.global.add.v2.f32 [%0], {%1, %2};\n" ::"l"(p), "f"(x), "f"(y) : "memory");
-#else
+// "Parallel Synchronization and Communication Instructions: red": adds to a float, atomically.
+__device__ __forceinline__ void red_add(Global<float> p, float x) {
     asm volatile("red.relaxed.gpu.global.add.f32 [%0], %1;\n" ::"l"(p), "f"(x) : "memory");
-    asm volatile("red.relaxed.gpu.global.add.f32 [%0], %1;\n" ::"l"(p + 1), "f"(y) : "memory");
+}
+
+// "... atom": the same, and what was there before.
+__device__ __forceinline__ int atom_add(Global<int32_t> p, int x) {
+    int before;
+    asm volatile("atom.relaxed.gpu.global.add.s32 %0, [%1], %2;\n" : "=r"(before) : "l"(p), "r"(x) : "memory");
+    return before;
+}
+
+// "... red", vector form: to four adjacent floats, 16-byte aligned, each of them atomically. From sm_90
+// on; what other chips get of it traps.
+__device__ __forceinline__ constexpr bool has_red_add4() {
+#if __CUDA_ARCH__ >= 900
+    return true;
+#else
+    return false;
+#endif
+}
+__device__ __forceinline__ void red_add4(Global<float> p, float4 x) {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("red.relaxed.gpu.global.add.v4.f32 [%0], {%1, %2, %3, %4};\n" ::"l"(p), "f"(x.x), "f"(x.y),
+                 "f"(x.z), "f"(x.w)
+                 : "memory");
+#else
+    asm volatile("trap;\n");
 #endif
 }
 
@@ -139,6 +159,15 @@ __device__ __forceinline__ float reciprocal_approx(float x) {
     float y;
     asm("rcp.approx.ftz.f32 %0, %1;\n" : "=f"(y) : "f"(x));
     return y;
+}
+
+// "Parallel Synchronization and Communication Instructions: griddepcontrol", .wait: until the launch before
+// this one is over and what it wrote can be seen. Nothing that an earlier launch wrote or read may be
+// touched before; every kernel begins with it. Older chips start no launch before the last one is over.
+__device__ __forceinline__ void wait_for_launch_before() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
 }
 
 // "Miscellaneous Instructions: trap": the launch fails unless `holds`.

@@ -45,8 +45,10 @@ struct RoutingArgs {
     Global<int32_t> counts;                                 // expert, chunk -> slots, then slots before [E+1, chunks]
     Global<int32_t> totals;                                 // expert (E: none) -> slots [E+1]
     Global<int32_t> order, offsets, first_tile, tile_expert;  // as in Routing
+    Global<int32_t> counters;                               // of tiles that were taken; becomes 0 [launches]
     int E, S, chunk, chunks;
     int tile_rows;
+    int launches;
 };
 
 __device__ __forceinline__ int lane_id() { return threadIdx.x % WARP; }
@@ -130,8 +132,14 @@ __device__ __forceinline__ void store_tiles(const RoutingArgs& args, int expert,
     for (int i = 0; i < tiles; ++i) store_global(args.tile_expert + first_tile + i, expert);
 }
 
+// By one warp.
+__device__ __forceinline__ void clear_counters(const RoutingArgs& args) {
+    for (int i = lane_id(); i < args.launches; i += WARP) store_global(args.counters + i, 0);
+}
+
 // Block: a chunk.
 __global__ void __launch_bounds__(WARP) count_kernel(RoutingArgs args) {
+    wait_for_launch_before();
     const Shared<int32_t> count = cast<int32_t>(shared_memory());  // [E+1]
     count_chunk(args, blockIdx.x, count);
     for (int expert = lane_id(); expert <= args.E; expert += WARP)
@@ -140,6 +148,7 @@ __global__ void __launch_bounds__(WARP) count_kernel(RoutingArgs args) {
 
 // Block: an expert.
 __global__ void __launch_bounds__(WARP) scan_kernel(RoutingArgs args) {
+    wait_for_launch_before();
     const Global<int32_t> row = args.counts + int64_t(blockIdx.x) * args.chunks;
     int before = 0;
     for (int first = 0; first < args.chunks; first += WARP) {
@@ -155,8 +164,10 @@ __global__ void __launch_bounds__(WARP) scan_kernel(RoutingArgs args) {
 // Block: a chunk, and an expert's row tiles. Every warp sums the experts' totals again, which is
 // cheaper than a launch.
 __global__ void __launch_bounds__(WARP) place_kernel(RoutingArgs args) {
+    wait_for_launch_before();
     const int block = blockIdx.x;
     const bool has_chunk = block < args.chunks;
+    if (block == 0) clear_counters(args);
     const Shared<int32_t> next = cast<int32_t>(shared_memory());  // [E+1]
     const auto total = [&](int expert) { return load_global(args.totals + expert); };
     for_experts(args, total, [&](int expert, int position, int first_tile, int tiles) {
@@ -171,6 +182,7 @@ __global__ void __launch_bounds__(WARP) place_kernel(RoutingArgs args) {
 
 // Block: all chunks, one per warp.
 __global__ void __launch_bounds__(ROUTE_WARPS * WARP) route_kernel(RoutingArgs args) {
+    wait_for_launch_before();
     const int warp = threadIdx.x / WARP;
     const Shared<int32_t> starts = cast<int32_t>(shared_memory());           // [E+1]
     const Shared<int32_t> counts = starts + (args.E + 1);                    // [chunks, E+1]
@@ -189,6 +201,7 @@ __global__ void __launch_bounds__(ROUTE_WARPS * WARP) route_kernel(RoutingArgs a
     }
     __syncthreads();
     if (warp == 0) {
+        clear_counters(args);
         const auto total = [&](int expert) { return load_shared(starts + expert); };
         for_experts(args, total, [&](int expert, int position, int first_tile, int tiles) {
             store_starts(args, expert, position, first_tile);

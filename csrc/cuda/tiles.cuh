@@ -58,20 +58,31 @@ struct Tile {
     int column;  // its number among the column tiles
 };
 
-// Tiles of an expert are neighbours. Among them row tiles run fastest, in groups whose rows stay in
-// the L2 cache while each column tile of the weights passes by once. False: there is no tile `number`.
-__device__ __forceinline__ bool locate(Tile& tile, const Routing& routing, int number, int E, int column_tiles, int group,
-                                       int rows) {
-    const int row_tile = number / column_tiles;
-    if (row_tile >= load_global(routing.first_tile + E)) return false;
-    tile.expert = load_global(routing.tile_expert + row_tile);
+// The order in which tiles are numbered, and so taken. Column tiles come in slabs, whose part of the output
+// stays in the L2 cache while all rows pass by. In a slab tiles of an expert are neighbours. Among them row
+// tiles run fastest, in groups whose rows stay in the cache while each column tile of the weights passes
+// by once.
+struct Walk {
+    int E;
+    int column_tiles;
+    int slab;   // column tiles, a divisor of their number
+    int group;  // row tiles
+};
+
+// False: there is no tile `number`.
+__device__ __forceinline__ bool locate(Tile& tile, const Routing& routing, int number, const Walk& walk, int rows) {
+    const int all = load_global(routing.first_tile + walk.E);
+    if (number >= all * walk.column_tiles) return false;
+    const int left = number / (all * walk.slab) * walk.slab;
+    number -= all * left;
+    tile.expert = load_global(routing.tile_expert + number / walk.slab);
     const int first = load_global(routing.first_tile + tile.expert);
     const int row_tiles = load_global(routing.first_tile + tile.expert + 1) - first;
-    int local = number - first * column_tiles;
-    const int group_first = local / (group * column_tiles) * group;
-    local -= group_first * column_tiles;
-    const int height = min(group, row_tiles - group_first);
-    tile.column = local / height;
+    int local = number - first * walk.slab;
+    const int group_first = local / (walk.group * walk.slab) * walk.group;
+    local -= group_first * walk.slab;
+    const int height = min(walk.group, row_tiles - group_first);
+    tile.column = left + local / height;
     tile.first = load_global(routing.offsets + tile.expert) + (group_first + local % height) * rows;
     tile.end = load_global(routing.offsets + tile.expert + 1);
     return true;
@@ -127,10 +138,17 @@ template <class T, int ROWS> struct KMajorSlice {
     }
 
     __device__ __forceinline__ void fill(Shared<char> slice) {
+        fill_part<0, ROWS>(slice);
+        advance();
+    }
+    // Rows FIRST to LAST of it; and on to the next slice.
+    template <int FIRST, int LAST> __device__ __forceinline__ void fill_part(Shared<char> slice) {
         const Shared<char> to = slice + chunk_offset(copy_row(), copy_chunk());
 #pragma unroll
-        for (int i = 0; i < ROWS / COPY_ROWS; ++i)
+        for (int i = FIRST / COPY_ROWS; i < LAST / COPY_ROWS; ++i)
             cp_async16(to + i * COPY_ROWS * ROW_BYTES, base + int64_t(offset[i]) * CHUNK_BYTES, left > 0);
+    }
+    __device__ __forceinline__ void advance() {
         base = base + ROW_BYTES;
         left -= TILE_K;
     }

@@ -27,7 +27,8 @@ from reap.model.stored import Once, Stored
 # What may be asked of a weight that is not in memory.
 FACTS = {
     *("shape", "dtype", "device", "layout", "ndim", "nbytes", "itemsize", "names"),
-    *("is_meta", "is_leaf", "is_sparse", "is_quantized", "is_nested", "requires_grad", "grad_fn"),
+    *("is_meta", "is_cpu", "is_cuda", "is_sparse", "is_quantized", "is_nested"),
+    *("is_leaf", "requires_grad", "grad_fn", "__repr__"),
     *("size", "dim", "numel", "nelement", "element_size", "stride", "is_contiguous"),
     *("is_floating_point", "is_complex", "__hash__", "__len__", "requires_grad_"),
 }

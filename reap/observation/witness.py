@@ -76,7 +76,7 @@ class Witness:
             experts = layer.experts
             holders = [model for model, parts in inside if id(experts.module) in parts]
             calls = self._layers[layer] = _Calls(holders[-1] if holders else _Model(experts.block))
-            enter = experts.module.register_forward_pre_hook(self._counting_calls(calls))
+            enter = experts.module.register_forward_pre_hook(self._counting_in(calls, "entered"))
             undo.callback(enter.remove)
             for field, part in (("module", experts.module), ("block", experts.block)):
                 hook = self._counting_in(calls, field)
@@ -156,26 +156,18 @@ class Witness:
 
         return entering
 
-    def _counting_calls(self, calls: _Calls) -> Callable[..., None]:
-        @torch.compiler.disable
-        def entering(_: nn.Module, args: Any) -> None:
-            with self._counting:
-                calls.entered += 1
-
-        return entering
-
     def _counting_in(self, counter: Any, field: str) -> Callable[..., None]:
-        """A hook that counts a module's returned calls."""
+        """A hook, before or behind a module, that counts its calls."""
+        # A function, which copies of the model can have: they cannot have a lock.
+        return lambda _, args, output=None: self._count(counter, field, output)
 
-        @torch.compiler.disable
-        def returned(_: nn.Module, args: Any, output: Any) -> None:
-            outputs = output if isinstance(output, tuple) else (output,)
-            empty = any(isinstance(x, Tensor) and not x.numel() for x in outputs)
-            if not empty and not compat.in_backward():  # recomputed, and counted before
-                with self._counting:
-                    setattr(counter, field, getattr(counter, field) + 1)
-
-        return returned
+    @torch.compiler.disable
+    def _count(self, counter: Any, field: str, output: Any) -> None:
+        outputs = output if isinstance(output, tuple) else (output,)
+        empty = any(isinstance(x, Tensor) and not x.numel() for x in outputs)
+        if not empty and not compat.in_backward():  # recomputed, and counted before
+            with self._counting:
+                setattr(counter, field, getattr(counter, field) + 1)
 
 
 def _times(calls: _Calls) -> int:

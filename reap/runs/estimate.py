@@ -99,7 +99,9 @@ def estimate(
         undo.enter_context(torch.inference_mode())
         stream = Stream(layers, forward_of(layers.model), stats)
         undo.enter_context(stream.installed())
-        waves = Waves(stream, limit, wave_tokens, scratch, 3 * domains, said.append)
+        largest = max(batch.input_ids.numel() for batch in batches)
+        copies = 3 * domains  # as of a run that can be taken up again
+        waves = Waves(stream, limit, wave_tokens, scratch, copies, largest, said.append)
         undo.enter_context(closing(waves))
         waves.plan(stream.add(batches[0]), tokens)
         assert waves.room is not None

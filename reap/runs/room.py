@@ -87,11 +87,12 @@ def admission(limit: int) -> Callable[[Needs], None]:
     return admit
 
 
-def measure(stream: Stream, job: Job, limit: int, copies: int) -> Room:
+def measure(stream: Stream, job: Job, limit: int, copies: int, largest: int) -> Room:
     """What the first batch needs, by sending it through the layers up to the first with experts. It
-    stays behind that, and the others can follow it. There will be `copies` of the statistics."""
+    stays behind that, and the others can follow it. There will be `copies` of the statistics, and
+    batches of `largest` tokens."""
     layers, tokens = stream.layers, max(1, job.batch.input_ids.numel())
-    largest = max(unit.nbytes for unit in layers.text)
+    made = max(unit.nbytes for unit in layers.text)
     held, hidden, loading, running = job.held, job.hidden, 0.0, 0
     while (unit := stream.wanted()) is not None:
         memory.give_back()
@@ -109,7 +110,8 @@ def measure(stream: Stream, job: Job, limit: int, copies: int) -> Room:
     memory.give_back()
     base = memory.resident() - job.held
     stored = max(layers.stored(unit) for unit in layers.text)
-    fixed = base + max(largest + stored + running, round(largest * loading))
+    running = round(running * max(1.0, largest / tokens))
+    fixed = base + max(made + stored + running, round(made * loading))
     fixed += copies * _sums(stream.stats)
     return Room(limit, fixed, (held + FRAMES) / tokens, hidden / tokens, running)
 

@@ -58,7 +58,8 @@ def calibrate_streamed(
     the machine and its control groups have free), and at most `wave_tokens`. Hidden states that do
     not fit wait in a file without a name in `scratch` (by default the system's folder for temporary
     files), where that costs less than another wave. `partial` is written after every wave. `say` is
-    called with a line about all this once it is known.
+    called with a line about all this once it is known. In place of a folder, what `open_layers`
+    gave, which is closed at the end.
 
     The other arguments are those of `calibrate` and `load_model`, and so are the errors. ReapError
     also for a model that cannot be run layer by layer, for a limit that does not hold a layer, for
@@ -95,11 +96,14 @@ def calibrate_streamed(
                     progress(batch.tokens)
         stream = Stream(layers, forward_of(model), stats, progress)
         undo.enter_context(stream.installed())
-        copies = 1 if recorded is None else len(recorded.describe()["sources"])
+        copies, largest = 1, 1
+        if recorded is not None:
+            about = recorded.describe()
+            copies, largest = len(about["sources"]), about["seq_len"] * about["batch_size"]
         if partial is not None:
             copies *= 3  # it remembers some, and writes others
         place = Path(scratch or tempfile.gettempdir())
-        waves = Waves(stream, limit, wave_tokens, place, copies, say or (lambda _: None))
+        waves = Waves(stream, limit, wave_tokens, place, copies, largest, say or (lambda _: None))
         undo.enter_context(closing(waves))
         for wave in waves.run(batches):
             if partial is not None and recorded is not None:
@@ -127,14 +131,15 @@ class Waves:
         most: int | None,
         scratch: Path,
         copies: int,
+        largest: int,
         say: Callable[[str], None],
     ) -> None:
         self.stream, self.limit, self.most, self.scratch = stream, limit, most, scratch
         self.copies, self.say = copies, say
+        self.largest = largest  # tokens of a batch, padding included
         self.room: Room | None = None
         self.tokens = 0  # of a wave, padding included
         self.in_memory = 0  # of these, that wait in memory
-        self.largest = 1  # of the batches so far
         self.file: HiddenFile | None = None
 
     def close(self) -> None:
@@ -173,7 +178,7 @@ class Waves:
         """How large waves are, judged by a batch that begins; of `expected` tokens in all."""
         layers = self.stream.layers.text
         stored = sum(map(self.stream.layers.stored, layers))
-        self.room = room = measure(self.stream, job, self.limit, self.copies)
+        self.room = room = measure(self.stream, job, self.limit, self.copies, self.largest)
         room.check(self.largest)
         most = min(n for n in (expected, self.most, sys.maxsize) if n is not None)
         self.tokens = self.in_memory = room.in_memory()

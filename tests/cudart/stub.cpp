@@ -29,6 +29,7 @@ struct Launch {
     size_t shared, allowed;  // dynamic shared memory asked for; and what the kernel's attribute lets it have
     uintptr_t stream;
     int device;
+    bool overlapped;         // with the end of the launch before
     std::string arguments;   // the bytes of the kernel's only parameter
 };
 
@@ -53,7 +54,7 @@ struct Runtime {
     Settings settings;
     std::map<std::string, int> calls;
     std::vector<Launch> launches;
-    std::vector<Map> maps;
+    std::vector<Map> maps;           // since the process began, for the extension keeps some
     std::vector<std::string> order;  // of all calls
     std::map<const void*, size_t> allowed;
     std::map<const void*, std::string> kernels;
@@ -109,9 +110,9 @@ CUresult encode(CUtensorMap* map, CUtensorMapDataType type, cuuint32_t rank, voi
                 CUtensorMapInterleave interleave, CUtensorMapSwizzle swizzle, CUtensorMapL2promotion promotion,
                 CUtensorMapFloatOOBfill fill) {
     Runtime& all = runtime();
-    if (!all.settings.records) return CUDA_SUCCESS;
     const std::lock_guard<std::mutex> guard(all.mutex);
-    if (const int error = failure("cuTensorMapEncodeTiled")) return static_cast<CUresult>(error);
+    if (all.settings.records)
+        if (const int error = failure("cuTensorMapEncodeTiled")) return static_cast<CUresult>(error);
     *map = CUtensorMap{};
     map->opaque[0] = all.maps.size();  // by which a test knows it among a launch's arguments
     all.maps.push_back({type, interleave, swizzle, promotion, fill, reinterpret_cast<uintptr_t>(address),
@@ -148,21 +149,27 @@ cudaError_t __cudaGetKernel(cudaKernel_t* kernel, const void* host) {
     *kernel = reinterpret_cast<cudaKernel_t>(const_cast<void*>(host));
     return cudaSuccess;
 }
-cudaError_t __cudaLaunchKernel(cudaKernel_t kernel, dim3 grid, dim3 block, void** arguments, size_t shared,
-                               cudaStream_t stream) {
+// The host's stubs refer to it; nobody calls them.
+cudaError_t __cudaLaunchKernel(cudaKernel_t, dim3, dim3, void**, size_t, cudaStream_t) { std::abort(); }
+
+cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t* how, const void* host, void** arguments) {
     if (const cudaError_t error = call("launch")) return error;
     Runtime& all = runtime();
     if (!all.settings.records) return cudaSuccess;
     const std::lock_guard<std::mutex> guard(all.mutex);
-    const void* host = kernel;
     const std::string& name = all.kernels.at(host);
     const auto bytes = all.settings.arguments.find(plain_name(name));
     std::string copied;
     if (bytes != all.settings.arguments.end()) copied.assign(static_cast<const char*>(arguments[0]), bytes->second);
     const auto allowed = all.allowed.find(host);
-    all.launches.push_back({name, {grid.x, grid.y, grid.z}, {block.x, block.y, block.z}, shared,
+    bool overlapped = false;
+    for (unsigned i = 0; i < how->numAttrs; ++i)
+        overlapped |= how->attrs[i].id == cudaLaunchAttributeProgrammaticStreamSerialization &&
+                      how->attrs[i].val.programmaticStreamSerializationAllowed;
+    all.launches.push_back({name, {how->gridDim.x, how->gridDim.y, how->gridDim.z},
+                            {how->blockDim.x, how->blockDim.y, how->blockDim.z}, how->dynamicSmemBytes,
                             allowed == all.allowed.end() ? WITHOUT_ASKING : allowed->second,
-                            reinterpret_cast<uintptr_t>(stream), device, copied});
+                            reinterpret_cast<uintptr_t>(how->stream), device, overlapped, copied});
     return cudaSuccess;
 }
 
@@ -220,6 +227,7 @@ PYBIND11_MODULE(recorder, m) {
         .def_readonly("allowed", &Launch::allowed)
         .def_readonly("stream", &Launch::stream)
         .def_readonly("device", &Launch::device)
+        .def_readonly("overlapped", &Launch::overlapped)
         .def_property_readonly("arguments", [](const Launch& launch) { return py::bytes(launch.arguments); });
     py::class_<Map>(m, "Map", py::module_local())
         .def_readonly("type", &Map::type)
@@ -238,14 +246,14 @@ PYBIND11_MODULE(recorder, m) {
             Runtime& all = runtime();
             const std::lock_guard<std::mutex> guard(all.mutex);
             all.settings = {std::move(fails), at, error, encodes, records, std::move(arguments)};
-            all.calls.clear(), all.launches.clear(), all.maps.clear(), all.order.clear(), all.allowed.clear();
+            all.calls.clear(), all.launches.clear(), all.order.clear(), all.allowed.clear();
             device = 0, last = cudaSuccess;
         },
-        "Forgets what was recorded, and says what fails from now on.", py::kw_only(), py::arg("fails") = "",
+        "Forgets what was recorded but for maps, and says what fails from now on.", py::kw_only(), py::arg("fails") = "",
         py::arg("at") = 1, py::arg("error") = 0, py::arg("encodes") = true, py::arg("records") = true,
         py::arg("arguments") = std::map<std::string, size_t>());
     m.def("launches", [] { return runtime().launches; });
-    m.def("maps", [] { return runtime().maps; });
+    m.def("map", [](size_t number) { return runtime().maps.at(number); });
     m.def("order", [] { return runtime().order; }, "Names of all functions that were called, in order.");
     m.def("last_error", [] { return static_cast<int>(last); }, "What cudaGetLastError would return.");
 }

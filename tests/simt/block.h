@@ -4,6 +4,7 @@
 #include <cstdlib>
 #include <exception>
 #include <functional>
+#include <map>
 #include <memory>
 #include <string>
 #include <vector>
@@ -30,6 +31,8 @@ struct Options {
     uint64_t seed = 0;                  // of the order of blocks, warps and lanes
     bool eager = false;                 // cp.async copies when issued; else when waited for
     bool profile = false;               // count wavefronts of shared memory (slow)
+    int sm = 90;                        // compute capability of the chip
+    bool overlapped = false;            // a launch may start before the one before it is over
     size_t shared_limit = 232448;       // bytes of dynamic shared memory that a block may have
     uint64_t access_limit = 1u << 31;   // accesses and collectives of one block's lanes
     std::function<void(const GlobalAccess&)> watch = nullptr;   // is told of each, in order
@@ -63,6 +66,13 @@ struct Copy {
     Site site;
 };
 
+// A bulk copy to global memory whose source was not waited for.
+struct BulkCopy {
+    std::function<void()> work;   // to do; null: done
+    uint32_t group, number;
+    Site site;
+};
+
 // What a lane waits for.
 struct Wait {
     const char* what = nullptr;   // null: it can run
@@ -80,10 +90,15 @@ struct Lane {
     uint3 index;                  // threadIdx
     View view;
     Wait wait;
+    bool waited;                  // for the launch before
     std::vector<Copy> copies;     // oldest first
     uint32_t group = 0;           // of cp.async: the one that is open
     uint64_t started = 0;         // of all its cp.async; the last of them are `copies`
     uint64_t signalled = 0;       // up to here an mbarrier was told of them
+    std::vector<BulkCopy> bulk;   // oldest first
+    uint32_t bulk_group = 0;      // the one that is open
+    uint32_t bulk_started = 0;
+    int bulk_engine = -1;         // the number of what reads for them; -1: none yet
 
     unsigned bit() const { return 1u << lane; }
 };
@@ -156,6 +171,8 @@ public:
 
     // Work of engines other than lanes, done one by one when no lane can run.
     std::vector<std::function<void()>> background;
+    std::map<const int32_t*, int32_t> counters_at_launch;   // that atom_add has seen
+    std::map<const int32_t*, uint32_t> turns;               // of this block at them
     std::shared_ptr<void> extension;   // what a chip's own instructions remember about this block
 
 private:

@@ -43,6 +43,7 @@ const Case cases[] = {
     CASE(shared_out_of_bounds, 1, 64, 2048),
     CASE(shared_before_start, 1, 64, 256),
     CASE(misaligned_vector, 1, 64, 0),
+    CASE(newer_instruction, 1, 64, 0),
     CASE(misaligned_row, 1, 64, 512),
     CASE(divergent_collective, 1, 64, 0),
     CASE(divergent_mask, 1, 64, 0),
@@ -65,6 +66,7 @@ const Case cases[] = {
     CASE(global_without_barrier, 1, 64, 0),
     CASE(misaligned_copy, 1, 64, 1024),
     CASE(store_to_input, 1, 1, 0),
+    CASE(launch_not_waited_for, 1, 64, 0),
     CASE(trap, 1, 64, 0),
     CASE(runaway, 1, 1, 0),
     CASE(runaway_votes, 1, 32, 0),
@@ -78,7 +80,8 @@ void run(const Case& test, bool broken, uint64_t seed, bool eager) {
     std::vector<char> scratch(1024);
     for (size_t i = 0; i < in.size(); ++i) in[i] = static_cast<float>(i);
     simt::Options options;
-    options.seed = seed, options.eager = eager;
+    options.seed = seed, options.eager = eager, options.sm = 80;
+    options.overlapped = std::string(test.name) == "launch_not_waited_for";
     options.shared_limit = 99 * 1024, options.access_limit = 100000;
     simt::Emulator emulator(options);
     emulator.add_buffer("in", in.data(), in.size() * sizeof(float), false);

@@ -11,6 +11,12 @@ struct Args {
     Global<char> scratch;      // 1024 bytes that nobody wrote
 };
 
+// To two adjacent floats.
+inline void add_two(Global<float> p, float x, float y, simt::Site site = simt::Site::here()) {
+    red_add(p, x, site);
+    red_add(p + 1, y, site);
+}
+
 template <bool broken> __global__ void missing_barrier(Args a) {
     const auto shared = cast<float>(shared_memory());
     const unsigned t = threadIdx.x;
@@ -218,13 +224,13 @@ template <bool broken> __global__ void store_beside_atomics(Args a) {
     if (broken && blockIdx.x == 2 && t == 3)
         store_global(a.out + 6, 1.0f);                                    //! store_beside_atomics
     else
-        red_add2(a.out + t * 2, 1.0f, 1.0f);                              //! store_beside_atomics
+        add_two(a.out + t * 2, 1.0f, 1.0f);                               //! store_beside_atomics
 }
 
 // One of the blocks that add to the same sums reads them before the others are known to be done.
 template <bool broken> __global__ void read_beside_atomics(Args a) {
     const unsigned t = threadIdx.x, i = broken ? t : blockIdx.x * 32 + t;
-    red_add2(a.out + i * 2, 1.0f, 1.0f);                                  //! read_beside_atomics
+    add_two(a.out + i * 2, 1.0f, 1.0f);                                   //! read_beside_atomics
     __syncthreads();
     if (blockIdx.x == 1) load_global(a.out + i * 2);                      //! read_beside_atomics
 }

@@ -42,6 +42,20 @@ template <bool broken> __global__ void misaligned_vector(Args a) {
     store_global(a.out + t, x.x);
 }
 
+// One that may start before the launch before it is over.
+template <bool broken> __global__ void launch_not_waited_for(Args a) {
+    const unsigned t = threadIdx.x;
+    if (!broken || t % 32 != 5) wait_for_launch_before();
+    store_global(a.out + t, load_global(a.in + t));                       //! launch_not_waited_for
+}
+
+// On an sm_80, as all kernels here.
+template <bool broken> __global__ void newer_instruction(Args a) {
+    const unsigned t = threadIdx.x;
+    if (broken) red_add4(a.out + t * 4, float4{1, 1, 1, 1});              //! newer_instruction
+    else red_add(a.out + t, 1.0f);
+}
+
 template <bool broken> __global__ void misaligned_row(Args a) {
     const auto shared = shared_memory();
     const unsigned t = threadIdx.x;
@@ -152,7 +166,7 @@ template <bool broken> __global__ void uninitialised_global(Args a) {
     const unsigned t = threadIdx.x;
     if (!broken && t < 32) store_global(cast<float2>(sums) + t, float2{});
     __syncthreads();
-    if (t < 32) red_add2(sums + t * 2, 1.0f, 2.0f);                       //! uninitialised_global
+    if (t < 32) add_two(sums + t * 2, 1.0f, 2.0f);                        //! uninitialised_global
 }
 
 template <bool broken> __global__ void misaligned_copy(Args a) {

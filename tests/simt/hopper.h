@@ -1,5 +1,6 @@
 // Hopper's instructions: the emulator's side of csrc/cuda/sm90/ptx.cuh.
 #pragma once
+#include "bulk.h"
 #include "mbarrier.h"
 #include "tma.h"
 #include "wgmma.h"
@@ -22,9 +23,14 @@ void acquire_registers() {
 
 namespace reap::cuda {
 using simt::acquire_registers;
+using simt::bulk_add;
+using simt::bulk_commit;
+using simt::bulk_store;
+using simt::bulk_wait_read;
 using simt::cp_async_mbarrier_arrive;
 using simt::fence_mbarrier_init;
 using simt::fence_proxy_async;
+using simt::kept_tensor_map;
 using simt::make_tensor_map;
 using simt::mbarrier_arrive;
 using simt::mbarrier_arrive_expect;

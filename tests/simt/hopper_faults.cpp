@@ -332,6 +332,57 @@ template <bool broken> __global__ void half_a_warpgroup(Args a) {
     put(a, d[0][0][0]);
 }
 
+// --- bulk copies to global memory ---
+
+enum Slip {
+    fine, no_proxy_fence, no_meeting, no_read_wait, no_return, half_a_chunk, odd_source, odd_target,
+    past_target, past_source, to_input, from_nothing
+};
+
+// Lane i writes 16 bytes of ones, and adds those of the next lane to its own of `out`; twice, in the same
+// place.
+template <Slip slip> void add_twice(Args& a) {
+    const auto mine = cast<float4>(shared_memory()) + threadIdx.x;
+    const int next = (threadIdx.x + 1) % 32, bytes = slip == half_a_chunk ? 24 : 16;
+    const int source = slip == odd_source ? 16 * next + 8 : slip == past_source ? (BARRIERS + 1024) : 16 * next;
+    Global<float> target = a.out + 4 * threadIdx.x;
+    if (slip == odd_target) target = target + 2;
+    if (slip == past_target) target = target + 228;
+    if (slip == to_input) target = reinterpret_cast<float*>(const_cast<char*>(a.in.unchecked()));
+    for (int round = 0; round < 2; ++round) {
+        if (slip != from_nothing || threadIdx.x % 2) store_shared(mine, float4{1, 1, 1, 1});   //! bulk_unmet bulk_overwritten bulk_met_too_late
+        if (slip != no_proxy_fence) fence_proxy_async();
+        if (slip != no_meeting || round == 0) __syncwarp();
+        const Shared<float> from(source);
+        bulk_add(target, from, bytes);   //! bulk_unfenced bulk_unmet bulk_met_too_late bulk_half_a_chunk bulk_odd_source bulk_odd_target bulk_past_target bulk_past_source bulk_to_input bulk_from_nothing
+        bulk_commit();
+        if (slip != no_read_wait || round == 1) bulk_wait_read();
+        if (slip != no_return) __syncwarp();
+    }
+}
+template <bool broken> __global__ void bulk_unfenced(Args a) { add_twice<broken ? no_proxy_fence : fine>(a); }
+template <bool broken> __global__ void bulk_unmet(Args a) { add_twice<broken ? no_meeting : fine>(a); }
+template <bool broken> __global__ void bulk_overwritten(Args a) { add_twice<broken ? no_read_wait : fine>(a); }
+template <bool broken> __global__ void bulk_met_too_late(Args a) { add_twice<broken ? no_return : fine>(a); }
+template <bool broken> __global__ void bulk_half_a_chunk(Args a) { add_twice<broken ? half_a_chunk : fine>(a); }
+template <bool broken> __global__ void bulk_odd_source(Args a) { add_twice<broken ? odd_source : fine>(a); }
+template <bool broken> __global__ void bulk_odd_target(Args a) { add_twice<broken ? odd_target : fine>(a); }
+template <bool broken> __global__ void bulk_past_target(Args a) { add_twice<broken ? past_target : fine>(a); }
+template <bool broken> __global__ void bulk_past_source(Args a) { add_twice<broken ? past_source : fine>(a); }
+template <bool broken> __global__ void bulk_to_input(Args a) { add_twice<broken ? to_input : fine>(a); }
+template <bool broken> __global__ void bulk_from_nothing(Args a) { add_twice<broken ? from_nothing : fine>(a); }
+
+// The same once, by a copy.
+template <bool commits, bool waits> void copy_once(Args& a) {
+    store_shared(cast<float4>(shared_memory()) + threadIdx.x, float4{1, 1, 1, 1});
+    fence_proxy_async();
+    bulk_store(a.out + 4 * threadIdx.x, cast<float>(shared_memory()) + 4 * threadIdx.x, 16);   //! bulk_not_committed bulk_not_waited
+    if (commits) bulk_commit();
+    if (waits) bulk_wait_read();
+}
+template <bool broken> __global__ void bulk_not_committed(Args a) { copy_once<!broken, true>(a); }
+template <bool broken> __global__ void bulk_not_waited(Args a) { copy_once<true, !broken>(a); }
+
 struct Case {
     const char* name;
     void (*kernels[2])(Args);   // healthy, broken
@@ -371,6 +422,19 @@ const Case cases[] = {
     CASE(unwritten_operand, 128),
     CASE(released_too_soon, 160),
     CASE(half_a_warpgroup, 128),
+    CASE(bulk_unfenced, 32),
+    CASE(bulk_unmet, 32),
+    CASE(bulk_overwritten, 32),
+    CASE(bulk_met_too_late, 32),
+    CASE(bulk_half_a_chunk, 32),
+    CASE(bulk_odd_source, 32),
+    CASE(bulk_odd_target, 32),
+    CASE(bulk_past_target, 32),
+    CASE(bulk_past_source, 32),
+    CASE(bulk_to_input, 32),
+    CASE(bulk_from_nothing, 32),
+    CASE(bulk_not_committed, 32),
+    CASE(bulk_not_waited, 32),
 };
 
 void run(const Case& test, bool broken, uint64_t seed, bool eager) {

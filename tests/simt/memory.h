@@ -155,6 +155,8 @@ void check_global(Global<T> p, size_t bytes, Site site) {
         return buffer->name + (at < buffer->begin ? " - " : " + ") +
                std::to_string(at < buffer->begin ? buffer->begin - at : at - buffer->begin);
     };
+    if (!lane.waited)
+        fail(Kind::race, site, lane, use, bytes, address(), "before the launch before is over");
     if (!buffer)
         fail(Kind::out_of_bounds, site, lane, use, bytes, address(), "outside every buffer");
     if (at < buffer->begin || at + bytes > buffer->end)

@@ -100,7 +100,10 @@ py::dict to_dict(const simt::Counters& counters, const Launcher& launcher) {
 }
 
 py::dict run(const Layer& layer, char* workspace) {
-    simt::Emulator emulator(settings.options);
+    simt::Options options = settings.options;
+    options.sm = layer.sm;
+    options.overlapped = layer.sm >= 90;
+    simt::Emulator emulator(options);
     add_buffers(emulator, layer, workspace);
     simt::Cache cache(settings.cache_bytes);
     Launcher launcher{emulator, settings.cache_bytes ? &cache : nullptr, {}, {}, {}};

@@ -148,12 +148,29 @@ void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b
     gather("mma.m16n8k16", site, FULL, mine, multiply_add<T>);
 }
 
-// "Parallel Synchronization and Communication Instructions: red.add" of two floats: one access of 8
-// bytes, each float added atomically.
-inline void red_add2(Global<float> p, float x, float y, Site site = Site::here()) {
-    detail::check_global<Use::atomic>(p, 8, site);
-    p.unchecked()[0] += x;
-    p.unchecked()[1] += y;
+// "Parallel Synchronization and Communication Instructions: red.add" of a float, and of four: one
+// access of 16 bytes, each float added atomically, on chips that can.
+inline void red_add(Global<float> p, float x, Site site = Site::here()) {
+    detail::check_global<Use::atomic>(p, 4, site);
+    *p.unchecked() += x;
+}
+// "atom.add", and what was there before. Blocks run one after the other here, and the first would count for
+// all: so it answers as if they came in turns, and one counts to where it stands when the launch begins.
+inline int atom_add(Global<int32_t> p, int x, Site site = Site::here()) {
+    detail::check_global<Use::atomic>(p, 4, site);
+    Block& block = here();
+    const int start = block.counters_at_launch.emplace(p.unchecked(), *p.unchecked()).first->second;
+    *p.unchecked() += x;
+    return start + x * static_cast<int>(block.turns[p.unchecked()]++ * block.grid.x + block.index.x);
+}
+
+inline bool has_red_add4() { return here().options.sm >= 90; }
+inline void red_add4(Global<float> p, float4 x, Site site = Site::here()) {
+    if (!has_red_add4())
+        here().fail(Kind::launch, site, *running, "", "red of a vector on a chip older than sm_90");
+    detail::check_global<Use::atomic>(p, 16, site);
+    float* const to = p.unchecked();
+    to[0] += x.x, to[1] += x.y, to[2] += x.z, to[3] += x.w;
 }
 
 // "Floating Point Instructions": min.NaN, max.NaN, ex2.approx, rcp.approx. The last two are exact
@@ -162,6 +179,10 @@ inline float min_nan(float x, float y) { return x != x || y != y ? NAN : fminf(x
 inline float max_nan(float x, float y) { return x != x || y != y ? NAN : fmaxf(x, y); }
 inline float exp2_approx(float x) { return exp2f(x); }
 inline float reciprocal_approx(float x) { return 1.0f / x; }
+
+// "griddepcontrol", .wait. Launches come one after the other here; but with Options::overlapped no lane
+// may touch global memory before it has waited.
+inline void wait_for_launch_before() { running->waited = true; }
 
 inline void trap_unless(bool condition, Site site = Site::here()) {
     if (!condition) here().fail(Kind::trap, site, *running, "", "a check of the kernel's own");
@@ -173,12 +194,14 @@ namespace reap::cuda {
 using bf16 = __nv_bfloat16;
 using f16 = __half;
 
+using simt::atom_add;
 using simt::cast;
 using simt::cp_async16;
 using simt::cp_async_commit;
 using simt::cp_async_wait;
 using simt::exp2_approx;
 using simt::Global;
+using simt::has_red_add4;
 using simt::ldmatrix_x4;
 using simt::ldmatrix_x4_trans;
 using simt::load_global;
@@ -188,11 +211,13 @@ using simt::min_nan;
 using simt::mma_m16n8k16;
 using simt::named_barrier;
 using simt::reciprocal_approx;
-using simt::red_add2;
+using simt::red_add;
+using simt::red_add4;
 using simt::Shared;
 using simt::shared_memory;
 using simt::slice;
 using simt::store_global;
 using simt::store_shared;
 using simt::trap_unless;
+using simt::wait_for_launch_before;
 }  // namespace reap::cuda

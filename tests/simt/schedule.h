@@ -11,6 +11,7 @@ namespace simt {
 inline void Block::configure(dim3 grid_size, dim3 block_size, size_t bytes, uint32_t first) {
     grid = grid_size, size = block_size, shared_bytes = bytes, first_block = first;
     threads = size.x * size.y * size.z;
+    counters_at_launch.clear();
     if (!stacks || stacks->size() < threads) stacks = std::make_unique<Stacks>(threads);
     lanes.resize(threads);
     warps.resize((threads + 31) / 32);
@@ -21,6 +22,7 @@ inline void Block::run(uint3 block_index, uint32_t number, const std::function<v
     time = 1, live = threads, steps = 0, failure = nullptr;
     for (Barrier& barrier : barriers) barrier = Barrier();
     background.clear();
+    turns.clear();
     extension.reset();
     std::memset(shared, 0xff, shared_bytes);
     shared_shadow.clear(shared_bytes);
@@ -44,9 +46,12 @@ inline void Block::run(uint3 block_index, uint32_t number, const std::function<v
         lane.view = View();
         lane.view.block = number, lane.view.first_block = first_block, lane.view.thread = t;
         lane.wait = Wait();
+        lane.waited = !options.overlapped;
         lane.copies.clear();
         lane.group = 0;
         lane.started = lane.signalled = 0;
+        lane.bulk.clear();
+        lane.bulk_group = lane.bulk_started = 0, lane.bulk_engine = -1;
         lane.fiber.start(stacks->stack(t), stacks->bytes(t), lane_main);
     }
     running = warps[random.below(static_cast<uint32_t>(warps.size()))].lanes[0];
@@ -78,6 +83,9 @@ inline void Block::exit_lane() {
     if (!me.copies.empty())
         fail(Kind::copy_in_flight, me.copies.front().site, me, "",
              "the thread ends before this cp.async was waited for");
+    if (!me.bulk.empty())
+        fail(Kind::copy_in_flight, me.bulk.front().site, me, "",
+             "the thread ends before this bulk copy is known to have read its source");
     warp.exited |= me.bit();
     if (--live == 0 && !background.empty())
         fail(Kind::copy_in_flight, Site(), me, "", "the block ends while engines work for it");
@@ -239,7 +247,7 @@ inline void Block::order_warp(Warp& warp, unsigned mask) {
     for (unsigned i = 0; i < 32; ++i) {
         if (!(mask & 1u << i)) continue;
         group.push_back(warp.lanes[i]);
-        vectors |= !warp.lanes[i]->view.known.empty();
+        vectors |= !warp.lanes[i]->view.known.empty() || !warp.lanes[i]->view.engines.empty();
     }
     if (vectors) return order_group(group);
     for (Lane* lane : group) lane->view.my_warp = time;

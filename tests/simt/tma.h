@@ -36,6 +36,12 @@ TensorMap make_tensor_map(const Box& tensor) {
     return map;
 }
 
+// None is kept: a buffer is known only as long as its emulator.
+template <typename Box>
+TensorMap kept_tensor_map(const Box& tensor) {
+    return make_tensor_map(tensor);
+}
+
 namespace detail {
 
 // The bytes of a box as they lie in shared memory, but for the swizzle. Elements outside of the

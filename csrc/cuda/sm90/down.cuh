@@ -1,56 +1,76 @@
 // ../down.cuh for Hopper: TMA brings both operands, on behalf of one thread.
 #pragma once
 #include "../down.cuh"
-#include "pipeline.cuh"
+#include "combine.cuh"
 
 namespace reap::cuda::sm90 {
 
 template <class T> struct Down {
     DownArgs<T> args;
-    TensorMap inner;    // [S, I], boxes of 128 rows
-    TensorMap weights;  // see weight_box()
+    Global<int32_t> counter;  // of tiles
+    TensorMap inner;          // [S, I], boxes of 64 rows
+    TensorMap weights;        // see weight_box()
 };
 
+// By one thread.
 template <class T, bool B_MN_MAJOR>
 __device__ __forceinline__ void load_down(const Down<T>& down, const Ring& ring) {
     const DownArgs<T>& args = down.args;
     PipelineState state;
     Tile tile;
-    for (int number = blockIdx.x; locate(tile, args.routing, number, args.E, args.column_tiles, args.group, TILE_ROWS);
-         number += gridDim.x) {
+    int next = 0;
+    for (int number = blockIdx.x; locate(tile, args.routing, number, args.walk, TILE_ROWS); number = next) {
+        next = take_tile(down.counter);
         const int column = args.combine.first_column + tile.column * TILE_COLUMNS;
+        const int boxes = is_real(tile.first + GROUP_ROWS, tile.end) ? 2 : 1;
         for (int k = 0; k < args.I; k += TILE_K) {
             const Shared<uint64_t> full = ring.full + state.stage;
             wait_empty(ring, state);
-            mbarrier_arrive_expect(full, STAGE_BYTES);
-            const int at[2] = {k, tile.first};  // rows past the expert's last are those of the next
-            tma_load(ring.a(state.stage), down.inner, full, at);
+            announce(ring, state, tile);
+            mbarrier_arrive_expect(full, B_BYTES + boxes * BOX_BYTES);
+            for (int i = 0; i < boxes; ++i) {  // rows past the expert's last are those of the next
+                const int at[2] = {k, tile.first + i * GROUP_ROWS};
+                tma_load(ring.a(state.stage) + i * BOX_BYTES, down.inner, full, at);
+            }
             load_weights<B_MN_MAJOR>(ring.b(state.stage), down.weights, full, tile.expert, column, k, false);
             state.advance();
         }
     }
+    wait_empty(ring, state);
+    announce_end(ring, state);
+    mbarrier_arrive(ring.full + state.stage);
 }
 
 template <class T, bool B_MN_MAJOR>
 __device__ __forceinline__ void compute_down(const DownArgs<T>& args, const Ring& ring) {
+    const BulkStaging staged{shared_memory() + (STAGED_AT + consumer_warp() * ADDED_STRIP_BYTES)};
+    const int slices = (args.I + TILE_K - 1) / TILE_K;
     PipelineState state;
     Tile tile;
-    for (int number = blockIdx.x; locate(tile, args.routing, number, args.E, args.column_tiles, args.group, TILE_ROWS);
-         number += gridDim.x) {
-        const int column = args.combine.first_column + tile.column * TILE_COLUMNS;
+    for (bool more = next_tile(tile, ring, state); more; more = next_tile(tile, ring, state)) {
+        if (!has_rows(tile)) {
+            pass_over(ring, state, slices);
+            continue;
+        }
+        const int column = args.combine.first_column + tile.column * TILE_COLUMNS, first = tile.first + consumer_row();
+        // Comes during the main loop.
+        const int slot = find_slot(args.combine, first + lane_id() % STRIP_ROWS, tile.end);
         Accumulators acc;
-        multiply<T, B_MN_MAJOR, false>(acc, ring, state, (args.I + TILE_K - 1) / TILE_K);
+        multiply<T, B_MN_MAJOR, false>(acc, ring, state, slices);
         add_bias(acc, args.weights, tile.expert, column);
+        const Rows rows = find_rows(args.combine, slot);
 #pragma unroll
         for (int s = 0; s < 4; ++s)
-            combine_strip(acc[s], args.combine, tile.first + consumer_row(), tile.end, column + s * BOX);
+            combine_strip(acc[s], args.combine, rows, staged, first, tile.end, column + s * BOX);
     }
+    bulk_wait_read();  // shared memory is the block's no longer than its threads are there
 }
 
 template <class T, bool B_MN_MAJOR>
 __global__ void __launch_bounds__(BLOCK, 1) down_kernel(const __grid_constant__ Down<T> down) {
 #ifdef REAP_HOPPER
     const Ring ring = make_ring(1);
+    wait_for_launch_before();
     if (threadIdx.x < WARPGROUP) {
         release_registers<PRODUCER_REGISTERS>();
         if (threadIdx.x == 0) load_down<T, B_MN_MAJOR>(down, ring);

@@ -1,77 +1,76 @@
 // ../gate_up.cuh for Hopper: weights come by TMA, rows of x by cp.async, which unlike TMA can gather
 // them.
 #pragma once
-#include "../gate_up.cuh"
-#include "pipeline.cuh"
+#include "inner.cuh"
 
 namespace reap::cuda::sm90 {
 
 template <class T> struct GateUp {
     GateUpArgs<T> args;
-    TensorMap weights;  // see weight_box()
+    Global<int32_t> counter;  // of tiles
+    TensorMap weights;        // see weight_box()
 };
 
-// Behind the ring, one staged strip for each consumer warp.
-constexpr int STRIP_BYTES = 16 * BOX * sizeof(float);
-constexpr int STRIPS_AT = (RING_BYTES + 127) / 128 * 128;
-constexpr int GATE_UP_BYTES = STRIPS_AT + CONSUMERS * WARPGROUP / WARP * STRIP_BYTES;
+constexpr int PRODUCERS_MEET = 1;  // a named barrier; 0 is that of __syncthreads
+
+constexpr int GATE_UP_BYTES = STAGED_AT + CONSUMERS * WARPGROUP / WARP * INNER_BYTES;
 
 template <class T, bool B_MN_MAJOR>
 __device__ __forceinline__ void load_gate_up(const GateUp<T>& up, const Ring& ring) {
     const GateUpArgs<T>& args = up.args;
     PipelineState state;
     Tile tile;
-    for (int number = blockIdx.x; locate(tile, args.routing, number, args.E, args.column_tiles, args.group, TILE_ROWS);
-         number += gridDim.x) {
+    int number = blockIdx.x;
+    for (int turn = 0; locate(tile, args.routing, number, args.walk, TILE_ROWS); turn ^= 1) {
+        const int next = threadIdx.x == 0 ? take_tile(up.counter) : 0;
+        const bool both = is_real(tile.first + GROUP_ROWS, tile.end);
         KMajorSlice<T, TILE_ROWS> x(args.hidden, args.H, [&](int i) { return gathered_row(args, tile, i); });
         for (int k = 0; k < args.H; k += TILE_K) {
             const Shared<uint64_t> full = ring.full + state.stage;
             wait_empty(ring, state);
             if (threadIdx.x == 0) {
+                announce(ring, state, tile);
                 mbarrier_arrive_expect(full, B_BYTES);
                 load_weights<B_MN_MAJOR>(ring.b(state.stage), up.weights, full, tile.expert, tile.column * TILE_COLUMNS,
                                          k, args.pairing == Pairing::halves);
             }
-            x.fill(ring.a(state.stage));
+            x.template fill_part<0, GROUP_ROWS>(ring.a(state.stage));
+            if (both) x.template fill_part<GROUP_ROWS, TILE_ROWS>(ring.a(state.stage));
+            x.advance();
             cp_async_mbarrier_arrive(full);
             state.advance();
         }
+        if (threadIdx.x == 0) store_shared(ring.taken + turn, next);
+        named_barrier(PRODUCERS_MEET, WARPGROUP);
+        number = load_shared(ring.taken + turn);
     }
+    wait_empty(ring, state);
+    if (threadIdx.x == 0) {
+        announce_end(ring, state);
+        mbarrier_arrive(ring.full + state.stage);
+    }
+    mbarrier_arrive(ring.full + state.stage);
     drain(ring, state);
-}
-
-// Strip s of the result, in which gate and up alternate as store_inner() wants them.
-__device__ __forceinline__ void result_strip(float (&strip)[BOX / 8][4], const Accumulators& acc, int s, bool halves) {
-#pragma unroll
-    for (int j = 0; j < 8; ++j)
-#pragma unroll
-        for (int c = 0; c < 4; ++c)
-            strip[j][c] = halves ? acc[j % 2 * 2 + s / 2][s % 2 * 4 + j / 2][c] : acc[s][j][c];
 }
 
 template <class T, bool B_MN_MAJOR>
 __device__ __forceinline__ void compute_gate_up(const GateUpArgs<T>& args, const Ring& ring) {
+    const int slices = (args.H + TILE_K - 1) / TILE_K;
     PipelineState state;
     Tile tile;
-    for (int number = blockIdx.x; locate(tile, args.routing, number, args.E, args.column_tiles, args.group, TILE_ROWS);
-         number += gridDim.x) {
+    for (bool more = next_tile(tile, ring, state); more; more = next_tile(tile, ring, state)) {
+        if (!has_rows(tile)) {
+            pass_over(ring, state, slices);
+            continue;
+        }
         const int column = tile.column * TILE_COLUMNS;
         Accumulators acc;
-        multiply<T, B_MN_MAJOR, true>(acc, ring, state, (args.H + TILE_K - 1) / TILE_K);
+        multiply<T, B_MN_MAJOR, true>(acc, ring, state, slices);
         add_bias(acc, args.weights, tile.expert, column);
-        // From a shuffle, so that the addresses in there are not kept in registers during the main loop.
-        const int warp = __shfl_sync(ALL_LANES, (threadIdx.x - WARPGROUP) / WARP, 0);
-        const Staging staged{cast<float>(shared_memory() + (STRIPS_AT + warp * STRIP_BYTES))};
-#pragma unroll
-        for (int s = 0; s < 4; ++s) {
-            float strip[BOX / 8][4];
-            result_strip(strip, acc, s, args.pairing == Pairing::halves);
-            staged.store(strip, 0);
-            __syncwarp();
-            store_inner(args, staged, 16, tile.first + consumer_row(), tile.end, column + s * BOX);
-            __syncwarp();
-        }
+        const Shared<char> staged = shared_memory() + (STAGED_AT + consumer_warp() * INNER_BYTES);
+        finish_tile(args, acc, staged, tile.first + consumer_row(), tile.end, column);
     }
+    bulk_wait_read();  // shared memory is the block's no longer than its threads are there
     constexpr int MULTIPLIERS = CONSUMERS * WARPGROUP;
     for (int64_t share = blockIdx.x; share * MULTIPLIERS * ZERO_STEPS < args.zero.count; share += gridDim.x)
         zero_share(args.zero, share, threadIdx.x - WARPGROUP, MULTIPLIERS);
@@ -81,6 +80,7 @@ template <class T, bool B_MN_MAJOR>
 __global__ void __launch_bounds__(BLOCK, 1) gate_up_kernel(const __grid_constant__ GateUp<T> up) {
 #ifdef REAP_HOPPER
     const Ring ring = make_ring(WARPGROUP + 1);
+    wait_for_launch_before();
     if (threadIdx.x < WARPGROUP) {
         release_registers<PRODUCER_REGISTERS>();
         load_gate_up<T, B_MN_MAJOR>(up, ring);

@@ -1,5 +1,4 @@
-// ../launch.cuh with Hopper's kernels for the two GEMMs. Executed on the emulator only, never on a
-// GPU: nobody gets them but who asks for the backend `cuda_sm90`.
+// ../launch.cuh with Hopper's kernels for the two GEMMs.
 //
 // What Layer.wgmma needs, beside what run_layer() does: an sm_90, H a multiple of 8, hidden and both
 // weights at multiples of 16 bytes, contiguous along one dimension and all other strides positive
@@ -35,10 +34,10 @@ template <class T> struct Launches : cuda::Launches<T> {
     // Makes all maps, so that nothing is launched if the driver refuses one.
     Launches(const Layer& layer, Global<char> memory) : cuda::Launches<T>(layer, memory) {
         const int64_t halves = layer.gated && !layer.interleaved ? 2 : 1;
-        up = make_tensor_map(weight_box(layer.gate_up, layer.E, halves, plan.rows / halves, layer.H));
+        up = kept_tensor_map(weight_box(layer.gate_up, layer.E, halves, plan.rows / halves, layer.H));
         inner = make_tensor_map(TensorBox{cast<const char>(work.inner), 2, {layer.I, plan.slots}, {1, plan.inner_pitch},
-                                          {TILE_K, TILE_ROWS}});
-        down_weights = make_tensor_map(weight_box(layer.down, layer.E, 1, layer.H, layer.I));
+                                          {TILE_K, GROUP_ROWS}});
+        down_weights = kept_tensor_map(weight_box(layer.down, layer.E, 1, layer.H, layer.I));
     }
 
     // Blocks are persistent: one for each processor, and no more than there can be tiles.
@@ -47,15 +46,16 @@ template <class T> struct Launches : cuda::Launches<T> {
     }
 
     template <class Launcher> void gate_up(Launcher& launch) const {
-        const GateUp<T> args{this->gate_up_args(), up};
+        const GateUp<T> args{this->gate_up_args(), work.counters, up};
         const auto kernel = b_mn_major(layer.gate_up) ? gate_up_kernel<T, true> : gate_up_kernel<T, false>;
-        launch("gate_up", kernel, blocks(args.args.column_tiles), BLOCK, GATE_UP_BYTES, args);
+        launch("gate_up", kernel, blocks(args.args.walk.column_tiles), BLOCK, GATE_UP_BYTES, args);
     }
 
     template <class Launcher> void down(Launcher& launch, int64_t first_column, int64_t last_column) const {
-        const Down<T> args{this->down_args(first_column, last_column), inner, down_weights};
+        const Down<T> args{this->down_args(first_column, last_column), work.counters + (1 + first_column / plan.slab),
+                           inner, down_weights};
         const auto kernel = b_mn_major(layer.down) ? down_kernel<T, true> : down_kernel<T, false>;
-        launch("down", kernel, blocks(args.args.column_tiles), BLOCK, RING_BYTES, args);
+        launch("down", kernel, blocks(args.args.walk.column_tiles), BLOCK, DOWN_BYTES, args);
     }
 };
 

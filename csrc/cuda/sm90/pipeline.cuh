@@ -5,7 +5,10 @@
 //     consumers   wait until full    4 wgmmas, done when the next are queued -> empty
 //
 // Blocks are persistent: the producer is ahead in the next tile while the consumers are still in
-// the epilogue of the last. Rows in shared memory are 128 bytes, their 16-byte chunks swizzled by
+// the epilogue of the last. Which tile is next a counter says that all blocks share: blocks that have
+// tiles with the same weights started them at nearly the same time, and so find each other's operands in
+// the L2 cache. (At a fixed stride they drift apart.) The producer takes the tiles, and says with each
+// stage which one it is of. Rows in shared memory are 128 bytes, their 16-byte chunks swizzled by
 // row as TMA and wgmma know it ("128-byte swizzling mode") and as chunk_offset() has it.
 // A [128, 64] is K-major. B comes in boxes of 64 columns and 64 k, K-major or MN-major: the rows in
 // shared memory are columns of the product, or k.
@@ -21,11 +24,15 @@ constexpr int BOX = 64;                                    // columns
 constexpr int BOX_BYTES = BOX * ROW_BYTES;
 constexpr int GROUP_BYTES = 8 * ROW_BYTES;                 // the swizzle's period
 constexpr int A_BYTES = TILE_ROWS * ROW_BYTES;
+constexpr int GROUP_ROWS = TILE_ROWS / 2;                  // of a warpgroup that multiplies
 constexpr int B_BYTES = TILE_COLUMNS * ROW_BYTES;
 constexpr int STAGE_BYTES = A_BYTES + B_BYTES;
 constexpr int STAGES = 4;
-constexpr int RING_BYTES = STAGES * (STAGE_BYTES + 2 * sizeof(uint64_t));
+constexpr int RING_BYTES = STAGES * (STAGE_BYTES + 2 * sizeof(uint64_t) + sizeof(int4)) + 2 * sizeof(int4);
 
+constexpr int STAGED_AT = (RING_BYTES + 127) / 128 * 128;   // results of the consumer warps, on their way out
+
+constexpr int STRIP_ROWS = 16;                             // of a tile's, in one warp
 constexpr int WARPGROUP = 4 * WARP;
 constexpr int CONSUMERS = 2;                               // warpgroups, of 64 rows each
 constexpr int BLOCK = WARPGROUP * (1 + CONSUMERS);         // threads, the producer's first
@@ -52,6 +59,8 @@ struct PipelineState {
 struct Ring {
     Shared<char> stages;                                   // A, B of each
     Shared<uint64_t> full, empty;                          // [STAGES]
+    Shared<int4> tiles;                                    // of the stages: a Tile; expert -1 after the last [STAGES]
+    Shared<int> taken;                                     // numbers of the producer's next tiles [2]
 
     __device__ __forceinline__ Shared<char> a(int stage) const { return stages + stage * STAGE_BYTES; }
     __device__ __forceinline__ Shared<char> b(int stage) const { return a(stage) + A_BYTES; }
@@ -64,6 +73,8 @@ __device__ __forceinline__ Ring make_ring(int arrivals) {
     ring.stages = shared_memory();
     ring.full = cast<uint64_t>(ring.stages + STAGES * STAGE_BYTES);
     ring.empty = ring.full + STAGES;
+    ring.tiles = cast<int4>(ring.empty + STAGES);
+    ring.taken = cast<int>(ring.tiles + STAGES);
     if (threadIdx.x == 0) {
         for (int stage = 0; stage < STAGES; ++stage) {
             mbarrier_init(ring.full + stage, arrivals);
@@ -86,12 +97,37 @@ __device__ __forceinline__ void wait_empty(const Ring& ring, PipelineState state
 }
 
 // For a producer that copies by cp.async: until what it copied has been used, so that no thread ends
-// before its copies have.
+// before its copies have. `state` is the stage that nothing was copied to.
 __device__ __forceinline__ void drain(const Ring& ring, PipelineState state) {
-    for (int i = 0; i < STAGES; ++i) {
-        wait_empty(ring, state);
+    for (int i = 1; i < STAGES; ++i) {
         state.advance();
+        wait_empty(ring, state);
     }
+}
+
+// A block's first tile is that of its own number, the others a counter gives out.
+__device__ __forceinline__ int take_tile(Global<int32_t> counter) { return gridDim.x + atom_add(counter, 1); }
+
+// One thread of the producer says which tile the stage is of, before it arrives there.
+__device__ __forceinline__ void announce(const Ring& ring, PipelineState state, const Tile& tile) {
+    store_shared(ring.tiles + state.stage, int4{tile.expert, tile.first, tile.end, tile.column});
+}
+__device__ __forceinline__ void announce_end(const Ring& ring, PipelineState state) {
+    store_shared(ring.tiles + state.stage, int4{-1, 0, 0, 0});
+}
+
+// For consumers: the tile of this stage. False: there is none. One lane reads, as one leaves the stage,
+// and what it shuffles the compiler knows to be the same in all. (To be asked at the end of a loop over
+// tiles: where one begins with the wait, nvcc 13 keeps the accumulators in memory.)
+__device__ __forceinline__ bool next_tile(Tile& tile, const Ring& ring, PipelineState state) {
+    wait(ring.full + state.stage, state.parity);
+    int4 told{};
+    if (lane_id() == 0) told = load_shared(ring.tiles + state.stage);
+    tile.expert = __shfl_sync(ALL_LANES, told.x, 0);
+    tile.first = __shfl_sync(ALL_LANES, told.y, 0);
+    tile.end = __shfl_sync(ALL_LANES, told.z, 0);
+    tile.column = __shfl_sync(ALL_LANES, told.w, 0);
+    return tile.expert >= 0;
 }
 
 // "Matrix descriptor format" of wgmma: start address, and two strides, in units of 16 bytes. The
@@ -116,7 +152,7 @@ __device__ __forceinline__ void multiply(Accumulators& acc, const Ring& ring, Pi
     for (int slice = 0; slice < slices; ++slice) {
         wait(ring.full + state.stage, state.parity);
         if constexpr (GATHERED) fence_proxy_async();
-        const uint64_t a = descriptor(ring.a(state.stage) + group * 64 * ROW_BYTES);
+        const uint64_t a = descriptor(ring.a(state.stage) + group * GROUP_ROWS * ROW_BYTES);
         const uint64_t b = descriptor(ring.b(state.stage));
         wgmma_fence();
 #pragma unroll
@@ -130,6 +166,27 @@ __device__ __forceinline__ void multiply(Accumulators& acc, const Ring& ring, Pi
     }
     wgmma_wait<0>();
     if (leader) mbarrier_arrive(ring.empty + previous);
+}
+
+// Past slices of a tile that this warpgroup has no row of.
+__device__ __forceinline__ void pass_over(const Ring& ring, PipelineState& state, int slices) {
+    for (int slice = 0; slice < slices; ++slice) {
+        wait(ring.full + state.stage, state.parity);
+        if (lane_id() == 0) mbarrier_arrive(ring.empty + state.stage);
+        state.advance();
+    }
+}
+
+// This warp's number among the consumers'. From a shuffle, so that addresses made of it are not kept in
+// registers during the main loop.
+__device__ __forceinline__ int consumer_warp() {
+    return __shfl_sync(ALL_LANES, (threadIdx.x - WARPGROUP) / WARP, 0);
+}
+
+// Whether the tile has rows of this warpgroup: the last one of an expert may have 64 or fewer. Those
+// of the other are then neither loaded nor multiplied.
+__device__ __forceinline__ bool has_rows(const Tile& tile) {
+    return is_real(tile.first + consumer_warp() / 4 * GROUP_ROWS, tile.end);
 }
 
 // This warp's first row of the tile.

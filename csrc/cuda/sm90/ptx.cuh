@@ -32,6 +32,8 @@ struct TensorBox {
 #include <cuda.h>
 #include <cuda_runtime_api.h>
 
+#include <array>
+#include <map>
 #include <stdexcept>
 #include <string>
 #include <type_traits>
@@ -74,6 +76,19 @@ inline TensorMap make_tensor_map(const TensorBox& tensor) {
         throw std::runtime_error("cuTensorMapEncodeTiled fails with CUresult " +
                                  std::to_string(error));
     return map;
+}
+
+// The same of a tensor that many calls name, such as weights: a thread keeps the maps that it has had
+// made. A map is all of its TensorBox and nothing else, so that none gets stale.
+inline TensorMap kept_tensor_map(const TensorBox& tensor) {
+    constexpr size_t MOST = 1024;
+    thread_local std::map<std::array<int64_t, 14>, TensorMap> kept;
+    const auto& [data, rank, sizes, strides, box] = tensor;
+    const std::array<int64_t, 14> key{reinterpret_cast<int64_t>(data), rank, sizes[0], sizes[1], sizes[2], sizes[3],
+                                      strides[0], strides[1], strides[2], strides[3], box[0], box[1], box[2], box[3]};
+    if (const auto found = kept.find(key); found != kept.end()) return found->second;
+    if (kept.size() == MOST) kept.clear();
+    return kept[key] = make_tensor_map(tensor);
 }
 
 // "mbarrier.init": the phase completes at `arrivals` arrivals and when no bytes are awaited.
@@ -131,6 +146,11 @@ __device__ __forceinline__ void fence_mbarrier_init() {
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
 }
 
+// "barrier": bar.sync of `threads` threads, whole warps; orders their memory accesses.
+__device__ __forceinline__ void named_barrier(int id, int threads) {
+    asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+
 // "cp.async.bulk.tensor": the box of the map at these coordinates (fastest first) into shared
 // memory; elements outside of the tensor become zeros and count as bytes of the barrier as well.
 template <int RANK>
@@ -157,6 +177,30 @@ __device__ __forceinline__ void tma_load(Shared<char> to, const TensorMap& map,
             "l"(address), "r"(shared_address(barrier)), "r"(at[0]), "r"(at[1]), "r"(at[2]),
             "r"(at[3])
             : "memory");
+}
+
+// "cp.reduce.async.bulk": adds `bytes` of floats from shared to global memory, each of them atomically
+// (relaxed, of GPU scope); both addresses and `bytes` are multiples of 16. Subnormals become 0.
+__device__ __forceinline__ void bulk_add(Global<float> to, Shared<float> from, int bytes) {
+    asm volatile("cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32 [%0], [%1], %2;" ::"l"(to),
+                 "r"(shared_address(from)), "r"(bytes)
+                 : "memory");
+}
+
+// "cp.async.bulk": the same, but a copy.
+template <class T>
+__device__ __forceinline__ void bulk_store(Global<T> to, Shared<T> from, int bytes) {
+    asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(to),
+                 "r"(shared_address(from)), "r"(bytes)
+                 : "memory");
+}
+
+// "cp.async.bulk.commit_group": what this thread started since the last one is a group.
+__device__ __forceinline__ void bulk_commit() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
+
+// "cp.async.bulk.wait_group" with .read: until all groups of this thread have read their sources.
+__device__ __forceinline__ void bulk_wait_read() {
+    asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
 }
 
 // "setmaxnreg": gives back registers, or takes them, to have COUNT per thread of the warpgroup.

@@ -168,7 +168,7 @@ def measured(
                     scratch=out.parent,
                     say=lambda line: announce("calibrating", f"layer by layer ({streamed})", line),
                 )
-        del loaded, layers, head  # their memory, for what follows
+        del loaded, layers, head, options  # their memory, for what follows
         yield stats, [*rows.notes(), *of_head]
 
 

@@ -83,8 +83,13 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     command = ["estimate", MODEL, "--data", tmp_path / "a.txt", "--seq-len", 64]
     found = run_json(*command)
     assert found["mode"] == "in memory" and found["seconds"] > 0 and found["tokens"] > 64
-    code, shown, _ = invoke(*command, "--stream", "--max-tokens", 640)
-    assert code == 0 and "layer by layer (as asked for)" in shown and "640" in shown
+    code, shown, err = invoke(*command, "--stream", "--max-tokens", 640)
+    assert (
+        code == 0
+        and "never called" not in err
+        and "layer by layer (as asked for)" in shown
+        and "640" in shown
+    )
     assert [*tmp_path.iterdir()] == [tmp_path / "a.txt"]
     (tmp_path / "empty.txt").write_text("")
     assert "empty.txt" in refused("estimate", MODEL, "--data", tmp_path / "empty.txt")

@@ -10,10 +10,12 @@ layers of its kind.
 
 from __future__ import annotations
 
+import logging
 import math
 import statistics
 import time
-from contextlib import ExitStack, closing
+from collections.abc import Iterator
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -28,6 +30,8 @@ from reap.runs.streaming import Stream
 from reap.runs.waves import Waves
 from reap.statistics.stats import Statistics
 from reap.text.batching import Batch
+
+log = logging.getLogger("reap")
 
 PROBED = 3  # layers at least, by the clock
 SECONDS = 20.0  # after which no further layer is begun
@@ -46,7 +50,8 @@ class Step:
 class Estimate:
     """Of one run. Bytes, seconds and FLOPs (2 per weight that a token meets, without those of
     attention's scores); `tokens` are those of the text, None where that is not known, and with it
-    `flops`, `seconds` and `bytes_read`. `tokens_per_second` is without reading."""
+    `flops`, `seconds` and `bytes_read`. `tokens_per_second` is without reading,
+    `seconds` without the start of the program."""
 
     layerwise: bool
     about: str  # of a run layer by layer: its waves
@@ -87,6 +92,7 @@ def estimate(
     said: list[str] = []
     with ExitStack() as undo:
         undo.enter_context(closing(layers))
+        undo.enter_context(_unsaid())  # most layers are never called
         stats = undo.enter_context(
             observe(
                 layers.model,
@@ -158,6 +164,16 @@ def _steps(stream: Stream, batch: Batch, least: int) -> list[Step]:
         stored = max(1, stream.layers.stored(unit))
         steps.append(Step(_kind(unit), (ready - start) / stored, ran / tokens))
     return steps
+
+
+@contextmanager
+def _unsaid() -> Iterator[None]:
+    """Without the notes that are for a run, which says them itself."""
+    before, log.disabled = log.disabled, True
+    try:
+        yield
+    finally:
+        log.disabled = before
 
 
 def _kind(unit: Unit) -> str:

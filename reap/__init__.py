@@ -26,6 +26,7 @@ __all__ = [
     "Plan",
     "PruneReport",
     "ReapError",
+    "Stable",
     "Statistics",
     "__version__",
     "batches",
@@ -52,6 +53,7 @@ if TYPE_CHECKING:
     from reap.planning.plan import Plan, make_plan
     from reap.runs.calibration import calibrate
     from reap.runs.evaluation import Evaluation, evaluate
+    from reap.runs.stability import Stable
     from reap.runs.waves import calibrate_streamed
     from reap.statistics.layerstats import LayerStatistics
     from reap.statistics.stats import Statistics
@@ -68,6 +70,7 @@ else:  # a type checker that saw __getattr__ would believe any name
         "planning.plan": ("Plan", "make_plan"),
         "runs.calibration": ("calibrate",),
         "runs.evaluation": ("Evaluation", "evaluate"),
+        "runs.stability": ("Stable",),
         "runs.waves": ("calibrate_streamed",),
         "statistics.layerstats": ("LayerStatistics",),
         "statistics.stats": ("Statistics",),

@@ -33,7 +33,11 @@ def why(folder: Path, monkeypatch: Any, free: int = 1 << 40, **options: Any) -> 
 def test_what_does_not_fit(folder: Path, monkeypatch: Any, free: int, fits: bool) -> None:
     found = why(folder, monkeypatch, free)
     assert found == (None if fits else "whole it takes 5.51 kB of memory, of 5.51 kB")
-    assert why(folder, monkeypatch, 0, asked=False) is None
+    if fits:
+        assert why(folder, monkeypatch, free, asked=False) is None
+    else:
+        with pytest.raises(ReapError, match="takes 5.51 kB of memory whole, .* leave out --no-str"):
+            why(folder, monkeypatch, free, asked=False)
     assert why(folder, monkeypatch, asked=True) == "as asked for"
 
 

@@ -11,7 +11,10 @@ from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
 
+from reap.errors import ReapError
+
 if TYPE_CHECKING:
+    from reap.runs.stability import Stable
     from reap.statistics.stats import Statistics
     from reap.text.sources import Source
 
@@ -159,6 +162,47 @@ class MeasureOptions:
         from reap.runs.memory import parse_size
 
         return None if self.memory_limit is None else parse_size(self.memory_limit)
+
+
+@dataclass(frozen=True)
+class StopOptions:
+    """When a calibration may end before its text does."""
+
+    until_stable: Annotated[
+        float | None,
+        typer.Option(
+            metavar="RATIO",
+            help="stop when it is sure which experts this ratio drops; --max-tokens is the most",
+        ),
+    ] = None
+    stable_criterion: Annotated[
+        str | None, typer.Option(help="of --until-stable; reap, or another that has an error")
+    ] = None
+    stable_confidence: Annotated[
+        float | None, typer.Option(help="of --until-stable, over all layers and looks; 0.95")
+    ] = None
+    stable_looks: Annotated[
+        int | None, typer.Option(min=1, help="of --until-stable: in a row with the same experts; 2")
+    ] = None
+    stable_tie: Annotated[
+        float | None,
+        typer.Option(help="of --until-stable; scores that differ by less than this share may swap"),
+    ] = None
+
+    def until(self) -> Stable | None:
+        """ReapError for what makes no sense."""
+        from reap.runs.stability import Stable
+
+        given = {
+            name: value
+            for name in ("criterion", "confidence", "looks", "tie")
+            if (value := getattr(self, f"stable_{name}")) is not None
+        }
+        if self.until_stable is not None:
+            return Stable(self.until_stable, **given)
+        if given:
+            raise ReapError(f"--stable-{next(iter(given))} is of --until-stable: give that too")
+        return None
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from reap.app.commands import (
     calibration,
     combination,
     compression,
+    estimation,
     evaluation,
     information,
     machine,
@@ -49,6 +50,7 @@ def main(
 
 for command in (
     calibration.calibrate,
+    estimation.estimate,
     scores.score,
     plans.plan,
     pruning.prune,

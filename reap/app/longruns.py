@@ -53,6 +53,20 @@ def where(folder: Path, load: LoadOptions, backend: str | None = None) -> str:
     return f"{dtype} on {device}" + (f", backend {backend}" if backend else "")
 
 
+def verdict(folder: Path, load: LoadOptions, streamed: str | None) -> str:
+    """Which way the model in `folder` will run, and why (`why_streamed`)."""
+    from reap.files.units import sized
+    from reap.model.load import find_device
+    from reap.runs import memory
+    from reap.runs.mode import whole
+
+    if streamed is not None:
+        return f"layer by layer ({streamed})"
+    if find_device(load.device) != "cpu":
+        return "in memory"
+    return f"in memory ({sized(whole(folder, load.dtype))} of {sized(memory.allowed())})"
+
+
 def shape_of(rows: Batches) -> str:
     """How much text, in which rows."""
     about = rows.describe()
@@ -103,7 +117,7 @@ def read_on(rows: Batches, sources: list[Source]) -> None:
         ahead = min(rows.expected or READ_AHEAD, READ_AHEAD)
         seconds = (time.monotonic() - start) / SAMPLE * ahead
         if seconds > LONG_SECONDS:
-            announce("reading", f"about {ahead:,} tokens", f"about {_lasting(seconds)}")
+            announce("reading", f"about {ahead:,} tokens", f"about {lasting(seconds)}")
         if not rows.read_ahead(advance):
             say("long text: its beginning was checked, not all of it")
 
@@ -142,11 +156,11 @@ def _line(task: str, done: int, total: int | None, unit: str, seconds: float) ->
     of = "" if total is None else f" of about {total:,}"
     left = ""
     if total is not None and rate:
-        left = f", {_lasting(max(0.0, total - done) / rate)} left"
+        left = f", {lasting(max(0.0, total - done) / rate)} left"
     return f"{task}: {done:,}{of} {unit}, {rate:,.0f} {unit}/s{left}"
 
 
-def _lasting(seconds: float) -> str:
+def lasting(seconds: float) -> str:
     for unit, scale in (("h", 3600), ("min", 60)):
         if seconds >= scale * 1.5:
             return f"{seconds / scale:.1f} {unit}"

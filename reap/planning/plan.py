@@ -237,7 +237,7 @@ def make_plan(
             ranked = rank(scores[layer.name])
         except ReapError as error:
             raise ReapError(f"layer {layer.name}: {error}") from error
-        kept[layer.name] = _select(layer, ranked, count, protected.get(layer.name, ()))
+        kept[layer.name] = select(layer, ranked, count, protected.get(layer.name, ()))
     return Plan(
         model=stats.model,
         criterion=criterion,
@@ -271,13 +271,13 @@ def trial_plan(
     if counts == [layer.num_experts for layer in model.layers]:
         raise ReapError("no expert would be dropped: ask for a larger ratio or keep fewer")
     kept = {
-        layer.name: _select(layer, list(range(layer.num_experts))[::-1], count, ())
+        layer.name: select(layer, list(range(layer.num_experts))[::-1], count, ())
         for layer, count in zip(model.layers, counts, strict=True)
     }
     return Plan(model, "none", 0, kept)
 
 
-def _select(
+def select(
     layer: LayerInfo, ranked: list[int], count: int, protected: Iterable[int]
 ) -> tuple[int, ...]:
     """The protected experts, then the best, equally many from each router group. Ascending."""

@@ -18,6 +18,7 @@ from reap.model.mtplayer import Mtp
 from reap.observation.patch import observe
 from reap.runs.heads import own_mtp
 from reap.runs.partial import Partial
+from reap.runs.stability import Stable, Watch
 from reap.statistics.stats import Statistics
 from reap.text.batching import Batch, Batches, batches_in, check_ids
 
@@ -33,6 +34,7 @@ def calibrate(
     mtp: Mtp | bool = True,
     progress: Callable[[int], None] | None = None,
     partial: Partial | None = None,
+    until: Stable | None = None,
 ) -> Statistics:
     """Run `batches` through `model` and return the statistics of its experts, by domain.
 
@@ -43,13 +45,19 @@ def calibrate(
     loads the one that its folder has, and leaves one out, with a line in the log, that is not known
     how to run. `progress` is called after each batch with its number of tokens. `partial` takes up
     what an earlier run measured, and keeps what this one did when it ends early inside
-    `partial.kept`. The other options are those of `observe`, and so are the errors; ReapError also
-    for batches without a single token that counts, and for a token that the model does not embed.
-    The model is in eval mode meanwhile, and left as it was found, whatever happens.
+    `partial.kept`. With `until` the run ends before the text does once it is stable; why it ended
+    is in the statistics' `data`. The other options are those of `observe`, and so are the errors;
+    ReapError also for batches without a single token that counts, for a token that the model does
+    not embed, and for text too short for `until`. The model is in eval mode meanwhile, and left as
+    it was found, whatever happens.
     """
     forward = forward_of(model)
-    run = {"run": what_runs(pretrained(model).base_model, backend, deterministic)}
+    run: dict[str, Any] = {"run": what_runs(pretrained(model).base_model, backend, deterministic)}
     recorded = batches if isinstance(batches, Batches) else None
+    if until is not None:
+        run["until"] = until.describe()
+        if recorded is not None:
+            until.check_text(recorded)
     if partial is not None and recorded is None:
         raise ReapError("a run can be taken up again only with batches of reap.batches")
     with (
@@ -64,26 +72,34 @@ def calibrate(
         _eval_mode(model),
         torch.inference_mode(),
     ):
+        watch = None if until is None else Watch(until, stats.model)
         if partial is not None and recorded is not None:
-            for batch in partial.take_up(stats, recorded, run):
+            for batch in partial.take_up(stats, recorded, run, watch):
                 if progress is not None:
                     progress(batch.tokens)
-        for batch in batches_in(batches):
+        rest = () if watch is not None and watch.stable else batches
+        for batch in batches_in(rest):
             with stats.domain(batch.domain), stats.counting(batch.counted):
                 forward(batch)
+            if watch is not None:
+                watch.batch(*([stats] if partial is None else partial.both(stats)))
             if partial is not None and recorded is not None:
                 partial.mark(stats, batch.domain, recorded, run)
             if progress is not None:
                 progress(batch.tokens)
+            if watch is not None and watch.stable:
+                break
     total = stats if partial is None else partial.total(stats)
+    if watch is not None:
+        run["ended"] = watch.ended()
     return completed(total, recorded, run)
 
 
 def completed(total: Statistics, text: Batches | None, run: dict[str, Any]) -> Statistics:
     """`total` with what went in, where that is known. ReapError when it holds no tokens."""
     shared = False
-    if text is not None:
-        about = text.describe() | run
+    if text is not None or "ended" in run:
+        about = ({} if text is None else text.describe()) | run
         shared = "shard" in about
         if shared:
             about["shard"]["versions"] = total.versions

@@ -32,13 +32,25 @@ def why_streamed(
         if asked:
             raise ReapError(f"layer by layer runs on the CPU alone, not on {device}: --device cpu")
         return None
-    if asked is not None:
-        return "as asked for" if asked else None
+    if asked:
+        return "as asked for"
+    need = whole(folder, dtype, limit)
+    have = memory.allowed() if limit is None else limit
+    if need <= have:
+        return None
+    if asked is False:
+        raise ReapError(
+            f"{folder.name} takes {sized(need)} of memory whole, of {sized(have)}: leave out "
+            "--no-stream, and it runs layer by layer"
+        )
+    return f"whole it takes {sized(need)} of memory, of {sized(have)}"
+
+
+def whole(folder: Path, dtype: str, limit: int | None = None) -> int:
+    """Bytes of memory that this process takes when it has loaded the model in `folder` whole."""
     stored, made = _weights(folder, dtype)
     # A mapped file is memory to a control group until the system drops it.
-    need = memory.resident() + round(made * LOADING) + (stored if limit is not None else 0)
-    have = memory.allowed() if limit is None else limit
-    return f"whole it takes {sized(need)} of memory, of {sized(have)}" if need > have else None
+    return memory.resident() + round(made * LOADING) + (stored if limit is not None else 0)
 
 
 def _weights(folder: Path, dtype: str) -> tuple[int, int]:

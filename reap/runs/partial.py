@@ -17,6 +17,7 @@ from typing import Any
 from reap.errors import ReapError, undisturbed
 from reap.files.atomic import discard_unfinished
 from reap.files.lock import Lock
+from reap.runs.stability import Watch
 from reap.statistics.stats import Statistics, installed_versions
 from reap.text.batching import Batch, Batches
 
@@ -45,6 +46,7 @@ class Partial:
         self._lock = Lock(path)
         discard_unfinished(path)
         self._before: Statistics | None = None
+        self._watch: Watch | None = None
         self._changed: set[str] = set()  # domains since what is remembered
         self._remember_at = 0.0
         # Of whole batches: statistics by domain, and the data entry; then what was written of them.
@@ -81,10 +83,17 @@ class Partial:
             if before != now:
                 self._refuse(f"{name} was {before}, and is {now}")
 
-    def take_up(self, stats: Statistics, batches: Batches, data: dict[str, Any]) -> Iterator[Batch]:
-        """Yield the batches that the file has; `batches` is then behind them. `stats` are those of
-        the run. ReapError when model, text or options are not the same."""
-        self.refuse_other(batches.describe() | data)
+    def take_up(
+        self,
+        stats: Statistics,
+        batches: Batches,
+        data: dict[str, Any],
+        watch: Watch | None = None,
+    ) -> Iterator[Batch]:
+        """Yield the batches that the file has; `batches` and `watch` are then behind them. `stats`
+        are those of the run. ReapError when model, text or options are not the same."""
+        self._watch = watch
+        self.refuse_other({"until": None} | batches.describe() | data)
         if self._before is None:
             return
         for what in ("gates", "pairs"):
@@ -103,6 +112,8 @@ class Partial:
         for before, after in zip(kept["sources"], now, strict=True):
             if any(before[name] != after[name] for name in _SOURCE_PROGRESS):
                 self._refuse(f"the text of {after['spec']!r} changed")
+        if watch is not None:
+            watch.restore(batches.position, kept["partial"].get("until"))
 
     def mark(self, stats: Statistics, domain: str, batches: Batches, data: dict[str, Any]) -> None:
         """A batch of `domain` is whole: remember `stats` as they are, unless that was done a moment
@@ -137,8 +148,10 @@ class Partial:
     ) -> dict[str, Statistics]:
         before = {} if self._whole is None else self._whole[0]
         parts = {**before, **{name: stats.snapshot(name) for name in self._changed}}
-        done = {"partial": {"batches": batches.position}}
-        self._whole = parts, batches.describe() | data | done
+        progress: dict[str, Any] = {"batches": batches.position}
+        if self._watch is not None:
+            progress["until"] = self._watch.state()
+        self._whole = parts, batches.describe() | data | {"partial": progress}
         self._changed = set()
         return parts
 
@@ -149,8 +162,12 @@ class Partial:
         stats.save(self.path, overwrite=True)
         self._whole, self._written = None, stats
 
+    def both(self, stats: Statistics) -> list[Statistics]:
+        """`stats` and what the file has, if anything."""
+        return [stats] if self._before is None else [self._before, stats]
+
     def total(self, stats: Statistics) -> Statistics:
-        """`stats` and what the file has."""
+        """The sum of both."""
         return stats if self._before is None else self._before + stats
 
     def save(self) -> Statistics | None:

@@ -36,6 +36,7 @@ class Room:
     fixed: int
     held: float  # per token, padding included
     hidden: float  # of `held`, per token: what may wait in a file
+    running: int = 0  # of `fixed`, by a batch while it runs
 
     @property
     def free(self) -> float:
@@ -112,7 +113,7 @@ def measure(stream: Stream, job: Job, limit: int, copies: int, largest: int) -> 
     running = round(running * max(1.0, largest / tokens))
     fixed = base + max(made + stored + running, round(made * loading))
     fixed += copies * _sums(stream.stats)
-    return Room(limit, fixed, (held + FRAMES) / tokens, hidden / tokens)
+    return Room(limit, fixed, (held + FRAMES) / tokens, hidden / tokens, running)
 
 
 def _sums(stats: Statistics) -> int:

@@ -153,7 +153,7 @@ class Waves:
         while (given := next(rest, None)) is not None:
             jobs = [self._begin(Batch.of(given), 0)]
             if self.room is None:
-                self._plan(jobs[0], expected)
+                self.plan(jobs[0], expected)
             sent = jobs[0].batch.input_ids.numel()
             while sent + self.largest <= self.tokens and (given := next(rest, None)) is not None:
                 jobs.append(self._begin(Batch.of(given), sent))
@@ -174,7 +174,8 @@ class Waves:
             waits = self.file.place(math.ceil(size * self.room.hidden))
         return self.stream.add(batch, waits)
 
-    def _plan(self, job: Job, expected: int | None) -> None:
+    def plan(self, job: Job, expected: int | None) -> None:
+        """How large waves are, judged by a batch that begins; of `expected` tokens in all."""
         layers = self.stream.layers.text
         stored = sum(map(self.stream.layers.stored, layers))
         self.room = room = measure(self.stream, job, self.limit, self.copies, self.largest)

@@ -167,6 +167,10 @@ class Statistics:
     def __getitem__(self, name: str) -> LayerStatistics:
         return self.layer(name)
 
+    def parts(self, name: str) -> Iterator[LayerStatistics]:
+        """One layer's statistics in every domain that has it, not copied: only to be read."""
+        return (part for (_, its_name), part in self._parts.items() if its_name == name)
+
     def select(self, *domains: str) -> Statistics:
         """Only the statistics of `domains`. ReapError for one that was not observed."""
         for domain in domains:

@@ -16,15 +16,19 @@ from reap.app.arguments import (
     MeasureOptions,
     Model,
     Overwrite,
+    StopOptions,
     TextOptions,
     grouped,
 )
 from reap.app.console import print_json, reports_errors
-from reap.app.longruns import announce, read_on, reported, rows_of, shape_of, where
+from reap.app.longruns import announce, read_on, reported, rows_of, shape_of, verdict, where
 from reap.app.together import Together, together
+from reap.errors import ReapError
 from reap.files.outputs import STATISTICS, check_file
 
 if TYPE_CHECKING:
+    from reap.model.info import ModelInfo
+    from reap.runs.stability import Stable
     from reap.statistics.stats import Statistics
 
 
@@ -36,6 +40,7 @@ def calibrate(
     out: Annotated[Path, typer.Option(help="the statistics file to write")],
     measuring: MeasureOptions,
     loading: LoadOptions,
+    stopping: StopOptions,
     shard: Annotated[
         str | None,
         typer.Option(metavar="I/N", help="only share I, from 0 to N-1, of N; combine adds all"),
@@ -52,12 +57,22 @@ def calibrate(
     def check(inputs: Sequence[str | Path]) -> None:
         check_file(out, STATISTICS, overwrite=overwrite, inputs=inputs)
 
+    until = stopping.until()
+
+    def accept(found: ModelInfo) -> None:
+        if until is not None:
+            until.check(found)
+
     with together(shard) as all_of_us:
+        if until is not None and all_of_us.share is not None:
+            raise ReapError(
+                "--until-stable looks at all batches, and this process has a share of them: leave "
+                "one of them out"
+            )
         loading = replace(loading, device=all_of_us.device(loading.device))
         folder = find_model(model, text, measuring, loading, check)
-        with measured(
-            model, folder, text, measuring, loading, out, lambda info: None, all_of_us
-        ) as found:
+        options = text, measuring, loading
+        with measured(model, folder, *options, out, accept, until, all_of_us) as found:
             stats, notes = found
             saved = save_statistics(stats, out, overwrite, notes) if all_of_us.writes else None
     if saved is not None and json:
@@ -94,15 +109,17 @@ def measured(
     measuring: MeasureOptions,
     loading: LoadOptions,
     out: Path,
-    accept: Callable[[Any], None],
+    accept: Callable[[ModelInfo], None],
+    until: Stable | None = None,
     all_of_us: Together | None = None,
 ) -> Iterator[tuple[Statistics, list[str]]]:
     """The statistics of the text, and notes on it, to be written to `out`. Until the end of the
     `with` what was measured is kept beside it, for the same command to go on from. `accept` hears
-    of the model (ModelInfo) as early as can be, and may refuse it. The work is shared with
-    `all_of_us`."""
+    of the model as early as can be, and may refuse it. With `until` it may end before the text. The
+    work is shared with `all_of_us`."""
     from reap.model.identity import describe, describe_folder
     from reap.runs.calibration import calibrate as run
+    from reap.runs.disk import check_disk, statistics_size
     from reap.runs.heads import chosen_mtp
     from reap.runs.mode import why_streamed
     from reap.runs.partial import Partial
@@ -111,17 +128,20 @@ def measured(
     us = all_of_us or Together()
     trust = loading.trust_remote_code
     if not trust:
-        accept(describe_folder(folder))  # without experts it is refused here too
+        found = describe_folder(folder)  # without experts it is refused here too
+        accept(found)
+        domains = {source.domain for source in text.sources()}
+        check_disk(out, statistics_size(found, measuring.pairs, len(domains)))
     partial = Partial(us.partial_file(out))
     sources = text.sources()
     rows = rows_of(folder, text, sources, trust, us.share)
     partial.refuse_other(rows.describe())
     modes = [f"gates {measuring.gates}", "pairs" if measuring.pairs else None]
     modes += ["deterministic" if measuring.deterministic else None]
+    if until is not None:
+        until.check_text(rows)
+        modes += [f"until ratio {until.ratio} is stable"]
     runs = where(folder, loading, measuring.backend)
-    announce("calibrating", model, runs, *modes, us.said(), shape_of(rows))
-    read_on(rows, sources)
-    us.check_same(folder, rows, measuring, loading, out)
     streamed = why_streamed(
         True if measuring.wave_tokens else measuring.stream,
         folder,
@@ -129,8 +149,17 @@ def measured(
         device=loading.device,
         limit=measuring.limit,
     )
+    modes += [verdict(folder, loading, streamed)]
+    announce("calibrating", model, runs, *modes, us.said(), shape_of(rows))
+    read_on(rows, sources)
+    us.check_same(folder, rows, measuring, loading, out)
     layers = None
     if streamed is not None:
+        if until is not None:
+            raise ReapError(
+                f"--until-stable needs the whole model in memory, and this runs layer by layer "
+                f"({streamed}): leave one of them out"
+            )
         layers = open_layers(folder, loading.dtype, trust, measuring.limit)
     loaded = loading.load(folder) if layers is None else layers.model
     us.check_same_run(loaded, measuring)
@@ -149,7 +178,7 @@ def measured(
                 "partial": partial,
             }
             if layers is None:
-                stats = run(loaded, rows, **options)
+                stats = run(loaded, rows, **options, until=until)
             else:
                 stats = calibrate_streamed(
                     layers,
@@ -175,6 +204,7 @@ def save_statistics(
         "tokens": stats.tokens,
         "layers": len(stats.layers),
         "domains": list(stats.domains),
+        "ended": [entry["ended"] for entry in stats.data if "ended" in entry],
         "notes": list(notes),
     }
 
@@ -186,5 +216,5 @@ def tell_statistics(saved: dict[str, Any]) -> None:
         f"{saved['out']}: {saved['tokens']:,} tokens through {saved['layers']} MoE layers, "
         f"domains {domains}"
     )
-    for note in saved["notes"]:
+    for note in (*saved["ended"], *saved["notes"]):
         typer.echo(note)

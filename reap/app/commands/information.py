@@ -64,12 +64,14 @@ def _statistics(file: Path) -> dict[str, Any]:
         if entry.get("count") and type(entry.get("counted")) is type(entry.get("tokens")) is int
     ]
     shards = [named for named in map(shards_said, stats.data) if named]
+    ended = [str(entry["ended"]) for entry in stats.data if "ended" in entry]
     return {
         "kind": "statistics",
         **_model(stats.model),
         "tokens": stats.tokens,
         **({"only": shards} if shards else {}),
         **({"counted": counted} if counted else {}),
+        **({"ended": ended} if ended else {}),
         "domains": stats.domain_tokens,
         "gates": stats.gates,
         "pairs": stats.pairs,

@@ -1,0 +1,35 @@
+"""Whether a disk has room for what a run will write."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from reap.errors import ReapError
+from reap.files.units import sized
+from reap.model.info import ModelInfo
+from reap.statistics.exact import LIMBS
+from reap.statistics.layerstats import SUMS
+
+PER_EXPERT = 8 + 4 + len(SUMS) * LIMBS * 4  # bytes of a file: count, peak and sums
+PER_PAIR = 8 + LIMBS * 4
+
+
+def statistics_size(model: ModelInfo, pairs: bool, domains: int) -> int:
+    """Bytes of a file of statistics of `model`, without its header."""
+    size = 0
+    for layer in model.layers:
+        E = layer.num_experts
+        size += 8 + E * PER_EXPERT + (E * (E - 1) // 2 * PER_PAIR if pairs else 0)
+    return size * domains
+
+
+def check_disk(out: Path, size: int) -> None:
+    """ReapError when the disk of `out` has no room for a file of `size` bytes, with the one of a
+    run that goes on, which is written anew beside its older self."""
+    free = shutil.disk_usage(next(place for place in out.absolute().parents if place.is_dir())).free
+    if 2 * size > free:
+        raise ReapError(
+            f"{sized(size)} of statistics, and as much while the run goes on, have no room where "
+            f"{out} is to be: {sized(free)} are free"
+        )

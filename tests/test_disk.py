@@ -1,0 +1,31 @@
+"""Too little disk is said before work."""
+
+import pytest
+import torch
+from slots import TWO_LAYERS, slots
+
+from reap.errors import ReapError
+from reap.files.safefile import read_header
+from reap.runs.disk import check_disk, statistics_size
+from reap.statistics.stats import Statistics
+
+
+@pytest.mark.parametrize("pairs", [False, True])
+def test_size(tmp_path, pairs):
+    stats = Statistics(TWO_LAYERS, pairs=pairs)
+    for domain in ("code", "prose", "chat"):
+        with stats.domain(domain):
+            stats.update("first", *slots(5))
+            stats.update("second", torch.tensor([[8, 0]]), *[torch.ones(1, 2)] * 3)
+    stats.save(tmp_path / "x.st")
+    header = read_header(tmp_path / "x.st")
+    size = (tmp_path / "x.st").stat().st_size - header.data
+    assert size == statistics_size(TWO_LAYERS, pairs, 3)
+
+
+def test_room(tmp_path, monkeypatch):
+    usage = type("Usage", (), {"free": 1000})
+    monkeypatch.setattr("shutil.disk_usage", lambda place: usage)
+    check_disk(tmp_path / "new" / "x.st", 500)
+    with pytest.raises(ReapError, match=r"501 bytes of statistics.* 1.00 kB are free"):
+        check_disk(tmp_path / "x.st", 501)

@@ -16,8 +16,8 @@ Why a connection: the kernel closes it when a process ends, however it ends, and
 that is gone within half a minute. No thread has to say that it is alive, which one that computes
 may be late to do.
 
-On paper, a thousand GPUs and 1e12 tokens. Memory: that of one process per rank, and 8 kB of
-connections at rank 0 for each. Text: every rank reads all of it, which a tokenizer of 1e6 tokens a
+On paper, a thousand GPUs and 1e12 tokens. Memory: that of one process per rank, and a
+connection for each at rank 0. Text: every rank reads all of it, which a tokenizer of 1e6 tokens a
 second does for 1e9 tokens in 17 minutes; 1e12 are a thousand runs, each of a part of the text,
 whose files add up like shards. Files: a thousand of 5 MB (0.7 GB with pairs for 64 layers of 512
 experts), read one at a time. A tree is not needed, but `reap combine --incomplete` is a node of

@@ -8,10 +8,12 @@ import os
 import random
 import signal
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from letters import Tokenizer
 from tiny import tiny_model
 
@@ -191,6 +193,16 @@ def written_at_every_batch(monkeypatch: Any) -> None:
     monkeypatch.setattr("reap.runs.partial._WRITE_SHARE", math.inf)
 
 
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """A fork has no threads but one, and waits for torch's others for ever."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("kills", [5, pytest.param(200, marks=pytest.mark.slow)])
 def test_killed_at_any_moment(here: Path, kills: int, monkeypatch: Any) -> None:
     """kill -9, again and again: the run that gets through has the bits of one without breaks."""

@@ -151,7 +151,9 @@ while code != 0:
 
 
 @pytest.mark.sweep
-@pytest.mark.parametrize("old", [None, OLD], ids=["new", "overwrite"])
+@pytest.mark.parametrize(
+    "old", [pytest.param(None, marks=pytest.mark.slow, id="new"), pytest.param(OLD, id="overwrite")]
+)
 def test_killed_at_every_call(
     job: tuple[Path, Plan, dict[str, bytes]], tmp_path: Path, old: dict[str, bytes] | None
 ) -> None:

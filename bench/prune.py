@@ -30,7 +30,7 @@ def run(settings: Settings) -> Iterator[Row]:
     large = _smaller(settings.gigabytes) if settings.smoke else (HIDDEN, INNER, EXPERTS)
     layers = max(1, round(settings.gigabytes * 1e9 / (large[2] * 3 * large[0] * large[1] * 2)))
     root = settings.scratch / "prune"
-    for size, depth in ((large, layers), (SMALL, 1 if settings.smoke else SMALL_LAYERS)):
+    for size, depth in ((large, layers), (SMALL, SMALL_LAYERS))[: 1 if settings.smoke else 2]:
         shutil.rmtree(root, ignore_errors=True)
         try:
             yield from _checkpoint(settings, root, size, depth)

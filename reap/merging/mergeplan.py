@@ -28,6 +28,7 @@ from reap.statistics.stats import Statistics
 VERSION = 1
 METHODS = ("hc-smoe", "m-smoe")
 SCOPES = ("layer", "global")
+MOST = 2**63  # of a weight, which is a number of tokens
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ class Group:
     """Experts, ascending, that all become sum of weights[i] * experts[i] / sum of weights."""
 
     experts: tuple[int, ...]
-    weights: tuple[float, ...]  # finite, not negative, not all zero
+    weights: tuple[float, ...]  # from 0 to 2**63, not all zero
 
     @property
     def shares(self) -> tuple[float, ...]:
@@ -194,8 +195,8 @@ def _check_groups(layer: LayerInfo, groups: Iterable[Group]) -> None:
         found += ids
         if len(group.weights) != len(ids) or not _are_weights(group.weights):
             raise ReapError(
-                f"layer {layer.name}: the weights of experts {ids[:4]} must be {len(ids)} finite "
-                "numbers of 0 or more, one of them more than 0"
+                f"layer {layer.name}: the weights of experts {ids[:4]} must be {len(ids)} "
+                "numbers from 0 to 2**63, one of them more than 0"
             )
     if sorted(found) != list(range(layer.num_experts)):
         raise ReapError(
@@ -205,8 +206,7 @@ def _check_groups(layer: LayerInfo, groups: Iterable[Group]) -> None:
 
 def _are_weights(weights: Iterable[Any]) -> bool:
     values = list(weights)
-    numbers = all(type(w) in (int, float) and 0 <= w < math.inf for w in values)
-    return numbers and 0 < math.fsum(values) < math.inf
+    return any(values) and all(type(w) in (int, float) and 0 <= w <= MOST for w in values)
 
 
 def make_merge(

@@ -1,0 +1,160 @@
+"""A Merge is what its statistics say, survives its file, and refuses what makes no sense."""
+
+from __future__ import annotations
+
+import copy
+import json
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from merges import a_model, counted, some_merge
+
+from reap.errors import ReapError
+from reap.merging.mergeplan import Group, Merge, make_merge
+from reap.planning.plan import make_plan
+from reap.statistics.layerstats import LayerStatistics
+
+COUNTS = {"a": [8, 1, 9, 1, 1, 0], "b": [1, 2, 3, 4, 5, 6]}
+POINTS = torch.tensor([0.0, 0.1, 9.0, 9.2, 5.0, 0.0], dtype=torch.float64)[:, None]
+
+
+@pytest.fixture
+def outputs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Statistics hold expert outputs: of every layer the same."""
+    sums = property(lambda layer: POINTS * layer.count[:, None])
+    monkeypatch.setattr(LayerStatistics, "output_sum", sums, raising=False)
+
+
+@pytest.mark.usefixtures("outputs")
+def test_hc_smoe_clusters_mean_outputs_and_weighs_by_tokens() -> None:
+    merge = make_merge(counted(a_model(), COUNTS), ratio=0.5)
+    assert merge.groups["a"] == (
+        Group((0, 1), (8, 1)), Group((2, 3, 5), (9, 1, 0)), Group((4,), (1,))
+    )  # fmt: skip
+    assert merge.groups["b"] == (
+        Group((0, 1, 5), (1, 2, 6)), Group((2, 3), (3, 4)), Group((4,), (5,))
+    )  # fmt: skip
+    assert merge.left == {"a": 3, "b": 3} and merge.method == "hc-smoe"
+    assert merge.groups["a"][0].shares == (8 / 9, 1 / 9)
+    assert merge.calibration["tokens"] == 21 and merge.options["ratio"] == "0.5"
+    assert make_merge(counted(a_model(), COUNTS), groups=3).groups == merge.groups
+
+
+def test_m_smoe_gathers_around_the_most_frequent() -> None:
+    similarity = {name: torch.eye(6) for name in COUNTS}
+    similarity["a"][1, 2] = similarity["a"][5, 2] = 0.5
+    stats = counted(a_model(), COUNTS)
+    merge = make_merge(stats, "m-smoe", groups=2, similarity=similarity)
+    assert merge.groups["a"] == (Group((0, 3, 4), (8, 1, 1)), Group((1, 2, 5), (1, 9, 0)))
+    spread = make_merge(stats, "m-smoe", ratio=0.5, scope="global", similarity=similarity)
+    # Shares in a: .45 .40 and .05; in b: .29 .24 .19 .14 and less.
+    assert spread.left == {"a": 2, "b": 4} and spread.options["scope"] == "global"
+
+
+def test_a_group_without_a_token_keeps_the_dominant_expert() -> None:
+    stats = counted(a_model(6, "a"), {"a": [9, 0, 0, 0, 0, 0]})
+    similarity = torch.eye(6)
+    similarity[2:, 1] = 0.5
+    merge = make_merge(stats, "m-smoe", groups=2, similarity={"a": similarity})
+    assert merge.groups["a"] == (Group((0,), (9,)), Group((1, 2, 3, 4, 5), (1, 0, 0, 0, 0)))
+
+
+def test_statistics_without_outputs_say_how_to_record_them() -> None:
+    with pytest.raises(ReapError, match=r"outputs=True \(`reap calibrate --outputs`\)"):
+        make_merge(counted(a_model(), COUNTS), ratio=0.5)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({}, "exactly one of ratio and groups"),
+        ({"ratio": 0.5, "groups": 3}, "exactly one of ratio and groups"),
+        ({"ratio": 1}, "at least 0 and less than 1"),
+        ({"groups": 0}, "a whole number of 1 or more"),
+        ({"groups": 7}, "layer a: 6 experts make no 7 groups: ask for at most 6"),
+        ({"groups": 3, "method": "ties"}, "method is 'ties': it must be one of hc-smoe, m-smoe"),
+        ({"groups": 3, "scope": "all"}, "scope is 'all': it must be one of layer, global"),
+        ({"groups": 3, "scope": "global"}, "hc-smoe takes neither a scope nor a similarity"),
+        ({"groups": 3, "method": "m-smoe"}, "m-smoe needs a similarity of experts"),
+        (
+            {"groups": 3, "method": "m-smoe", "similarity": {"a": torch.eye(5)}},
+            r"finite numbers \[6,6\] for layer a",
+        ),
+        (
+            {"groups": 3, "method": "m-smoe", "similarity": {"a": torch.full((6, 6), torch.nan)}},
+            r"finite numbers \[6,6\] for layer a",
+        ),
+    ],
+)
+@pytest.mark.usefixtures("outputs")
+def test_what_cannot_be_asked_for(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ReapError, match=message):
+        make_merge(counted(a_model(), COUNTS), **options)
+
+
+def test_a_layer_without_a_token() -> None:
+    with pytest.raises(ReapError, match="layer b saw no tokens"):
+        make_merge(counted(a_model(), {"a": COUNTS["a"]}), "m-smoe", groups=2, similarity={})
+
+
+def test_through_its_file(tmp_path: Path) -> None:
+    merge = some_merge(a_model())
+    merge.save(tmp_path / "merge.json")
+    assert Merge.load(tmp_path / "merge.json") == merge == Merge.from_json(merge.to_json())
+    assert Merge.of(tmp_path / "merge.json") == merge and Merge.of(merge) is merge
+    assert copy.deepcopy(merge) == pickle.loads(pickle.dumps(merge)) == merge
+    with pytest.raises(ReapError, match="exists: choose another name"):
+        merge.save(tmp_path / "merge.json")
+    merge.save(tmp_path / "merge.json", overwrite=True)
+    assert "6 to 3 experts in 2 layers" in repr(merge)
+
+
+def test_other_files_are_named_for_what_they_are(tmp_path: Path) -> None:
+    stats = counted(a_model(), COUNTS)
+    make_plan(stats, keep=3).save(tmp_path / "plan.json")
+    stats.save(tmp_path / "stats")
+    for name, kind in (("plan.json", "a plan"), ("stats", "statistics")):
+        with pytest.raises(ReapError, match=f"is {kind}, not a merge"):
+            Merge.load(tmp_path / name)
+    with pytest.raises(ReapError, match="will not overwrite"):
+        some_merge(stats.model).save(tmp_path / "plan.json", overwrite=True)
+
+
+def groups_of(data: dict[str, Any]) -> list[dict[str, Any]]:
+    return data["layers"]["a"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda d: d.update(format="reap-plan"), "is no merge"),
+        (lambda d: d.update(version=2), "has version 2: this program reads version 1"),
+        (lambda d: d.pop("method"), "field 'method' must be a JSON str"),
+        (lambda d: d["layers"].pop("a"), "'a' is in the model but not the merge"),
+        (lambda d: d["layers"].update(c=[]), "'c' is in the merge but not the model"),
+        (lambda d: d["layers"].update(a={}), "must be a list of objects of the lists"),
+        (lambda d: groups_of(d)[0].update(more=1), "must be a list of objects of the lists"),
+        (lambda d: groups_of(d)[0].update(experts=3), "must be a list of objects of the lists"),
+        (lambda d: groups_of(d).pop(), "must hold each of its 6 experts once"),
+        (lambda d: groups_of(d).reverse(), "groups must ascend by their first expert"),
+        (lambda d: groups_of(d)[0]["experts"].reverse(), "groups must ascend"),
+        (lambda d: groups_of(d)[0].update(experts=[], weights=[]), "groups must ascend"),
+        (lambda d: groups_of(d)[0].update(experts=[0, 6]), "must be an id from 0 to 5"),
+        (lambda d: groups_of(d)[0].update(experts=[0, True]), "must be an id from 0 to 5"),
+        (lambda d: groups_of(d)[0].update(weights=[1]), "2 numbers from 0 to 2"),
+        (lambda d: groups_of(d)[0].update(weights=[0, 0]), "one of them more than 0"),
+        (lambda d: groups_of(d)[0].update(weights=[1, -1]), "2 numbers from 0 to 2"),
+        (lambda d: groups_of(d)[0].update(weights=[1, "1"]), "2 numbers from 0 to 2"),
+        (lambda d: groups_of(d)[0].update(weights=[1, 10**400]), "2 numbers from 0 to 2"),
+        (lambda d: groups_of(d)[0].update(weights=[1, 1e308]), "2 numbers from 0 to 2"),
+    ],
+)
+def test_damaged_files(change: Callable[[dict[str, Any]], Any], message: str) -> None:
+    data = json.loads(some_merge(a_model()).to_json())
+    change(data)
+    with pytest.raises(ReapError, match=message):
+        Merge.from_json(json.dumps(data))

@@ -31,11 +31,15 @@ def a_model(experts: int = 6, *layers: str) -> ModelInfo:
     return ModelInfo("m", "tiny", "f" * 64, None, infos)
 
 
-def counted(model: ModelInfo, counts: dict[str, list[int]]) -> Statistics:
-    """Statistics in which each expert was chosen so often."""
-    stats = Statistics(model, versions={"torch": "2"})
+def counted(
+    model: ModelInfo, counts: dict[str, list[int]], means: torch.Tensor | None = None
+) -> Statistics:
+    """Statistics in which each expert was chosen so often, and put out these means [E,H]."""
+    stats = Statistics(model, versions={"torch": "2"}, outputs=means is not None)
     for name, numbers in counts.items():
         ids = torch.repeat_interleave(torch.arange(len(numbers)), torch.tensor(numbers))[:, None]
         ones = torch.ones(ids.shape)
-        stats.update(name, ids, ones, ones, ones)
+        sums = None if means is None else means * torch.tensor(numbers)[:, None]
+        both = None if sums is None else torch.stack([sums, sums])
+        stats.update(name, ids, ones, ones, ones, output_sums=both)
     return stats

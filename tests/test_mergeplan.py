@@ -12,26 +12,22 @@ from typing import Any
 import pytest
 import torch
 from merges import a_model, counted, some_merge
+from tiny import tiny_inputs, tiny_model
 
 from reap.errors import ReapError
+from reap.merging.grouping import hierarchical
 from reap.merging.mergeplan import Group, Merge, make_merge
+from reap.model.experts import find_experts
+from reap.observation.patch import observe
 from reap.planning.plan import make_plan
-from reap.statistics.layerstats import LayerStatistics
 
 COUNTS = {"a": [8, 1, 9, 1, 1, 0], "b": [1, 2, 3, 4, 5, 6]}
 POINTS = torch.tensor([0.0, 0.1, 9.0, 9.2, 5.0, 0.0], dtype=torch.float64)[:, None]
 
 
-@pytest.fixture
-def outputs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Statistics hold expert outputs: of every layer the same."""
-    sums = property(lambda layer: POINTS * layer.count[:, None])
-    monkeypatch.setattr(LayerStatistics, "output_sum", sums, raising=False)
-
-
-@pytest.mark.usefixtures("outputs")
 def test_hc_smoe_clusters_mean_outputs_and_weighs_by_tokens() -> None:
-    merge = make_merge(counted(a_model(), COUNTS), ratio=0.5)
+    stats = counted(a_model(), COUNTS, POINTS)
+    merge = make_merge(stats, ratio=0.5)
     assert merge.groups["a"] == (
         Group((0, 1), (8, 1)), Group((2, 3, 5), (9, 1, 0)), Group((4,), (1,))
     )  # fmt: skip
@@ -41,7 +37,33 @@ def test_hc_smoe_clusters_mean_outputs_and_weighs_by_tokens() -> None:
     assert merge.left == {"a": 3, "b": 3} and merge.method == "hc-smoe"
     assert merge.groups["a"][0].shares == (8 / 9, 1 / 9)
     assert merge.calibration["tokens"] == 21 and merge.options["ratio"] == "0.5"
-    assert make_merge(counted(a_model(), COUNTS), groups=3).groups == merge.groups
+    assert make_merge(stats, groups=3).groups == merge.groups
+
+
+def test_mean_outputs_of_a_model_from_its_statistics(tmp_path: Path) -> None:
+    """From the file, against means over the routed tokens that each expert computes alone."""
+    model: Any = tiny_model("qwen3_moe")
+    inputs = tiny_inputs(model, batch=12)
+    calls: dict[str, tuple[Any, ...]] = {}
+    experts = {one.name: one.module for one in find_experts(model)}
+    for name, module in experts.items():
+        module.register_forward_hook(lambda _, args, out, name=name: calls.update({name: args}))
+    with torch.no_grad():
+        with observe(model, outputs=True) as stats:
+            model(**inputs)
+        stats.save(tmp_path / "stats")
+        merge = make_merge(tmp_path / "stats", ratio=0.5)
+        for name, (hidden, ids, _) in calls.items():
+            counts = ids.flatten().bincount(minlength=8).numpy()
+            means = torch.zeros(8, 32, dtype=torch.float64)
+            for e in range(8):
+                rows = hidden[(ids == e).any(1)]
+                one = torch.full((len(rows), 1), e), torch.ones(len(rows), 1)
+                if len(rows):
+                    means[e] = experts[name](rows, *one).double().mean(0)
+            members = hierarchical(means.numpy(), counts, 4)
+            assert [list(group.experts) for group in merge.groups[name]] == members
+            assert merge.groups[name][0].weights == tuple(counts[members[0]])
 
 
 def test_m_smoe_gathers_around_the_most_frequent() -> None:
@@ -90,10 +112,9 @@ def test_statistics_without_outputs_say_how_to_record_them() -> None:
         ),
     ],
 )
-@pytest.mark.usefixtures("outputs")
 def test_what_cannot_be_asked_for(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ReapError, match=message):
-        make_merge(counted(a_model(), COUNTS), **options)
+        make_merge(counted(a_model(), COUNTS, POINTS), **options)
 
 
 def test_a_layer_without_a_token() -> None:

@@ -299,7 +299,7 @@ def _numbers(layers: Iterable[LayerInfo], ratio: Ratio | None, groups: int | Non
 
 def _means(layer: LayerStatistics) -> np.ndarray:
     """The mean output of every expert [E,H] fp64, zero where it has no token."""
-    outputs = getattr(layer, "output_sum", None)
+    outputs = layer.output_sum
     if outputs is None:
         raise ReapError(
             f"layer {layer.name}: these statistics hold no expert outputs, which hc-smoe clusters: "

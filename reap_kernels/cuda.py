@@ -63,8 +63,6 @@ def unsupported(call: Call) -> str | None:
 
 def unsupported_sizes(call: Call) -> str | None:
     """What is missing on any chip."""
-    if call.sum_weights is not None:
-        return "it sums no slots"
     if call.hidden_states.dtype not in DTYPES:
         dtype = str(call.hidden_states.dtype).removeprefix("torch.")
         return f"hidden_states has dtype {dtype}, must be bfloat16 or float16"
@@ -78,6 +76,8 @@ def unsupported_sizes(call: Call) -> str | None:
         return f"a projection has {width} rows or columns, must be at most {MAX_SIZE}"
     # Of the smallest tiles, 32 rows by 128 columns, and of 8192 sums that are zeroed.
     tiles = min(slots, slots // 32 + call.E) * (width // 128 + 1)
+    if call.sum_weights is not None:  # 32 rows of the down projection, 64 inner columns
+        tiles = max(tiles, call.E * (width // 32 + 1))
     if (blocks := tiles + call.T * (call.H + 8) // 8192 + 1) > MAX_BLOCKS:
         return (
             f"{blocks} blocks for {slots} slots, at most {MAX_BLOCKS}: pass fewer tokens at a time"
@@ -107,6 +107,8 @@ def execute(
     call = native.plain(call, wide=False)
     result = native.empty(call)
     if call.T == 0:
+        for empty in result:  # sums of nothing; the others have no elements
+            empty.zero_()
         return result
     layer = native.layer(extension, call, result, wgmma=wgmma, chip=chip)
     size = extension.workspace_bytes(layer)

@@ -164,6 +164,10 @@ def test_what_cannot_be_measured() -> None:
     compiled.compile()
     with pytest.raises(ReapError, match="the model is compiled"):
         decompose(compiled, [])
+    split = tiny_model("qwen3_moe")
+    vars(find_experts(split)[1].module)["_is_expert_parallel"] = True
+    with pytest.raises(ReapError, match="is split over processes: load the model without"):
+        decompose(split, [tiny_inputs(split)])
     find_experts(model)[1].module.down_proj.data[:] = torch.inf
     with pytest.raises(ReapError, match="output is NaN or infinite: check the model's weights"):
         decompose(model, [tiny_inputs(model)])

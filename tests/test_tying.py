@@ -179,3 +179,12 @@ def test_a_merge_of_another_model(tmp_path: Path) -> None:
     with pytest.raises(ReapError, match="num_experts 6 against 8"):
         with merged(tiny_model("qwen3_moe"), more):
             pass
+
+
+def test_experts_that_are_not_all_here() -> None:
+    model = tiny_model("qwen3_moe")
+    merge = some_merge(describe(model))
+    vars(find_experts(model)[1].module)["_is_expert_parallel"] = True
+    with pytest.raises(ReapError, match="does not hold all of its 8 experts: load the model"):
+        with merged(model, merge):
+            pass

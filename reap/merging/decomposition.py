@@ -72,9 +72,9 @@ def decompose(
     chose either. Outputs are as the model rounds them; what is made of them is fp64.
 
     Beside the model this takes about 64 MiB, 72 bytes per token and pair of slots of one layer, and
-    until a layer has all its tokens their hidden states: nothing where the first batch has enough,
-    else up to `tokens` * H of the model's numbers in every layer. The run ends when all layers have
-    their tokens. The model is in eval mode meanwhile and left as it was found.
+    until a layer has all its tokens what went into it and came out: nothing where the first batch
+    has enough, else up to 2 * `tokens` * H of the model's numbers in every layer. The run ends when
+    all layers have their tokens. The model is in eval mode meanwhile and left as it was found.
 
     ReapError for a model without MoE layers, with routers that choose one expert per token, or with
     experts that cannot be called for one slot (Llama 4's, ModuleLists); for one that is compiled;
@@ -134,6 +134,11 @@ class _Watched:
             raise ReapError(
                 f"{self.where}: its experts cannot be called for one token and expert alone, so "
                 "that pairs of them cannot be measured"
+            )
+        if compat.is_split(experts.module):
+            raise ReapError(
+                f"{self.where} is split over processes: load the model without tensor or expert "
+                "parallelism"
             )
         if self.info.top_k < 2:
             raise ReapError(

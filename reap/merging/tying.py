@@ -47,7 +47,7 @@ def merged(model: nn.Module, merge: Merge | str | PathLike[str]) -> Iterator[Non
     work = [
         (rows, group)
         for experts, groups in _matched(model, merge, found)
-        for rows in rows_of(experts)
+        for rows in _whole(experts, sum(len(group.experts) for group in groups))
         for group in groups
         if len(group.experts) > 1
     ]
@@ -88,6 +88,17 @@ def _matched(
     called = {b.name: a.name for a, b in zip(mine.layers, here.layers, strict=True)}
     once = {id(next(iter(e.module.parameters()), e.module)): e for e in reversed(found)}
     return [(experts, merge.groups[called[experts.name]]) for experts in once.values()]
+
+
+def _whole(experts: Experts, count: int) -> list[Rows]:
+    """`rows_of` them; ReapError where not all of the `count` experts are here."""
+    found = rows_of(experts)
+    if compat.is_split(experts.module) or any(len(rows) != count for rows in found):
+        raise ReapError(
+            f"{type(experts.module).__name__} ({experts.name}) does not hold all of its {count} "
+            "experts: load the model without tensor or expert parallelism"
+        )
+    return found
 
 
 def rows_of(experts: Experts) -> list[Rows]:

@@ -55,8 +55,9 @@ __all__ = [
 if TYPE_CHECKING:
     from reap.checkpoint.pruning import PruneReport, prune
     from reap.checkpoint.verification import verify
+    from reap.merging.choosing import make_merge
     from reap.merging.decomposition import LayerErrors, decompose
-    from reap.merging.mergeplan import Group, Merge, make_merge
+    from reap.merging.mergeplan import Group, Merge
     from reap.merging.pairerrors import PairErrors
     from reap.merging.rewriting import MergeReport, merge
     from reap.merging.similarity import router_similarity
@@ -79,7 +80,8 @@ else:  # a type checker that saw __getattr__ would believe any name
         "checkpoint.pruning": ("PruneReport", "prune"),
         "checkpoint.verification": ("verify",),
         "merging.decomposition": ("LayerErrors", "decompose"),
-        "merging.mergeplan": ("Group", "Merge", "make_merge"),
+        "merging.choosing": ("make_merge",),
+        "merging.mergeplan": ("Group", "Merge"),
         "merging.pairerrors": ("PairErrors",),
         "merging.rewriting": ("MergeReport", "merge"),
         "merging.similarity": ("router_similarity",),

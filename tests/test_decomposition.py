@@ -11,7 +11,8 @@ from tiny import model_types, tiny_inputs, tiny_model
 from torch import Tensor, nn
 
 from reap.errors import ReapError
-from reap.merging.decomposition import LayerErrors, decompose, summary_of
+from reap.merging.decomposition import LayerErrors, decompose
+from reap.merging.pairerrors import summary_of
 from reap.model.experts import find_experts
 
 

@@ -16,6 +16,7 @@ makes has the mean of two experts' weights: what that costs is measured beside i
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
@@ -165,3 +166,68 @@ def agreement(predicted: Iterable[float], measured: Iterable[float]) -> float | 
         right += float((same[differs] + 1).sum()) / 2
         asked += float(differs.sum())
     return right / asked if asked else None
+
+
+def summary_of(pairs: Iterable[PairErrors]) -> dict[str, Any]:
+    """How two ways of removing one of two experts compare, over pairs; of `both` and of `either`
+    each, as `PairErrors` has them:
+
+    `merge`, `prune`: the mean measured error, of pruning by the cheaper of the two. `merge_wins`:
+    the share of pairs in which merging costs less. `merge_order`, `prune_order`: how often the
+    paper's formula orders two errors as they were measured. `merge_ratio`: the median of measured
+    over predicted; `prune_ratio`: of measured over bound, at most 1. Of `both` also `prune_shared`
+    and `merge_wins_shared`, where the token's other experts take the gate; of `either` also
+    `merge_weights` and `merge_weights_wins`, where the mean of the weights stands for both. None
+    where there is nothing to say.
+    """
+    found = list(pairs)
+    shared = [min(pair.prune_shared) for pair in found]
+    both = [pair.both for pair in found]
+    either = [pair.either for pair in found]
+    weights = [
+        (pair.merge_weights, min(pair.either.prune))
+        for pair in found
+        if pair.merge_weights is not None
+    ]
+    return {
+        "pairs": len(found),
+        "both": {
+            **_compared(both),
+            "prune_shared": _mean(shared),
+            "merge_wins_shared": _mean(
+                [float(its.merge < other) for its, other in zip(both, shared, strict=True)]
+            ),
+        },
+        "either": {
+            **_compared(either),
+            "merge_weights": _mean([cost for cost, _ in weights]),
+            "merge_weights_wins": _mean([float(cost < other) for cost, other in weights]),
+        },
+    }
+
+
+def _compared(costs: list[Costs]) -> dict[str, float | None]:
+    merges = [(its.merge_predicted, its.merge) for its in costs]
+    prunes = [two for its in costs for two in zip(its.prune_bound, its.prune, strict=True)]
+    return {
+        "merge": _mean([its.merge for its in costs]),
+        "prune": _mean([min(its.prune) for its in costs]),
+        "merge_wins": _mean([float(its.merge < min(its.prune)) for its in costs]),
+        "merge_order": agreement(*_columns(merges)),
+        "prune_order": agreement(*_columns(prunes)),
+        "merge_ratio": _ratio(merges),
+        "prune_ratio": _ratio(prunes),
+    }
+
+
+def _columns(rows: list[tuple[float, float]]) -> tuple[list[float], list[float]]:
+    return [said for said, _ in rows], [measured for _, measured in rows]
+
+
+def _mean(values: list[float]) -> float | None:
+    return statistics.fmean(values) if values else None
+
+
+def _ratio(rows: list[tuple[float, float]]) -> float | None:
+    ratios = [measured / said for said, measured in rows if said > 0]
+    return statistics.median(ratios) if ratios else None

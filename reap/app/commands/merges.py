@@ -57,7 +57,7 @@ def group(
     """
     from reap.errors import ReapError
     from reap.files.hub import resolve_model
-    from reap.merging.mergeplan import make_merge
+    from reap.merging.choosing import make_merge
     from reap.merging.similarity import router_similarity
 
     check_file(out, MERGE, overwrite=overwrite, inputs=[stats, *filter(None, [model])])

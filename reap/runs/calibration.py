@@ -29,6 +29,7 @@ def calibrate(
     *,
     gates: str = "applied",
     pairs: bool = False,
+    outputs: bool = False,
     backend: str = "auto",
     deterministic: bool = False,
     mtp: Mtp | bool = True,
@@ -65,11 +66,12 @@ def calibrate(
             model,
             gates=gates,
             pairs=pairs,
+            outputs=outputs,
             backend=backend,
             deterministic=deterministic,
             mtp=own_mtp(model) if mtp is True else mtp or None,
         ) as stats,
-        _eval_mode(model),
+        eval_mode(model),
         torch.inference_mode(),
     ):
         watch = None if until is None else Watch(until, stats.model)
@@ -171,7 +173,7 @@ def _input_device(model: Any) -> torch.device:
 
 
 @contextmanager
-def _eval_mode(model: nn.Module) -> Iterator[None]:
+def eval_mode(model: nn.Module) -> Iterator[None]:
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:

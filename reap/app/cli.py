@@ -20,6 +20,7 @@ from reap.app.commands import (
     machine,
     plans,
     pruning,
+    reporting,
     scores,
 )
 
@@ -58,6 +59,7 @@ for command in (
     compression.compress,
     combination.combine,
     evaluation.evaluate,
+    reporting.report,
     information.info,
     machine.doctor,
     machine.demo,

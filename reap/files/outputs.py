@@ -9,11 +9,18 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from reap.errors import ReapError
-from reap.files.safefile import parse_json, read_header, read_json
+from reap.files.safefile import open_regular, parse_json, read_header, read_json
 
 # What our files call themselves, in the field "format".
 STATISTICS, PLAN, PRUNED = "reap-statistics", "reap-plan", "reap-pruned"
-KINDS = {STATISTICS: "statistics", PLAN: "a plan", PRUNED: "the record of a pruned model"}
+REPORT = "reap-report"
+KINDS = {
+    STATISTICS: "statistics",
+    PLAN: "a plan",
+    PRUNED: "the record of a pruned model",
+    REPORT: "a report",
+}
+_PAGE = f'<meta name="generator" content="{REPORT}">'.encode()  # near the start of a report
 RECORD = "reap.json"
 # What model savers, the hub and `prune` put into a model's folder. Of another name, a file of
 # weights is ours only where a record or an index names it: statistics are safetensors files too.
@@ -92,6 +99,8 @@ def check_folder(out: AnyPath, *, overwrite: bool = False, inputs: Iterable[AnyP
 def format_of(path: AnyPath) -> str | None:
     """What a file of ours calls itself; None for any other file."""
     path = Path(path)
+    if _is_report(path):
+        return REPORT
     try:
         about = read_header(path).metadata.get("reap", "{}")
         found = parse_json(about.encode(errors="surrogatepass"), str(path)).get("format")
@@ -101,6 +110,15 @@ def format_of(path: AnyPath) -> str | None:
         except ReapError:
             return None
     return found if isinstance(found, str) else None
+
+
+def _is_report(path: Path) -> bool:
+    try:
+        with open(open_regular(path), "rb") as file:
+            head = file.read(256)
+    except (ReapError, OSError):
+        return False
+    return head.startswith(b"<!doctype html>") and _PAGE in head
 
 
 def check_apart(out: Path, inputs: Iterable[AnyPath]) -> None:

@@ -60,6 +60,7 @@ for command in (
     combination.combine,
     evaluation.evaluate,
     reporting.report,
+    reporting.diff,
     information.info,
     machine.doctor,
     machine.demo,

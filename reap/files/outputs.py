@@ -99,9 +99,10 @@ def check_folder(out: AnyPath, *, overwrite: bool = False, inputs: Iterable[AnyP
 def format_of(path: AnyPath) -> str | None:
     """What a file of ours calls itself; None for any other file."""
     path = Path(path)
-    if _is_report(path):
-        return REPORT
     try:
+        with open(open_regular(path), "rb") as file:
+            if is_report(file.read(256)):
+                return REPORT
         about = read_header(path).metadata.get("reap", "{}")
         found = parse_json(about.encode(errors="surrogatepass"), str(path)).get("format")
     except ReapError:
@@ -112,12 +113,8 @@ def format_of(path: AnyPath) -> str | None:
     return found if isinstance(found, str) else None
 
 
-def _is_report(path: Path) -> bool:
-    try:
-        with open(open_regular(path), "rb") as file:
-            head = file.read(256)
-    except (ReapError, OSError):
-        return False
+def is_report(head: bytes) -> bool:
+    """Whether a file that begins so (256 bytes) is a report."""
     return head.startswith(b"<!doctype html>") and _PAGE in head
 
 

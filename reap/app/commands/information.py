@@ -11,7 +11,7 @@ from reap.app.arguments import Json
 from reap.app.console import print_json, reports_errors
 from reap.errors import ReapError
 from reap.files.kinds import kind_of
-from reap.files.outputs import PLAN, PRUNED, RECORD, STATISTICS, format_of
+from reap.files.outputs import PLAN, PRUNED, RECORD, REPORT, STATISTICS, format_of
 from reap.files.units import sized
 
 if TYPE_CHECKING:
@@ -44,6 +44,12 @@ def _told(path: str) -> dict[str, Any]:
         return _statistics(file)
     if form == PLAN:
         return _plan(file)
+    if form == REPORT:
+        return {
+            "kind": "report",
+            "size": sized(file.stat().st_size),
+            "show": "open it in a browser",
+        }
     if form == PRUNED:
         return _folder(str(file.parent))
     kind = kind_of(file)

@@ -1,13 +1,14 @@
-"""A headless Chromium, spoken to over pipes: Chrome DevTools Protocol, JSON that ends in a zero byte.
+"""A headless Chromium, spoken to over pipes in the Chrome DevTools Protocol.
 
-    with Browser() as browser:
-        page = browser.open(path, width=1280)
-        assert page.value("document.title") == "..."
+with Browser() as browser:
+    page = browser.open(path, width=1280)
+    assert page.value("document.title") == "..."
 """
 
 from __future__ import annotations
 
 import base64
+import fcntl
 import json
 import os
 import select
@@ -27,11 +28,20 @@ def found() -> str | None:
     return next(filter(None, map(shutil.which, NAMES)), None)
 
 
+def _pipe() -> list[int]:
+    """Descriptors away from 3 and 4, which the browser wants."""
+    low = os.pipe()
+    high = [fcntl.fcntl(end, fcntl.F_DUPFD_CLOEXEC, 10) for end in low]
+    for end in low:
+        os.close(end)
+    return high
+
+
 class Browser:
     def __enter__(self) -> Browser:
         self._folder = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
-        ours_in, theirs_out = os.pipe()
-        theirs_in, ours_out = os.pipe()
+        ours_in, theirs_out = _pipe()
+        theirs_in, ours_out = _pipe()
         options = ["--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars"]
         options += ["--no-first-run", "--disable-extensions", "--disable-background-networking"]
         options += ["--remote-debugging-pipe", f"--user-data-dir={self._folder.name}"]
@@ -96,9 +106,7 @@ class Browser:
         for domain in ("Page", "Runtime", "Log", "Network", "DOM"):
             page.call(f"{domain}.enable")
         size = {"width": width, "height": height}
-        page.call(
-            "Emulation.setDeviceMetricsOverride", **size, deviceScaleFactor=1, mobile=False
-        )
+        page.call("Emulation.setDeviceMetricsOverride", **size, deviceScaleFactor=1, mobile=False)
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         page.call("Emulation.setEmulatedMedia", features=[scheme])
         page.call("Page.navigate", url=path.as_uri())
@@ -129,8 +137,7 @@ class Page:
     def requests(self) -> list[str]:
         """What the page asked for."""
         return [
-            event["params"]["request"]["url"]
-            for event in self._events("Network.requestWillBeSent")
+            event["params"]["request"]["url"] for event in self._events("Network.requestWillBeSent")
         ]
 
     def complaints(self) -> list[dict[str, Any]]:

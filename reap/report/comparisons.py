@@ -156,7 +156,10 @@ def costs(
             )
         axes.set_ylim(P - 0.5, -0.5)
         axes.set_xlabel(what)
-        axes.axvline(0, color=theme.muted, linewidth=0.6) if (table < 0).any() else None
+        low, high = axes.get_xlim()
+        if low < high / 2:  # near enough to zero for lengths to be compared
+            axes.set_xlim(min(low, -0.02 * high), high)
+            axes.axvline(0, color=theme.muted, linewidth=0.6)
         axes.grid(axis="x")
         name_rows(axes, plans if not number_of else [""] * P, 0.3)
         plain_numbers(axes.xaxis)

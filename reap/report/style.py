@@ -35,7 +35,7 @@ try:
     from matplotlib.figure import Figure
 except ImportError:
     raise ReapError(
-        "figures need matplotlib and jinja2: pip install 'reap-saliency[report]'"
+        "figures need packages that are not there: pip install matplotlib jinja2"
     ) from None
 
 if TYPE_CHECKING:

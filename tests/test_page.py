@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from html.parser import HTMLParser
@@ -190,3 +191,12 @@ def test_plans_are_named(tmp_path: Path, quick: None) -> None:
     with pytest.raises(ReapError, match="is statistics, not a plan"):
         stats.save(tmp_path / "stats")
         written(tmp_path, stats, [tmp_path / "stats"])
+
+
+@pytest.mark.slow
+def test_sixty_layers_of_384_experts(tmp_path: Path) -> None:
+    """CPU time, which other programs lengthen less than that of a clock."""
+    stats = madeup(60, 384, 8, tokens=100)
+    start = time.process_time()
+    assert len(written(tmp_path, stats)) < 5_000_000
+    assert time.process_time() - start < 5

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from reap.errors import ReapError
 from reap.model.info import LayerInfo
-from reap.planning.agreement import dropped, overlap, rank_correlation, rank_correlations
+from reap.planning.agreement import dropped, overlap, overlaps, rank_correlation, rank_correlations
 from reap.planning.criteria import rank
 from reap.planning.plan import select
 
@@ -49,6 +49,9 @@ def test_overlap() -> None:
     assert overlap({1, 2}, {1, 2}) == 1 == overlap((), ())
     assert overlap({1, 2}, {2, 3}) == 0.5
     assert overlap({1, 2, 3, 4}, {1}) == 0.25 and overlap({1}, set()) == 0
+    sets: list[set[int]] = [{1, 2}, {2, 3, 4}, set(), {0}, set()]
+    assert overlaps(sets).tolist() == [[overlap(a, b) for b in sets] for a in sets]
+    assert overlaps([(), ()]).tolist() == [[1, 1], [1, 1]]
 
 
 @pytest.mark.parametrize("groups", [1, 4])

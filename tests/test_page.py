@@ -195,8 +195,8 @@ def test_plans_are_named(tmp_path: Path, quick: None) -> None:
 
 @pytest.mark.slow
 def test_sixty_layers_of_384_experts(tmp_path: Path) -> None:
-    """CPU time, which other programs lengthen less than that of a clock."""
+    """In CPU time, which programs beside it lengthen less than that of a clock."""
     stats = madeup(60, 384, 8, tokens=100)
     start = time.process_time()
     assert len(written(tmp_path, stats)) < 5_000_000
-    assert time.process_time() - start < 5
+    assert time.process_time() - start < 10

@@ -36,6 +36,15 @@ def overlap(first: Collection[int], second: Collection[int]) -> float:
     return len(set(first) & set(second)) / larger if larger else 1.0
 
 
+def overlaps(sets: Sequence[Collection[int]]) -> Tensor:
+    """`overlap` of each of N sets with each, [N,N] fp64."""
+    has = torch.zeros(len(sets), 1 + max(map(max, filter(None, sets)), default=0)).double()
+    for row, members in zip(has, sets, strict=True):
+        row[list(members)] = 1
+    larger = torch.maximum(has.sum(1), has.sum(1)[:, None])
+    return torch.where(larger > 0, has @ has.T / larger, 1.0)
+
+
 def dropped(layer: LayerInfo, scores: Tensor, keep: int) -> tuple[int, ...]:
     """The experts, ascending, that go where the best `keep` by scores [E] stay, chosen as
     `make_plan` does. ReapError for a score that cannot be ranked."""

@@ -14,7 +14,7 @@ from torch import Tensor
 from reap.errors import ReapError
 from reap.model.info import LayerInfo
 from reap.model.layernames import pattern, short_names
-from reap.planning.agreement import dropped, overlap, rank_correlations
+from reap.planning.agreement import dropped, overlaps, rank_correlations
 from reap.planning.counting import kept_counts
 from reap.planning.criteria import (
     CRITERIA,
@@ -229,12 +229,9 @@ def _agreement(
         found = [(i, each) for i, each in enumerate(scores(at)) if each is not None]
         there = torch.tensor([i for i, _ in found])
         ranked = [each for _, each in found]
-        gone = [set(dropped(layer.info, each, keep)) for each in ranked]
         place = at, there[:, None], there
         correlation[place] = rank_correlations(ranked)
-        shared[place] = torch.tensor(
-            [[overlap(one, other) for other in gone] for one in gone], dtype=torch.float64
-        )
+        shared[place] = overlaps([dropped(layer.info, each, keep) for each in ranked])
     chance = fmean(
         len(out) / layer.info.num_experts for out, layer in zip(cut.dropped, layers, strict=True)
     )

@@ -37,6 +37,7 @@ __all__ = [
     "batches",
     "calibrate",
     "calibrate_streamed",
+    "compare",
     "decompose",
     "evaluate",
     "load_mtp",
@@ -50,6 +51,7 @@ __all__ = [
     "saliency",
     "standard_errors",
     "verify",
+    "write_report",
 ]
 
 if TYPE_CHECKING:
@@ -67,7 +69,9 @@ if TYPE_CHECKING:
     from reap.model.mtplayer import Mtp
     from reap.observation.patch import observe
     from reap.planning.criteria import CRITERIA, saliency, standard_errors
+    from reap.planning.differences import compare
     from reap.planning.plan import Plan, make_plan
+    from reap.report.page import write_report
     from reap.runs.calibration import calibrate
     from reap.runs.evaluation import Evaluation, evaluate
     from reap.runs.stability import Stable
@@ -91,7 +95,9 @@ else:  # a type checker that saw __getattr__ would believe any name
         "model.mtplayer": ("Mtp",),
         "observation.patch": ("observe",),
         "planning.criteria": ("CRITERIA", "saliency", "standard_errors"),
+        "planning.differences": ("compare",),
         "planning.plan": ("Plan", "make_plan"),
+        "report.page": ("write_report",),
         "runs.calibration": ("calibrate",),
         "runs.evaluation": ("Evaluation", "evaluate"),
         "runs.stability": ("Stable",),

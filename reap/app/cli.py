@@ -21,6 +21,7 @@ from reap.app.commands import (
     merges,
     plans,
     pruning,
+    reporting,
     scores,
 )
 
@@ -62,6 +63,8 @@ for command in (
     merges.decompose,
     combination.combine,
     evaluation.evaluate,
+    reporting.report,
+    reporting.diff,
     information.info,
     machine.doctor,
     machine.demo,

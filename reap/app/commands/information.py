@@ -11,7 +11,16 @@ from reap.app.arguments import Json
 from reap.app.console import print_json, reports_errors
 from reap.errors import ReapError
 from reap.files.kinds import kind_of
-from reap.files.outputs import MERGE, MERGED, PLAN, RECORD, RECORDS, STATISTICS, format_of
+from reap.files.outputs import (
+    MERGE,
+    MERGED,
+    PLAN,
+    RECORD,
+    RECORDS,
+    REPORT,
+    STATISTICS,
+    format_of,
+)
 from reap.files.units import sized
 
 if TYPE_CHECKING:
@@ -46,6 +55,12 @@ def _told(path: str) -> dict[str, Any]:
         return _plan(file)
     if form == MERGE:
         return _merge(file)
+    if form == REPORT:
+        return {
+            "kind": "report",
+            "size": sized(file.stat().st_size),
+            "show": "open it in a browser",
+        }
     if form in RECORDS:
         return _folder(str(file.parent))
     kind = kind_of(file)

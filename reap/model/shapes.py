@@ -17,6 +17,7 @@ from reap.model import compat
 from reap.model.mtp import UnsupportedMtpError
 from reap.model.mtplayer import Mtp, embedding_names, mtp_on_meta
 from reap.model.quiet import quiet
+from reap.model.unpacked import unpacked_entries
 
 Tensors = Mapping[str, tuple[str, tuple[int, ...]]]  # name -> dtype as safetensors calls it, shape
 
@@ -25,9 +26,10 @@ Tensors = Mapping[str, tuple[str, tuple[int, ...]]]  # name -> dtype as safetens
 def loading_problems(fields: Mapping[str, Any], tensors: Tensors) -> set[str]:
     """One line for each parameter missing, unexpected or of the wrong shape; `fields`: config.json.
 
-    A checkpoint may have harmless ones (quantisation scales that a quantiser would take, layers for
-    other runtimes), so what counts is that pruning adds none. NotImplementedError, with the reason,
-    when transformers cannot build the model without custom code.
+    Weights of a format that is read here count as what they are once decoded. A checkpoint may have
+    harmless ones (scales that only a quantiser would take, layers for other runtimes), so what
+    counts is that pruning adds none. NotImplementedError, with the reason, when transformers cannot
+    build the model without custom code.
     """
     from transformers import AutoConfig
 
@@ -40,6 +42,7 @@ def loading_problems(fields: Mapping[str, Any], tensors: Tensors) -> set[str]:
                 model = _model_class(config)(config)
         except Exception as error:  # whatever a config from anywhere makes a model class raise
             raise NotImplementedError(_reason(error)) from error
+    tensors = unpacked_entries(fields, tensors)
     state = _empty(tensors)
     try:
         mtp = mtp_on_meta(model, tensors)

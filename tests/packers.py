@@ -332,12 +332,12 @@ KINDS: dict[str, Kind] = {
     ),
 }  # fmt: skip
 SIZES = {
-    "qwen3_moe": {"moe_intermediate_size": 32, "intermediate_size": 32},
+    "qwen3_moe": {"moe_intermediate_size": 32, "intermediate_size": 32, "num_hidden_layers": 2},
     "gpt_oss": {"intermediate_size": 32},
 }
 # Of the last layer attention is left as it is: a checkpoint of packed and of plain weights.
 QUANTISED = {
-    "qwen3_moe": r"(?!.*layers\.3\.self_attn).*_proj\.weight",
+    "qwen3_moe": r"(?!.*layers\.1\.self_attn).*_proj\.weight",
     "gpt_oss": r".*experts\.(gate_up|down)_proj",
 }
 

@@ -255,7 +255,7 @@ def _shapes(folder: Folder) -> dict[str, tuple[str, tuple[int, ...]]]:
 
 def _why_no_mtp(model: Any, folder: Folder, reason: str) -> str:
     """What is wrong with the weights, which transformers prints as a table, or else the reason."""
-    tensors = unpacked_entries(folder.config, _shapes(folder))
+    tensors = unpacked_entries(folder.config, _shapes(folder), folder.path)
     try:
         mtp = mtp_on_meta(model, tensors)
         problems = mtp_problems(mtp, tensors) if mtp is not None else set()
@@ -267,7 +267,7 @@ def _why_no_mtp(model: Any, folder: Folder, reason: str) -> str:
 def _why(folder: Folder, error: Exception) -> str:
     """What is wrong: with the weights, which transformers prints as a table, or else."""
     try:
-        problems = loading_problems(folder.config, _shapes(folder))
+        problems = loading_problems(folder.config, _shapes(folder), folder.path)
     except NotImplementedError:
         problems = set()
     return min((p for p in problems if "not part of" not in p), default=first_line(error))

@@ -4,9 +4,9 @@ needs none of the formats' packages for that."""
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterable, Mapping
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -64,10 +64,10 @@ class Unpacked(Stored):
         super().__init__(shards)
         self.packing = packing
         self.failed: ReapError | None = None
-        self._shared = threading.Lock()
 
-    def __iter__(self) -> Any:
-        return iter([*self.packing.plain, *self.packing.weights])
+    @property
+    def said(self) -> str:
+        return f"{self.packing.said}, dequantised"
 
     def nbytes(self, names: Iterable[str]) -> int:
         return super().nbytes(part for name in names for part in self._parts(name))
@@ -136,11 +136,13 @@ def open_stored(folder: Folder) -> Stored:
         raise ReapError(f"{folder.path} is no whole {settings['quant_method']}: {error}") from error
 
 
-def unpacked_entries(config: Mapping[str, Any], entries: Entries) -> Entries:
+def unpacked_entries(
+    config: Mapping[str, Any], entries: Entries, folder: Path | None = None
+) -> Entries:
     """Names, data types and shapes of a checkpoint as they are once it is decoded; as they were
     where that is not known."""
     try:
-        settings = formats.settings_of(config)
+        settings = formats.settings_of(config, folder)
         form = None if settings is None else formats.format_of(settings)
         return entries if form is None else unpacking(form, entries).entries(entries)
     except ReapError:
@@ -148,11 +150,11 @@ def unpacked_entries(config: Mapping[str, Any], entries: Entries) -> Entries:
 
 
 def said_of_folder(folder: Folder) -> str | None:
-    """How the weights in a folder are quantised, for people; None where they are not. ReapError for
-    what is not what it says."""
+    """How the weights in a folder are quantised, and whether they are dequantised as they are
+    loaded, for people; None where they are not. ReapError as `open_stored`."""
     stored = open_stored(folder)
     if isinstance(stored, Unpacked):
-        return stored.packing.said
+        return stored.said
     settings = formats.settings_of(folder.config, folder.path)
     return None if settings is None else str(settings["quant_method"])
 
@@ -161,7 +163,7 @@ def mark(model: nn.Module, stored: Stored) -> None:
     """Notes on a model, and the model inside of it, how its weights were stored."""
     if isinstance(stored, Unpacked):
         for module in (model, getattr(model, "base_model", model)):
-            setattr(module, _MARK, f"{stored.packing.said}, dequantised")
+            setattr(module, _MARK, stored.said)
 
 
 def said_of_model(model: nn.Module) -> str | None:

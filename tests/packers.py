@@ -342,12 +342,18 @@ QUANTISED = {
 }
 
 
-def packed(folder: Path, name: str, **options: Any) -> tuple[Path, Path]:
-    """The folders of a tiny model in a format, and of the same weights in 16 or 32 bits."""
+def packed(
+    folder: Path, name: str, *, save: Callable[[Path], object] | None = None, **options: Any
+) -> tuple[Path, Path]:
+    """The folders of a tiny model in a format, and of the same weights in 16 or 32 bits. `save`
+    writes another model than usual."""
     kind = KINDS[name]
     plain, made = folder / "plain", folder / "packed"
     sizes = {**SIZES[kind.model_type], "dtype": torch.bfloat16}
-    saved(plain, kind.model_type, **sizes, **options)
+    if save is None:
+        saved(plain, kind.model_type, **sizes, **options)
+    else:
+        save(plain)
     torch.manual_seed(5)
     stored: dict[str, Tensor] = {}
     truths: dict[str, Tensor] = {}

@@ -1,4 +1,4 @@
-"""Packed weights decode to what their formats' descriptions, and their own libraries, make of them."""
+"""Packed weights become what their formats' descriptions, and their libraries, make of them."""
 
 from __future__ import annotations
 

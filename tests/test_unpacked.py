@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import pytest
 import torch
 from commandline import MODEL, invoke, refused, run_json
 from folders import edit_config, some_plan, tensors_of
+from mtps import saved_with_mtp
 from packers import KINDS, packed
 from safetensors.torch import save_file
 from tiny import tiny_inputs, tiny_model
@@ -21,7 +23,8 @@ from reap.checkpoint.verification import verify
 from reap.errors import ReapError
 from reap.files.folder import open_folder
 from reap.model.layerwise import Layerwise
-from reap.model.load import load_model
+from reap.model.load import load_model, load_mtp
+from reap.model.mtplayer import embedding_names
 from reap.model.unpacked import (
     Unpacked,
     open_stored,
@@ -80,7 +83,7 @@ def bytes_of(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.contiguous().reshape(-1).view(torch.uint8)
 
 
-def old_name(name: str, kept: dict[str, tuple[int, ...]]) -> str:
+def old_name(name: str, kept: Mapping[str, tuple[int, ...]]) -> str:
     expert = re.fullmatch(r"(.*\.experts)\.(\d+)(\..*)", name)
     return f"{expert[1]}.{kept[expert[1]][int(expert[2])]}{expert[3]}" if expert else name
 
@@ -152,6 +155,30 @@ def test_experts_of_all_at_once_in_fp8(tmp_path: Path) -> None:
     model = load_model(made, device="cpu")
     down = model.get_parameter("model.layers.1.mlp.experts.down_proj")[5]
     assert torch.equal(down, truths["model.layers.1.mlp.experts.5.down_proj.weight"].bfloat16())
+
+
+@pytest.mark.parametrize("name", ["fp8", "gptq by order"])
+def test_multi_token_prediction(tmp_path: Path, name: str) -> None:
+    """Its layer is quantised as the others are."""
+    sizes = {"moe_intermediate_size": 32, "intermediate_size": 32, "num_hidden_layers": 4}
+
+    def save(folder: Path) -> None:
+        saved_with_mtp(folder, "glm4_moe", dtype=torch.bfloat16, **sizes)
+
+    made, plain = packed(tmp_path, name, save=save)
+    ours, theirs = (load_mtp(load_model(at, device="cpu")) for at in (made, plain))
+    assert ours is not None and theirs is not None and ours.layers == theirs.layers
+    own = embedding_names(ours.stack)  # which is in neither
+    expected = theirs.state_dict()
+    assert ours.state_dict().keys() == expected.keys()
+    for weight, value in ours.state_dict().items():
+        if weight.removeprefix("stack.") in own:
+            continue
+        assert value.dtype == expected[weight].dtype and torch.equal(value, expected[weight])
+    batches = some("glm4_moe")
+    sums = [calibrate(load_model(at, device="cpu"), batches) for at in (made, plain)]
+    assert_same_sums(*sums)
+    assert len(sums[0].layers) == 4
 
 
 def test_what_is_read_and_held(tmp_path: Path) -> None:

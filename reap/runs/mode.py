@@ -59,11 +59,10 @@ def _weights(folder: Path, dtype: str) -> tuple[int, int]:
     tensors = {name: (t.dtype, t.shape) for s in opened.shards for name, t in s.tensors.items()}
     made = 0
     for name, (kind, shape) in unpacked_entries(opened.config, tensors, opened.path).items():
-        plain = tensors.get(name) == (kind, shape)
         if kind in ("BF16", "F16", "F32") and dtype in SIZES:
             made += math.prod(shape) * SIZES[dtype]
-        else:
-            made += (
-                span(kind, shape) if plain else 2 * math.prod(shape)
-            )  # in 16 bits, as models are
+        elif tensors.get(name) == (kind, shape):
+            made += span(kind, shape)
+        else:  # decoded, to 16 bits: so are models that were quantised
+            made += 2 * math.prod(shape)
     return sum(t.nbytes for s in opened.shards for t in s.tensors.values()), made

@@ -163,6 +163,12 @@ def from_folder(
         if unpacked is not None and unpacked.failed is not None:
             raise ReapError(f"{folder} does not load: {unpacked.failed}") from error
         raise ReapError(f"{folder} does not load: {_why(opened, error)}") from error
+    places = getattr(model, "hf_device_map", None) or {}
+    if unpacked is not None and "disk" in places.values():  # it would be read there as it is packed
+        raise ReapError(
+            f"{folder} is quantised, and does not fit in the memory of {device_map}: what is left "
+            "over on disk would be read without being dequantised: --stream --device cpu runs it"
+        )
     if report["missing_keys"]:
         raise ReapError(
             f"{folder} does not hold this model: {len(report['missing_keys'])} weights are "

@@ -127,6 +127,21 @@ def test_a_model_in_another_dtype(tmp_path: Path) -> None:
             assert one.dtype == other.dtype == getattr(torch, dtype) and torch.equal(one, other)
 
 
+def test_weights_that_stay_in_fp32(tmp_path: Path, monkeypatch: Any) -> None:
+    """Where a model keeps some, no weight is rounded on the way to them."""
+    made, plain = packed(tmp_path, "fp8")
+    kept = "transformers.Qwen3MoeForCausalLM._keep_in_fp32_modules_strict"
+    monkeypatch.setattr(kept, {"o_proj"}, raising=False)
+    ours, theirs = (load_model(at, device="cpu") for at in (made, plain))
+    name = "model.layers.0.self_attn.o_proj.weight"
+    assert ours.get_parameter(name).dtype == torch.float32
+    assert (ours.get_parameter(name) != ours.get_parameter(name).bfloat16()).any()
+    for (_, one), (_, other) in zip(
+        ours.named_parameters(), theirs.named_parameters(), strict=True
+    ):
+        assert one.dtype == other.dtype and torch.equal(one, other)
+
+
 def test_a_configuration_without_a_dtype(tmp_path: Path) -> None:
     """The one that plain weights have; not the one in which packed ones are multiplied."""
     made, _ = packed(tmp_path, "gptq")

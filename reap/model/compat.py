@@ -215,10 +215,19 @@ def _loaded_by(load: Callable[..., Any]) -> Iterator[None]:
         modeling_utils.convert_and_load_state_dict_in_model = own
 
 
-def loading(state: Mapping[str, Any]) -> AbstractContextManager[None]:
+def loading(
+    state: Mapping[str, Any], settle: Callable[[torch.dtype | None], None]
+) -> AbstractContextManager[None]:
     """Inside, this thread's `from_pretrained` loads these tensors in place of those of the files:
-    objects that give a tensor for `[...]`. Not for two threads at a time."""
-    return _loaded_by(lambda own, model, _, how, rest: own(model, dict(state), how, **rest))
+    objects that give a tensor for `[...]`. `settle` is told before the data type to which it
+    rounds all that are no vectors; None where that is not one. Not for two threads at a time."""
+
+    def load(own: Any, model: nn.Module, _: Any, how: Any, rest: dict[str, Any]) -> Any:
+        dtypes = {weight.dtype for weight in model.parameters() if weight.dim() > 1}
+        settle(dtypes.pop() if len(dtypes) == 1 and not how.dtype_plan else None)
+        return own(model, dict(state), how, **rest)
+
+    return _loaded_by(load)
 
 
 class PartLoader:

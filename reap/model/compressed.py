@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import torch
+
 from reap.errors import ReapError
 from reap.model import decoding
 from reap.model.packed import Format, Found, Made, Row, blocks
@@ -192,7 +194,7 @@ def _halves(scheme: Scheme, found: Found) -> Made:
     if "whole" not in found.parts:
         raise found.error("is packed, and has no weight_global_scale beside it")
     found.expect("whole", (1,), (), dtypes=("F32",))
-    return "BF16", shape, partial(decoding.two_scales, inverse=True)
+    return "BF16", shape, partial(decoding.two_scales, inverse=True, into=torch.bfloat16)
 
 
 def _plain(scheme: Scheme, found: Found) -> Made:

@@ -145,7 +145,9 @@ def from_folder(
     )
     cls = next(autos, None) or model_classes(config, folder)[0]
     try:
-        state = nullcontext() if unpacked is None else compat.loading(unpacked.state())
+        state = (
+            nullcontext() if unpacked is None else compat.loading(unpacked.state(), unpacked.settle)
+        )
         with quiet(bars=sys.stderr.isatty()), around, state:
             model, report = cls.from_pretrained(
                 folder,

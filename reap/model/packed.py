@@ -17,7 +17,7 @@ from reap.errors import ReapError
 from reap.files.garbage import uncollected
 
 Entries = Mapping[str, tuple[str, tuple[int, ...]]]  # name -> dtype as safetensors calls it, shape
-Decode = Callable[[Mapping[str, Tensor], tuple[int, ...]], Tensor]
+Decode = Callable[..., Tensor]  # of the parts and the shape
 
 # No floating-point numbers by themselves.
 PACKED = {"I8", "U8", "F4", "F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ", "F8_E8M0"}

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from reap.errors import ReapError
 from reap.files.folder import Folder
 from reap.files.safefile import Header
-from reap.model import formats
+from reap.model import decoding, formats
 from reap.model.packed import Entries, Packing, Weight, unpacking
 from reap.model.stored import DTYPES, Once, Stored
 
@@ -37,7 +37,9 @@ class Decoded(Once):
         self._parts = {}
         try:
             with torch.inference_mode(False), torch.no_grad():
-                return self._weight.decode(parts, self._weight.shape)
+                return self._weight.decode(
+                    parts, self._weight.shape, **self._owner.rounding(self._weight)
+                )
         except ReapError as error:
             packed = self._weight.parts["weight"]
             self._owner.failed = ReapError(f"{packed} {error}")
@@ -64,10 +66,21 @@ class Unpacked(Stored):
         super().__init__(shards)
         self.packing = packing
         self.failed: ReapError | None = None
+        self.into: torch.dtype | None = None  # of all weights of the model
 
     @property
     def said(self) -> str:
         return f"{self.packing.said}, dequantised"
+
+    def rounding(self, weight: Weight) -> dict[str, torch.dtype]:
+        """For `weight.decode`: what the loader would round its fp32 to anyway."""
+        kind = getattr(weight.decode, "func", None)
+        if self.into is None or weight.dtype != "F32" or kind not in decoding.ROUNDING:
+            return {}
+        return {"into": self.into}
+
+    def settle(self, dtype: torch.dtype | None) -> None:
+        self.into = dtype
 
     def nbytes(self, names: Iterable[str]) -> int:
         return super().nbytes(part for name in names for part in self._parts(name))

@@ -233,6 +233,16 @@ def test_a_value_that_cannot_be_is_said_of_its_tensor(tmp_path: Path, streamed: 
     assert "\n" not in str(told.value)
 
 
+def test_weights_that_accelerate_would_leave_on_disk(tmp_path: Path, monkeypatch: Any) -> None:
+    """It reads them from the files, where they are packed."""
+    made, plain = packed(tmp_path, "fp8")
+    places = "transformers.Qwen3MoeForCausalLM.hf_device_map"
+    monkeypatch.setattr(places, {"model": "cpu", "lm_head": "disk"}, raising=False)
+    load_model(plain, device="cpu")
+    with pytest.raises(ReapError, match="left over on disk would be read without being dequant"):
+        load_model(made, device="cpu")
+
+
 def test_formats_that_need_their_package(tmp_path: Path) -> None:
     made, _ = packed(tmp_path, "gptq")
     edit_config(made, quantization_config={"quant_method": "hqq"})

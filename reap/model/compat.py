@@ -224,7 +224,7 @@ def loading(
 
     def load(own: Any, model: nn.Module, _: Any, how: Any, rest: dict[str, Any]) -> Any:
         dtypes = {weight.dtype for weight in model.parameters() if weight.dim() > 1}
-        settle(dtypes.pop() if len(dtypes) == 1 and not how.dtype_plan else None)
+        settle(dtypes.pop() if len(dtypes) == 1 and not getattr(how, "dtype_plan", None) else None)
         return own(model, dict(state), how, **rest)
 
     return _loaded_by(load)

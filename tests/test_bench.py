@@ -5,12 +5,16 @@ import gc
 import io
 import itertools
 import json
+import subprocess
+import sys
 import time
 import weakref
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from functools import partial
+from types import SimpleNamespace
 
+import processes
 import pytest
 import torch
 from rich.console import Console
@@ -24,22 +28,31 @@ from bench.row import COLUMNS, Log, Row
 from bench.shapes import REAL, TINY, Shape
 from reap_kernels import cpu
 
+
+def forked(command, **options):
+    python = command[0] == sys.executable
+    return (processes if python else subprocess).run(command, **options)
+
+
 ROOFED = pytest.mark.skipif(roof.missing() is not None, reason=f"{roof.missing()}")
 
 
 @pytest.fixture(scope="module")
 def smoke(tmp_path_factory):
-    """All suites once: their rows, the folder, and what was printed."""
+    """All suites once: their rows, the folder, and what was printed. Those that prune are forks."""
     out = tmp_path_factory.mktemp("bench")
     said: list[str] = []
     settings = replace(PRESETS["smoke"], scratch=out / "scratch", say=said.append)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
+    here = pytest.MonkeyPatch()
+    here.setattr("bench.prune.subprocess", SimpleNamespace(run=forked))
     try:
         with open(out / "tables", "w") as file:
             made, refused = run(list(SUITES), settings, out, Console(file=file, width=160))
     finally:
         torch.set_num_threads(threads)
+        here.undo()
     assert not refused, said
     return made, out, said
 
@@ -301,6 +314,7 @@ def test_peak_extra_sees_what_is_freed_before_the_end():
 
 
 @ROOFED
+@pytest.mark.slow
 def test_roofs_are_above_what_torch_reaches():
     """The best of many short tries of each, in turn: neighbours may take the processor away."""
     x = torch.randn(512, 512)

@@ -274,10 +274,10 @@ def _check_shapes(
 ) -> str | None:
     """Asks transformers' loader. Returns why it could not be asked, None when all is well."""
     try:
-        problems = loading_problems(operation.config, after)
+        problems = loading_problems(operation.config, after, folder.path)
         if problems:  # what it says of the original too is not our doing
             shapes = {name: (t.dtype, t.shape) for name, t in before.items()}
-            problems -= loading_problems(folder.config, shapes)
+            problems -= loading_problems(folder.config, shapes, folder.path)
     except NotImplementedError as error:
         return str(error)
     if problems:

@@ -99,7 +99,7 @@ def verify(
     tensors = {n: (t.dtype, t.shape) for s in opened.shards for n, t in s.tensors.items()}
     unchecked, problems, info = None, set[str](), None
     try:
-        problems = loading_problems(opened.config, tensors)
+        problems = loading_problems(opened.config, tensors, opened.path)
         info = describe_folder(opened.path, mtp=True)
     except (NotImplementedError, ReapError) as error:
         unchecked = str(error)

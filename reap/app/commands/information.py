@@ -134,6 +134,7 @@ def _folder(name: str) -> dict[str, Any]:
     from reap.files.hub import resolve_model
     from reap.files.safefile import read_json
     from reap.model.identity import describe_folder, mtp_of
+    from reap.model.unpacked import said_of_folder
 
     opened = open_folder(resolve_model(name))
     ours = (opened.path / RECORD).is_file()
@@ -149,6 +150,10 @@ def _folder(name: str) -> dict[str, Any]:
     mtp, unknown = mtp_of(opened.path)
     found["mtp"] = mtp or (f"not known how to run: {unknown}" if unknown else "none with experts")
     found["weights"] = sum(t.nbytes for shard in opened.shards for t in shard.tensors.values())
+    try:
+        found["quantised"] = said_of_folder(opened) or "no"
+    except ReapError as error:
+        found["quantised"] = str(error)
     if ours:
         calibration = record.get("calibration")
         told = calibration if isinstance(calibration, dict) else {}

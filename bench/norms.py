@@ -85,7 +85,7 @@ def paired(
     suite: str,
     calls: dict[str, Callable[[], Any]],  # with what is priced, and without
     of: tuple[str, str, int],  # dtype, shape, T
-    flops: float,
+    flops: int,
     settings: Settings,
 ) -> Iterator[Row]:
     """Both in turn, up to 101 times: their rows, and the price in words."""

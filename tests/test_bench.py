@@ -75,10 +75,7 @@ def test_rows_are_sane(smoke):
         group = [r for r in made if (r.bench, r.dtype, r.shape, r.T) == _size(row)]
         for peer, times in row.speedup_vs.items():
             (other,) = [r for r in group if r.impl == peer]
-            if row.bench not in (
-                "norms",
-                "sums",
-            ):  # a median of ratios there, not a ratio of medians
+            if row.bench not in ("norms", "sums"):  # theirs is a median of ratios
                 assert times == pytest.approx(other.ms_median / row.ms_median)
             assert times > 0
     for row in made:

@@ -69,6 +69,7 @@ def test_every_suite_has_rows_of_us_and_of_peers(smoke):
     assert others | ours | {"eager without head"} <= impls["calibrate"]
     if "cpu" in backends:
         assert impls["norms"] == {"reap:cpu", "cpu, norms off"}
+        assert impls["sums"] == {"reap:cpu", "reap:cpu with sums"}
     assert impls["prune"] == {"reap", "reap --no-verify", "cp -r", "cp -r; sync"}
     assert {"reap:update", "reap:update+pairs", "layer eager"} <= impls["stats"]
     assert impls["stream"] == {"reap layer by layer", "in memory"}
@@ -87,7 +88,7 @@ def test_rows_are_sane(smoke):
         group = [r for r in made if (r.bench, r.dtype, r.shape, r.T) == _size(row)]
         for peer, times in row.speedup_vs.items():
             (other,) = [r for r in group if r.impl == peer]
-            if row.bench != "norms":  # a median of ratios there, not a ratio of medians
+            if row.bench not in ("norms", "sums"):  # theirs is a median of ratios
                 assert times == pytest.approx(other.ms_median / row.ms_median)
             assert times > 0
     for row in made:
@@ -164,7 +165,10 @@ def test_a_suite_with_a_wrong_kernel_ends_without_its_rows(monkeypatch, tmp_path
         (["--dtype", "int8"], "'int8': it must be one of bf16, fp32, fp16"),
         (["--isas", "mmx"], "'mmx': it must be one of"),
         (["--device", "tpu"], "'tpu' is not one of"),
-        (["prune", "--device", "cuda"], "only layer, norms, calibrate, stats run there, not prune"),
+        (
+            ["prune", "--device", "cuda"],
+            "only layer, norms, sums, calibrate, stats run there, not prune",
+        ),
         (["--routing", "odd"], "'odd': it must be one of uniform, even"),
         (["--device", "cuda", "--isas", "portable"], "--isas are those of --device cpu"),
         (["--shapes", "gpt-2"], "'gpt-2': it must be one of qwen3-30b-a3b"),

@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 import torch
 from commandline import MODEL, invoke, refused, run_json
-from commandline import ended as ended_early
 from test_partial import Stop, every_batch_is_remembered, here, text  # noqa: F401
 from tiny import tiny_model
 
@@ -20,7 +19,15 @@ from reap.model.info import LayerInfo, ModelInfo
 from reap.planning.plan import make_plan
 from reap.runs.calibration import calibrate
 from reap.runs.partial import Partial
-from reap.runs.stability import GROUPS, Stable, Watch
+from reap.runs.stability import (
+    GROUPS,
+    WAVES,
+    Stable,
+    Watch,
+    cuts_between,
+    next_cut,
+    next_look,
+)
 from reap.statistics.stats import Statistics
 
 E, T = 8, 24  # experts, tokens of a batch
@@ -203,6 +210,44 @@ def test_bad_options(options: Any, reason: str) -> None:
         Stable(**{"ratio": 0.5} | options)
 
 
+def test_where_groups_and_looks_are() -> None:
+    """By number of batches alone, as they come about when a run counts them."""
+    run = Run([1.0] * 4 + [1.001] * 4, layers=1)
+    watch, cuts, looks = Watch(Stable(0.5), run.model), [], []
+    for batches in range(1, 400):
+        run.batch()
+        before = len(watch._cuts), watch._size
+        watch.batch(run.stats)
+        cuts += [batches] * (before != (len(watch._cuts), watch._size))
+        looks += [batches] * (watch._looked_at == batches)
+        assert next_cut(batches) == next(
+            n for n in range(batches, 999) if [*cuts_between(n - 1, n)]
+        )
+    assert cuts == [*cuts_between(0, 399)] and cuts[60:70] == [
+        61,
+        62,
+        63,
+        64,
+        66,
+        68,
+        70,
+        72,
+        74,
+        76,
+    ]
+    assert looks[:2] == [next_look(0), next_look(32)] and next_look(33) == 40
+    assert all(next_look(one) == other for one, other in zip(looks, looks[1:], strict=False))
+    assert [next_look(n, WAVES) for n in (0, 31, 32, 48, 64, 95, 96)] == [
+        32,
+        32,
+        48,
+        64,
+        96,
+        96,
+        128,
+    ]
+
+
 def test_what_no_router_could_do_is_refused() -> None:
     with pytest.raises(ReapError, match="drops no expert"):
         Watch(Stable(0.1), model())
@@ -289,8 +334,7 @@ def test_the_command(tmp_path: Path) -> None:
         (["--until-stable", 0.5, "--max-tokens", 640], "fewer than 32"),
     ]:
         assert reason in refused(*command, *options)
-    _, line = ended_early(*command, "--until-stable", 0.5, "--stream")
-    assert "needs the whole model in memory" in line
+    assert "leave out --shard" in refused(*command, "--until-stable", 0.5, "--shard", "0/2")
     loose = ["--until-stable", 0.25, "--stable-confidence", 0.5, "--stable-tie", 0.9]
     saved = run_json(*command, *loose, "--max-tokens", 9600, "--stable-looks", 1)
     (ended,) = saved["ended"]
@@ -299,3 +343,6 @@ def test_the_command(tmp_path: Path) -> None:
     code, shown, _ = invoke("info", out)
     assert code == 0 and ended in shown
     assert run_json("info", out)["ended"] == [ended]
+    options = [*loose, "--max-tokens", 9600, "--stable-looks", 1, "--stream", "--overwrite"]
+    streamed = run_json(*command, *options)
+    assert streamed["ended"][0].startswith(f"stable after {batches} batches")

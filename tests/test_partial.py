@@ -5,16 +5,12 @@ from __future__ import annotations
 import json
 import math
 import os
-import random
-import signal
-import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from letters import Tokenizer
+from processes import killed, one_thread  # noqa: F401
 from tiny import tiny_model
 
 from reap.errors import ReapError
@@ -193,43 +189,14 @@ def written_at_every_batch(monkeypatch: Any) -> None:
     monkeypatch.setattr("reap.runs.partial._WRITE_SHARE", math.inf)
 
 
-@pytest.fixture
-def one_thread() -> Iterator[None]:
-    """A fork has no threads but one, and waits for torch's others for ever."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.mark.usefixtures("one_thread")
-@pytest.mark.parametrize("kills", [5, pytest.param(200, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kills", [3, pytest.param(200, marks=pytest.mark.slow)])
 def test_killed_at_any_moment(here: Path, kills: int, monkeypatch: Any) -> None:
     """kill -9, again and again: the run that gets through has the bits of one without breaks."""
     written_at_every_batch(monkeypatch)
     model = tiny_model("qwen3_moe")
     whole = calibrate(model, text(here))
-    rng, started, killed = random.Random(kills), time.monotonic(), 0
-    calibrate(model, text(here))
-    limit = time.monotonic() - started  # seconds, of a run without breaks
-    while True:
-        child = os.fork()
-        if child == 0:
-            try:
-                run(here, model).save(here / "done", overwrite=True)
-            finally:
-                os._exit(0)
-        if killed < kills:
-            time.sleep(rng.random() * limit)
-            os.kill(child, signal.SIGKILL)
-            killed += 1
-        _, status = os.waitpid(child, 0)
-        if not os.WIFSIGNALED(status):
-            assert Statistics.load(here / "done") == whole
-            assert not (here / "kept").exists()
-            if killed >= kills:
-                break
-            (here / "done").unlink()  # faster than the signal: once more
+    killed(here, lambda: run(here, model), whole, kills)
     assert {path.name for path in here.iterdir()} == {"a.jsonl", "b.txt", "done"}
 
 

@@ -62,7 +62,7 @@ def _compare(settings: Settings, folder: Path, shape: str) -> Iterator[Row]:
                 group = None
                 if limit is not None:
                     _drop(folder)
-                if name.endswith(f"at most {limit}"):
+                if limit is not None and name.endswith(f"at most {limit}"):
                     group = undo.enter_context(cgroup.limited(_size(limit)))
                 sizes = (ROWS[settings.mode], length, torch.get_num_threads())
                 words = [folder, name, limit if "at most" in name else "-", *sizes]

@@ -111,6 +111,7 @@ class Stream:
             if known is not None:
                 self.layers.read_ahead(known)
             self.run(unit, None if known else self.layers.read_ahead)
+            self.layers.send_ahead()
         return True
 
     def _resume(self, job: Job) -> None:

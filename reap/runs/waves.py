@@ -21,6 +21,7 @@ from reap.model.config import text_config
 from reap.model.experts import pretrained
 from reap.model.layerwise import Layerwise
 from reap.model.mtplayer import Mtp
+from reap.model.staging import CudaQueues
 from reap.observation.patch import observe
 from reap.runs import memory
 from reap.runs.calibration import completed, forward_of, watching, what_runs
@@ -28,6 +29,7 @@ from reap.runs.cutsums import ByCut
 from reap.runs.heads import own_mtp
 from reap.runs.hidden import HiddenFile
 from reap.runs.meetings import Meetings
+from reap.runs.mode import check_streams
 from reap.runs.partial import Partial
 from reap.runs.ranks import Ranks
 from reap.runs.room import Room, admission, measure
@@ -47,6 +49,7 @@ def calibrate_streamed(
     deterministic: bool = False,
     mtp: Mtp | bool = True,
     dtype: str = "auto",
+    device: str = "cpu",
     trust_remote_code: bool = False,
     memory_limit: int | str | None = None,
     wave_tokens: int | None = None,
@@ -57,8 +60,9 @@ def calibrate_streamed(
     until: Stable | None = None,
     ranks: Ranks | None = None,
 ) -> Statistics:
-    """`calibrate` of the model in `folder`, with one layer of it in memory at a time, on the CPU:
-    the same statistics, bit for bit.
+    """`calibrate` of the model in `folder`, with one layer of it in memory at a time: the same
+    statistics, on the CPU bit for bit. `device`: "cpu", or a GPU, which then holds two layers, what
+    of the model stays and the tokens of a wave, as many as fit there.
 
     Batches go through the layers in waves, each layer is read once per wave while the one before it
     runs. A wave has as many tokens as `memory_limit` holds (bytes, or like "24G"; by default what
@@ -80,7 +84,9 @@ def calibrate_streamed(
         raise ReapError("a run can be taken up again only with batches of reap.batches")
     layers = folder
     if not isinstance(layers, Layerwise):
-        layers = open_layers(Path(layers), dtype, trust_remote_code, limit)
+        layers = open_layers(Path(layers), dtype, trust_remote_code, limit, device)
+    if layers.staging is not None:
+        limit = memory.meter_of(layers.staging.device).allowed()
     with ExitStack() as undo:
         undo.enter_context(closing(layers))
         model = layers.model
@@ -180,12 +186,22 @@ def _until_stable(
 
 
 def open_layers(
-    folder: Path, dtype: str = "auto", trust_remote_code: bool = False, limit: int | None = None
+    folder: Path,
+    dtype: str = "auto",
+    trust_remote_code: bool = False,
+    limit: int | None = None,
+    device: str = "cpu",
 ) -> Layerwise:
     """The model in `folder` without its layers. ReapError when `limit` bytes, or what is free, do
-    not hold one of them."""
-    admit = admission(memory.allowed() if limit is None else limit)
-    return Layerwise(folder, dtype=dtype, trust_remote_code=trust_remote_code, admit=admit)
+    not hold one of them, or for a `device` that does not run layer by layer."""
+    check_streams(device)
+    return Layerwise(
+        folder,
+        dtype=dtype,
+        trust_remote_code=trust_remote_code,
+        admit=admission(memory.allowed() if limit is None else limit),
+        queues=None if device == "cpu" else CudaQueues(torch.device(device)),
+    )
 
 
 class Waves:
@@ -255,12 +271,12 @@ class Waves:
         room.check(self.largest)
         most = min(n for n in (expected, self.most, sys.maxsize) if n is not None)
         self.tokens = self.in_memory = room.in_memory()
-        if self.tokens < most:
+        if self.tokens < most and self.stream.layers.staging is None:
             self.tokens = room.with_file(self.scratch, len(layers), stored)
         self.tokens = min(self.tokens, self.most or self.tokens)
         spilled = room.in_file(min(self.tokens, most))
-        where = "hidden states in memory"
-        if spilled:
+        where = f"hidden states in {room.of}"
+        if spilled and self.stream.layers.staging is None:
             self.in_memory = min(self.tokens, most) - spilled
             size = math.ceil((spilled + self.largest) * room.hidden)
             self.file = HiddenFile(self.scratch, size)

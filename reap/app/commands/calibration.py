@@ -118,6 +118,7 @@ def measured(
     of the model as early as can be, and may refuse it. With `until` it may end before the text. The
     work is shared with `all_of_us`."""
     from reap.model.identity import describe, describe_folder
+    from reap.model.load import find_device
     from reap.runs.calibration import calibrate as run
     from reap.runs.disk import check_disk, statistics_size
     from reap.runs.heads import chosen_mtp
@@ -155,7 +156,8 @@ def measured(
     us.check_same(folder, rows, measuring, loading, out, until)
     layers = None
     if streamed is not None:
-        layers = open_layers(folder, loading.dtype, trust, measuring.limit)
+        device = find_device(loading.device)
+        layers = open_layers(folder, loading.dtype, trust, measuring.limit, device)
     loaded = loading.load(folder) if layers is None else layers.model
     us.check_same_run(loaded, measuring)
     if trust:

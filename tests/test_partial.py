@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
+import time
 from pathlib import Path
 from typing import Any
 
@@ -153,6 +155,43 @@ def test_other_statistics_are_not_taken_up(here: Path) -> None:
     calibrate(tiny_model("qwen3_moe"), text(here)).save(here / "kept")
     with pytest.raises(ReapError, match="is not what a run left that ended early"):
         Partial(here / "kept")
+
+
+@pytest.mark.parametrize("damage", ["cut", "empty", "newer", "json"])
+def test_a_file_that_cannot_be_read(here: Path, damage: str) -> None:
+    """It is named, said what to do with, and left as it is."""
+    with pytest.raises(Stop):
+        run(here, tiny_model("qwen3_moe"), 3)
+    kept = here / "kept"
+    data = kept.read_bytes()
+    kept.write_bytes(
+        {
+            "cut": data[: len(data) // 2],
+            "empty": b"",
+            "newer": re.sub(rb'(\\"version\\": ?)\d', rb"\g<1>9", data, count=1),
+            "json": data.replace(b"partial", b"par\xfftal"),
+        }[damage]
+    )
+    before = kept.read_bytes()
+    assert before != data
+    reason = {"newer": "format version 9"}.get(damage, str(kept))
+    with pytest.raises(ReapError, match=f"left cannot be read: .*{reason}.* begin anew") as caught:
+        Partial(kept)
+    assert "\n" not in str(caught.value) and kept.read_bytes() == before
+
+
+def test_a_clock_that_jumps(here: Path, monkeypatch: Any) -> None:
+    """Of the day's time nothing is asked, and a monotonic one that stands still loses nothing."""
+    model = tiny_model("qwen3_moe")
+    whole = calibrate(model, text(here))
+    clock = iter([1e9, 0.0, -1e9, 1e12] * 10_000)
+    monkeypatch.setattr(time, "time", lambda: next(clock))
+    for still in (1.0, 1e9):
+        with monkeypatch.context() as patch, pytest.raises(Stop):
+            patch.setattr("reap.runs.partial.time.monotonic", lambda now=still: now)
+            run(here, model, 5)
+    assert Statistics.load(here / "kept").data[0]["partial"] == {"batches": 10}
+    assert run(here, model).digest() == whole.digest()
 
 
 def test_a_fault_that_shows_late_is_not_kept(here: Path, monkeypatch: Any) -> None:

@@ -61,7 +61,13 @@ class Partial:
         self._written: Statistics | None = None
         self._write_at = time.monotonic() + _WRITE_SECONDS
         if path.exists():
-            loaded = Statistics.load(path)
+            try:
+                loaded = Statistics.load(path)
+            except ReapError as error:  # cut short, say, or of a newer version
+                raise ReapError(
+                    f"what an earlier run left cannot be read: {error}: remove the file to begin "
+                    "anew"
+                ) from error
             if len(loaded.data) != 1 or "partial" not in loaded.data[0]:
                 raise ReapError(f"{path} is not what a run left that ended early: move it away")
             self._before = loaded

@@ -6,7 +6,8 @@ from __future__ import annotations
 import math
 import weakref
 from collections import deque
-from contextlib import closing
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -182,6 +183,55 @@ def test_any_tensor(sizes: tuple[int, ...], dtype: torch.dtype) -> None:
         same = one.contiguous().view(torch.uint8) if one.dim() else one
         assert torch.equal(same, other.contiguous().view(torch.uint8) if one.dim() else other)
         assert other.stride() == torch.empty_like(one).stride()
+
+
+class Stream_:
+    """Of torch.cuda, without a GPU: which stream got what."""
+
+    def __init__(self, *_: Any) -> None:
+        self.said: list[Any] = []
+
+    def wait_event(self, event: Any) -> None:
+        self.said.append(("waits", event))
+
+
+class Event:
+    waited = False
+
+    def record(self, stream: Stream_) -> None:
+        stream.said.append(("event", self))
+
+    def synchronize(self) -> None:
+        self.waited = True
+
+
+def test_streams_of_a_gpu(monkeypatch: Any) -> None:
+    """Copies are issued to one stream, and events and waits of each go to their own."""
+    current, entered = Stream_(), list[Stream_]()
+
+    @contextmanager
+    def stream(one: Stream_) -> Iterator[None]:
+        entered.append(one)
+        yield
+
+    monkeypatch.setattr(torch.cuda, "Stream", Stream_)
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "stream", stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: current)
+    queues = CudaQueues(torch.device("cpu"))
+    monkeypatch.setattr(queues, "pinned", lambda size: torch.empty(8, dtype=torch.uint8))
+    staging, copies = Staging(queues), queues._copies
+    sent = staging.send([torch.arange(6)])
+    assert set(entered) == {copies} and not current.said
+    assert [what for what, _ in copies.said] == ["event"] * 7  # a piece is 8 bytes: 6, and all
+    pieces = [event for _, event in copies.said]
+    assert [event.waited for event in pieces] == [True] * 4 + [False] * 3
+    (found,) = staging.take(sent)
+    assert torch.equal(found, torch.arange(6)) and current.said == [("waits", sent.event)]
+    staging.drop()
+    (_, used) = current.said[-1]
+    staging.send([torch.arange(1)])
+    assert copies.said[7] == ("waits", used) and copies.said[8][0] == "event"
 
 
 @pytest.mark.gpu

@@ -65,7 +65,7 @@ def test_by_hand(tmp_path: Path) -> None:
 def test_multi_token_prediction(tmp_path: Path) -> None:
     """A layer more: what it holds, what a token meets there, and its statistics."""
     saved_with_mtp(tmp_path, "deepseek_v3")
-    model, found = tiny_model("deepseek_v3"), {}
+    model, found = tiny_model("deepseek_v3"), dict[bool, Any]()
     for with_mtp in (False, True):
         layers = open_layers(tmp_path)
         found[with_mtp] = estimate(

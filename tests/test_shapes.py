@@ -37,7 +37,7 @@ def both(monkeypatch: Any, *given: Any) -> tuple[set[str], int, set[str], int]:
             if not short:
                 patch.setattr(shapes, "_repeated", lambda *_: shapes._Repeated(frozenset()))
             found += [shapes.loading_problems(*given), sum(seen)]
-    return tuple(found)  # type: ignore[return-value]
+    return tuple(found)
 
 
 @pytest.mark.parametrize("model_type", ["qwen3_moe", "gemma4", "nemotron_h"])

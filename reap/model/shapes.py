@@ -85,10 +85,9 @@ def _repeated(model: nn.Module, state: Mapping[str, torch.Tensor]) -> _Repeated:
                 kind = whose, found[1], found[3], tensor.dtype, tensor.shape
                 layers.setdefault(found[2], set()).add(kind)
     first: dict[frozenset[tuple[Any, ...]], str] = {}
-    kinds = {number: frozenset(kind) for number, kind in layers.items()}
-    for number, kind in kinds.items():
-        first.setdefault(kind, number)
-    return _Repeated(frozenset(kinds) - frozenset(first.values()))
+    for number, own in layers.items():
+        first.setdefault(frozenset(own), number)
+    return _Repeated(frozenset(layers) - frozenset(first.values()))
 
 
 def mtp_problems(mtp: Mtp, tensors: Tensors) -> set[str]:

@@ -15,8 +15,9 @@ import numpy as np
 
 from reap.errors import ReapError
 from reap.model.info import ModelInfo
+from reap.runs.cuts import LOOKS, WAVES, cuts_between, next_look
 from reap.runs.ranks import Ranks
-from reap.runs.stability import LOOKS, WAVES, Stable, Watch, cuts_between, next_look
+from reap.runs.stability import Stable, Watch
 
 
 class Meetings:

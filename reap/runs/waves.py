@@ -25,6 +25,7 @@ from reap.model.staging import CudaQueues
 from reap.observation.patch import observe
 from reap.runs import memory
 from reap.runs.calibration import completed, forward_of, watching, what_runs
+from reap.runs.cuts import cuts_between, next_cut
 from reap.runs.cutsums import ByCut
 from reap.runs.heads import own_mtp
 from reap.runs.hidden import HiddenFile
@@ -33,7 +34,7 @@ from reap.runs.mode import check_streams
 from reap.runs.partial import Partial
 from reap.runs.ranks import Ranks
 from reap.runs.room import Room, admission, measure
-from reap.runs.stability import Stable, Watch, cuts_between, next_cut
+from reap.runs.stability import Stable, Watch
 from reap.runs.streaming import Job, Stream
 from reap.statistics.stats import Statistics
 from reap.text.batching import Batch, Batches

@@ -77,16 +77,17 @@ class _Repeated(NamedTuple):
 def _repeated(model: nn.Module, state: Mapping[str, torch.Tensor]) -> _Repeated:
     """Of 61 layers most have the same names, data types and shapes, in the file as in the model,
     and the loader, which takes its time for every tensor, says the same of them."""
-    layers: dict[str, set[tuple[Any, ...]]] = {}
+    layers: dict[str, tuple[int, int]] = {}  # of all that it has, how much that is and a hash
     held = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers())}
     for whose, tensors in (("file", state), ("model", held)):
         for name, tensor in tensors.items():
             if found := _LAYER.match(name):
-                kind = whose, found[1], found[3], tensor.dtype, tensor.shape
-                layers.setdefault(found[2], set()).add(kind)
-    first: dict[frozenset[tuple[Any, ...]], str] = {}
+                kind = hash((whose, found[1], found[3], tensor.dtype, tensor.shape))
+                count, total = layers.get(found[2], (0, 0))
+                layers[found[2]] = count + 1, (total + kind) & (1 << 64) - 1  # in any order
+    first: dict[tuple[int, int], str] = {}
     for number, own in layers.items():
-        first.setdefault(frozenset(own), number)
+        first.setdefault(own, number)
     return _Repeated(frozenset(layers) - frozenset(first.values()))
 
 

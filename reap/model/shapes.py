@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -19,6 +21,7 @@ from reap.model.mtplayer import Mtp, embedding_names, mtp_on_meta
 from reap.model.quiet import quiet
 from reap.model.unpacked import unpacked_entries
 
+_LAYER = re.compile(r"(\D*?\.)(\d+)(\..*)")  # what a layer's list is called, its number, its own
 Tensors = Mapping[str, tuple[str, tuple[int, ...]]]  # name -> dtype as safetensors calls it, shape
 
 
@@ -54,7 +57,44 @@ def loading_problems(
     of_mtp = mtp_problems(mtp, tensors) if mtp is not None else set()
     for name in mtp.place.tensors if mtp is not None else ():
         del state[name]
+    repeated = _repeated(model, state)
+    if repeated:
+        some = {name: like for name, like in state.items() if not repeated(name)}
+        found = _loaded(copy.deepcopy(model), some)
+        found = found._replace(missing={name for name in found.missing if not repeated(name)})
+        if not any(found):  # what is wrong is said of each layer that has it
+            return of_mtp
     return _said(_loaded(model, state)) | of_mtp
+
+
+class _Repeated(NamedTuple):
+    """Whether a name is of a layer that is like one before it. None is where `layers` is empty."""
+
+    layers: frozenset[str]  # their numbers
+
+    def __call__(self, name: str) -> bool:
+        found = _LAYER.match(name)
+        return found is not None and found[2] in self.layers
+
+    def __bool__(self) -> bool:
+        return bool(self.layers)
+
+
+def _repeated(model: nn.Module, state: Mapping[str, torch.Tensor]) -> _Repeated:
+    """Of 61 layers most have the same names, data types and shapes, in the file as in the model,
+    and the loader, which takes its time for every tensor, says the same of them."""
+    layers: dict[str, tuple[int, int]] = {}  # of all that it has, how much that is and a hash
+    held = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers())}
+    for whose, tensors in (("file", state), ("model", held)):
+        for name, tensor in tensors.items():
+            if found := _LAYER.match(name):
+                kind = hash((whose, found[1], found[3], tensor.dtype, tensor.shape))
+                count, total = layers.get(found[2], (0, 0))
+                layers[found[2]] = count + 1, (total + kind) & (1 << 64) - 1  # in any order
+    first: dict[tuple[int, int], str] = {}
+    for number, own in layers.items():
+        first.setdefault(own, number)
+    return _Repeated(frozenset(layers) - frozenset(first.values()))
 
 
 def mtp_problems(mtp: Mtp, tensors: Tensors) -> set[str]:

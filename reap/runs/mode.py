@@ -11,6 +11,7 @@ from reap.errors import ReapError
 from reap.files.folder import open_folder
 from reap.files.safefile import span
 from reap.files.units import sized
+from reap.model.load import find_device
 from reap.model.unpacked import unpacked_entries
 from reap.runs import memory
 
@@ -26,14 +27,12 @@ def why_streamed(
     asked: None chooses; True and False are answers. limit: bytes of memory that it may take, files
     that are mapped included; None is what is free. ReapError where the answer is impossible.
     """
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device != "cpu":
-        if asked:
-            raise ReapError(f"layer by layer runs on the CPU alone, not on {device}: --device cpu")
-        return None
+    device = find_device(device)
     if asked:
+        check_streams(device)
         return "as asked for"
+    if device != "cpu":
+        return _too_large_for_gpu(asked, folder, dtype, device)
     need = whole(folder, dtype, limit)
     have = memory.allowed() if limit is None else limit
     if need <= have:
@@ -44,6 +43,29 @@ def why_streamed(
             "--no-stream, and it runs layer by layer"
         )
     return f"whole it takes {sized(need)} of memory, of {sized(have)}"
+
+
+def check_streams(device: str) -> None:
+    """ReapError for a device that does not run layer by layer."""
+    if device.partition(":")[0] not in ("cpu", "cuda"):
+        raise ReapError(
+            f"layer by layer runs on the CPU or on one CUDA GPU, not on {device}: --device cpu or "
+            "cuda"
+        )
+
+
+def _too_large_for_gpu(asked: bool | None, folder: Path, dtype: str, device: str) -> str | None:
+    if not device.startswith("cuda"):  # spread over several, or none whose memory is known
+        return None
+    need, have = _weights(folder, dtype)[1], memory.meter_of(torch.device(device)).allowed()
+    if round(need * LOADING) <= have:
+        return None
+    if asked is False:
+        raise ReapError(
+            f"{folder.name} has {sized(need)} of weights, and {device} has room for {sized(have)}: "
+            "leave out --no-stream, and it runs layer by layer"
+        )
+    return f"its weights take {sized(need)}, and {device} has room for {sized(have)}"
 
 
 def whole(folder: Path, dtype: str, limit: int | None = None) -> int:

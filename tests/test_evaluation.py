@@ -1,6 +1,7 @@
 import math
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from tiny import VOCAB, tiny_model
 
 from reap.errors import ReapError
 from reap.model.identity import describe
+from reap.planning.plan import Plan
 from reap.runs.evaluation import evaluate
 from reap.runs.masking import masked
 from reap.text.batching import Batch
@@ -190,7 +192,7 @@ def test_tokens_that_the_teacher_rules_out(model):
     assert result.kl == 0 and math.isfinite(result.loss)
 
 
-def plans_of(model, *keeps):
+def plans_of(model: Any, *keeps: int) -> dict[str, Plan]:
     return {f"{keep}": some_plan(Path(), keep, model=describe(model)) for keep in keeps}
 
 
@@ -198,12 +200,13 @@ def plans_of(model, *keeps):
 def test_plans_in_one_pass(model, teacher, monkeypatch, chunk):
     monkeypatch.setattr("reap.runs.evaluation._CHUNK", chunk)
     data = [batch("a", *rows(0, 9, 5)), batch("b", *rows(1, 7))]
-    plans, seen = plans_of(model, 8, 5, 2), []
-    calls = []
+    plans = plans_of(model, 8, 5, 2)
+    seen: list[int] = []
+    calls: list[int] = []
     hook = model.register_forward_pre_hook(lambda *_: calls.append(1))
     results = evaluate(model, data, plans=plans, progress=seen.append)
     hook.remove()
-    assert list(results) == ["8", "5", "2"] and seen == [18, 7]
+    assert list(results) == ["8", "5", "2"] and seen == [14, 7]
     assert len(calls) == len(data) * (len(plans) + 1), "the teacher runs once"
     plain = evaluate(model, data)
     assert list(results["5"]) == ["a", "b", "total"]

@@ -211,7 +211,8 @@ def test_plans_in_one_pass(model, teacher, monkeypatch, chunk):
     plain = evaluate(model, data)
     assert list(results["5"]) == ["a", "b", "total"]
     assert results["8"]["total"].kl == 0 and results["8"]["total"].agreement == 1
-    assert 0 < results["5"]["total"].kl < results["2"]["total"].kl
+    strayed = [found["total"].kl or 0.0 for found in results.values()]
+    assert 0 == strayed[0] < strayed[1] < strayed[2]
     for name, plan in plans.items():
         with masked(model, plan):
             alone = evaluate(model, data)

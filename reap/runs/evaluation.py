@@ -196,7 +196,7 @@ def _student_sums(logits: Tensor, targets: Tensor, teacher: _Teacher | None) -> 
             log_p, top = log_p.to(log_q.device), top.to(log_q.device)
             p = log_p.exp()
             divergence = torch.where(p == 0, 0.0, p * (log_p - log_q))  # 0 log 0 is 0
-            row[2] = divergence.double().sum().item()
+            row[2] = divergence.sum(dtype=torch.float64).item()
             row[3] = (logits[chunk].argmax(-1) == top).sum().item()
         sums += torch.tensor(row, dtype=torch.float64)
     return sums

@@ -33,6 +33,7 @@ __all__ = [
     "calibrate",
     "calibrate_streamed",
     "evaluate",
+    "load_model",
     "load_mtp",
     "make_plan",
     "masked",
@@ -47,7 +48,7 @@ if TYPE_CHECKING:
     from reap.checkpoint.pruning import PruneReport, prune
     from reap.checkpoint.verification import verify
     from reap.model.info import LayerInfo, ModelInfo
-    from reap.model.load import load_mtp
+    from reap.model.load import load_model, load_mtp
     from reap.model.mtplayer import Mtp
     from reap.observation.patch import observe
     from reap.planning.criteria import CRITERIA, saliency, standard_errors
@@ -65,7 +66,7 @@ else:  # a type checker that saw __getattr__ would believe any name
         "checkpoint.pruning": ("PruneReport", "prune"),
         "checkpoint.verification": ("verify",),
         "model.info": ("LayerInfo", "ModelInfo"),
-        "model.load": ("load_mtp",),
+        "model.load": ("load_model", "load_mtp"),
         "model.mtplayer": ("Mtp",),
         "observation.patch": ("observe",),
         "planning.criteria": ("CRITERIA", "saliency", "standard_errors"),

@@ -417,7 +417,7 @@ def test_protected_experts_of_one_budget():
     stats = stats_of([9, 9, 9, 9, 9, 9, 9, 1])
     one = torch.ones(1, 1)
     stats.update("a", torch.tensor([[7]]), one, one, 1000 * one)
-    options = {"scope": "global", "keep": 2}
+    options: dict[str, Any] = {"scope": "global", "keep": 2}
     assert 7 not in make_plan(stats, **options).kept["a"]
     assert 7 in make_plan(stats, **options, protect_super_experts=True).kept["a"]
 

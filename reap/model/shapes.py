@@ -17,6 +17,8 @@ from reap.model import compat
 from reap.model.mtp import UnsupportedMtpError
 from reap.model.mtplayer import Mtp, embedding_names, mtp_on_meta
 from reap.model.quiet import quiet
+from reap.model.uneven import counts_of, restored
+from reap.model.unevenmodel import uneven_class
 
 Tensors = Mapping[str, tuple[str, tuple[int, ...]]]  # name -> dtype as safetensors calls it, shape
 
@@ -33,11 +35,11 @@ def loading_problems(fields: Mapping[str, Any], tensors: Tensors) -> set[str]:
 
     with TemporaryDirectory() as folder:
         # From a file, because that decodes what from_dict does not.
-        Path(folder, "config.json").write_text(json.dumps(fields))
+        Path(folder, "config.json").write_text(json.dumps(restored(fields)))
         try:
             config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
             with torch.device("meta"):
-                model = _model_class(config)(config)
+                model = uneven_class(_model_class(config), counts_of(config))(config)
         except Exception as error:  # whatever a config from anywhere makes a model class raise
             raise NotImplementedError(_reason(error)) from error
     state = _empty(tensors)

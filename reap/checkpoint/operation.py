@@ -73,8 +73,13 @@ def _config(
     it. ReapError for what these cannot say either."""
     by_place = kept_by_place(removals)
     config, changes = counts.with_fewer(before, by_place, bool(mtp.dropped))
-    if not any(counts.is_uneven(before, place, kept) for place, kept in by_place.items()):
-        return uneven.written(config, {"": 0}), changes
+    places = [
+        (*place.path, place.key)
+        for place, kept in by_place.items()
+        if counts.is_uneven(before, place, kept)
+    ]
+    if not places:
+        return uneven.written(config, {}, ()), changes
     in_mtp = [one for one in removals if one.block.module.startswith(mtp.kept)] if mtp.kept else []
     of_mtp = {layer for removal in in_mtp for layer in removal.layers}
     found = {name: len(kept) for name, kept in plan.kept.items() if name not in of_mtp}
@@ -91,7 +96,7 @@ def _config(
                 f"largest layer, {most}, not {len(plan.kept[name])}: plan from statistics without "
                 "it (calibrate with --no-mtp), or make a uniform plan (scope layer)"
             )
-    new = uneven.written(config, found)
+    new = uneven.written(config, found, places)
     fewest = min(found.values())
     changes += [
         f"{uneven.KEY}: {fewest} to {most} experts in {len(found)} layers",

@@ -95,7 +95,11 @@ def find_device(device: str) -> str:
 
 
 def load_model(
-    folder: str | os.PathLike[str], *, dtype: str = "auto", device: str = "auto", trust_remote_code: bool = False
+    folder: str | os.PathLike[str],
+    *,
+    dtype: str = "auto",
+    device: str = "auto",
+    trust_remote_code: bool = False,
 ) -> Any:
     """A causal language model in eval mode, from safetensors files that were checked first.
 

@@ -10,11 +10,10 @@ import copy
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-
 from reap.errors import ReapError
+from reap.model import compat
 from reap.model.config import EXPERT_COUNT_KEYS, model_classes, text_config
-from reap.model.experts import find_experts, layer_info
+from reap.model.experts import Experts, find_experts, layer_info
 from reap.model.uneven import counts_of
 
 
@@ -39,9 +38,9 @@ def uneven_class(cls: Any, counts: tuple[int, ...]) -> Any:
     return Uneven
 
 
-def _exchange(model: nn.Module, cls: Any, config: Any, counts: tuple[int, ...]) -> None:
+def _exchange(model: Any, cls: Any, config: Any, counts: tuple[int, ...]) -> None:
     """Give every layer of `model`, which has the largest number everywhere, its own."""
-    names = list(dict.fromkeys(experts.name for experts in find_experts(model)))
+    names = list(dict.fromkeys(name for name, _ in _named(model)))
     if len(names) != len(counts):
         raise ReapError(
             f"config.json counts the experts of {len(counts)} layers, {cls.__name__} has "
@@ -50,17 +49,30 @@ def _exchange(model: nn.Module, cls: Any, config: Any, counts: tuple[int, ...]) 
     wanted = dict(zip(names, counts, strict=True))
     for count in sorted({*counts} - {max(counts)}):
         donor = cls(_with_count(config, max(counts), count))
-        for experts in find_experts(donor):
-            if wanted[experts.name] != count:
+        for name, experts in _named(donor):
+            if wanted[name] != count:
                 continue
             if layer_info(experts, donor.config).num_experts != count:
                 raise ReapError(
                     f"{cls.__name__} takes the number of experts from elsewhere than its "
                     "configuration: its layers cannot have different numbers"
                 )
-            (name,) = (name for name, part in donor.named_modules() if part is experts.block)
-            parent, _, leaf = name.rpartition(".")
+            (place,) = (path for path, part in donor.named_modules() if part is experts.block)
+            parent, _, leaf = place.rpartition(".")
             setattr(model.get_submodule(parent), leaf, experts.block)
+
+
+def _named(model: Any) -> list[tuple[str, Experts]]:
+    """The experts, tied layers by one name: while transformers loads a model, it ties nothing yet,
+    so that they do not show it."""
+    found, ties = [], compat.ties(model)
+    paths = {module: path for path, module in model.named_modules()}
+    for experts in find_experts(model):
+        path = paths[experts.module]
+        others = (ties.get(f"{path}.{name}") for name, _ in experts.module.named_parameters())
+        other = next(filter(None, others), None)
+        found.append((other.rpartition(".")[0] if other else experts.name, experts))
+    return found
 
 
 def _with_count(config: Any, most: int, count: int) -> Any:

@@ -66,12 +66,10 @@ def _named(model: Any) -> list[tuple[str, Experts]]:
     """The experts, tied layers by one name: while transformers loads a model, it ties nothing yet,
     so that they do not show it."""
     found, ties = [], compat.ties(model)
-    paths = {module: path for path, module in model.named_modules()}
     for experts in find_experts(model):
-        path = paths[experts.module]
-        others = (ties.get(f"{path}.{name}") for name, _ in experts.module.named_parameters())
-        other = next(filter(None, others), None)
-        found.append((other.rpartition(".")[0] if other else experts.name, experts))
+        weights = (ties.get(f"{experts.name}.{n}") for n, _ in experts.module.named_parameters())
+        first = next(filter(None, weights), None)
+        found.append((first.rpartition(".")[0] if first else experts.name, experts))
     return found
 
 

@@ -30,8 +30,9 @@ SUITES = {
     "prune": "bench.prune",
     "stats": "bench.stats",
     "stream": "bench.stream",
+    "masks": "bench.masks",
 }
-ON_GPU = ("layer", "norms", "calibrate", "stats")
+ON_GPU = ("layer", "norms", "calibrate", "stats", "masks")
 Suite = Enum("Suite", dict(zip(SUITES, SUITES, strict=True)), type=str)  # type: ignore[misc]
 Device = Enum("Device", {"cpu": "cpu", "cuda": "cuda"}, type=str)
 SHAPES = {**REAL, TINY.name: TINY}

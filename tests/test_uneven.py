@@ -25,12 +25,9 @@ from reap.model.uneven import KEY, MODEL_TYPE, counts_in, restored, written
 from reap.planning.plan import Plan
 from reap.runs.masking import masked
 
-# Experts in tensors of their own and in one, a bias and groups, no module of their own, rows of
-# all experts, a count read off the configuration, a token table, tied layers, a sub-config.
-REPRESENTATIVE = (
-    "qwen3_moe", "deepseek_v3", "gpt_oss", "gemma4", "dbrx", "zaya", "deepseek_v4",
-    "diffusion_gemma", "qwen3_5_moe",
-)  # fmt: skip
+# Experts in tensors of their own, rows of all experts, a count read off the configuration, tied
+# layers.
+REPRESENTATIVE = ("qwen3_moe", "dbrx", "zaya", "diffusion_gemma")
 REFUSED = {"ernie4_5_vl_moe"}
 
 

@@ -185,7 +185,7 @@ class _Layer:
         """What becomes of a tensor of a module of the block; None where it stays."""
         shape, total, tail = tensor.shape, self.total, f"{module}.{name}".lstrip(".")
         if TOKEN_TABLE.fullmatch(tail):
-            return partial(_renumbered, kept=self.kept)
+            return _renumbering(self.kept)
         axis = next((axis for row, axis in ROUTER if re.fullmatch(row, tail)), None)
         if axis is None:
             routes = IN_ROUTER.match(tail)
@@ -239,8 +239,16 @@ def _selected(tensor: Tensor, *, axis: int, rows: tuple[int, ...]) -> Tensor:
     return nn.Parameter(chosen, False) if isinstance(tensor, nn.Parameter) else chosen
 
 
-def _renumbered(table: Tensor, *, kept: tuple[int, ...]) -> Tensor:
-    return torch.from_numpy(remapped(table.cpu().numpy(), kept)).to(table.device)
+def _renumbering(kept: tuple[int, ...]) -> Callable[[Tensor], Tensor]:
+    """What makes a table of tokens one of the kept experts: once, since that takes seconds."""
+    made: list[Tensor] = []
+
+    def renumbered(table: Tensor) -> Tensor:
+        if not made:
+            made.append(torch.from_numpy(remapped(table.cpu().numpy(), kept)).to(table.device))
+        return made[0]
+
+    return renumbered
 
 
 def _reduced(count: int, *, by: int) -> int:

@@ -6,7 +6,7 @@ The model is that of `calibrate`; plans keep half of the experts, drawn by numbe
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 
 import torch
@@ -55,14 +55,13 @@ def _model(size: calibrate.Size, dtype: str, settings: Settings) -> Iterator[Row
     if torch.equal(masked(), whole) or not torch.equal(forward(), whole):
         raise WrongResult("masks: a mask changes nothing, or is not undone")
     one = {"0": plans["0"]}
-    evaluations = {
-        ONE: partial(reap.evaluate, model, batches, plans=one),
-        TEN: partial(reap.evaluate, model, batches, plans=plans),
-    }
-    first, second = (call()["0"] for call in evaluations.values())
-    if first != second:
+    alone = partial(reap.evaluate, model, batches, plans=one)
+    among = partial(reap.evaluate, model, batches, plans=plans)
+    if alone()["0"] != among()["0"]:
         raise WrongResult("masks: a plan among ten is measured otherwise than alone")
-    for calls in ({PLAIN: forward, MASKED: masked}, evaluations):
+    forwards: dict[str, Callable[[], object]] = {PLAIN: forward, MASKED: masked}
+    evaluations: dict[str, Callable[[], object]] = {ONE: alone, TEN: among}
+    for calls in (forwards, evaluations):
         samples = interleave(calls, None, settings, wall=True)
         yield from rows("masks", (dtype, str(size), ids.numel()), samples, ours="reap")
 

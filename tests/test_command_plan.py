@@ -14,8 +14,8 @@ def test_one_budget_from_plan_to_evaluation(work, tmp_path):
     counts = list(told["kept"].values())
     assert told["total"] == sum(counts) == 30 and min(counts) >= 4 and len(set(counts)) > 1
     assert any("reap.load_model" in note for note in told["notes"])
-    told = invoke("plan", work / "one.st", *options, "--out", plan, "--overwrite")[1]
-    assert f"keeps {min(counts)} to {max(counts)} experts in each of 4 layers, 30 in all" in told
+    said = invoke("plan", work / "one.st", *options, "--out", plan, "--overwrite")[1]
+    assert f"keeps {min(counts)} to {max(counts)} experts in each of 4 layers, 30 in all" in said
     assert run_json("info", plan)["kept"] == sorted(set(counts))
 
     report = run_json("prune", MODEL, plan, out)

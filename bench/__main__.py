@@ -26,13 +26,14 @@ SUITES = {
     "roof": "bench.roofs",
     "layer": "bench.layer",
     "norms": "bench.norms",
+    "sums": "bench.sums",
     "calibrate": "bench.calibrate",
     "prune": "bench.prune",
     "stats": "bench.stats",
     "stream": "bench.stream",
     "masks": "bench.masks",
 }
-ON_GPU = ("layer", "norms", "calibrate", "stats", "masks")
+ON_GPU = ("layer", "norms", "sums", "calibrate", "stats", "masks")
 Suite = Enum("Suite", dict(zip(SUITES, SUITES, strict=True)), type=str)  # type: ignore[misc]
 Device = Enum("Device", {"cpu": "cpu", "cuda": "cuda"}, type=str)
 SHAPES = {**REAL, TINY.name: TINY}

@@ -1,6 +1,7 @@
 """How many experts each layer keeps, searched: an exact budget, masked KL as the objective.
 
-    python examples/budget_search.py MODEL STATS --data text.jsonl --total 2304 --out plan.json
+    python examples/budget_search.py models/tiny-qwen3-moe
+    python examples/budget_search.py MODEL --data text.jsonl --total 2304 --out plan.json
 
 The criterion says in which order a layer's experts go, the search how many of each layer. It begins
 with the plan of `reap plan --scope global`. Then, a round at a time, it tries to move a few experts
@@ -108,41 +109,32 @@ def _divergence(result: dict[str, reap.Evaluation]) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description="search how many experts each layer keeps")
     parser.add_argument("model")
-    parser.add_argument("stats")
-    parser.add_argument("--data", action="append", required=True)
-    parser.add_argument("--total", type=int, required=True)
-    parser.add_argument("--out", required=True)
+    parser.add_argument("--data", action="append")
+    parser.add_argument("--stats", help="of an earlier calibration; else the text is measured")
+    parser.add_argument("--total", type=int, help="half of all experts by default")
+    parser.add_argument("--out", help="the plan file to write")
     parser.add_argument("--criterion", default="reap")
-    parser.add_argument("--max-tokens", type=int, default=8192)
-    parser.add_argument("--seq-len", type=int, default=512)
-    for name, value in (("step", 1), ("rounds", 8), ("tries", 8), ("seed", 0)):
+    parser.add_argument("--max-tokens", type=int, default=2048)
+    parser.add_argument("--seq-len", type=int, default=256)
+    for name, value in (("step", 1), ("rounds", 4), ("tries", 4), ("seed", 0)):
         parser.add_argument(f"--{name}", type=int, default=value)
     given = parser.parse_args()
 
     from transformers import AutoTokenizer
 
-    rows = list(
-        reap.batches(
-            given.data,
-            AutoTokenizer.from_pretrained(given.model),
-            seq_len=given.seq_len,
-            max_tokens=given.max_tokens,
-        )
-    )
-    plan, found = search(
-        reap.load_model(given.model),
-        rows,
-        reap.Statistics.load(given.stats),
-        total=given.total,
-        criterion=given.criterion,
-        step=given.step,
-        rounds=given.rounds,
-        tries=given.tries,
-        seed=given.seed,
-    )
-    plan.save(given.out)
-    print(f"KL {found[0]:.4f} -> {found[-1]:.4f} nats per token; {given.out}")
+    model = reap.load_model(given.model)
+    tokenizer = AutoTokenizer.from_pretrained(given.model)
+    size = {"seq_len": given.seq_len, "max_tokens": given.max_tokens}
+    rows = list(reap.batches(given.data or ["stdlib:code"], tokenizer, **size))
+    stats = reap.Statistics.load(given.stats) if given.stats else reap.calibrate(model, rows)
+    experts = sum(layer.num_experts for layer in stats.model.layers)
+    options = {name: getattr(given, name) for name in ("step", "rounds", "tries", "seed")}
+    total = given.total or experts // 2
+    plan, found = search(model, rows, stats, total=total, criterion=given.criterion, **options)
+    print(f"KL {found[0]:.4f} -> {found[-1]:.4f} nats per token")
     print("experts per layer:", *map(len, plan.kept.values()))
+    if given.out:
+        plan.save(given.out)
 
 
 if __name__ == "__main__":

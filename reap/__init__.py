@@ -19,10 +19,15 @@ __all__ = [
     "CRITERIA",
     "Batch",
     "Evaluation",
+    "Group",
+    "LayerErrors",
     "LayerInfo",
     "LayerStatistics",
+    "Merge",
+    "MergeReport",
     "ModelInfo",
     "Mtp",
+    "PairErrors",
     "Plan",
     "PruneReport",
     "ReapError",
@@ -32,27 +37,43 @@ __all__ = [
     "batches",
     "calibrate",
     "calibrate_streamed",
+    "compare",
+    "decompose",
     "evaluate",
     "load_model",
     "load_mtp",
+    "make_merge",
     "make_plan",
     "masked",
+    "merge",
+    "merged",
     "observe",
     "prune",
+    "router_similarity",
     "saliency",
     "standard_errors",
     "verify",
+    "write_report",
 ]
 
 if TYPE_CHECKING:
     from reap.checkpoint.pruning import PruneReport, prune
     from reap.checkpoint.verification import verify
+    from reap.merging.choosing import make_merge
+    from reap.merging.decomposition import LayerErrors, decompose
+    from reap.merging.mergeplan import Group, Merge
+    from reap.merging.pairerrors import PairErrors
+    from reap.merging.rewriting import MergeReport, merge
+    from reap.merging.similarity import router_similarity
+    from reap.merging.tying import merged
     from reap.model.info import LayerInfo, ModelInfo
     from reap.model.load import load_model, load_mtp
     from reap.model.mtplayer import Mtp
     from reap.observation.patch import observe
     from reap.planning.criteria import CRITERIA, saliency, standard_errors
+    from reap.planning.differences import compare
     from reap.planning.plan import Plan, make_plan
+    from reap.report.page import write_report
     from reap.runs.calibration import calibrate
     from reap.runs.evaluation import Evaluation, evaluate
     from reap.runs.masking import masked
@@ -65,12 +86,21 @@ else:  # a type checker that saw __getattr__ would believe any name
     _HOMES = {
         "checkpoint.pruning": ("PruneReport", "prune"),
         "checkpoint.verification": ("verify",),
+        "merging.decomposition": ("LayerErrors", "decompose"),
+        "merging.choosing": ("make_merge",),
+        "merging.mergeplan": ("Group", "Merge"),
+        "merging.pairerrors": ("PairErrors",),
+        "merging.rewriting": ("MergeReport", "merge"),
+        "merging.similarity": ("router_similarity",),
+        "merging.tying": ("merged",),
         "model.info": ("LayerInfo", "ModelInfo"),
         "model.load": ("load_model", "load_mtp"),
         "model.mtplayer": ("Mtp",),
         "observation.patch": ("observe",),
         "planning.criteria": ("CRITERIA", "saliency", "standard_errors"),
+        "planning.differences": ("compare",),
         "planning.plan": ("Plan", "make_plan"),
+        "report.page": ("write_report",),
         "runs.calibration": ("calibrate",),
         "runs.evaluation": ("Evaluation", "evaluate"),
         "runs.masking": ("masked",),

@@ -83,9 +83,12 @@ def to_prepare(items):
 
 
 def pytest_collection_finish(session):
-    """Calls prepare() of each test module that has one, in a thread of its own: compilers run on a
-    core that most tests leave idle. One that fails here fails again in the test that needs it."""
+    """Calls prepare() of each test module that has one, in a thread of its own, and of the first of
+    several processes alone: compilers run beside the tests that do not wait for them. One that
+    fails here fails again in the test that needs it."""
     modules = to_prepare(session.items)
+    if getattr(session.config, "workerinput", {"workerid": "gw0"})["workerid"] != "gw0":
+        return
 
     def work():
         for module in modules:

@@ -1,14 +1,18 @@
-"""Ranks as tests start them: forks of the test's own process, which have all modules loaded."""
+"""Processes as tests start them: forks of the test's own, which have all modules loaded. Ranks, and
+programs: what those import is not tested here, but their streams, signals and exit codes are real.
+"""
 
 from __future__ import annotations
 
 import os
 import signal
 import socket
+import subprocess
 import sys
+import tempfile
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +78,82 @@ class Forked:
     def said(self) -> list[str]:
         files = [self.folder / f"said-{rank}" for rank in range(len(self.ids))]
         return [file.read_text() if file.exists() else "" for file in files]
+
+
+def program(command: Sequence[str | Path], stdout: int, stderr: int) -> int:
+    """Starts `python -c CODE ...` or `python -m reap ...`, the rest of the command without python:
+    the id of a process that has these files as its streams."""
+
+    def begin() -> int:
+        for stream, file in (("stdout", stdout), ("stderr", stderr)):
+            number = 1 + (stream == "stderr")
+            os.dup2(file, number)
+            real = getattr(sys, f"__{stream}__")
+            opened = open(number, "w", encoding=real.encoding, errors=real.errors, closefd=False)
+            setattr(sys, stream, opened)
+        os.environ["TOKENIZERS_PARALLELISM"] = "false"  # or it is told that this is a fork
+        return _exit_code(*map(str, command))
+
+    return forked(begin)
+
+
+def forked(work: Callable[[], int]) -> int:
+    """The id of a process that ends with the exit code that `work` returns; 1 for an exception."""
+    child = os.fork()
+    if child:
+        return child
+    code = 1
+    try:
+        torch.set_num_threads(1)  # a fork has no other, and would wait for them
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        code = work()
+    except BaseException:
+        traceback.print_exc(file=sys.__stderr__)
+    finally:
+        os._exit(code)
+
+
+def exit_code(child: int) -> int:
+    """Of a process of `forked`, when it has ended; a signal's is negative."""
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def _exit_code(how: str, what: str, *arguments: str) -> int:
+    sys.argv = [how, *arguments]
+    try:
+        if how == "-c":
+            exec(compile(what, "-c", "exec"), {"__name__": "__main__"})
+        else:
+            from reap.__main__ import main
+
+            assert (how, what) == ("-m", "reap")
+            main()
+        code: object = 0
+    except SystemExit as end:
+        code = end.code or 0
+    except BaseException:
+        traceback.print_exc()
+        code = 1
+    sys.stdout.flush()
+    sys.stderr.flush()
+    return code if isinstance(code, int) else 1
+
+
+def run(command: Sequence[str | Path], **options: Any) -> subprocess.CompletedProcess[Any]:
+    """subprocess.run of a command that begins with sys.executable, its output captured."""
+    assert command[0] == sys.executable
+    with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
+        child = program(command[1:], out.fileno(), err.fileno())
+        code = exit_code(child)
+        said: list[Any] = []
+        for file in (out, err):
+            file.seek(0)
+            raw = file.read()
+            said.append(raw.decode() if options.get("text") else raw)
+    done = subprocess.CompletedProcess(list(command), code, *said)
+    if options.get("check"):
+        done.check_returncode()
+    return done
 
 
 def free_port() -> int:

@@ -1,20 +1,20 @@
-"""Compiles what tests run: here the programs of tests/simt, by the C++ compiler that is here."""
+"""Compiles what tests run, once for each state of the sources, whichever process needs it first:
+here the programs of tests/simt, by the C++ compiler that is here. All is kept in build."""
 
+import fcntl
 import functools
+import hashlib
 import importlib.util
 import os
 import shutil
 import subprocess
-import tempfile
-import threading
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
 TESTS = Path(__file__).parent
+BUILD = TESTS.parent / "build"
 COMPILER = os.environ.get("CXX", "g++")
-
-_compiling: dict[Path, threading.Lock] = {}  # by folder: one thing at a time, and nothing twice
 
 
 def missing() -> str | None:
@@ -34,13 +34,16 @@ def compile(command: list, **options) -> str:
 
 
 def once(path: Path, make: Callable[[Path], object]) -> Path:
-    """`path`, by `make` if it is not there yet: under another name, so that it is whole."""
-    with _compiling.setdefault(path.parent, threading.Lock()):
-        if not path.exists():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            new = path.with_suffix(f".{os.getpid()}")
-            make(new)
-            new.rename(path)
+    """`path`, by `make` if it is not there yet: under another name, so that it is whole. Who comes
+    second, thread or process, waits for the first."""
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(path.with_name(f"{path.name}.lock"), "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # goes with the file, however its process ends
+            if not path.exists():
+                new = path.with_name(f"{path.name}.{os.getpid()}")
+                make(new)
+                new.rename(path)
     return path
 
 
@@ -54,18 +57,17 @@ def load(path: Path) -> ModuleType:
 
 
 @functools.cache
-def folder() -> tempfile.TemporaryDirectory:
-    return tempfile.TemporaryDirectory(prefix="simt-")  # goes when the process does
-
-
-@functools.cache
 def build(source: str, *flags: str) -> Path:
     """The program of one file of tests/simt, compiled."""
-    program = Path(folder().name) / "-".join([source, *flags])
-    command = [COMPILER, "-std=c++17", "-O1", "-DREAP_SIMT"]
-    command += [*flags, f"-I{TESTS}", str(TESTS / "simt" / source), "-o", str(program)]
-    compile(command)
-    return program
+    command = [COMPILER, "-std=c++17", "-O1", "-DREAP_SIMT", *flags, f"-I{TESTS}"]
+    version = subprocess.run([COMPILER, "--version"], capture_output=True, check=True).stdout
+    digest = hashlib.sha256(repr((command, version)).encode())
+    for folder in (TESTS / "simt", TESTS.parent / "csrc/cuda"):  # what it may include
+        for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+            digest.update(f"{path.relative_to(folder)}\n".encode() + path.read_bytes())
+    program = BUILD / "simt" / f"{Path(source).stem}_{digest.hexdigest()[:20]}"
+    command.append(str(TESTS / "simt" / source))
+    return once(program, lambda new: compile([*command, "-o", str(new)]))
 
 
 def output(program: Path, *arguments: str, input: bytes = b"") -> bytes:

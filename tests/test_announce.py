@@ -1,7 +1,7 @@
 """What Triton compiles, for what it does not compile again, and that it says so."""
 
 import logging
-import time
+from types import SimpleNamespace
 
 import cases
 import host_time
@@ -69,26 +69,52 @@ def test_another_process_compiles_nothing_for_other_tokens(compiled):
     assert set(other) == set(one) and len(one) == len(set(one))
 
 
-def test_what_takes_long_is_said_once(compiled, monkeypatch, caplog):
+class Timer:
+    """threading.Timer with a clock that is set by hand."""
+
+    made: list["Timer"] = []
+
+    def __init__(self, seconds, function, args):
+        self.seconds, self.due, self.state = seconds, lambda: function(*args), "made"
+        self.made.append(self)
+
+    def start(self):
+        self.state = "waits"
+
+    def cancel(self):
+        self.state = "cancelled"
+
+    def pass_by(self, seconds):
+        if self.state == "waits" and seconds >= self.seconds:
+            self.due()
+
+
+@pytest.fixture
+def announce(monkeypatch, caplog):
     from reap_kernels.triton import announce
 
-    monkeypatch.setattr(announce, "PATIENCE", 0.01)
     monkeypatch.setattr(announce, "_said", announce.threading.Event())
+    monkeypatch.setattr(announce, "threading", SimpleNamespace(Timer=Timer))
+    monkeypatch.setattr(Timer, "made", [])
     caplog.set_level(logging.WARNING)
-    for _ in range(2):
-        with host_time.no_driver(), announce.announced():
-            time.sleep(0.1)
+    return announce
+
+
+def test_what_takes_long_is_said_once(announce, caplog):
+    with host_time.no_driver(), announce.announced(), announce.announced():
+        first, second = Timer.made
+        first.pass_by(announce.PATIENCE)
+        second.pass_by(announce.PATIENCE)
+    with host_time.no_driver(), announce.announced():
+        assert len(Timer.made) == 2
     (said,) = caplog.messages
     assert said.startswith("compiling Triton kernels for sm_90: about 10 s")
     assert str(triton.knobs.cache.dir) in said
 
 
-def test_what_is_quick_says_nothing(monkeypatch, caplog):
-    from reap_kernels.triton import announce
-
-    monkeypatch.setattr(announce, "PATIENCE", 0.05)
-    monkeypatch.setattr(announce, "_said", announce.threading.Event())
+def test_what_is_quick_says_nothing(announce, caplog):
     with host_time.no_driver(), announce.announced():
-        pass
-    time.sleep(0.1)
-    assert not caplog.messages
+        (timer,) = Timer.made
+        timer.pass_by(0.9 * announce.PATIENCE)
+    timer.pass_by(9 * announce.PATIENCE)
+    assert timer.state == "cancelled" and not caplog.messages

@@ -5,12 +5,16 @@ import gc
 import io
 import itertools
 import json
+import subprocess
+import sys
 import time
 import weakref
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from functools import partial
+from types import SimpleNamespace
 
+import processes
 import pytest
 import torch
 from rich.console import Console
@@ -24,22 +28,31 @@ from bench.row import COLUMNS, Log, Row
 from bench.shapes import REAL, TINY, Shape
 from reap_kernels import cpu
 
+
+def forked(command, **options):
+    python = command[0] == sys.executable
+    return (processes if python else subprocess).run(command, **options)
+
+
 ROOFED = pytest.mark.skipif(roof.missing() is not None, reason=f"{roof.missing()}")
 
 
 @pytest.fixture(scope="module")
 def smoke(tmp_path_factory):
-    """All suites once: their rows, the folder, and what was printed."""
+    """All suites once: their rows, the folder, and what was printed. Those that prune are forks."""
     out = tmp_path_factory.mktemp("bench")
     said: list[str] = []
     settings = replace(PRESETS["smoke"], scratch=out / "scratch", say=said.append)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
+    here = pytest.MonkeyPatch()
+    here.setattr("bench.prune.subprocess", SimpleNamespace(run=forked))
     try:
         with open(out / "tables", "w") as file:
             made, refused = run(list(SUITES), settings, out, Console(file=file, width=160))
     finally:
         torch.set_num_threads(threads)
+        here.undo()
     assert not refused, said
     return made, out, said
 
@@ -56,6 +69,7 @@ def test_every_suite_has_rows_of_us_and_of_peers(smoke):
     assert others | ours | {"eager without head"} <= impls["calibrate"]
     if "cpu" in backends:
         assert impls["norms"] == {"reap:cpu", "cpu, norms off"}
+        assert impls["sums"] == {"reap:cpu", "reap:cpu with sums"}
     assert impls["prune"] == {"reap", "reap --no-verify", "cp -r", "cp -r; sync"}
     assert {"reap:update", "reap:update+pairs", "layer eager"} <= impls["stats"]
     assert impls["stream"] == {"reap layer by layer", "in memory"}
@@ -76,7 +90,7 @@ def test_rows_are_sane(smoke):
         group = [r for r in made if (r.bench, r.dtype, r.shape, r.T) == _size(row)]
         for peer, times in row.speedup_vs.items():
             (other,) = [r for r in group if r.impl == peer]
-            if row.bench != "norms":  # a median of ratios there, not a ratio of medians
+            if row.bench not in ("norms", "sums"):  # theirs is a median of ratios
                 assert times == pytest.approx(other.ms_median / row.ms_median)
             assert times > 0
     for row in made:
@@ -155,7 +169,7 @@ def test_a_suite_with_a_wrong_kernel_ends_without_its_rows(monkeypatch, tmp_path
         (["--device", "tpu"], "'tpu' is not one of"),
         (
             ["prune", "--device", "cuda"],
-            "only layer, norms, calibrate, stats, masks run there, not prune",
+            "calibrate, stats, masks run there, not prune",
         ),
         (["--routing", "odd"], "'odd': it must be one of uniform, even"),
         (["--device", "cuda", "--isas", "portable"], "--isas are those of --device cpu"),
@@ -306,6 +320,7 @@ def test_peak_extra_sees_what_is_freed_before_the_end():
 
 
 @ROOFED
+@pytest.mark.slow
 def test_roofs_are_above_what_torch_reaches():
     """The best of many short tries of each, in turn: neighbours may take the processor away."""
     x = torch.randn(512, 512)

@@ -2,9 +2,9 @@
 
 import json
 import math
+import os
 import shutil
 import signal
-import subprocess
 import time
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ import pytest
 import torch
 import typer
 from commandline import CALIBRATE, MODEL, ended, invoke, refused, run_json
+from processes import program
 
 from reap.errors import ReapError
 from reap.runs.rankfiles import PARTIAL
@@ -184,6 +185,25 @@ def test_layer_by_layer(work: Path, tmp_path: Path, more: tuple[object, ...]) ->
     assert [path.name for path in tmp_path.iterdir()] == ["x.st"]
 
 
+def test_outputs(work: Path, tmp_path: Path) -> None:
+    """The same bits layer by layer, and nothing else of the statistics changes."""
+    found = []
+    for name, more in (("whole", ()), ("layers", ("--stream",))):
+        code, _, err = layer_by_layer(work, tmp_path / name, "--outputs", *more)
+        assert code == 0 and ", outputs, " in err
+        found.append(Statistics.load(tmp_path / name))
+    whole, layers = found
+    bare = Statistics.load(work / "one.st")
+    assert whole == layers and whole.outputs and not bare.outputs
+    for name in whole.layers:
+        tensors, without = whole[name].tensors(), bare[name].tensors()
+        assert all(torch.equal(tensors[field], without[field]) for field in without)
+        mean = whole[name].output_sum
+        assert mean is not None and whole[name].channel_sum is not None and mean.any()
+    said = run_json("info", tmp_path / "whole")
+    assert said["outputs"] is True
+
+
 def test_layer_by_layer_by_itself(work: Path, tmp_path: Path, monkeypatch: Any) -> None:
     """Where the model would not fit, which is said."""
     from reap.runs import memory, mode
@@ -218,12 +238,13 @@ def test_layer_by_layer_survives_a_kill(work: Path, tmp_path: Path) -> None:
     options = ("--max-tokens", 3000, "--seq-len", 64, "--wave-tokens", 256)
     command = [str(word) for word in (*CALIBRATE, tmp_path / "x.st", *options)]
     kept = tmp_path / f"x.st{PARTIAL}"
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 60
-    while not kept.exists() and time.monotonic() < deadline and process.poll() is None:
+    with open(os.devnull, "w") as nowhere:
+        process = program(command[1:], nowhere.fileno(), nowhere.fileno())
+    while not kept.exists() and os.waitpid(process, os.WNOHANG) == (0, 0):
         time.sleep(0.01)
-    process.kill()
-    assert process.wait() == -signal.SIGKILL and Statistics.load(kept).tokens % 256 == 0
+    os.kill(process, signal.SIGKILL)
+    assert os.waitpid(process, 0)[1] == signal.SIGKILL
+    assert Statistics.load(kept).tokens % 256 == 0
     code, out, err = invoke(*command[3:])
     assert code == 0 and "x.st: 3,000 tokens" in out and not kept.exists(), err
     whole = [*CALIBRATE[3:], tmp_path / "y.st", *options[:-2]]

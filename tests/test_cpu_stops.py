@@ -18,8 +18,8 @@ FLAGS = ["-std=c++17", "-O1", "-Wall", "-Wextra", "-pthread", "-DREAP_OWN_THREAD
 # Stops are in layer.cpp, which hands out the tasks.
 INSTRUMENT = ["-finstrument-functions", "-finstrument-functions-exclude-file-list=/include/"]
 WAIT = re.compile(r"(?<!void )wait_until\(([^;]*), ([^;]*)\);")
-SECONDS = 3  # mutants were found in 0.1 to 3, most in less than 1
-PATIENCE = 60
+STOPS = 500  # mutants were found within 30 to 500
+PATIENCE = 20_000
 
 pytestmark = pytest.mark.skipif(shutil.which(GCC) is None, reason="needs g++, not in PATH")
 
@@ -65,15 +65,12 @@ def prepare() -> None:
         program()
 
 
-def run(seconds: float, mutant: int) -> subprocess.CompletedProcess[str]:
-    command = [str(program()), str(seconds), str(mutant)]
-    return subprocess.run(command, capture_output=True, text=True)
+def run(stops: int, mutant: int) -> int:
+    return subprocess.run([program(), str(stops), str(mutant)]).returncode
 
 
 def test_no_stop_changes_a_bit():
-    done = run(SECONDS, mutant=0)
-    assert done.returncode == 0, done.stderr
-    assert int(done.stdout) > 100
+    assert run(STOPS, mutant=0) == 0
 
 
 def test_the_engine_has_the_waits_that_are_tested():
@@ -83,5 +80,5 @@ def test_the_engine_has_the_waits_that_are_tested():
 
 @pytest.mark.parametrize("mutant", range(1, 7))
 def test_a_wait_out_of_order_shows(mutant):
-    wrong, endless = 1, -signal.SIGALRM
-    assert run(PATIENCE, mutant).returncode in (wrong, endless), sources()[1][mutant - 1]
+    wrong, endless = 1, -signal.SIGPROF
+    assert run(PATIENCE, mutant) in (wrong, endless), sources()[1][mutant - 1]

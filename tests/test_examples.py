@@ -1,64 +1,45 @@
-"""The examples run, and do what they say."""
+"""Every example runs, on the model of the repository, and says something."""
 
-from __future__ import annotations
-
-import json
-import random
+import os
+import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-import torch
-from commandline import MODEL
-from tiny import VOCAB, tiny_model
+from commandline import MODEL, invoke
 
-import reap
+from reap import Statistics
 
-ROOT = Path(__file__).parent.parent
-sys.path.append(str(ROOT / "examples"))
-
-from budget_search import moves, order_of, search  # noqa: E402
+EXAMPLES = Path(__file__).parent.parent / "examples"
+SCRIPTS = sorted(EXAMPLES.glob("*.py"))
 
 
-def test_the_search_keeps_its_budget_and_never_gets_worse() -> None:
-    model = tiny_model("qwen3_moe")
-    ids = torch.randint(VOCAB, (4, 12), generator=torch.Generator().manual_seed(0))
-    rows = [reap.Batch(ids, torch.ones_like(ids), "d")]
-    with torch.no_grad(), reap.observe(model) as stats:
-        model(input_ids=ids)
-    plan, found = search(model, rows, stats, total=18, rounds=5, tries=6)
-    assert sum(map(len, plan.kept.values())) == 18
-    assert found == sorted(found, reverse=True) and found[-1] < found[0]
-    result = reap.evaluate(model, rows, plans={"best": plan})["best"]["total"]
-    assert result.kl == pytest.approx(found[-1])
-    again = search(model, rows, stats, total=18, rounds=5, tries=6)
-    assert again[0].kept == plan.kept and again[1] == found
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.stem)
+def test_a_script(script, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", [str(script), str(MODEL)])
+    runpy.run_path(str(script), run_name="__main__")
+    assert capsys.readouterr().out.strip()
 
 
-def test_moves_keep_the_sum() -> None:
-    found = list(moves([2, 4, 3], [4, 4, 4], 2, random.Random(0)))
-    assert sorted(found) == [[4, 2, 3], [4, 4, 1]]  # a layer keeps some, and no more than it has
-    assert all(sum(new) == 9 for new in moves([2, 4, 3], [4, 4, 4], 1, random.Random(0)))
+@pytest.mark.slow  # five processes
+def test_an_array_job_has_the_bits_of_one_process(tmp_path):
+    (tmp_path / "reap").write_text(f'#!/bin/sh\nexec {sys.executable} -m reap "$@"\n')
+    (tmp_path / "reap").chmod(0o755)
+    path = f"{tmp_path}{os.pathsep}{os.environ['PATH']}"
+    environment = {**os.environ, "PATH": path, "TOKENS": "8192", "PYTHONPATH": str(EXAMPLES.parent)}
+    job = [EXAMPLES / "array_job.sh", MODEL, "stdlib:code", tmp_path / "all"]
+    for share in ("0", "1", "1", "combine"):  # a share that is done is not done again
+        subprocess.run([*job, share, "2"], env=environment, check=True, timeout=120)
+    alone = tmp_path / "alone.safetensors"
+    words = ("calibrate", MODEL, "--data", "stdlib:code", "--max-tokens", 8192, "--out", alone)
+    code, _, err = invoke(*words)
+    assert code == 0, err
+    both = Statistics.load(tmp_path / "all.safetensors")
+    assert both.digest() == Statistics.load(alone).digest()
 
 
-def test_groups_stay_level() -> None:
-    layer = reap.LayerInfo("a", 6, 2, n_group=2, topk_group=2)
-    assert order_of(layer, [5.0, 3.0, 4.0, 0.0, 1.0, 6.0]) == [0, 5, 2, 4, 1, 3]
-
-
-@pytest.mark.slow
-def test_from_the_command_line(tmp_path: Path) -> None:
-    def run(*command: object) -> str:
-        done = subprocess.run([sys.executable, *map(str, command)], capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-        return done.stdout
-
-    stats, plan = tmp_path / "s.safetensors", tmp_path / "plan.json"
-    data = ("--data", "stdlib:code", "--max-tokens", 1024)
-    run("-m", "reap", "calibrate", MODEL, *data, "--out", stats)
-    options = ("--total", 32, "--out", plan, "--rounds", 2, "--tries", 3)
-    said = run(ROOT / "examples" / "budget_search.py", MODEL, stats, *data, *options)
-    assert said.startswith("KL ")
-    layers = json.loads(plan.read_text())["layers"]
-    assert sum(len(layer["kept"]) for layer in layers.values()) == 32
+def test_the_list_has_them_all():
+    listed = set(re.findall(r"^\| `(\S+)`", (EXAMPLES / "README.md").read_text(), re.M))
+    assert listed == {path.name for path in EXAMPLES.iterdir() if path.suffix in (".py", ".sh")}

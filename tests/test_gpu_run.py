@@ -83,17 +83,29 @@ def _alive(pid: int) -> bool:
     return state != "Z"
 
 
-def test_two_stages_side_by_side_and_a_limit_for_all(tmp_path):
-    start = time.monotonic()
+def test_two_stages_side_by_side_and_a_limit_for_all(tmp_path, monkeypatch):
+    """Each of the first two waits for the other; the clock is set by hand where a stage ends."""
+    meets = "import os, time\nopen({!r}, 'w')\nwhile not os.path.exists({!r}): time.sleep(0.01)"
+    one, other = str(tmp_path / "one"), str(tmp_path / "other")
     chosen = [
-        python("a", "import time; time.sleep(1)", beside=True),
-        python("b", "import time; time.sleep(1)"),
+        python("a", meets.format(one, other), beside=True),
+        python("b", meets.format(other, one)),
         python("c", "import time; time.sleep(60)"),
         python("d", ""),
     ]
-    found, wrong, _ = run(chosen, tmp_path, seconds=3.0)
-    assert wrong == ["c", "d"] and time.monotonic() - start < 10
-    assert found["c"]["state"] == "timeout" and found["d"]["why"] == "no time is left"
+    clock = SimpleNamespace(now=0.0)
+    clock.monotonic = lambda: clock.now
+    monkeypatch.setattr(stages, "time", clock)
+
+    def say(line: str) -> None:
+        clock.now = {"b: ok, 0.0 s": 99.0, "c: timeout, 0.0 s": 99.5}.get(line, clock.now)
+
+    report = Report(tmp_path / "gpu.json")
+    wrong = stages.run(chosen, report, tmp_path / "logs", seconds=100.0, say=say)
+    found = report.stages
+    assert wrong == ["c", "d"] and clock.now == 99.5
+    assert found["c"]["state"] == "timeout" and found["c"]["limit"] == 1.0
+    assert found["d"]["why"] == "no time is left"
 
 
 def words(stage: Stage, **states) -> list[str]:

@@ -15,18 +15,27 @@ from bench.measure import PRESETS, Settings, interleave, rows
 
 
 class FakeCuda:
-    """An idle GPU that does everything at once. A call named `waits` synchronizes."""
+    """An idle GPU that does everything at once, and a clock that goes when it is looked at, or is
+    told to. A call named `waits` synchronizes."""
 
     def __init__(self):
         self.debug, self.broken = "default", False
         self.replays = 0
+        self.now = 0.0
+
+    def perf_counter(self) -> float:
+        self.now += 1e-7
+        return self.now
+
+    def takes_3_ms(self) -> None:
+        self.now += 0.003
 
     def Event(self, enable_timing):
         assert enable_timing
         at: list[float] = []
         return SimpleNamespace(
             at=at,
-            record=lambda: at.append(time.perf_counter()),
+            record=lambda: at.append(self.perf_counter()),
             elapsed_time=lambda other: 1e3 * (other.at[0] - at[0]),
         )
 
@@ -79,6 +88,7 @@ def cuda(monkeypatch):
     flushed = SimpleNamespace(zero_=lambda: None)
     empty = SimpleNamespace(cuda=fake, uint8=torch.uint8, empty=lambda *size, **kind: flushed)
     monkeypatch.setattr(gputime, "torch", empty)
+    monkeypatch.setattr(gputime, "time", fake)
     monkeypatch.setattr(gputime, "kernels", lambda call: {"down_kernel": 0.5})
     monkeypatch.setattr(gputime, "SAMPLE_SECONDS", 0.002)
     monkeypatch.setattr(gputime, "ALONE_SECONDS", 0.002)
@@ -118,19 +128,18 @@ def test_an_error_that_is_no_wait_is_not_swallowed(cuda):
 
 
 def test_host_time_is_until_the_call_returns(cuda):
-    samples, details = gputime.interleave({"slow": lambda: time.sleep(0.003)}, 1, 60.0)
-    host = details["slow"].host_ms
-    assert host is not None and 3 <= host < 30
-    assert samples["slow"][0] < 1, "a replay does not run the host's part"
+    samples, details = gputime.interleave({"slow": cuda.takes_3_ms}, 1, 60.0)
+    assert details["slow"].host_ms == pytest.approx(3, rel=0.01)
+    assert samples["slow"][0] < 0.1, "a replay does not run the host's part"
 
 
 def test_one_that_used_up_its_time_leaves_the_turn(cuda):
     calls: dict[str, Callable[[], object]] = {
-        "slow": lambda: time.sleep(0.003),
+        "slow": cuda.takes_3_ms,
         "quick": lambda: None,
     }
     samples, _ = gputime.interleave(calls, 6, 0.001, graphs=False)
-    assert len(samples["slow"]) == 3
+    assert {name: len(ms) for name, ms in samples.items()} == {"slow": 3, "quick": 6}
 
 
 def test_a_row_has_what_the_gpu_did(cuda, monkeypatch):

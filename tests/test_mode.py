@@ -52,9 +52,15 @@ def test_in_another_dtype(folder: Path, monkeypatch: Any) -> None:
 
 
 def test_packed_weights_grow(folder: Path, monkeypatch: Any) -> None:
+    """To 16 bits, or to what was asked for: [2, 32, 3] of 96 bytes and exponents here."""
+    blocks = torch.zeros(2, 3, 1, 16, dtype=torch.uint8)
+    tensors = {"a": torch.zeros(1000), "b_blocks": blocks, "b_scales": blocks[..., 0].contiguous()}
+    save_file(tensors, folder / "model.safetensors")
     edit_config(folder, quantization_config={"quant_method": "mxfp4"})
-    assert why(folder, monkeypatch, 4840) is None
-    assert why(folder, monkeypatch, 4839) is not None
+    for dtype, bytes_ in (("auto", 4000 + 192 * 2), ("float32", 4000 + 192 * 4)):
+        need = round(bytes_ * mode.LOADING)
+        assert why(folder, monkeypatch, need, dtype=dtype) is None
+        assert why(folder, monkeypatch, need - 1, dtype=dtype) is not None
 
 
 def test_a_gpu(folder: Path, monkeypatch: Any) -> None:

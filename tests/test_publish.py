@@ -7,8 +7,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 import zlib
 from collections.abc import Callable
@@ -16,6 +14,7 @@ from pathlib import Path
 
 import pytest
 from folders import saved, some_plan
+from processes import exit_code, forked
 
 from reap.checkpoint import pruning, publish
 from reap.checkpoint.pruning import prune
@@ -50,14 +49,13 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Plan, dict[str,
     saved(root / "base", num_hidden_layers=2, shards=True)
     (root / "base" / "tokenizer.json").write_bytes(b"{}")
     plan = some_plan(root / "base")
-    plan.save(root / "plan.json")
     prune(root / "base", plan, root / "whole")
     whole = state(root / "whole")
     assert whole is not None
     return root / "base", plan, whole
 
 
-def prepare(out: Path, old: dict[str, bytes] | None) -> None:
+def put_old(out: Path, old: dict[str, bytes] | None) -> None:
     shutil.rmtree(out, ignore_errors=True)
     if old is not None:
         out.mkdir()
@@ -104,7 +102,7 @@ def test_every_failing_call_leaves_the_old_state(
 ) -> None:
     base, plan, whole = job
     out = tmp_path / "out"
-    prepare(out, old)
+    put_old(out, old)
 
     def interrupt() -> None:
         raise KeyboardInterrupt
@@ -125,29 +123,8 @@ def test_every_failing_call_leaves_the_old_state(
         assert [p.name for p in tmp_path.iterdir() if p.name != "out"] == [], f"call {at} of {seen}"
         assert state(out) == expected, f"call {at} of {seen}"
         if failed and expected == whole:
-            prepare(out, old)
+            put_old(out, old)
     assert names >= {"write", "copy_file_range", "fsync", "renameat2", "mkdir"}
-
-
-CHILD = """
-import os, sys, pytest
-sys.path.insert(0, {tests!r})
-from test_publish import failing
-from reap.checkpoint.pruning import prune
-from reap.planning.plan import Plan
-base, plan, out = sys.argv[1], Plan.load(sys.argv[2]), sys.argv[3]
-at, code = 0, None
-while code != 0:
-    at += 1
-    sys.stdin.readline()
-    pid = os.fork()
-    if pid == 0:
-        failing(pytest.MonkeyPatch(), at, lambda: os._exit({ended}))
-        prune(base, plan, out, overwrite=sys.argv[4] == "1")
-        os._exit(0)
-    code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-    print(at, code, flush=True)
-"""
 
 
 @pytest.mark.sweep
@@ -157,39 +134,23 @@ while code != 0:
 def test_killed_at_every_call(
     job: tuple[Path, Plan, dict[str, bytes]], tmp_path: Path, old: dict[str, bytes] | None
 ) -> None:
-    base, _, whole = job
+    base, plan, whole = job
     out = tmp_path / "out"
-    code = CHILD.format(tests=str(Path(__file__).parent), ended=ENDED)
-    command = [
-        sys.executable,
-        "-c",
-        code,
-        base,
-        base.parent / "plan.json",
-        out,
-        str(int(old is not None)),
-    ]
-    words = list(map(str, command))
-    child = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    assert child.stdin and child.stdout
 
-    ends = []
-    prepare(out, old)
-    child.stdin.write("\n")
-    child.stdin.flush()
-    for line in child.stdout:
-        at, ended = map(int, line.split())
-        ends.append(ended)
+    def killed(at: int) -> int:
+        failing(pytest.MonkeyPatch(), at, lambda: os._exit(ENDED))
+        prune(base, plan, out, overwrite=old is not None)
+        return 0
+
+    at, ended = 0, ENDED
+    while ended:
+        at += 1
+        put_old(out, old)
+        ended = exit_code(forked(lambda at=at: killed(at)))  # type: ignore[misc]
         assert ended in (0, ENDED), f"call {at} ended with {ended}"
         found = state(out)
         assert found in ((whole,) if ended == 0 else (old, whole)), f"killed at call {at}"
-        if ended == 0:
-            break
-        prepare(out, old)
-        child.stdin.write("\n")
-        child.stdin.flush()
-    child.stdin.close()
-    assert child.wait(30) == 0 and len(ends) > 30
+    assert at > 30
     assert [p.name for p in tmp_path.iterdir()] == ["out"], (
         "the last run cleans up after the killed ones"
     )
@@ -231,7 +192,7 @@ def test_ctrl_c_while_the_old_folder_is_removed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out, real = tmp_path / "out", os.unlink
-    prepare(out, {"a": b"old", "b": b"old"})
+    put_old(out, {"a": b"old", "b": b"old"})
 
     def unlink(*args: object, **kwargs: object) -> None:
         monkeypatch.setattr(os, "unlink", real)
@@ -355,25 +316,27 @@ def test_a_source_that_changes_meanwhile_is_noticed(
 def test_a_signal_at_any_time(
     job: tuple[Path, Plan, dict[str, bytes]], tmp_path: Path, number: signal.Signals
 ) -> None:
-    base, _, whole = job
-    code = (
-        "import sys, time; from reap import Plan, prune\n"
-        "plan = Plan.load(sys.argv[2])\n"
-        "slow = lambda n: (print(n, flush=True), time.sleep(0.05))\n"
-        "prune(sys.argv[1], plan, sys.argv[3], progress=slow)"
-    )
+    base, plan, whole = job
     out = tmp_path / "out"
-    child = subprocess.Popen(
-        [sys.executable, "-c", code, base, base.parent / "plan.json", out],
-        stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
-    )  # fmt: skip
-    assert child.stdout and child.stdout.readline()
-    time.sleep(0.1)
-    child.send_signal(number)
-    assert child.wait(60) != 0
+    reader, writer = os.pipe()
+
+    def slow(n: int) -> None:
+        os.write(writer, b"x")
+        time.sleep(0.05)
+
+    def slowly() -> int:
+        prune(base, plan, out, progress=slow)
+        return 0
+
+    child = forked(slowly)
+    os.close(writer)
+    assert os.read(reader, 1)
+    os.close(reader)
+    os.kill(child, number)
+    assert exit_code(child) != 0
     assert not out.exists()
     hidden = [p.name for p in tmp_path.iterdir()]
     assert len(hidden) == (1 if number == signal.SIGKILL else 0)
     assert all(name.startswith(".out.reap-") for name in hidden)
-    prune(base, Plan.load(base.parent / "plan.json"), out)
+    prune(base, plan, out)
     assert state(out) == whole and [p.name for p in tmp_path.iterdir()] == ["out"]

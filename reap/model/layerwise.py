@@ -22,7 +22,8 @@ from reap.files.folder import open_folder
 from reap.model import compat
 from reap.model.experts import OTHER_TOWERS, find_experts, pretrained
 from reap.model.load import from_folder
-from reap.model.stored import Once, Stored
+from reap.model.stored import Once
+from reap.model.unpacked import Unpacked, open_stored
 
 # What may be asked of a weight that is not in memory.
 FACTS = {
@@ -109,13 +110,15 @@ class Layerwise:
     ) -> None:
         compat.require(compat.STREAMING)
         self._admit = admit
-        self._stored = Stored(open_folder(folder).shards)
+        self._stored = open_stored(open_folder(folder))
         self._first: dict[str, str] = {}  # a weight's names -> its first
         self._keys: dict[str, list[str]] = {}  # a weight's first name -> what it is made of
         self._loader = compat.PartLoader(self._choose)
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="reap-reader")
         self._ahead: tuple[Unit, Future[dict[str, Once]]] | None = None
-        self.model = from_folder(folder, dtype, trust_remote_code, self._loader.installed())
+        self.model = from_folder(
+            folder, dtype, trust_remote_code, self._loader.installed(), stored=self._stored
+        )
         if compat.is_quantised(self.model):
             raise ReapError(
                 f"{folder} is quantised, and transformers computes with its packed weights: such "
@@ -155,7 +158,11 @@ class Layerwise:
             self._ahead = unit, self._reader.submit(self._stored.read, unit.keys)
 
     def _load(self, unit: Unit, tensors: dict[str, Once]) -> None:
-        self._loader.load(tensors)
+        try:
+            self._loader.load(tensors)
+        except ReapError as error:
+            failed = self._stored.failed if isinstance(self._stored, Unpacked) else None
+            raise failed or error from error
         for weight in unit.weights:
             found = (module._parameters[name] for module, name in weight.homes)
             made = next((value for value in found if value is not None and not value.is_meta), None)

@@ -19,17 +19,22 @@ from reap.model.mtplayer import Mtp, embedding_names, mtp_on_meta
 from reap.model.quiet import quiet
 from reap.model.uneven import counts_of, restored
 from reap.model.unevenmodel import uneven_class
+from reap.model.unpacked import unpacked_entries
 
 Tensors = Mapping[str, tuple[str, tuple[int, ...]]]  # name -> dtype as safetensors calls it, shape
 
 
 @uncollected()
-def loading_problems(fields: Mapping[str, Any], tensors: Tensors) -> set[str]:
-    """One line for each parameter missing, unexpected or of the wrong shape; `fields`: config.json.
+def loading_problems(
+    fields: Mapping[str, Any], tensors: Tensors, files: Path | None = None
+) -> set[str]:
+    """One line for each parameter missing, unexpected or of the wrong shape; `fields`: config.json,
+    which a quantiser's file in the folder `files` may complete.
 
-    A checkpoint may have harmless ones (quantisation scales that a quantiser would take, layers for
-    other runtimes), so what counts is that pruning adds none. NotImplementedError, with the reason,
-    when transformers cannot build the model without custom code.
+    Weights of a format that is read here count as what they are once decoded. A checkpoint may have
+    harmless ones (scales that only a quantiser would take, layers for other runtimes), so what
+    counts is that pruning adds none. NotImplementedError, with the reason, when transformers cannot
+    build the model without custom code.
     """
     from transformers import AutoConfig
 
@@ -42,6 +47,7 @@ def loading_problems(fields: Mapping[str, Any], tensors: Tensors) -> set[str]:
                 model = uneven_class(_model_class(config), counts_of(config))(config)
         except Exception as error:  # whatever a config from anywhere makes a model class raise
             raise NotImplementedError(_reason(error)) from error
+    tensors = unpacked_entries(fields, tensors, files)
     state = _empty(tensors)
     try:
         mtp = mtp_on_meta(model, tensors)

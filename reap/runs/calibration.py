@@ -15,6 +15,7 @@ from reap.errors import ReapError
 from reap.model import compat
 from reap.model.experts import pretrained
 from reap.model.mtplayer import Mtp
+from reap.model.unpacked import said_of_model
 from reap.observation.patch import observe
 from reap.runs.heads import own_mtp
 from reap.runs.partial import Partial
@@ -29,6 +30,7 @@ def calibrate(
     *,
     gates: str = "applied",
     pairs: bool = False,
+    outputs: bool = False,
     backend: str = "auto",
     deterministic: bool = False,
     mtp: Mtp | bool = True,
@@ -65,11 +67,12 @@ def calibrate(
             model,
             gates=gates,
             pairs=pairs,
+            outputs=outputs,
             backend=backend,
             deterministic=deterministic,
             mtp=own_mtp(model) if mtp is True else mtp or None,
         ) as stats,
-        _eval_mode(model),
+        eval_mode(model),
         torch.inference_mode(),
     ):
         watch = None if until is None else Watch(until, stats.model)
@@ -131,7 +134,9 @@ def what_runs(model: nn.Module, backend: str, deterministic: bool) -> dict[str, 
     its name, not its number: processes that share a run have one each. Weights on the meta device
     are elsewhere, and come where the others are."""
     weights = list(model.parameters())
+    stored = said_of_model(model)
     return {
+        **({"weights": stored} if stored else {}),
         "dtype": ", ".join(sorted({str(w.dtype).removeprefix("torch.") for w in weights})),
         "device": ", ".join(sorted({_device_name(w.device) for w in weights if not w.is_meta})),
         "backend": backend_said(backend),
@@ -171,7 +176,7 @@ def _input_device(model: Any) -> torch.device:
 
 
 @contextmanager
-def _eval_mode(model: nn.Module) -> Iterator[None]:
+def eval_mode(model: nn.Module) -> Iterator[None]:
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:

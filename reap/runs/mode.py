@@ -9,13 +9,13 @@ import torch
 
 from reap.errors import ReapError
 from reap.files.folder import open_folder
+from reap.files.safefile import span
 from reap.files.units import sized
+from reap.model.unpacked import unpacked_entries
 from reap.runs import memory
 
 LOADING = 1.1  # of the weights: what else is there while a model is loaded
 SIZES = {"bfloat16": 2, "float16": 2, "float32": 4}
-# Bytes that a stored byte becomes, of weights that are unpacked to 16 bits: FP8, two FP4 in one.
-UNPACKED = {"F8_E4M3": 2, "F8_E5M2": 2, "U8": 4, "I8": 4}
 
 
 def why_streamed(
@@ -56,13 +56,13 @@ def whole(folder: Path, dtype: str, limit: int | None = None) -> int:
 def _weights(folder: Path, dtype: str) -> tuple[int, int]:
     """Bytes of the weights in the folder's files and, about, in memory."""
     opened = open_folder(folder)
-    packed = "quantization_config" in opened.config
-    stored = made = 0
-    for shard in opened.shards:
-        for tensor in shard.tensors.values():
-            stored += tensor.nbytes
-            if tensor.dtype in ("BF16", "F16", "F32") and dtype in SIZES:
-                made += math.prod(tensor.shape) * SIZES[dtype]
-            else:
-                made += tensor.nbytes * (UNPACKED.get(tensor.dtype, 1) if packed else 1)
-    return stored, made
+    tensors = {name: (t.dtype, t.shape) for s in opened.shards for name, t in s.tensors.items()}
+    made = 0
+    for name, (kind, shape) in unpacked_entries(opened.config, tensors, opened.path).items():
+        if kind in ("BF16", "F16", "F32") and dtype in SIZES:
+            made += math.prod(shape) * SIZES[dtype]
+        elif tensors.get(name) == (kind, shape):
+            made += span(kind, shape)
+        else:  # decoded, to 16 bits: so are models that were quantised
+            made += 2 * math.prod(shape)
+    return sum(t.nbytes for s in opened.shards for t in s.tensors.values()), made

@@ -32,8 +32,9 @@ SUITES = {
     "stats": "bench.stats",
     "stream": "bench.stream",
     "ranks": "bench.ranks",
+    "masks": "bench.masks",
 }
-ON_GPU = ("layer", "norms", "sums", "calibrate", "stats")
+ON_GPU = ("layer", "norms", "sums", "calibrate", "stats", "masks")
 Suite = Enum("Suite", dict(zip(SUITES, SUITES, strict=True)), type=str)  # type: ignore[misc]
 Device = Enum("Device", {"cpu": "cpu", "cuda": "cuda"}, type=str)
 SHAPES = {**REAL, TINY.name: TINY}

@@ -40,9 +40,11 @@ __all__ = [
     "compare",
     "decompose",
     "evaluate",
+    "load_model",
     "load_mtp",
     "make_merge",
     "make_plan",
+    "masked",
     "merge",
     "merged",
     "observe",
@@ -65,7 +67,7 @@ if TYPE_CHECKING:
     from reap.merging.similarity import router_similarity
     from reap.merging.tying import merged
     from reap.model.info import LayerInfo, ModelInfo
-    from reap.model.load import load_mtp
+    from reap.model.load import load_model, load_mtp
     from reap.model.mtplayer import Mtp
     from reap.observation.patch import observe
     from reap.planning.criteria import CRITERIA, saliency, standard_errors
@@ -74,6 +76,7 @@ if TYPE_CHECKING:
     from reap.report.page import write_report
     from reap.runs.calibration import calibrate
     from reap.runs.evaluation import Evaluation, evaluate
+    from reap.runs.masking import masked
     from reap.runs.stability import Stable
     from reap.runs.waves import calibrate_streamed
     from reap.statistics.layerstats import LayerStatistics
@@ -91,7 +94,7 @@ else:  # a type checker that saw __getattr__ would believe any name
         "merging.similarity": ("router_similarity",),
         "merging.tying": ("merged",),
         "model.info": ("LayerInfo", "ModelInfo"),
-        "model.load": ("load_mtp",),
+        "model.load": ("load_model", "load_mtp"),
         "model.mtplayer": ("Mtp",),
         "observation.patch": ("observe",),
         "planning.criteria": ("CRITERIA", "saliency", "standard_errors"),
@@ -100,6 +103,7 @@ else:  # a type checker that saw __getattr__ would believe any name
         "report.page": ("write_report",),
         "runs.calibration": ("calibrate",),
         "runs.evaluation": ("Evaluation", "evaluate"),
+        "runs.masking": ("masked",),
         "runs.stability": ("Stable",),
         "runs.waves": ("calibrate_streamed",),
         "statistics.layerstats": ("LayerStatistics",),

@@ -76,6 +76,8 @@ def test_every_suite_has_rows_of_us_and_of_peers(smoke):
     assert impls["prune"] == {"reap", "reap --no-verify", "cp -r", "cp -r; sync"}
     assert {"reap:update", "reap:update+pairs", "layer eager"} <= impls["stats"]
     assert impls["stream"] == {"reap layer by layer", "in memory"}
+    forwards, evaluations = {"plain forward", "reap: masked forward"}, {"one plan", "ten plans"}
+    assert impls["masks"] == forwards | {f"reap: {name}" for name in evaluations}
 
 
 @pytest.mark.slow
@@ -183,7 +185,7 @@ def test_a_suite_with_a_wrong_kernel_ends_without_its_rows(monkeypatch, tmp_path
         (["--device", "tpu"], "'tpu' is not one of"),
         (
             ["prune", "--device", "cuda"],
-            "only layer, norms, sums, calibrate, stats run there, not prune",
+            "calibrate, stats, masks run there, not prune",
         ),
         (["--routing", "odd"], "'odd': it must be one of uniform, even"),
         (["--device", "cuda", "--isas", "portable"], "--isas are those of --device cpu"),

@@ -41,6 +41,7 @@ from reap.files.units import sized
 from reap.model import compat
 from reap.model.identity import describe_folder, mtp_of
 from reap.model.shapes import Tensors, loading_problems
+from reap.model.uneven import counts_in
 from reap.planning.plan import Plan
 
 
@@ -239,6 +240,11 @@ def _prepared(
     size, others = _sizes(folder, layout)
     check_space(out, size + others)
     unchecked = _check_shapes(folder, before, operation, after)
+    if unchecked and counts_in(operation.config):
+        raise ReapError(
+            f"{folder.path} can only be written with one number of experts for all layers, since "
+            f"transformers cannot build it here ({unchecked}): make a uniform plan (scope layer)"
+        )
     bytes_before = sum(t.nbytes for t in before.values())
     return _Prepared(
         folder, out, operation, layout, after, bytes_before, size, others, notes, unchecked

@@ -16,9 +16,10 @@ import torch
 
 from reap.errors import ReapError, first_line
 from reap.files.folder import Folder, open_folder
+from reap.files.paths import path_of
 from reap.files.safefile import check_is_here
 from reap.model import compat
-from reap.model.config import model_classes, not_run, read_config, text_config
+from reap.model.config import config_for, model_classes, not_run, read_config, text_config
 from reap.model.experts import pretrained
 from reap.model.mtp import UnsupportedMtpError, find_mtp
 from reap.model.mtplayer import (
@@ -33,6 +34,8 @@ from reap.model.quiet import quiet
 from reap.model.shapes import loading_problems, mtp_problems
 from reap.model.stored import DTYPES as STORED
 from reap.model.stored import Stored
+from reap.model.uneven import counts_of
+from reap.model.unevenmodel import classes_for
 from reap.model.unpacked import Unpacked, mark, open_stored, unpacked_entries
 
 DTYPES = ("auto", "bfloat16", "float16", "float32")
@@ -96,16 +99,23 @@ def find_device(device: str) -> str:
 
 
 def load_model(
-    folder: Path, *, dtype: str = "auto", device: str = "auto", trust_remote_code: bool = False
+    folder: str | os.PathLike[str],
+    *,
+    dtype: str = "auto",
+    device: str = "auto",
+    trust_remote_code: bool = False,
 ) -> Any:
     """A causal language model in eval mode, from safetensors files that were checked first.
 
     dtype: "auto" (as stored), "bfloat16", "float16" or "float32". device: "auto" (the first GPU,
     else the CPU), or what torch or accelerate call it ("cpu", "cuda:1", "balanced").
     Python code that the folder brings is run with `trust_remote_code` alone.
+    A folder whose layers have different numbers of experts, as `prune` writes it by a plan of
+    scope "global", is loaded by this alone.
     Raises ReapError for damaged or missing weight files, and for weights that the model needs and
     the files do not have.
     """
+    folder = Path(path_of(folder, "folder", "the folder of a model"))
     device = find_device(device)
     # Without accelerate a model can still be loaded whole and then moved.
     moved = find_spec("accelerate") is None and device not in ACCELERATED
@@ -144,6 +154,10 @@ def from_folder(
         if auto.__name__ in own or compat.mapped_class(auto, config)
     )
     cls = next(autos, None) or model_classes(config, folder)[0]
+    given = {"dtype": dtype} if unpacked is None else _unquantised(config, unpacked, dtype)
+    if counts_of(config):  # its layers have different numbers of experts
+        cls = classes_for(config, folder)[0]
+        given["config"] = config_for(cls, given.get("config", config))
     try:
         state = (
             nullcontext() if unpacked is None else compat.loading(unpacked.state(), unpacked.settle)
@@ -155,7 +169,7 @@ def from_folder(
                 trust_remote_code=trust_remote_code,
                 output_loading_info=True,
                 device_map=device_map,
-                **({"dtype": dtype} if unpacked is None else _unquantised(config, unpacked, dtype)),
+                **given,
             )
     except (torch.OutOfMemoryError, MemoryError) as error:
         raise _too_large(folder, device_map or "cpu", error) from error

@@ -19,6 +19,8 @@ from reap.model import compat
 from reap.model.mtp import UnsupportedMtpError
 from reap.model.mtplayer import Mtp, embedding_names, mtp_on_meta
 from reap.model.quiet import quiet
+from reap.model.uneven import counts_of, restored
+from reap.model.unevenmodel import uneven_class
 from reap.model.unpacked import unpacked_entries
 
 _LAYER = re.compile(r"(\D*?\.)(\d+)(\..*)")  # what a layer's list is called, its number, its own
@@ -41,11 +43,11 @@ def loading_problems(
 
     with TemporaryDirectory() as folder:
         # From a file, because that decodes what from_dict does not.
-        Path(folder, "config.json").write_text(json.dumps(fields))
+        Path(folder, "config.json").write_text(json.dumps(restored(fields)))
         try:
             config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
             with torch.device("meta"):
-                model = _model_class(config)(config)
+                model = uneven_class(_model_class(config), counts_of(config))(config)
         except Exception as error:  # whatever a config from anywhere makes a model class raise
             raise NotImplementedError(_reason(error)) from error
     tensors = unpacked_entries(fields, tensors, files)

@@ -160,6 +160,7 @@ def _folder(name: str) -> dict[str, Any]:
         found |= {
             "base_model": record.get("base_model_name"),
             by: record.get(by),
+            "loaded_by": record.get("loaded_by", "transformers"),
             "tokens": told.get("tokens"),
             "domains": told.get("domains"),
             "versions": record.get("versions"),

@@ -35,6 +35,7 @@ __all__ = [
     "evaluate",
     "load_mtp",
     "make_plan",
+    "masked",
     "observe",
     "prune",
     "saliency",
@@ -53,6 +54,7 @@ if TYPE_CHECKING:
     from reap.planning.plan import Plan, make_plan
     from reap.runs.calibration import calibrate
     from reap.runs.evaluation import Evaluation, evaluate
+    from reap.runs.masking import masked
     from reap.runs.stability import Stable
     from reap.runs.waves import calibrate_streamed
     from reap.statistics.layerstats import LayerStatistics
@@ -70,6 +72,7 @@ else:  # a type checker that saw __getattr__ would believe any name
         "planning.plan": ("Plan", "make_plan"),
         "runs.calibration": ("calibrate",),
         "runs.evaluation": ("Evaluation", "evaluate"),
+        "runs.masking": ("masked",),
         "runs.stability": ("Stable",),
         "runs.waves": ("calibrate_streamed",),
         "statistics.layerstats": ("LayerStatistics",),

@@ -1,9 +1,9 @@
 """What becomes of each tensor of a checkpoint when experts are removed: names and shapes in, edits
 out, no file touched.
 
-What a router is called differs between architectures: `ROUTER` is the table. A tensor of a router,
-or one of a block that has as many rows or columns as there are experts, that is in no table is an
-error, because copying it could be silently wrong.
+What a router is called differs between architectures: `reap.model.routers` has the table. A tensor
+of a router, or one of a block that has as many rows or columns as there are experts, that is in no
+table is an error, because copying it could be silently wrong.
 """
 
 from __future__ import annotations
@@ -14,24 +14,11 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-import numpy as np
-
 from reap.checkpoint.blocks import Block, Shapes
 from reap.checkpoint.removal import Removal
 from reap.errors import ReapError
+from reap.model.routers import IN_ROUTER, ROUTER, ROUTER_IN_LAYER, SHARED, TAILED, TOKEN_TABLE
 
-# The tables speak of the end of a tensor's name: what follows the block's module, or a place beside
-# it. Of a router's tensors, the given axis runs over the experts.
-ROUTER: tuple[tuple[str, int], ...] = (
-    (r"(gate|router)(\.(gate|wg|layer|proj|linear|classifier))?\.(weight|bias)", 0),
-    (r"gate_weight|router_bias", 0),
-    (
-        r"((gate|router|experts)\.)?(e_score_correction_bias|expert_biase?s?|per_expert_scale|balancing_biases)",
-        0,
-    ),
-    (r"(gate\.)?moe_statics\.e_score_correction_bias", 1),
-    (r"gate\.router_mlp\.out_proj\.(weight|bias)", 0),
-)
 # Beside the weight of a quantised router: what has a row per expert, or one for a block of rows ...
 _QUANTISED = r"(gate|router)(\.(gate|wg|layer|proj|linear|classifier))?\."
 ROUTER_ROWS = re.compile(_QUANTISED + r"(weight_packed|weight_scale|weight_scale_inv)")
@@ -41,24 +28,10 @@ ROUTER_QUANTISED = re.compile(
     + r"(qweight|qzeros|scales|g_idx|biases|input_(global_)?scale"
     + r"|weight_(packed|shape|zero_point|g_idx|(global_)?scale(_\w+)?))"
 )
-# Whatever else is in a router may speak of single experts, whatever its sizes.
-IN_ROUTER = re.compile(r"(gate|router)\.")
 # Where a router may lie beside the block's module: in these modules of the decoder layer, ...
 ROUTER_BESIDE = ("moe",)
-# ... or, where the block is no module of its own, as these children of the decoder layer.
-ROUTER_IN_LAYER = re.compile(r"(gate|router|experts|expert_bias|e_score_correction_bias)(\.|$)")
-# Routers with rows after those of the routed experts (a skip class, shared experts), by model type:
-# these stay, at the end.
-TAILED = {"zaya", "inkling_mm_model", "inkling_text", "longcat_flash"}
-# Token -> expert ids, instead of a router (DeepSeek-V4's hash layers).
-TOKEN_TABLE = re.compile(r"gate\.tid2eid")
 # Axis 0 of these runs over the rows of all experts, one expert after another (DBRX).
 STACKED = re.compile(r"experts\.mlp\.(w1|v1|w2)")
-# Parts of a block that hold nothing per routed expert, whatever their sizes.
-SHARED = re.compile(
-    r"(shared?_(experts?|mlp|expert_gate)|fc[12]_latent_proj|(pre|post)_expert_norm|experts\.post_expert_norm"
-    r"|.*norm|router\.scale|gate\.down_proj|gate\.router_mlp|gate\.router_states_scale)(\..*)?"
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -229,19 +202,3 @@ def _along_experts(
 def _select(name: str, shape: tuple[int, ...], axis: int, ids: tuple[int, ...]) -> Edit:
     new = (*shape[:axis], len(ids), *shape[axis + 1 :])
     return Edit(name, new, ids, math.prod(shape[:axis]), shape[axis])
-
-
-def remapped(table: np.ndarray, kept: tuple[int, ...]) -> np.ndarray:
-    """A table [tokens, K] of expert ids with the kept experts' new numbers.
-
-    Hash routing has no runner-up: a slot whose expert is gone goes to a kept one that the token
-    does not have yet, chosen by token number so that the orphaned tokens spread evenly.
-    """
-    place = np.full(int(max(table.max(initial=0), max(kept))) + 1, -1, dtype=table.dtype)
-    place[list(kept)] = np.arange(len(kept))
-    new = place[table]
-    for row in np.flatnonzero((new < 0).any(axis=1)):
-        free = np.setdiff1d(np.arange(len(kept)), new[row])
-        gone = np.flatnonzero(new[row] < 0)
-        new[row, gone] = np.roll(free, -(row % len(free)))[: len(gone)]
-    return new

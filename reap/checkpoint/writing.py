@@ -35,6 +35,7 @@ from reap.files.safefile import (
     version_of,
     write_all,
 )
+from reap.model.routers import remapped
 
 Parts = list[tuple[surgery.Edit, Tensor]]  # of one shard, in the order of the data
 
@@ -249,7 +250,7 @@ def _gathered(source: int, edit: surgery.Edit, tensor: Tensor, data: int) -> Ite
         table = np.frombuffer(
             _pread(source, tensor.nbytes, start), dtype=f"<i{BITS[tensor.dtype] // 8}"
         )
-        yield surgery.remapped(table.reshape(tensor.shape), edit.experts).tobytes()
+        yield remapped(table.reshape(tensor.shape), edit.experts).tobytes()
         return
     assert edit.rows is not None
     wide = tensor.nbytes // edit.outer

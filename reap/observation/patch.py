@@ -27,6 +27,7 @@ from reap.observation.following import follow
 from reap.observation.hooks import install_hooks
 from reap.observation.layers import Layer
 from reap.observation.measure import Measured
+from reap.observation.modulelist import KeptExperts
 from reap.observation.padding import Padding
 from reap.observation.phantoms import watch
 from reap.observation.witness import Witness
@@ -108,7 +109,7 @@ def observe(
     compat.require(compat.OBSERVING)
     found = find_experts(model)
     for experts in found:
-        _check_not_split(experts)
+        _check_whole(experts)
     stats = Statistics(describe(model, found, mtp), gates=gates, pairs=pairs)
     options = {"backend": backend, "deterministic": deterministic}
     observations = [_Observation(stats, options)]
@@ -139,7 +140,7 @@ class _Observation:
 
     def install(self, model: nn.Module, found: list[Experts], undo: ExitStack) -> None:
         if compat.is_compiled(model) or any(experts.kind != "interface" for experts in found):
-            undo.enter_context(_uncompiled())
+            undo.enter_context(uncompiled())
         layers = []
         with _lock:
             for experts in found:
@@ -243,7 +244,7 @@ _eager: list[Any] = []  # the compiler's stance, once for every `with` that need
 
 
 @contextmanager
-def _uncompiled() -> Iterator[None]:
+def uncompiled() -> Iterator[None]:
     """Compiled models run as they are written: compiled code misses hooks that came after it."""
     with _lock:
         # Threads may leave in any order: the first to enter sets the stance, the last resets it.
@@ -279,8 +280,13 @@ def check_backend(backend: str) -> None:
         raise ReapError(f"backend {backend} is not available here: {known[backend]}")
 
 
-def _check_not_split(experts: Experts) -> None:
-    """ReapError for experts of which this process holds a part."""
+def _check_whole(experts: Experts) -> None:
+    """ReapError for experts of which not all are here."""
+    if isinstance(experts.module, KeptExperts):
+        raise ReapError(
+            f"layer {experts.name} is masked, and a list of experts does not tell which of them "
+            "are left: observe the model first, and mask it inside"
+        )
     if compat.is_split(experts.module):
         raise ReapError(
             f"{type(experts.module).__name__} ({experts.name}) is split over processes: load the "

@@ -17,9 +17,13 @@ from reap.text.batching import Batch
 CHARACTERS = 8  # at most, of a token of these texts on average
 
 
+def training(tokenizer: Any, domain: str, seed: int, tokens: int, seq_len: int) -> Tensor:
+    """[N,seq_len] of the training part; another seed is another sample, more tokens begin alike."""
+    return _rows(tokenizer, domain, False, seed, tokens // seq_len, seq_len)
+
+
 def calibration(tokenizer: Any, domain: str, seed: int, tokens: int, seq_len: int) -> list[Batch]:
-    """Text of the training part, of which this much of every seed is another sample."""
-    rows = _rows(tokenizer, domain, False, seed, tokens // seq_len, seq_len)
+    rows = training(tokenizer, domain, seed, tokens, seq_len)
     return [_batch(part, domain) for part in rows.split(16)]
 
 
@@ -33,11 +37,9 @@ def held_out(tokenizer: Any, tokens: int, seq_len: int, parts: int = 1) -> list[
     return found
 
 
-def questions(tokenizer: Any, seed: int, number: int, length: int) -> dict[str, Tensor]:
-    """Held-out rows [number, length] of every domain, of which no two begin alike."""
-    return {
-        domain: _rows(tokenizer, domain, True, seed + 1, number, length) for domain in DOMAINS
-    }
+def prompts(tokenizer: Any, seed: int, number: int, length: int) -> Tensor:
+    """`number` held-out rows of every domain, one domain after the other. [D*number,length]"""
+    return torch.cat([_rows(tokenizer, d, True, seed + 1, number, length) for d in DOMAINS])
 
 
 def _batch(rows: Tensor, domain: str) -> Batch:

@@ -17,22 +17,28 @@ MAIN = ("reap", "ean", "frequency")  # those of the paper's tables
 
 @dataclass(frozen=True)
 class Setting:
-    """Tokens are per domain. A seed is another sample of calibration text; the held-out text that
-    is measured on is the same for all."""
+    """A seed is another sample of calibration text; what is measured on is the same for all, but
+    for prompts and questions. Tokens, rows, prompts and questions are per domain."""
 
     models: tuple[str, ...] = tuple(MODELS)
     seeds: int = 4
     noise_seeds: int = 8
     seq_len: int = 256
     calibration_tokens: int = 8_192
-    evaluation_tokens: int = 4_096
+    evaluation_tokens: int = 2_048
     ratios: tuple[float, ...] = (0.125, 0.25, 0.375, 0.5, 0.625, 0.75)
-    settling: tuple[int, ...] = (256, 512, 1_024, 2_048, 4_096, 8_192, 16_384)  # per domain
-    prompts: int = 500  # per domain, of them
-    scored: int = 25  # whose logits are compared position by position
+    settling: tuple[int, ...] = (256, 512, 1_024, 2_048, 4_096, 8_192, 16_384)
+    prompts: int = 64
+    scored: int = 16  # of these, whose logits are compared position by position
     prompt_tokens: int = 32
     new_tokens: int = 96
-    choices: int = 200  # questions with four answers
+    questions: int = 25
+    answer_tokens: int = 8
+
+    @property
+    def rows(self) -> int:
+        """Held-out rows per domain."""
+        return self.evaluation_tokens // self.seq_len
 
     def to_json(self) -> dict[str, Any]:
         given = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
@@ -54,7 +60,8 @@ QUICK = replace(
     scored=2,
     prompt_tokens=8,
     new_tokens=8,
-    choices=4,
+    questions=2,
+    answer_tokens=4,
 )
 
 

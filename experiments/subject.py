@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -15,6 +16,7 @@ from reap.planning.plan import Plan, make_plan
 from reap.runs.calibration import calibrate
 from reap.runs.evaluation import Evaluation, evaluate
 from reap.statistics.stats import Statistics
+from reap.text.batching import Batch
 
 
 class Subject:
@@ -25,18 +27,30 @@ class Subject:
         self.folder = MODELS[name]
         self.tokenizer = load_tokenizer(self.folder)
         self.model = load_model(self.folder, dtype="float32", device="cpu")
-        self._samples: dict[tuple[str, int, int, bool], Statistics] = {}
+        self._original: Any = None
+        self._samples: dict[tuple[str, int, int | None, bool], Statistics] = {}
 
     def sample(
         self, domain: str, seed: int, tokens: int | None = None, outputs: bool = False
     ) -> Statistics:
         """Statistics of one sample of one domain's text."""
-        tokens = self.setting.calibration_tokens if tokens is None else tokens
         key = (domain, seed, tokens, outputs)
         if key not in self._samples:
-            given = rows.calibration(self.tokenizer, domain, seed, tokens, self.setting.seq_len)
+            given = self.text(domain, seed, tokens)
             self._samples[key] = calibrate(self.model, given, outputs=outputs)
         return self._samples[key]
+
+    def text(self, domain: str, seed: int, tokens: int | None = None) -> list[Batch]:
+        """The sample itself."""
+        tokens = self.setting.calibration_tokens if tokens is None else tokens
+        return rows.calibration(self.tokenizer, domain, seed, tokens, self.setting.seq_len)
+
+    @property
+    def original(self) -> Any:
+        """The model once more, to which nothing is done."""
+        if self._original is None:
+            self._original = copy.deepcopy(self.model)
+        return self._original
 
     def mix(
         self, seed: int, domains: Sequence[str] = DOMAINS, *, outputs: bool = False
@@ -52,7 +66,7 @@ class Subject:
         found = evaluate(self.model, self.held_out(parts), plans=plans)
         return {name: increases(by_domain) for name, by_domain in found.items()}
 
-    def held_out(self, parts: int = 1) -> list[Any]:
+    def held_out(self, parts: int = 1) -> list[Batch]:
         setting = self.setting
         return rows.held_out(self.tokenizer, setting.evaluation_tokens, setting.seq_len, parts)
 

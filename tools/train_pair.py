@@ -4,12 +4,15 @@
     python tools/train_pair.py sigmoid --minutes 60      # models/tiny-sigmoid-moe
     python tools/train_pair.py softmax --minutes 70      # again: continues where it was
 
-Six layers of 32 experts, top-4, and a rather weak pull towards an even load, so that experts differ
-in how often and with which gate they are picked. `softmax` is a Qwen3-MoE with Switch's balance
-loss; `sigmoid` a GLM-4-MoE, its load held by a correction bias alone (arXiv 2408.15664). Text,
-labelled: `experiments/texts.py`. Matrices are updated by Muon (momentum made orthogonal, all
-experts of a layer in one batch; arXiv 2502.16982), the rest by AdamW. The learning rate follows
-the share of the time that has passed: constant, then down to nothing over the last third.
+Four layers of 32 experts, top-4. They start from `models/tiny-qwen3-moe`: each of its 16 experts is
+cut into two halves of its inner channels, which together compute what it did, and training goes on
+until the halves are experts of their own, with a rather weak pull towards an even load, so that
+they differ in how often and with which gate they are picked. `softmax` is a Qwen3-MoE with Switch's
+balance loss; `sigmoid` a GLM-4-MoE with a shared expert, its load held by a correction bias alone
+(arXiv 2408.15664). Text, labelled: `experiments/texts.py`. Matrices are updated by Muon (momentum
+made orthogonal, all experts of a layer in one batch; arXiv 2502.16982), the rest by AdamW. The
+learning rate follows the share of the time that has passed: constant, then down to nothing over the
+last third.
 """
 
 from __future__ import annotations
@@ -27,53 +30,62 @@ import torch
 import transformers
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, linear
-from transformers import AutoTokenizer, Glm4MoeConfig, PreTrainedModel, Qwen3MoeConfig
+from transformers import (
+    AutoTokenizer,
+    Glm4MoeConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    Qwen3MoeConfig,
+)
 from transformers import AutoModelForCausalLM as AutoModel
 
 from experiments.texts import DOMAINS, texts
 from tools.train_tiny import SEQ_LEN, balance_loss, batch_rows, unigram_entropy
 
-TOKENIZER = Path("models/tiny-qwen3-moe")
+START = Path("models/tiny-qwen3-moe")
 ROWS = {"library": 3, "tests": 2, "prose": 2, "tables": 1}  # of SEQ_LEN tokens, per step
 MOST_TOKENS = 2_000_000  # of a domain
 BALANCE, BIAS_STEP, CLIP = 0.003, 0.001, 1.0
-MUON_RATE, MOMENTUM, ADAM_RATE, WARMUP = 0.02, 0.95, 3e-3, 50
+MUON_RATE, MOMENTUM, ADAM_RATE, WARMUP = 0.008, 0.95, 1e-3, 20
 EVERY = 50  # steps between checkpoints
 QUICK_ROWS = 8  # held-out rows per domain at a checkpoint; training.json's figures take all
-SIZES = {
-    "vocab_size": 2048,
-    "hidden_size": 128,
-    "num_hidden_layers": 6,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 32,
-    "intermediate_size": 160,
-    "moe_intermediate_size": 40,
-    "num_experts_per_tok": 4,
-    "norm_topk_prob": True,
-    "tie_word_embeddings": True,
-    "max_position_embeddings": SEQ_LEN,
-    "eos_token_id": 0,
-    "pad_token_id": 1,
-    "bos_token_id": None,
-}
-CONFIGS = {
-    "softmax": lambda: Qwen3MoeConfig(**SIZES, num_experts=32, router_aux_loss_coef=BALANCE),
-    "sigmoid": lambda: Glm4MoeConfig(
-        **SIZES,
-        n_routed_experts=32,
-        n_shared_experts=1,
-        first_k_dense_replace=0,
-        routed_scaling_factor=1.0,
-        num_nextn_predict_layers=0,
-        use_qk_norm=True,
-    ),
-}
+SPLIT = 2  # experts made of one
+UNLIKE = 0.3  # noise on their router rows, as a share of these rows' spread
+
+
+def configs(start: Qwen3MoeConfig) -> dict[str, PreTrainedConfig]:
+    names = "vocab_size hidden_size num_hidden_layers num_attention_heads num_key_value_heads"
+    names += " head_dim rms_norm_eps eos_token_id pad_token_id bos_token_id"
+    sizes = {name: getattr(start, name) for name in names.split()} | {
+        "intermediate_size": start.intermediate_size,
+        "moe_intermediate_size": start.moe_intermediate_size // SPLIT,
+        "num_experts_per_tok": start.num_experts_per_tok * SPLIT,
+        "norm_topk_prob": True,
+        "tie_word_embeddings": True,
+        "max_position_embeddings": SEQ_LEN,
+    }
+    experts = start.num_experts * SPLIT
+    rope = {"rope_type": "default", "rope_theta": 10_000.0, "partial_rotary_factor": 1.0}
+    return {
+        "softmax": Qwen3MoeConfig(**sizes, num_experts=experts, router_aux_loss_coef=BALANCE),
+        "sigmoid": Glm4MoeConfig(
+            **sizes,
+            n_routed_experts=experts,
+            n_shared_experts=1,
+            first_k_dense_replace=0,
+            num_nextn_predict_layers=0,
+            use_qk_norm=True,
+            rope_parameters=rope,
+        ),
+    }
+
+
+ROUTERS = ("softmax", "sigmoid")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("router", choices=CONFIGS)
+    parser.add_argument("router", choices=ROUTERS)
     parser.add_argument("--out", type=Path)
     parser.add_argument("--work", type=Path, help="checkpoints, resume")
     parser.add_argument("--minutes", type=float, default=60.0)
@@ -91,7 +103,7 @@ def load_rows(work: Path) -> dict[str, np.ndarray]:
     """{"library", "library/heldout", ...} -> rows [N, SEQ_LEN + 1] uint16."""
     path = work / "tokens.npz"
     if not path.exists():
-        tokenizer = AutoTokenizer.from_pretrained(TOKENIZER)
+        tokenizer = AutoTokenizer.from_pretrained(START)
         rows = {}
         for domain in DOMAINS:
             for suffix, held_out in (("", False), ("/heldout", True)):
@@ -112,9 +124,34 @@ def load_rows(work: Path) -> dict[str, np.ndarray]:
 
 def build(router: str) -> PreTrainedModel:
     torch.manual_seed(0)
-    model = AutoModel.from_config(CONFIGS[router]())
+    start = AutoModel.from_pretrained(START, dtype=torch.float32)
+    model = AutoModel.from_config(configs(start.config)[router])
     model.set_experts_implementation("grouped_mm")
+    fresh = model.load_state_dict(halved(start.state_dict()), strict=False)
+    assert not fresh.unexpected_keys
+    for name in fresh.missing_keys:  # what only the new model has begins by doing nothing
+        if "down_proj" in name:
+            nn.init.zeros_(model.get_parameter(name))
     return model
+
+
+def halved(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Every expert cut into SPLIT along its inner channels. Their router rows are alike but for
+    some noise, so that they are picked together; a gate then is 1/SPLIT of what it was, for which
+    the outputs are larger."""
+    found = {}
+    for name, weight in weights.items():
+        if name.endswith("experts.gate_up_proj"):  # [E,2I,H]
+            parts = [half.chunk(SPLIT, 1) for half in weight.chunk(2, 1)]
+            pairs = [torch.cat(both, 1) for both in zip(*parts, strict=True)]
+            weight = torch.stack(pairs, 1).flatten(0, 1)
+        elif name.endswith("experts.down_proj"):  # [E,H,I]
+            weight = SPLIT * torch.stack(weight.chunk(SPLIT, 2), 1).flatten(0, 1)
+        elif name.endswith("mlp.gate.weight"):  # [E,H]
+            weight = weight.repeat_interleave(SPLIT, 0)
+            weight = weight + UNLIKE * weight.std() * torch.randn_like(weight)
+        found[name] = weight
+    return found
 
 
 class Routers:
@@ -296,6 +333,7 @@ def training_record(
     routers = Routers(model)
     steps = history[-1]["step"]
     return {
+        "start": START.name,
         "text": f"standard library of CPython {platform.python_version()}",
         "split": "by hash of the file name, one in sixteen held out",
         "mix": ROWS,
@@ -326,7 +364,7 @@ def export(model: PreTrainedModel, out: Path) -> None:
     copy = AutoModel.from_config(model.config)
     copy.load_state_dict(model.state_dict())
     copy.to(torch.bfloat16).save_pretrained(out)
-    AutoTokenizer.from_pretrained(TOKENIZER).save_pretrained(out)
+    AutoTokenizer.from_pretrained(START).save_pretrained(out)
     config = json.loads((out / "config.json").read_text())
     if config["model_type"] == "qwen3_moe" and "num_local_experts" in config:
         config["num_experts"] = config.pop("num_local_experts")

@@ -1,0 +1,200 @@
+"""Pruning against merging: loss, answers among four, and what greedy text reads like."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from functools import partial
+from math import exp
+from statistics import mean
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from experiments import generation, rows
+from experiments.generation import Changed
+from experiments.measures import Interval, over_seeds, wilson
+from experiments.reading import (
+    Data, between, cells, interval, models, percent, shown, table, verdict,
+)  # fmt: skip
+from experiments.setting import MAIN, Setting
+from experiments.subject import Subject, increases
+from experiments.texts import DOMAINS
+from reap.merging.mergeplan import make_merge
+from reap.merging.similarity import router_similarity
+from reap.merging.tying import merged
+from reap.report.style import Theme, themed
+from reap.runs.evaluation import evaluate
+from reap.runs.masking import masked
+
+RATIOS = (0.25, 0.5)
+TALKING = 0.5  # the ratio at which text is generated
+MERGED = ("hc-smoe", "m-smoe")
+METHODS = (*MAIN, *MERGED)
+
+
+def keys(setting: Setting) -> list[str]:
+    return [str(seed) for seed in range(setting.seeds)]
+
+
+def cell(subject: Subject, key: str) -> Any:
+    """{"original": text, "method@ratio": losses and at TALKING text}. Prompts and questions are
+    those of the seed."""
+    seed = int(key)
+    found: dict[str, Any] = {"original": talk(subject, seed, nullcontext)}
+    for name, changed in variants(subject, seed).items():
+        with changed():
+            losses = evaluate(subject.model, subject.held_out(), teacher=subject.original)
+        found[name] = {"losses": increases(losses)}
+        if name.endswith(f"@{TALKING}"):
+            found[name] |= talk(subject, seed, changed)
+    return found
+
+
+def variants(subject: Subject, seed: int) -> dict[str, Changed]:
+    stats = subject.mix(seed, outputs=True)
+    similarity = router_similarity(subject.folder, stats.model)
+    found: dict[str, Changed] = {}
+    for ratio in RATIOS:
+        for criterion in MAIN:
+            plan = subject.plan(stats, criterion, ratio)
+            found[f"{criterion}@{ratio}"] = partial(masked, subject.model, plan)
+        for method in MERGED:
+            alike = similarity if method == "m-smoe" else None
+            merge = make_merge(stats, method, ratio=str(ratio), similarity=alike)
+            found[f"{method}@{ratio}"] = partial(merged, subject.model, merge)
+    return found
+
+
+def talk(subject: Subject, seed: int, changed: Changed) -> dict[str, Any]:
+    """What the model says inside `changed`, and how many questions it answers."""
+    setting, model = subject.setting, subject.model
+    end = model.config.eos_token_id
+    tokenizer = subject.tokenizer
+    prompts = rows.prompts(tokenizer, seed, setting.prompts, setting.prompt_tokens)
+    length = setting.prompt_tokens + setting.answer_tokens
+    asked = rows.prompts(tokenizer, seed, setting.questions, length)
+    with changed():
+        texts = generation.greedy(model, prompts, setting.new_tokens)
+        right = generation.right_answers(model, asked, setting.answer_tokens, setting.questions)
+    some = slice(None, None, max(1, len(prompts) // (setting.scored * len(DOMAINS))))
+    return {
+        **generation.read(texts, end),
+        **generation.compared(model, changed, prompts[some], texts[some], end),
+        "questions": len(asked),
+        "right": right,
+    }
+
+
+def loss(found: list[Any], name: str, what: str = "loss") -> Interval:
+    return interval(found, lambda c: c[name]["losses"]["total"][what])
+
+
+def share(found: list[Any], name: str, what: str, of: str = "texts") -> Interval:
+    """Of the texts (or questions) of all seeds together."""
+    return wilson(sum(c[name][what] for c in found), sum(c[name][of] for c in found))
+
+
+def divergence(found: list[Any], name: str) -> list[float]:
+    """By position, mean over the seeds."""
+    return [mean(values) for values in zip(*(c[name]["divergence"] for c in found), strict=True)]
+
+
+def report(data: Data) -> list[str]:
+    lines = ["Loss increase and divergence from the original on held-out text, nats per token:", ""]
+    quiet = []
+    for model in models(data):
+        found = cells(data, model)
+        for ratio in RATIOS:
+            for method in METHODS:
+                name = f"{method}@{ratio}"
+                both = [shown(loss(found, name)), shown(loss(found, name, "kl"), signed=False)]
+                quiet.append([model, f"{ratio:.0%}", method, *both])
+    lines += table(["model", "dropped or merged", "method", "loss increase", "KL"], quiet)
+    setting = data["setting"]
+    lines += [
+        f"Greedy text of {setting['new_tokens']} tokens behind {setting['prompt_tokens']} tokens of",
+        f"held-out text, {TALKING:.0%} dropped or merged, all seeds together; shares with Wilson's",
+        "95% interval. `loops`: texts that end in a repetition. `cross`: perplexity of the text",
+        "under the original model. `JSD`: mean over the positions, in nats. `answers`: questions",
+        "of which the true continuation is the likeliest of four.",
+        "",
+    ]
+    rows = []
+    for model in models(data):
+        found = cells(data, model)
+        for name in ("original", *(f"{method}@{TALKING}" for method in METHODS)):
+            grams = [
+                f"{mean(c[name]['distinct'][str(n)] for c in found):.3f}" for n in generation.GRAMS
+            ]
+            rows.append(
+                [
+                    model,
+                    name.partition("@")[0],
+                    str(sum(c[name]["texts"] for c in found)),
+                    percent(share(found, name, "loops")),
+                    percent(share(found, name, "ended")),
+                    *grams,
+                    f"{exp(mean(c[name]['cross_loss'] for c in found)):.2f}",
+                    f"{mean(divergence(found, name)):.3f}",
+                    percent(share(found, name, "right", "questions")),
+                ]
+            )
+    grams = [f"distinct {n}" for n in generation.GRAMS]
+    head = ["model", "method", "texts", "loops", "ended", *grams, "cross", "JSD", "answers"]
+    return lines + table(head, rows)
+
+
+def claims(data: Data) -> list[list[str]]:
+    rows = []
+    for model in models(data):
+        found = cells(data, model)
+        for other in MERGED:
+            for what, value in COMPARED.items():
+                values = [value(c[f"reap@{TALKING}"]) - value(c[f"{other}@{TALKING}"]) for c in found]
+                pair = over_seeds(values)
+                claim = f"{what}: REAP is better than {other} at {TALKING:.0%}"
+                rows.append([claim, model, between(pair), verdict(pair)])
+    return rows
+
+
+COMPARED = {  # of one method in one cell; less is better
+    "loss": lambda entry: entry["losses"]["total"]["loss"],
+    "share of texts that loop": lambda entry: entry["loops"] / entry["texts"],
+    "repeated 4-grams": lambda entry: -entry["distinct"]["4"],
+    "divergence on own text": lambda entry: mean(entry["divergence"]),
+    "wrong answers among four": lambda entry: 1 - entry["right"] / entry["questions"],
+}
+
+
+@themed
+def figure(theme: Theme, data: Data) -> Figure:
+    """Divergence by position, and the share of texts that loop."""
+    names = models(data)
+    drawn = Figure(figsize=(8, 5.6), layout="constrained")
+    panels = drawn.subplots(2, len(names), squeeze=False)
+    for (top, bottom), model in zip(panels.T, names, strict=True):
+        found = cells(data, model)
+        for number, method in enumerate(METHODS):
+            values = divergence(found, f"{method}@{TALKING}")
+            top.plot(range(1, len(values) + 1), values, color=theme.series[number], label=method)
+        top.set_title(f"{model}, {TALKING:.0%} dropped or merged")
+        top.set_xlabel("position in the generated text")
+        top.set_ylabel("JSD from the original, nats")
+        top.legend(ncols=2)
+        bars = ("original", *METHODS)
+        shares = [
+            share(found, m if m == "original" else f"{m}@{TALKING}", "loops") for m in bars
+        ]
+        bottom.barh(
+            bars,
+            [100 * s.middle for s in shares],
+            xerr=[
+                [100 * (s.middle - s.low) for s in shares],
+                [100 * (s.high - s.middle) for s in shares],
+            ],
+            color=[theme.muted, *theme.series[: len(METHODS)]],
+            ecolor=theme.ink,
+        )
+        bottom.invert_yaxis()
+        bottom.set_xlabel("texts that end in a loop, %")
+    return drawn

@@ -1,0 +1,54 @@
+"""Raw results as numbers: cells of a model, differences over seeds, and what may be said of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from experiments.measures import Interval, over_seeds
+
+Data = dict[str, Any]
+AGREES, AGAINST, OPEN = "agrees", "contradicts", "not separated"
+
+
+def models(data: Data) -> list[str]:
+    return data["setting"]["models"]
+
+
+def cells(data: Data, model: str) -> list[Any]:
+    """A model's cells in the order of their keys."""
+    keys = [key for key in data["cells"] if key.startswith(f"{model}/")]
+    return [data["cells"][key] for key in sorted(keys, key=lambda key: (len(key), key))]
+
+
+def interval(found: Sequence[Any], value: Callable[[Any], float]) -> Interval:
+    """Over cells, that is over seeds."""
+    return over_seeds([value(cell) for cell in found])
+
+
+def verdict(difference: Interval) -> str:
+    """Of a claim that the first of two loses less: `difference` is the first less the second."""
+    if not difference.excludes_zero:
+        return OPEN
+    return AGREES if difference.middle < 0 else AGAINST
+
+
+def shown(value: Interval, digits: int = 3, signed: bool = True) -> str:
+    """The mean and half the width of its interval."""
+    sign = "+" if signed else ""
+    return f"{value.middle:{sign}.{digits}f} ± {value.high - value.middle:.{digits}f}"
+
+
+def between(value: Interval, digits: int = 3) -> str:
+    """The mean and its interval."""
+    return f"{value.middle:+.{digits}f} ({value.low:+.{digits}f} to {value.high:+.{digits}f})"
+
+
+def percent(value: Interval) -> str:
+    """A share and its interval."""
+    return f"{value.middle:.1%} ({value.low:.1%} to {value.high:.1%})"
+
+
+def table(head: Sequence[str], lines: Sequence[Sequence[str]]) -> list[str]:
+    rule = ["---"] * len(head)
+    return [f"| {' | '.join(line)} |" for line in (head, rule, *lines)] + [""]

@@ -19,10 +19,15 @@ __all__ = [
     "CRITERIA",
     "Batch",
     "Evaluation",
+    "Group",
+    "LayerErrors",
     "LayerInfo",
     "LayerStatistics",
+    "Merge",
+    "MergeReport",
     "ModelInfo",
     "Mtp",
+    "PairErrors",
     "Plan",
     "PruneReport",
     "ReapError",
@@ -32,12 +37,17 @@ __all__ = [
     "batches",
     "calibrate",
     "calibrate_streamed",
+    "decompose",
     "evaluate",
     "load_mtp",
+    "make_merge",
     "make_plan",
     "masked",
+    "merge",
+    "merged",
     "observe",
     "prune",
+    "router_similarity",
     "saliency",
     "standard_errors",
     "verify",
@@ -46,6 +56,12 @@ __all__ = [
 if TYPE_CHECKING:
     from reap.checkpoint.pruning import PruneReport, prune
     from reap.checkpoint.verification import verify
+    from reap.merging.decomposition import LayerErrors, decompose
+    from reap.merging.mergeplan import Group, Merge, make_merge
+    from reap.merging.pairerrors import PairErrors
+    from reap.merging.rewriting import MergeReport, merge
+    from reap.merging.similarity import router_similarity
+    from reap.merging.tying import merged
     from reap.model.info import LayerInfo, ModelInfo
     from reap.model.load import load_mtp
     from reap.model.mtplayer import Mtp
@@ -64,6 +80,12 @@ else:  # a type checker that saw __getattr__ would believe any name
     _HOMES = {
         "checkpoint.pruning": ("PruneReport", "prune"),
         "checkpoint.verification": ("verify",),
+        "merging.decomposition": ("LayerErrors", "decompose"),
+        "merging.mergeplan": ("Group", "Merge", "make_merge"),
+        "merging.pairerrors": ("PairErrors",),
+        "merging.rewriting": ("MergeReport", "merge"),
+        "merging.similarity": ("router_similarity",),
+        "merging.tying": ("merged",),
         "model.info": ("LayerInfo", "ModelInfo"),
         "model.load": ("load_mtp",),
         "model.mtplayer": ("Mtp",),

@@ -53,7 +53,7 @@ def record(
         "left_out": list(folder.left_out),
         "notes": list(notes),
         "command": command,
-        "versions": _versions(),
+        "versions": installed_versions(),
     }
 
 
@@ -75,7 +75,7 @@ def base_name(folder: Folder) -> str:
     return folder.path.name
 
 
-def _versions() -> dict[str, str]:
+def installed_versions() -> dict[str, str]:
     others = versions.installed("torch", "transformers", "safetensors")
     found = {"reap": versions.OWN, "python": platform.python_version(), **others}
     return {name: number for name, number in found.items() if number}

@@ -11,7 +11,7 @@ from __future__ import annotations
 import itertools
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from reap.checkpoint.blocks import Block, Shapes
@@ -40,6 +40,7 @@ class Edit:
     `rows` of axis 1.
 
     With `experts`, its integers are expert ids: an id that is kept becomes its position there.
+    With `made`, its bytes are those that this gives, the same at every call.
     """
 
     name: str
@@ -48,6 +49,7 @@ class Edit:
     outer: int = 1
     length: int = 1
     experts: tuple[int, ...] | None = None
+    made: Callable[[], Iterator[bytes]] | None = None
 
 
 def edits_of(
@@ -82,7 +84,7 @@ def _edits_of_block(
         if name in edits:
             continue
         shape = shapes[name][1]
-        tails = _tails(name, block)
+        tails = ends_of(name, block)
         axis = next((a for p, a in ROUTER for tail in tails if re.fullmatch(p, tail)), None)
         if any(map(TOKEN_TABLE.fullmatch, tails)):
             edits[name] = Edit(name, shape, experts=removal.kept)
@@ -167,16 +169,16 @@ def _depends(tails: list[str], shape: tuple[int, ...], total: int) -> bool:
     return total in shape or (any(map(IN_ROUTER.match, tails)) and math.prod(shape) > 1)
 
 
-def _tails(name: str, block: Block) -> list[str]:
+def ends_of(name: str, block: Block) -> list[str]:
     """The ends of a name that the tables may know: after the module and after places beside it."""
-    tails = []
+    ends = []
     beside = (f"{block.layer}.{module}" for module in ROUTER_BESIDE)
     for prefix in dict.fromkeys((block.module, *beside, block.layer)):
         if name.startswith(prefix + "."):
             tail = name[len(prefix) + 1 :]
             if prefix != block.layer or ROUTER_IN_LAYER.match(tail):
-                tails.append(tail)
-    return tails
+                ends.append(tail)
+    return ends
 
 
 def _edit_fused(name: str, shape: tuple[int, ...], tails: list[str], removal: Removal) -> Edit:

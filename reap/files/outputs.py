@@ -12,8 +12,16 @@ from reap.errors import ReapError
 from reap.files.safefile import parse_json, read_header, read_json
 
 # What our files call themselves, in the field "format".
-STATISTICS, PLAN, PRUNED = "reap-statistics", "reap-plan", "reap-pruned"
-KINDS = {STATISTICS: "statistics", PLAN: "a plan", PRUNED: "the record of a pruned model"}
+STATISTICS, PLAN, MERGE = "reap-statistics", "reap-plan", "reap-merge"
+PRUNED, MERGED = "reap-pruned", "reap-merged"
+KINDS = {
+    STATISTICS: "statistics",
+    PLAN: "a plan",
+    MERGE: "a merge",
+    PRUNED: "the record of a pruned model",
+    MERGED: "the record of a merged model",
+}
+RECORDS = (PRUNED, MERGED)
 RECORD = "reap.json"
 # What model savers, the hub and `prune` put into a model's folder. Of another name, a file of
 # weights is ours only where a record or an index names it: statistics are safetensors files too.
@@ -166,13 +174,13 @@ def _foreign(folder: Path) -> list[str]:
 
 
 def _recorded(folder: Path) -> set[str]:
-    """The files that `prune` says it wrote here."""
+    """The files that `prune` or `merge` says it wrote here."""
     try:
         record = read_json(folder / RECORD)
     except ReapError:
         return set()
     files = record.get("files")
-    if record.get("format") != PRUNED:
+    if record.get("format") not in RECORDS:
         return set()
     return {RECORD, *(name for name in files or () if isinstance(name, str))}
 

@@ -160,7 +160,7 @@ class _Observation:
                     _patch(experts.module.config, undo)
                 else:
                     install_hooks(layer, undo)
-        holders = _holders(model, found)
+        holders = holders_of(model, found)
         self.padding.install(holders, undo)
         self.witness.install(layers, holders, undo)
 
@@ -258,7 +258,7 @@ def uncompiled() -> Iterator[None]:
                 stance.__exit__(None, None, None)
 
 
-def _holders(model: nn.Module, found: list[Experts]) -> list[nn.Module]:
+def holders_of(model: nn.Module, found: list[Experts]) -> list[nn.Module]:
     """The transformers models in `model` that contain observed experts, outermost first."""
     from transformers import PreTrainedModel
 

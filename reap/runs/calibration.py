@@ -69,7 +69,7 @@ def calibrate(
             deterministic=deterministic,
             mtp=own_mtp(model) if mtp is True else mtp or None,
         ) as stats,
-        _eval_mode(model),
+        eval_mode(model),
         torch.inference_mode(),
     ):
         watch = None if until is None else Watch(until, stats.model)
@@ -171,7 +171,7 @@ def _input_device(model: Any) -> torch.device:
 
 
 @contextmanager
-def _eval_mode(model: nn.Module) -> Iterator[None]:
+def eval_mode(model: nn.Module) -> Iterator[None]:
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 
 from reap_kernels import gpu, native
-from reap_kernels.contract import Call, Saliency
+from reap_kernels.contract import Call, Saliency, Summed
 
 NAME = "cuda"
 ASSERTS_IDS = True  # a negative id traps in the first kernel
@@ -63,6 +63,8 @@ def unsupported(call: Call) -> str | None:
 
 def unsupported_sizes(call: Call) -> str | None:
     """What is missing on any chip."""
+    if call.sum_weights is not None:
+        return "it sums no slots"
     if call.hidden_states.dtype not in DTYPES:
         dtype = str(call.hidden_states.dtype).removeprefix("torch.")
         return f"hidden_states has dtype {dtype}, must be bfloat16 or float16"
@@ -83,12 +85,12 @@ def unsupported_sizes(call: Call) -> str | None:
     return None
 
 
-def run(call: Call) -> Saliency:
+def run(call: Call) -> Saliency | Summed:
     """RuntimeError with the CUDA error's name if a launch fails."""
     return launch(call, wgmma=False)
 
 
-def launch(call: Call, *, wgmma: bool) -> Saliency:
+def launch(call: Call, *, wgmma: bool) -> Saliency | Summed:
     """On the call's device and torch's current stream there, with either set of kernels."""
     device = call.hidden_states.device
     if torch.cuda.current_device() != device.index:  # seldom, and asking is cheaper than a context
@@ -100,7 +102,7 @@ def launch(call: Call, *, wgmma: bool) -> Saliency:
 
 def execute(
     extension: ModuleType, call: Call, chip: Chip, stream: int, *, wgmma: bool = False
-) -> Saliency:
+) -> Saliency | Summed:
     """`launch` on any module with the functions of csrc/cuda/bindings.cpp."""
     call = native.plain(call, wide=False)
     result = native.empty(call)

@@ -57,6 +57,8 @@ def unsupported(call: Call) -> str | None:
     x = call.hidden_states
     if x.device.type != ("cpu" if _interpreting() else "cuda"):
         return f"tensors are on {x.device}, must be on a GPU"
+    if call.sum_weights is not None:
+        return "it sums no slots"
     if x.dtype == torch.float64:
         return "hidden_states has dtype float64"
     if call.E > MAX_EXPERTS:

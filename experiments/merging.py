@@ -14,7 +14,15 @@ from experiments import generation, rows
 from experiments.generation import Changed
 from experiments.measures import Interval, over_seeds, wilson
 from experiments.reading import (
-    Data, between, cells, interval, models, percent, shown, table, verdict,
+    Data,
+    between,
+    cells,
+    interval,
+    models,
+    percent,
+    shown,
+    table,
+    verdict,
 )  # fmt: skip
 from experiments.setting import MAIN, Setting
 from experiments.subject import Subject, increases
@@ -112,7 +120,7 @@ def report(data: Data) -> list[str]:
     lines += table(["model", "dropped or merged", "method", "loss increase", "KL"], quiet)
     setting = data["setting"]
     lines += [
-        f"Greedy text of {setting['new_tokens']} tokens behind {setting['prompt_tokens']} tokens of",
+        f"Greedy text of {setting['new_tokens']} tokens behind {setting['prompt_tokens']} of",
         f"held-out text, {TALKING:.0%} dropped or merged, all seeds together; shares with Wilson's",
         "95% interval. `loops`: texts that end in a repetition. `cross`: perplexity of the text",
         "under the original model. `JSD`: mean over the positions, in nats. `answers`: questions",
@@ -150,7 +158,9 @@ def claims(data: Data) -> list[list[str]]:
         found = cells(data, model)
         for other in MERGED:
             for what, value in COMPARED.items():
-                values = [value(c[f"reap@{TALKING}"]) - value(c[f"{other}@{TALKING}"]) for c in found]
+                values = [
+                    value(c[f"reap@{TALKING}"]) - value(c[f"{other}@{TALKING}"]) for c in found
+                ]
                 pair = over_seeds(values)
                 claim = f"{what}: REAP is better than {other} at {TALKING:.0%}"
                 rows.append([claim, model, between(pair), verdict(pair)])
@@ -182,9 +192,7 @@ def figure(theme: Theme, data: Data) -> Figure:
         top.set_ylabel("JSD from the original, nats")
         top.legend(ncols=2)
         bars = ("original", *METHODS)
-        shares = [
-            share(found, m if m == "original" else f"{m}@{TALKING}", "loops") for m in bars
-        ]
+        shares = [share(found, m if m == "original" else f"{m}@{TALKING}", "loops") for m in bars]
         bottom.barh(
             bars,
             [100 * s.middle for s in shares],

@@ -69,7 +69,7 @@ def worst(cell: Any, plan: str) -> float:
 
 def report(data: Data) -> list[str]:
     lines = [
-        f"Loss increase by REAP, at most in any domain and per domain. Text is even (as much of",
+        "Loss increase by REAP, at most in any domain and per domain. Text is even (as much of",
         f"each domain) or uneven ({LARGE} {SMALL} times as much as each other): of the uneven text",
         "either all tokens count alike, or each domain's scores, in units of the layer's mean, are",
         "averaged, or the best of them taken.",

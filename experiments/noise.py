@@ -58,8 +58,8 @@ def by_part(found: list[Any], first: str, second: str) -> list[float]:
 def report(data: Data) -> list[str]:
     lines = [
         "Only the sample of calibration text changes between seeds. `overlap`: experts that two",
-        "seeds drop in a layer, common ones as a share of all. `text`: the difference to `ean` with",
-        "its interval over parts of the held-out text in place of seeds.",
+        "seeds drop in a layer, common ones as a share of all. `text`: the difference to `ean`",
+        "with its interval over parts of the held-out text in place of seeds.",
         "",
     ]
     rows = []

@@ -1,4 +1,4 @@
-"""Raw results as numbers: cells of a model, differences over seeds, and what may be said of them."""
+"""Raw results as numbers: cells of a model, differences over seeds, what may be said of them."""
 
 from __future__ import annotations
 

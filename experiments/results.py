@@ -66,8 +66,8 @@ def page(results: dict[str, Data]) -> str:
 
 def _about(setting: dict[str, Any]) -> list[str]:
     lines = [
-        f"A seed is another sample of calibration text, {setting['calibration_tokens']:,} tokens of",
-        f"each of {', '.join(DOMAINS)} unless said otherwise, {setting['seeds']} seeds"
+        f"A seed is another sample of calibration text, {setting['calibration_tokens']:,} tokens",
+        f"of each of {', '.join(DOMAINS)} unless said otherwise, {setting['seeds']} seeds"
         f" ({setting['noise_seeds']} for the noise floor).",
         f"Losses are of the same {setting['evaluation_tokens']:,} held-out tokens per domain.",
         "Intervals are Student's, 95%, over seeds: they hold the luck of the calibration text, not",
@@ -100,8 +100,8 @@ def _claims(results: dict[str, Data]) -> list[str]:
         "",
         "The difference of the two that a claim compares, with its interval; below zero the claim",
         f"holds here. It is `{OPEN}` where the interval holds zero. In all: {told}. The",
-        f"intervals are taken one by one: of {len(rows)} comparisons of equals, about one in twenty",
-        "would be called different by chance.",
+        f"intervals are taken one by one: of {len(rows)} comparisons of equals, about one in",
+        "twenty would be called different by chance.",
         "",
         *table(["claim", "model", "difference", "verdict"], rows),
     ]

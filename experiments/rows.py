@@ -84,7 +84,7 @@ def _rows(
         start = int(rng.integers(max(1, len(text) - CHARACTERS * length)))
         start = text.rfind("\n", 0, start) + 1
         piece = text[start : start + CHARACTERS * length]
-        row += [*tokenizer(piece)["input_ids"], tokenizer.eos_token_id]
+        row += [*tokenizer(piece, verbose=False)["input_ids"], tokenizer.eos_token_id]
         if len(row) >= length:
             rows.append(row[:length])
             row = []

@@ -6,10 +6,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+from experiments.setting import Setting
 from reap.errors import ReapError
 from reap.files.atomic import write_file
-
-from experiments.setting import Setting
 
 
 class Store:

@@ -84,7 +84,9 @@ def projected(
 
 
 def layers(found: list[Any], method: str) -> list[Interval]:
-    return [over_seeds(values) for values in zip(*(c[method]["spread"] for c in found))]
+    return [
+        over_seeds(values) for values in zip(*(c[method]["spread"] for c in found), strict=True)
+    ]
 
 
 def whole(found: list[Any], method: str) -> Interval:

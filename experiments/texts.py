@@ -2,8 +2,8 @@
 
 `library` is the code of its modules and `tests` that of its test suite (without docstrings and
 comments), `prose` these docstrings and comments and the language reference, `tables` the sources of
-the character tables of `encodings`. A sixteenth of each is held out by a hash of the file's name, as everywhere
-(`reap.text.stdlib_text`).
+the character tables of `encodings`. A sixteenth of each is held out by a hash of the file's name,
+as everywhere (`reap.text.stdlib_text`).
 """
 
 from __future__ import annotations

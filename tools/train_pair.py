@@ -1,5 +1,6 @@
 """Train the two models of the experiments: a softmax and a sigmoid router on the same text.
 
+    export PYTHONPATH=.
     python tools/train_pair.py softmax --minutes 60      # models/tiny-softmax-moe
     python tools/train_pair.py sigmoid --minutes 60      # models/tiny-sigmoid-moe
     python tools/train_pair.py softmax --minutes 70      # again: continues where it was
@@ -30,6 +31,8 @@ import torch
 import transformers
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, linear
+from train_tiny import SEQ_LEN, balance_loss, batch_rows, unigram_entropy
+from transformers import AutoModelForCausalLM as AutoModel
 from transformers import (
     AutoTokenizer,
     Glm4MoeConfig,
@@ -37,10 +40,8 @@ from transformers import (
     PreTrainedModel,
     Qwen3MoeConfig,
 )
-from transformers import AutoModelForCausalLM as AutoModel
 
 from experiments.texts import DOMAINS, texts
-from tools.train_tiny import SEQ_LEN, balance_loss, batch_rows, unigram_entropy
 
 START = Path("models/tiny-qwen3-moe")
 ROWS = {"library": 3, "tests": 2, "prose": 2, "tables": 1}  # of SEQ_LEN tokens, per step

@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 
 from experiments import rows
 from experiments.measures import Interval, kendall, over_seeds, overlap
-from experiments.reading import Data, cells, interval, models, shown, table
+from experiments.reading import Data, at, cells, models, shown, table
 from experiments.setting import MAIN, Setting
 from experiments.subject import Subject
 from experiments.texts import DOMAINS
@@ -109,7 +109,7 @@ def report(data: Data) -> list[str]:
             for which, what in enumerate(("tau", "overlap")):
                 line = [shown(pair[which], 2, signed=False) for pair in both]
                 rows.append([model, criterion, what, *line, settled(found, criterion, which)])
-        increases = [interval(found, lambda c, s=size: c["increase"][s]) for size in sizes]
+        increases = [at(found, "increase", size) for size in sizes]
         rows.append([model, "reap", "loss increase", *(shown(value) for value in increases), ""])
     head = ["model", "criterion", "", *(f"{len(DOMAINS) * int(s):,}" for s in sizes), "settled"]
     return lines + table(head, rows)

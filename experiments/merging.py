@@ -15,9 +15,9 @@ from experiments.generation import Changed
 from experiments.measures import Interval, over_seeds, wilson
 from experiments.reading import (
     Data,
+    at,
     between,
     cells,
-    interval,
     models,
     percent,
     shown,
@@ -27,9 +27,10 @@ from experiments.reading import (
 from experiments.setting import MAIN, Setting
 from experiments.subject import Subject, increases
 from experiments.texts import DOMAINS
-from reap.merging.mergeplan import make_merge
+from reap.merging.mergeplan import Merge, make_merge
 from reap.merging.similarity import router_similarity
 from reap.merging.tying import merged
+from reap.planning.plan import Plan
 from reap.report.style import Theme, themed
 from reap.runs.evaluation import evaluate
 from reap.runs.masking import masked
@@ -49,7 +50,7 @@ def cell(subject: Subject, key: str) -> Any:
     those of the seed."""
     seed = int(key)
     found: dict[str, Any] = {"original": talk(subject, seed, nullcontext)}
-    for name, changed in variants(subject, seed).items():
+    for name, (changed, _) in variants(subject, seed).items():
         with changed():
             losses = evaluate(subject.model, subject.held_out(), teacher=subject.original)
         found[name] = {"losses": increases(losses)}
@@ -58,18 +59,19 @@ def cell(subject: Subject, key: str) -> Any:
     return found
 
 
-def variants(subject: Subject, seed: int) -> dict[str, Changed]:
+def variants(subject: Subject, seed: int) -> dict[str, tuple[Changed, Plan | Merge]]:
+    """By "method@ratio": inside of what the model is pruned or merged, and how."""
     stats = subject.mix(seed, outputs=True)
     similarity = router_similarity(subject.folder, stats.model)
-    found: dict[str, Changed] = {}
+    found: dict[str, tuple[Changed, Plan | Merge]] = {}
     for ratio in RATIOS:
         for criterion in MAIN:
             plan = subject.plan(stats, criterion, ratio)
-            found[f"{criterion}@{ratio}"] = partial(masked, subject.model, plan)
+            found[f"{criterion}@{ratio}"] = (partial(masked, subject.model, plan), plan)
         for method in MERGED:
             alike = similarity if method == "m-smoe" else None
             merge = make_merge(stats, method, ratio=str(ratio), similarity=alike)
-            found[f"{method}@{ratio}"] = partial(merged, subject.model, merge)
+            found[f"{method}@{ratio}"] = (partial(merged, subject.model, merge), merge)
     return found
 
 
@@ -94,7 +96,7 @@ def talk(subject: Subject, seed: int, changed: Changed) -> dict[str, Any]:
 
 
 def loss(found: list[Any], name: str, what: str = "loss") -> Interval:
-    return interval(found, lambda c: c[name]["losses"]["total"][what])
+    return at(found, name, "losses", "total", what)
 
 
 def share(found: list[Any], name: str, what: str, of: str = "texts") -> Interval:

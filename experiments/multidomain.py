@@ -10,8 +10,8 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from experiments.measures import Interval
-from experiments.reading import Data, between, cells, interval, models, shown, table, verdict
+from experiments.measures import Interval, over_seeds
+from experiments.reading import Data, at, between, cells, interval, models, shown, table, verdict
 from experiments.setting import Setting
 from experiments.subject import Subject
 from experiments.texts import DOMAINS
@@ -81,8 +81,8 @@ def report(data: Data) -> list[str]:
         for ratio in RATIOS:
             for recipe in RECIPES:
                 plan = f"{recipe}@{ratio}"
-                values = [interval(found, lambda c, p=plan: worst(c, p))]
-                values += [interval(found, lambda c, p=plan, d=d: c[p][d]) for d in DOMAINS]
+                values = [over_seeds([worst(c, plan) for c in found])]
+                values += [at(found, plan, domain) for domain in DOMAINS]
                 rows.append([model, f"{ratio:.0%}", recipe, *(shown(value) for value in values)])
     return lines + table(["model", "dropped", "recipe", "worst domain", *DOMAINS], rows)
 
@@ -112,7 +112,7 @@ def figure(theme: Theme, data: Data) -> Figure:
         found = cells(data, model)
         for number, recipe in enumerate(RECIPES):
             plan = f"{recipe}@0.5"
-            values = [interval(found, lambda c, d=d, p=plan: c[p][d]) for d in DOMAINS]
+            values = [at(found, plan, domain) for domain in DOMAINS]
             axes.errorbar(
                 [place + 0.15 * (number - 1.5) for place in range(len(DOMAINS))],
                 [value.middle for value in values],

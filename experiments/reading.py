@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import reduce
+from operator import getitem
 from typing import Any
 
 from experiments.measures import Interval, over_seeds
@@ -24,6 +26,11 @@ def cells(data: Data, model: str) -> list[Any]:
 def interval(found: Sequence[Any], value: Callable[[Any], float]) -> Interval:
     """Over cells, that is over seeds."""
     return over_seeds([value(cell) for cell in found])
+
+
+def at(found: Sequence[Any], *path: str) -> Interval:
+    """Of the number that every cell has there."""
+    return interval(found, lambda cell: reduce(getitem, path, cell))
 
 
 def verdict(difference: Interval) -> str:

@@ -16,6 +16,7 @@ from experiments.reading import Data, between, cells, models, shown, table, verd
 from experiments.setting import Setting
 from experiments.subject import Subject
 from experiments.texts import DOMAINS
+from reap.merging.mergeplan import Merge
 from reap.report.style import MARKERS, Theme, themed
 from reap.runs.calibration import calibrate
 from reap.statistics.stats import Statistics
@@ -39,7 +40,7 @@ def cell(subject: Subject, key: str) -> Any:
         "original": {"points": projected(before, before, axes)},
         "explained": [share for _, share in axes],
     }
-    for name, changed in variants(subject, seed).items():
+    for name, (changed, how) in variants(subject, seed).items():
         if not name.endswith(f"@{RATIO}"):
             continue
         with changed():
@@ -47,7 +48,7 @@ def cell(subject: Subject, key: str) -> Any:
                 calibrate(subject.model, subject.text(domain, seed), outputs=True)
                 for domain in DOMAINS
             )
-        after = means(stats)
+        after = means(stats, how if isinstance(how, Merge) else None)
         method = name.partition("@")[0]
         shares = [spread(a) / spread(b) for a, b in zip(after, before, strict=True)]
         found[method] = {"spread": shares}
@@ -56,14 +57,19 @@ def cell(subject: Subject, key: str) -> Any:
     return found
 
 
-def means(stats: Statistics) -> list[Tensor]:
-    """Per layer the mean output of every expert that was picked, tied ones as one: [N,H] fp64."""
+def means(stats: Statistics, merge: Merge | None = None) -> list[Tensor]:
+    """Per layer the mean output of every expert that was picked, those of a group as one: [N,H]
+    fp64."""
     found = []
     for name in stats.layers:
         layer = stats.layer(name)
-        sums = layer.output_sum
+        sums, counts = layer.output_sum, layer.count
         assert sums is not None
-        found.append((sums / layer.count.clamp(min=1)[:, None])[layer.count > 0])
+        if merge is not None:
+            groups = [list(group.experts) for group in merge.groups[name]]
+            sums = torch.stack([sums[ids].sum(0) for ids in groups])
+            counts = torch.stack([counts[ids].sum() for ids in groups])
+        found.append(sums[counts > 0] / counts[counts > 0][:, None])
     return found
 
 

@@ -7,7 +7,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from experiments.measures import Interval
-from experiments.reading import Data, between, cells, interval, models, shown, table, verdict
+from experiments.reading import Data, at, between, cells, interval, models, shown, table, verdict
 from experiments.setting import RANKED, Setting
 from experiments.subject import Subject
 from reap.report.style import MARKERS, Theme, themed
@@ -31,7 +31,7 @@ def cell(subject: Subject, key: str) -> Any:
 
 
 def loss(found: list[Any], plan: str) -> Interval:
-    return interval(found, lambda c: c[plan]["total"]["loss"])
+    return at(found, plan, "total", "loss")
 
 
 def less(found: list[Any], first: str, second: str) -> Interval:

@@ -47,8 +47,12 @@ def cell(subject: Subject, key: str) -> Any:
 def average(found: list[Any], criterion: str, kind: str) -> list[float]:
     """Per seed, the increase on a domain, mean over domains, when the text was of that domain
     ("matched"), of the three others ("mismatched") or of all ("mixed")."""
-    source = {"matched": str, "mismatched": other, "mixed": lambda domain: MIXED}[kind]
-    return [mean(c[f"{criterion}/{source(d)}"][d] for d in DOMAINS) for c in found]
+    source = {
+        "matched": {d: d for d in DOMAINS},
+        "mismatched": {d: other(d) for d in DOMAINS},
+        "mixed": dict.fromkeys(DOMAINS, MIXED),
+    }[kind]
+    return [mean(c[f"{criterion}/{source[d]}"][d] for d in DOMAINS) for c in found]
 
 
 KINDS = ("matched", "mixed", "mismatched")

@@ -63,9 +63,12 @@ def test_a_run_goes_on_where_it_was(measured: Path, monkeypatch: pytest.MonkeyPa
     path.write_bytes(encoded(data["setting"], data["cells"]))
     asked: list[str] = []
     real = EXPERIMENTS["multidomain"].cell
-    monkeypatch.setattr(
-        EXPERIMENTS["multidomain"], "cell", lambda s, key: asked.append(key) or real(s, key)
-    )
+
+    def recorded(subject: Subject, key: str) -> Any:
+        asked.append(key)
+        return real(subject, key)
+
+    monkeypatch.setattr(EXPERIMENTS["multidomain"], "cell", recorded)
     again = ["multidomain", "--quick", "--jobs", "1", "--out", str(measured)]
     assert main(again) == 0
     assert asked == ["1"] and path.read_bytes() == whole
@@ -188,7 +191,7 @@ def test_texts_are_labelled() -> None:
         assert first[0] == first[1] != first[2]
 
 
-def test_samples(measured: Path) -> None:
+def test_samples() -> None:
     """A seed is another sample; held-out text is the same for all, in parts or not."""
     subject = Subject("softmax", replace(QUICK, evaluation_tokens=128))
     first, again, other = (subject.text("prose", seed)[0].input_ids for seed in (0, 0, 1))
@@ -214,7 +217,7 @@ def test_answers() -> None:
     assert right_answers(Counter(), rows, 2, 4) == 3
 
 
-def test_greedy_text_ends(measured: Path) -> None:
+def test_greedy_text_ends() -> None:
     model = Subject("softmax", QUICK).model
     texts = greedy(model, torch.tensor([[5, 6, 7], [8, 9, 10]]), 6)
     assert texts.shape == (2, 6)

@@ -86,6 +86,11 @@ def overlap(first: set[int], second: set[int]) -> float:
     return len(first & second) / len(first | second) if first | second else 1.0
 
 
-def spread(vectors: Tensor) -> float:
-    """Variance of vectors [N,H] around their mean, summed over the directions."""
-    return float(vectors.double().var(0, correction=0).sum())
+def spread(vectors: Tensor, weights: Tensor | None = None) -> float:
+    """Variance of vectors [N,H] around their mean, summed over the directions; with weights [N], of
+    that many vectors each."""
+    if weights is None:
+        weights = torch.ones(len(vectors))
+    share = (weights.double() / weights.double().sum())[:, None]
+    vectors = vectors.double()
+    return float((share * (vectors - (share * vectors).sum(0)) ** 2).sum())

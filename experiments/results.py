@@ -71,7 +71,9 @@ def _about(setting: dict[str, Any]) -> list[str]:
         f" ({setting['noise_seeds']} for the noise floor).",
         f"Losses are of the same {setting['evaluation_tokens']:,} held-out tokens per domain.",
         "Intervals are Student's, 95%, over seeds: they hold the luck of the calibration text, not",
-        "that of the training run, of which there is one per model.",
+        "that of the training run, of which there is one per model. `tools/train_pair.py` made",
+        "both of `models/tiny-qwen3-moe`, each expert cut into two, and trained them on (losses of",
+        "the bf16 weights on all held-out text, in nats per token):",
         "",
     ]
     rows = []

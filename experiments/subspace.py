@@ -21,7 +21,10 @@ from reap.report.style import MARKERS, Theme, themed
 from reap.runs.calibration import calibrate
 from reap.statistics.stats import Statistics
 
+Means = list[tuple[Tensor, Tensor]]  # per layer
+
 RATIO = 0.5
+KINDS = {"spread": "every expert once", "weighted": "by its tokens"}
 DRAWN = ("reap", "hc-smoe")
 CELL_SEED = "0"  # whose points are drawn
 
@@ -35,7 +38,7 @@ def cell(subject: Subject, key: str) -> Any:
     the points [N][2] on the original's first two components."""
     seed = int(key)
     before = means(subject.mix(seed, outputs=True))
-    axes = [components(points) for points in before]
+    axes = [components(points) for points, _ in before]
     found: dict[str, Any] = {
         "original": {"points": projected(before, before, axes)},
         "explained": [share for _, share in axes],
@@ -50,16 +53,19 @@ def cell(subject: Subject, key: str) -> Any:
             )
         after = means(stats, how if isinstance(how, Merge) else None)
         method = name.partition("@")[0]
-        shares = [spread(a) / spread(b) for a, b in zip(after, before, strict=True)]
-        found[method] = {"spread": shares}
+        pairs = list(zip(after, before, strict=True))
+        found[method] = {
+            "spread": [spread(a) / spread(b) for (a, _), (b, _) in pairs],
+            "weighted": [spread(*a) / spread(*b) for a, b in pairs],
+        }
         if method in DRAWN:
             found[method]["points"] = projected(after, before, axes)
     return found
 
 
-def means(stats: Statistics, merge: Merge | None = None) -> list[Tensor]:
-    """Per layer the mean output of every expert that was picked, those of a group as one: [N,H]
-    fp64."""
+def means(stats: Statistics, merge: Merge | None = None) -> Means:
+    """Per layer the mean output [N,H] fp64 of every expert that was picked, those of a group as
+    one, and its tokens [N]."""
     found = []
     for name in stats.layers:
         layer = stats.layer(name)
@@ -69,7 +75,8 @@ def means(stats: Statistics, merge: Merge | None = None) -> list[Tensor]:
             groups = [list(group.experts) for group in merge.groups[name]]
             sums = torch.stack([sums[ids].sum(0) for ids in groups])
             counts = torch.stack([counts[ids].sum() for ids in groups])
-        found.append(sums[counts > 0] / counts[counts > 0][:, None])
+        sums, counts = sums[counts > 0], counts[counts > 0]
+        found.append((sums / counts[:, None], counts))
     return found
 
 
@@ -81,52 +88,54 @@ def components(points: Tensor) -> tuple[Tensor, float]:
 
 
 def projected(
-    points: list[Tensor], origin: list[Tensor], axes: list[tuple[Tensor, float]]
+    points: Means, origin: Means, axes: list[tuple[Tensor, float]]
 ) -> list[list[list[float]]]:
     return [
         ((p - o.mean(0)) @ directions.T).tolist()
-        for p, o, (directions, _) in zip(points, origin, axes, strict=True)
+        for (p, _), (o, _), (directions, _) in zip(points, origin, axes, strict=True)
     ]
 
 
-def layers(found: list[Any], method: str) -> list[Interval]:
-    return [
-        over_seeds(values) for values in zip(*(c[method]["spread"] for c in found), strict=True)
-    ]
+def layers(found: list[Any], method: str, kind: str = "spread") -> list[Interval]:
+    by_layer = zip(*(c[method][kind] for c in found), strict=True)
+    return [over_seeds(values) for values in by_layer]
 
 
-def whole(found: list[Any], method: str) -> Interval:
-    return over_seeds([mean(c[method]["spread"]) for c in found])
+def whole(found: list[Any], method: str, kind: str) -> Interval:
+    return over_seeds([mean(c[method][kind]) for c in found])
 
 
 def report(data: Data) -> list[str]:
     lines = [
         f"Variance of the experts' mean outputs, over the original model's, {RATIO:.0%} dropped or",
-        "merged; one is a spread that was kept. Layers from the first to the last.",
+        "merged; one is a spread that was kept. Experts that were merged are one. Either every",
+        "expert counts once, or each by its tokens. Layers from the first to the last.",
         "",
     ]
     rows = []
     for model in models(data):
         found = cells(data, model)
-        for method in METHODS:
-            each = [f"{value.middle:.2f}" for value in layers(found, method)]
-            rows.append([model, method, shown(whole(found, method), 2, signed=False), *each])
+        for kind, told in KINDS.items():
+            for method in METHODS:
+                each = [f"{value.middle:.2f}" for value in layers(found, method, kind)]
+                mean_of_all = shown(whole(found, method, kind), 2, signed=False)
+                rows.append([model, told, method, mean_of_all, *each])
     depth = len(layers(cells(data, models(data)[0]), METHODS[0]))
-    return lines + table(["model", "method", "mean", *map(str, range(1, depth + 1))], rows)
+    return lines + table(["model", "", "method", "mean", *map(str, range(1, depth + 1))], rows)
 
 
 def claims(data: Data) -> list[list[str]]:
     rows = []
     for model in models(data):
         found = cells(data, model)
-        for other in MERGED:
-            values = [mean(c[other]["spread"]) - mean(c["reap"]["spread"]) for c in found]
-            pair = over_seeds(values)
-            claim = f"spread: {other} keeps less than REAP at {RATIO:.0%}"
-            rows.append([claim, model, between(pair), verdict(pair)])
-            late = over_seeds([halves(c[other]["spread"]) for c in found])
-            claim = f"spread by {other}: later layers keep less than earlier ones"
-            rows.append([claim, model, between(late), verdict(late)])
+        for kind, told in KINDS.items():
+            for other in MERGED:
+                pair = over_seeds([mean(c[other][kind]) - mean(c["reap"][kind]) for c in found])
+                claim = f"spread, {told}: {other} keeps less than REAP at {RATIO:.0%}"
+                rows.append([claim, model, between(pair), verdict(pair)])
+                late = over_seeds([halves(c[other][kind]) for c in found])
+                claim = f"spread, {told}: by {other} later layers keep less than earlier ones"
+                rows.append([claim, model, between(late), verdict(late)])
     return rows
 
 
@@ -158,17 +167,18 @@ def figure(theme: Theme, data: Data) -> Figure:
             axes.set_ylabel("component 2")
         first.legend()
         for number, method in enumerate(METHODS):
-            values = [value.middle for value in layers(found, method)]
-            by_layer.plot(
-                range(1, len(values) + 1),
-                values,
-                f"-{MARKERS[number]}",
-                color=theme.series[number],
-                label=method,
-            )
+            for kind, line in (("spread", "-"), ("weighted", ":")):
+                values = [value.middle for value in layers(found, method, kind)]
+                by_layer.plot(
+                    range(1, len(values) + 1),
+                    values,
+                    f"{line}{MARKERS[number]}",
+                    color=theme.series[number],
+                    label=method if kind == "spread" else None,
+                )
         by_layer.axhline(1, color=theme.muted, linewidth=0.8)
         by_layer.set_xlabel("layer")
-        by_layer.set_ylabel("spread kept")
+        by_layer.set_ylabel("spread kept (dotted: by tokens)")
         by_layer.set_ylim(bottom=0)
         by_layer.legend()
     return drawn

@@ -174,6 +174,8 @@ def test_kendall_overlap_spread() -> None:
     assert kendall([1, 2, 3, 4], [1, 2, 4, 3]) == pytest.approx(4 / 6)
     assert overlap({1, 2, 3}, {2, 3, 4}) == 0.5 and overlap(set(), set()) == 1
     assert spread(torch.tensor([[1.0, 0.0], [-1.0, 0.0], [0.0, 3.0], [0.0, -3.0]])) == 5.0
+    points, weights = torch.tensor([[0.0, 0.0], [4.0, 0.0]]), torch.tensor([3, 1])
+    assert spread(points, weights) == spread(points[[0, 0, 0, 1]]) == 3.0
 
 
 def test_rounded() -> None:

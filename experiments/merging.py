@@ -50,10 +50,15 @@ def cell(subject: Subject, key: str) -> Any:
     those of the seed."""
     seed = int(key)
     found: dict[str, Any] = {"original": talk(subject, seed, nullcontext)}
-    for name, (changed, _) in variants(subject, seed).items():
-        with changed():
-            losses = evaluate(subject.model, subject.held_out(), teacher=subject.original)
-        found[name] = {"losses": increases(losses)}
+    made = variants(subject, seed)
+    plans = {name: how for name, (_, how) in made.items() if isinstance(how, Plan)}
+    losses = subject.measured(plans)
+    for name, (changed, _) in made.items():
+        if name not in plans:
+            with changed():
+                both = evaluate(subject.model, subject.held_out(), teacher=subject.original)
+            losses[name] = increases(both)
+        found[name] = {"losses": losses[name]}
         if name.endswith(f"@{TALKING}"):
             found[name] |= talk(subject, seed, changed)
     return found
@@ -61,7 +66,7 @@ def cell(subject: Subject, key: str) -> Any:
 
 def variants(subject: Subject, seed: int) -> dict[str, tuple[Changed, Plan | Merge]]:
     """By "method@ratio": inside of what the model is pruned or merged, and how."""
-    stats = subject.mix(seed, outputs=True)
+    stats = subject.mix(seed)
     similarity = router_similarity(subject.folder, stats.model)
     found: dict[str, tuple[Changed, Plan | Merge]] = {}
     for ratio in RATIOS:

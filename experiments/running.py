@@ -34,6 +34,7 @@ def run(names: list[str], setting: Setting, out: Path, *, jobs: int, fresh: bool
         for model in setting.models
         if f"{model}/{key}" not in stores[name].cells
     ]
+    missing.sort(key=lambda task: int(task[2]))  # a run that is stopped has some seeds of each
     began = time.monotonic()
     for done, (task, cell) in enumerate(cells(missing, setting, jobs), 1):
         name, model, key = task

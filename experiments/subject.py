@@ -28,16 +28,14 @@ class Subject:
         self.tokenizer = load_tokenizer(self.folder)
         self.model = load_model(self.folder, dtype="float32", device="cpu")
         self._original: Any = None
-        self._samples: dict[tuple[str, int, int | None, bool], Statistics] = {}
+        self._samples: dict[tuple[str, int, int | None], Statistics] = {}
 
-    def sample(
-        self, domain: str, seed: int, tokens: int | None = None, outputs: bool = False
-    ) -> Statistics:
-        """Statistics of one sample of one domain's text."""
-        key = (domain, seed, tokens, outputs)
+    def sample(self, domain: str, seed: int, tokens: int | None = None) -> Statistics:
+        """Statistics of one sample of one domain's text, mean outputs included."""
+        key = (domain, seed, tokens)
         if key not in self._samples:
             given = self.text(domain, seed, tokens)
-            self._samples[key] = calibrate(self.model, given, outputs=outputs)
+            self._samples[key] = calibrate(self.model, given, outputs=True)
         return self._samples[key]
 
     def text(self, domain: str, seed: int, tokens: int | None = None) -> list[Batch]:
@@ -52,11 +50,9 @@ class Subject:
             self._original = copy.deepcopy(self.model)
         return self._original
 
-    def mix(
-        self, seed: int, domains: Sequence[str] = DOMAINS, *, outputs: bool = False
-    ) -> Statistics:
+    def mix(self, seed: int, domains: Sequence[str] = DOMAINS) -> Statistics:
         """Of a sample with as many tokens of each of these domains."""
-        return Statistics.total(self.sample(domain, seed, outputs=outputs) for domain in domains)
+        return Statistics.total(self.sample(domain, seed) for domain in domains)
 
     def plan(self, stats: Statistics, criterion: str, ratio: float, seed: int = 0) -> Plan:
         return make_plan(stats, criterion, ratio=str(ratio), seed=seed)

@@ -37,7 +37,7 @@ def cell(subject: Subject, key: str) -> Any:
     """Per variant and layer the spread of mean outputs in units of the original's, and for DRAWN
     the points [N][2] on the original's first two components."""
     seed = int(key)
-    before = means(subject.mix(seed, outputs=True))
+    before = means(subject.mix(seed))
     axes = [components(points) for points, _ in before]
     found: dict[str, Any] = {
         "original": {"points": projected(before, before, axes)},

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import reduce
+from math import isnan
 from operator import getitem
 from typing import Any
 
@@ -41,14 +42,17 @@ def verdict(difference: Interval) -> str:
 
 
 def shown(value: Interval, digits: int = 3, signed: bool = True) -> str:
-    """The mean and half the width of its interval."""
-    sign = "+" if signed else ""
-    return f"{value.middle:{sign}.{digits}f} ± {value.high - value.middle:.{digits}f}"
+    """The mean and half the width of its interval, where there is one."""
+    told = f"{value.middle:{'+' if signed else ''}.{digits}f}"
+    return told if isnan(value.high) else f"{told} ± {value.high - value.middle:.{digits}f}"
 
 
 def between(value: Interval, digits: int = 3) -> str:
-    """The mean and its interval."""
-    return f"{value.middle:+.{digits}f} ({value.low:+.{digits}f} to {value.high:+.{digits}f})"
+    """The mean and its interval, where there is one."""
+    told = f"{value.middle:+.{digits}f}"
+    if isnan(value.high):
+        return told
+    return f"{told} ({value.low:+.{digits}f} to {value.high:+.{digits}f})"
 
 
 def percent(value: Interval) -> str:

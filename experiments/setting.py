@@ -49,7 +49,7 @@ FULL = Setting()
 QUICK = replace(
     FULL,
     models=("softmax",),
-    seeds=2,
+    seeds=1,
     noise_seeds=2,
     seq_len=32,
     calibration_tokens=128,

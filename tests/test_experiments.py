@@ -56,20 +56,20 @@ def test_every_experiment_runs_and_is_drawn(measured: Path) -> None:
 
 
 def test_a_run_goes_on_where_it_was(measured: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = measured / "results" / "multidomain.json"
+    path = measured / "results" / "noise.json"
     whole = path.read_bytes()
     data = json.loads(whole)
     del data["cells"]["softmax/1"]
     path.write_bytes(encoded(data["setting"], data["cells"]))
     asked: list[str] = []
-    real = EXPERIMENTS["multidomain"].cell
+    real = EXPERIMENTS["noise"].cell
 
     def recorded(subject: Subject, key: str) -> Any:
         asked.append(key)
         return real(subject, key)
 
-    monkeypatch.setattr(EXPERIMENTS["multidomain"], "cell", recorded)
-    again = ["multidomain", "--quick", "--jobs", "1", "--out", str(measured)]
+    monkeypatch.setattr(EXPERIMENTS["noise"], "cell", recorded)
+    again = ["noise", "--quick", "--jobs", "1", "--out", str(measured)]
     assert main(again) == 0
     assert asked == ["1"] and path.read_bytes() == whole
 

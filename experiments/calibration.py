@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import nan
 from statistics import mean
 from typing import Any
 
@@ -63,6 +64,8 @@ def growing(subject: Subject, seed: int) -> list[Statistics]:
 def against_others(found: list[Any], criterion: str, size: str) -> tuple[Interval, Interval]:
     """Kendall's tau, and the overlap of the experts kept at RATIO, between the scores of a seed and
     the mean of the other seeds' largest samples; means over layers, intervals over seeds."""
+    if len(found) < 2:  # of a run that is not done
+        return Interval(nan, nan, nan), Interval(nan, nan, nan)
     taus, overlaps = [], []
     last = list(found[0]["scores"])[-1]
     for number, cell in enumerate(found):

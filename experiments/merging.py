@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
 from math import exp
@@ -14,16 +15,17 @@ from experiments import generation, rows
 from experiments.generation import Changed
 from experiments.measures import Interval, over_seeds, wilson
 from experiments.reading import (
+    OURS,
+    PAPER,
     Data,
     at,
-    between,
     cells,
+    claim,
     models,
     percent,
     shown,
     table,
-    verdict,
-)  # fmt: skip
+)
 from experiments.setting import MAIN, Setting
 from experiments.subject import Subject, increases
 from experiments.texts import DOMAINS
@@ -164,22 +166,21 @@ def claims(data: Data) -> list[list[str]]:
     for model in models(data):
         found = cells(data, model)
         for other in MERGED:
-            for what, value in COMPARED.items():
-                values = [
-                    value(c[f"reap@{TALKING}"]) - value(c[f"{other}@{TALKING}"]) for c in found
-                ]
-                pair = over_seeds(values)
-                claim = f"{what}: REAP is better than {other} at {TALKING:.0%}"
-                rows.append([claim, model, between(pair), verdict(pair)])
+            ours, theirs = f"reap@{TALKING}", f"{other}@{TALKING}"
+            for what, (whose, value) in COMPARED.items():
+                pair = over_seeds([value(c[ours]) - value(c[theirs]) for c in found])
+                text = f"{what}: REAP is better than {other} at {TALKING:.0%}"
+                rows.append(claim(text, whose, model, pair))
     return rows
 
 
-COMPARED = {  # of one method in one cell; less is better
-    "loss": lambda entry: entry["losses"]["total"]["loss"],
-    "share of texts that loop": lambda entry: entry["loops"] / entry["texts"],
-    "repeated 4-grams": lambda entry: -entry["distinct"]["4"],
-    "divergence on own text": lambda entry: mean(entry["divergence"]),
-    "wrong answers among four": lambda entry: 1 - entry["right"] / entry["questions"],
+COMPARED: dict[str, tuple[str, Callable[[Any], float]]] = {  # whose claim it is; less is better
+    "loss": (OURS, lambda entry: entry["losses"]["total"]["loss"]),
+    "share of texts that loop": (OURS, lambda entry: entry["loops"] / entry["texts"]),
+    "repeated 4-grams": (PAPER, lambda entry: 1 - entry["distinct"]["4"]),
+    "cross-perplexity, as a loss": (PAPER, lambda entry: entry["cross_loss"]),
+    "divergence on own text": (PAPER, lambda entry: mean(entry["divergence"])),
+    "wrong answers among four": (OURS, lambda entry: 1 - entry["right"] / entry["questions"]),
 }
 
 

@@ -12,6 +12,7 @@ from experiments.measures import Interval, over_seeds
 
 Data = dict[str, Any]
 AGREES, AGAINST, OPEN = "agrees", "contradicts", "not separated"
+PAPER, OURS = "paper", "ours"  # whose claim it is
 
 
 def models(data: Data) -> list[str]:
@@ -32,6 +33,11 @@ def interval(found: Sequence[Any], value: Callable[[Any], float]) -> Interval:
 def at(found: Sequence[Any], *path: str) -> Interval:
     """Of the number that every cell has there."""
     return interval(found, lambda cell: reduce(getitem, path, cell))
+
+
+def claim(text: str, whose: str, model: str, difference: Interval) -> list[str]:
+    """A line of the table of claims."""
+    return [text, whose, model, between(difference), verdict(difference)]
 
 
 def verdict(difference: Interval) -> str:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from experiments.measures import Interval, over_seeds, spread
 from experiments.merging import MERGED, METHODS, variants
-from experiments.reading import Data, between, cells, models, shown, table, verdict
+from experiments.reading import PAPER, Data, cells, claim, models, shown, table
 from experiments.setting import Setting
 from experiments.subject import Subject
 from experiments.texts import DOMAINS
@@ -131,11 +131,11 @@ def claims(data: Data) -> list[list[str]]:
         for kind, told in KINDS.items():
             for other in MERGED:
                 pair = over_seeds([mean(c[other][kind]) - mean(c["reap"][kind]) for c in found])
-                claim = f"spread, {told}: {other} keeps less than REAP at {RATIO:.0%}"
-                rows.append([claim, model, between(pair), verdict(pair)])
+                text = f"spread, {told}: {other} keeps less than REAP at {RATIO:.0%}"
+                rows.append(claim(text, PAPER, model, pair))
                 late = over_seeds([halves(c[other][kind]) for c in found])
-                claim = f"spread, {told}: by {other} later layers keep less than earlier ones"
-                rows.append([claim, model, between(late), verdict(late)])
+                text = f"spread, {told}: by {other} later layers keep less than earlier ones"
+                rows.append(claim(text, PAPER, model, late))
     return rows
 
 

@@ -7,7 +7,18 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from experiments.measures import Interval
-from experiments.reading import Data, at, between, cells, interval, models, shown, table, verdict
+from experiments.reading import (
+    PAPER,
+    Data,
+    at,
+    between,
+    cells,
+    claim,
+    interval,
+    models,
+    shown,
+    table,
+)
 from experiments.setting import RANKED, Setting
 from experiments.subject import Subject
 from reap.report.style import MARKERS, Theme, themed
@@ -70,8 +81,8 @@ def claims(data: Data) -> list[list[str]]:
         for other in ("frequency", "ean"):
             for model in models(data):
                 pair = less(cells(data, model), f"reap@{ratio}", f"{other}@{ratio}")
-                claim = f"REAP loses less than {other} at {ratio:.0%}"
-                rows.append([claim, model, between(pair), verdict(pair)])
+                text = f"REAP loses less than {other} at {ratio:.0%}"
+                rows.append(claim(text, PAPER, model, pair))
     return rows
 
 

@@ -198,7 +198,6 @@ def figure(theme: Theme, data: Data) -> Figure:
         top.set_title(f"{model}, {TALKING:.0%} dropped or merged")
         top.set_xlabel("position in the generated text")
         top.set_ylabel("JSD from the original, nats")
-        top.legend(ncols=2)
         bars = ("original", *METHODS)
         shares = [share(found, m if m == "original" else f"{m}@{TALKING}", "loops") for m in bars]
         bottom.barh(
@@ -213,4 +212,6 @@ def figure(theme: Theme, data: Data) -> Figure:
         )
         bottom.invert_yaxis()
         bottom.set_xlabel("texts that end in a loop, %")
+    lines = panels[0, 0].get_lines()
+    drawn.legend(lines, METHODS, loc="outside upper center", ncols=len(METHODS))
     return drawn

@@ -180,5 +180,6 @@ def figure(theme: Theme, data: Data) -> Figure:
         by_layer.set_xlabel("layer")
         by_layer.set_ylabel("spread kept (dotted: by tokens)")
         by_layer.set_ylim(bottom=0)
-        by_layer.legend()
+    lines = panels[0, 2].get_lines()[: 2 * len(METHODS) : 2]
+    drawn.legend(lines, METHODS, loc="outside upper center", ncols=len(METHODS))
     return drawn

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import pickle
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from experiments import noise, transfer
+from experiments import noise, running, transfer
 from experiments.__main__ import HERE, main
 from experiments.generation import greedy, read, right_answers, until_end
 from experiments.measures import (
@@ -72,6 +73,12 @@ def test_a_run_goes_on_where_it_was(measured: Path, monkeypatch: pytest.MonkeyPa
     again = ["noise", "--quick", "--jobs", "1", "--out", str(measured)]
     assert main(again) == 0
     assert asked == ["1"] and path.read_bytes() == whole
+
+
+def test_worker_processes_find_what_they_run() -> None:
+    """By name: what `python -m` runs has none."""
+    assert pickle.loads(pickle.dumps(running.measured)) is running.measured
+    assert running.measured.__module__ == "experiments.running"
 
 
 def test_results_of_another_setting_are_refused(measured: Path) -> None:

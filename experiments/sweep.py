@@ -77,7 +77,7 @@ def report(data: Data) -> list[str]:
 
 def claims(data: Data) -> list[list[str]]:
     rows = []
-    for ratio in (0.25, 0.5):
+    for ratio in data["setting"]["ratios"]:
         for other in ("frequency", "ean"):
             for model in models(data):
                 pair = less(cells(data, model), f"reap@{ratio}", f"{other}@{ratio}")

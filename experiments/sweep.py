@@ -81,7 +81,7 @@ def claims(data: Data) -> list[list[str]]:
         for other in ("frequency", "ean"):
             for model in models(data):
                 pair = less(cells(data, model), f"reap@{ratio}", f"{other}@{ratio}")
-                text = f"REAP loses less than {other} at {ratio:.0%}"
+                text = f"REAP loses less than {other} at {ratio:.1%}"
                 rows.append(claim(text, PAPER, model, pair))
     return rows
 

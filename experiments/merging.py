@@ -29,7 +29,8 @@ from experiments.reading import (
 from experiments.setting import MAIN, Setting
 from experiments.subject import Subject, increases
 from experiments.texts import DOMAINS
-from reap.merging.mergeplan import Merge, make_merge
+from reap.merging.choosing import make_merge
+from reap.merging.mergeplan import Merge
 from reap.merging.similarity import router_similarity
 from reap.merging.tying import merged
 from reap.planning.plan import Plan

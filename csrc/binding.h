@@ -57,6 +57,7 @@ inline Layer read_layer(std::string_view bytes) {
         .read(layer.down)
         .read(layer.top_k_index, layer.wide_ids, layer.top_k_weights, layer.gates)
         .read(layer.out, layer.norms, layer.peaks)
+        .read(layer.sum_weights, layer.channel_sums, layer.output_sums)
         .read(layer.threads, layer.deterministic, layer.wgmma)
         .read(layer.device, layer.sm, layer.processors, layer.cache_bytes)
         .read(layer.alpha, layer.limit, layer.offset)

@@ -34,6 +34,9 @@ struct Layer {
     char* out;                       // [T, H] model dtype, contiguous
     float* norms;                    // [T, K] fp32, or null: neither norms nor peaks
     float* peaks;                    // [T, K] fp32, or null with norms
+    const float* sum_weights;        // weights of each slot in two sums per expert [2, T, K], or null: no sums
+    float* channel_sums;             // of rows of inner [2, E, I] fp32, or null with sum_weights
+    float* output_sums;              // of outputs before their gates [2, E, H] fp32, or null with sum_weights
     int threads;                     // cpu only
     bool deterministic;              // cuda only; cpu always is: the same bits run to run
     int device;                      // cuda only: ordinal

@@ -26,6 +26,17 @@ class Saliency(NamedTuple):
     peaks: Tensor  # max |f(x)| [T, K] fp32 (fp64 for an fp64 model)
 
 
+class Summed(NamedTuple):
+    """The same, and per expert the weighted sums over its slots of what is inside and of what comes
+    out: h = act(gate(x)) * up(x) as the down projection sees it, and f(x) before its gate."""
+
+    out: Tensor
+    norms: Tensor
+    peaks: Tensor
+    channel_sums: Tensor  # sum of w * h [2, E, I] fp32 (fp64 for an fp64 model)
+    output_sums: Tensor  # sum of w * f(x) [2, E, H] fp32 (fp64 for an fp64 model)
+
+
 class Call(NamedTuple):
     """One call of the op: the tensors as they came, strides and all, and the parsed options.
 
@@ -39,6 +50,7 @@ class Call(NamedTuple):
     top_k_weights: Tensor  # gate of each slot [T, K] bf16, fp16, fp32 (or fp64 in an fp64 model)
     gate_up_bias: Tensor | None = None  # [E, R] model dtype
     down_bias: Tensor | None = None  # [E, H] model dtype
+    sum_weights: Tensor | None = None  # w of each slot in the two sums, 0: left out [2, T, K] fp32
     activation: Activation = Activation("silu")
     gated: bool = True  # False: up_proj alone, act(x W) in place of act(g) * u
     interleaved: bool = False  # gate and up alternate along R: g0, u0, ...; else all g, then all u
@@ -101,8 +113,9 @@ class Backend(Protocol):
     def unsupported(self, call: Call) -> str | None:
         """Which feature of this call is missing, in one line; None if all are there."""
 
-    def run(self, call: Call) -> Saliency:
-        """Runs a checked call. The results share no memory with the inputs."""
+    def run(self, call: Call) -> Saliency | Summed:
+        """Runs a checked call: Summed where it has sum_weights. The results share no memory with
+        the inputs."""
 
 
 def check(call: Call) -> None:
@@ -123,7 +136,7 @@ def check_ids(top_k_index: Tensor) -> None:
         )
 
 
-_RANKS = (2, 3, 3, 2, 2, 2, 2)  # in the order of TENSORS
+_RANKS = (2, 3, 3, 2, 2, 2, 2, 3)  # in the order of TENSORS
 
 
 def _shape(tensor: Tensor) -> str:
@@ -134,7 +147,7 @@ def _check_kinds(call: Call) -> None:
     """Ranks, dtypes, device and layout."""
     model, device = call.hidden_states.dtype, call.hidden_states.device
     same, gates = (model,), MODEL_DTYPES if model == torch.float64 else GATE_DTYPES
-    dtypes = (MODEL_DTYPES, same, same, ID_DTYPES, gates, same, same)
+    dtypes = (MODEL_DTYPES, same, same, ID_DTYPES, gates, same, same, (call.accumulator,))
     for name, tensor, rank, allowed in zip(TENSORS, call, _RANKS, dtypes, strict=False):
         if tensor is None:
             continue
@@ -177,7 +190,7 @@ def _check_shapes(call: Call) -> None:
         )
     I = R // 2 if call.gated else R  # noqa: E741
     weights = ((E, H, R), (E, I, H)) if call.transposed else ((E, R, H), (E, H, I))
-    shapes = ((T, H), *weights, (T, K), (T, K), (E, R), (E, H))
+    shapes = ((T, H), *weights, (T, K), (T, K), (E, R), (E, H), (2, T, K))
     for name, tensor, expected in zip(TENSORS, call, shapes, strict=False):
         if tensor is not None and tensor.shape != expected:
             raise ValueError(
@@ -197,6 +210,7 @@ def _letters(call: Call) -> dict[str, tuple[str, ...]]:
         "top_k_weights": ("T", "K"),
         "gate_up_bias": ("E", up),
         "down_bias": ("E", "H"),
+        "sum_weights": ("2", "T", "K"),
     }
 
 

@@ -3,7 +3,7 @@
 import torch
 
 from reap_kernels import native
-from reap_kernels.contract import Call, Saliency
+from reap_kernels.contract import Call, Saliency, Summed
 
 NAME = "cpu"
 
@@ -23,14 +23,14 @@ def unsupported(call: Call) -> str | None:
     return None
 
 
-def run(call: Call) -> Saliency:
+def run(call: Call) -> Saliency | Summed:
     """Always deterministic: the same bits at any number of threads (torch.get_num_threads())."""
     return execute(call)[0]
 
 
 def execute(
     call: Call, *, isa: str | None = None, threads: int | None = None, norms: bool = True
-) -> tuple[Saliency, int]:
+) -> tuple[Saliency | Summed, int]:
     """`run` with an instruction set of `isas()` (None: the best), a number of threads, and with
     norms and peaks left out (they are then 0) to measure their price. Also returns the bytes that
     were allocated besides the results; MemoryError if they are not to be had, before any work.
@@ -41,6 +41,8 @@ def execute(
       R * ceil(H/96) * 8    norms and peaks in parts
       T * H * 4             sums of the layer output, if the model dtype is not fp32
       S * 4 + E * 8 + ...   routing
+      B * I * 8             where sums are asked for: those of a block, of B = ceil(R/160) and, if
+      (I + H) * 16          R is S, up to E more; and those of the expert whose blocks are at work
       threads * scratch     packed tokens of a block (160 by H of four bytes, two bytes in bf16 on
                             avx512_bf16), a tile of weights (48 by 128, with such pairs by
                             512) and two of sums (48 by 160)

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 
 from reap_kernels import gpu, native
-from reap_kernels.contract import Call, Saliency
+from reap_kernels.contract import Call, Saliency, Summed
 
 NAME = "cuda"
 ASSERTS_IDS = True  # a negative id traps in the first kernel
@@ -76,6 +76,8 @@ def unsupported_sizes(call: Call) -> str | None:
         return f"a projection has {width} rows or columns, must be at most {MAX_SIZE}"
     # Of the smallest tiles, 32 rows by 128 columns, and of 8192 sums that are zeroed.
     tiles = min(slots, slots // 32 + call.E) * (width // 128 + 1)
+    if call.sum_weights is not None:  # 32 rows of the down projection, 64 inner columns
+        tiles = max(tiles, call.E * (width // 32 + 1))
     if (blocks := tiles + call.T * (call.H + 8) // 8192 + 1) > MAX_BLOCKS:
         return (
             f"{blocks} blocks for {slots} slots, at most {MAX_BLOCKS}: pass fewer tokens at a time"
@@ -83,12 +85,12 @@ def unsupported_sizes(call: Call) -> str | None:
     return None
 
 
-def run(call: Call) -> Saliency:
+def run(call: Call) -> Saliency | Summed:
     """RuntimeError with the CUDA error's name if a launch fails."""
     return launch(call, wgmma=False)
 
 
-def launch(call: Call, *, wgmma: bool) -> Saliency:
+def launch(call: Call, *, wgmma: bool) -> Saliency | Summed:
     """On the call's device and torch's current stream there, with either set of kernels."""
     device = call.hidden_states.device
     if torch.cuda.current_device() != device.index:  # seldom, and asking is cheaper than a context
@@ -100,11 +102,13 @@ def launch(call: Call, *, wgmma: bool) -> Saliency:
 
 def execute(
     extension: ModuleType, call: Call, chip: Chip, stream: int, *, wgmma: bool = False
-) -> Saliency:
+) -> Saliency | Summed:
     """`launch` on any module with the functions of csrc/cuda/bindings.cpp."""
     call = native.plain(call, wide=False)
     result = native.empty(call)
     if call.T == 0:
+        for empty in result:  # sums of nothing; the others have no elements
+            empty.zero_()
         return result
     layer = native.layer(extension, call, result, wgmma=wgmma, chip=chip)
     size = extension.workspace_bytes(layer)

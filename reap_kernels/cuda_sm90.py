@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from reap_kernels import cuda, native
-from reap_kernels.contract import Call, Saliency
+from reap_kernels.contract import Call, Saliency, Summed
 
 NAME = "cuda_sm90"
 ASSERTS_IDS = True
@@ -49,7 +49,7 @@ def _other_chip(*sms: int) -> str:
     return f"the GPU is an {names}, must be an sm_{SM}"
 
 
-def run(call: Call) -> Saliency:
+def run(call: Call) -> Saliency | Summed:
     """RuntimeError with the CUDA error's name if a launch fails."""
     return cuda.launch(call, wgmma=True)
 

@@ -8,7 +8,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from reap_kernels.contract import Call, Saliency
+from reap_kernels.contract import Call, Saliency, Summed
 
 DTYPES = {torch.bfloat16: "bf16", torch.float16: "f16", torch.float32: "f32"}
 _AGAIN = "then run `pip install -v --no-build-isolation -e .` again and read what it says"
@@ -54,27 +54,32 @@ def plain(call: Call, *, wide: bool) -> Call:
     numbers, factors = ids.contiguous(), gates.contiguous()
     if wide:
         numbers, factors = numbers.to(torch.int64), factors.to(torch.float32)
+    if call.sum_weights is not None and not call.sum_weights.is_contiguous():
+        call = call._replace(sum_weights=call.sum_weights.contiguous())
     if rows is x and numbers is ids and factors is gates:
         return call
     return call._replace(hidden_states=rows, top_k_index=numbers, top_k_weights=factors)
 
 
-def empty(call: Call) -> Saliency:
+def empty(call: Call) -> Saliency | Summed:
     """Results of a call in fresh, contiguous memory."""
     x, slots = call.hidden_states, call.top_k_index.shape
     norms = torch.empty(slots, dtype=torch.float32, device=x.device)
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
-    return Saliency(out, norms, torch.empty_like(norms))
+    saliency = Saliency(out, norms, torch.empty_like(norms))
+    if call.sum_weights is None:
+        return saliency
+    return Summed(*saliency, *(norms.new_empty((2, call.E, n)) for n in (call.I, call.H)))
 
 
 # Of `layer`: sizes, options, addresses and strides; three parameters of the activation.
-NUMBERS = Struct("=39q3d")
+NUMBERS = Struct("=42q3d")
 
 
 def layer(
     extension: ModuleType,
     call: Call,
-    result: Saliency,
+    result: Saliency | Summed,
     *,
     norms: bool = True,
     threads: int = 0,
@@ -105,12 +110,20 @@ def layer(
         result.out.data_ptr(),
         result.norms.data_ptr() if norms else 0,
         result.peaks.data_ptr() if norms else 0,
+        *_sums(call, result),
         threads,
         call.deterministic,
         wgmma,
         *chip,
         *parameters,
     )
+
+
+def _sums(call: Call, result: Saliency | Summed) -> tuple[int, int, int]:
+    if call.sum_weights is None or not isinstance(result, Summed):
+        return 0, 0, 0
+    sums = result.channel_sums.data_ptr(), result.output_sums.data_ptr()
+    return call.sum_weights.data_ptr(), *sums
 
 
 def _weights(weight: Tensor, bias: Tensor | None, transposed: bool) -> tuple[int, ...]:

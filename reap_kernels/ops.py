@@ -6,7 +6,16 @@ import torch
 from torch import Tensor
 
 from reap_kernels import cpu, cuda, cuda_sm90, reference, triton
-from reap_kernels.contract import FLAGS, TENSORS, Backend, Call, Saliency, check_ids, make_call
+from reap_kernels.contract import (
+    FLAGS,
+    TENSORS,
+    Backend,
+    Call,
+    Saliency,
+    Summed,
+    check_ids,
+    make_call,
+)
 
 # "auto" takes the first that is available and supports the call; a new backend is one entry here.
 # On an sm_90 that is the order of their times on an H100: `cuda_sm90`, which runs nowhere else, was
@@ -69,8 +78,54 @@ def moe_saliency(
         down_bias,
     )
     flags = (gated, interleaved, transposed, deterministic)
-    _check_arguments(tensors, flags, activation, backend)
+    _check_arguments((*tensors, None), flags, activation, backend)
     return Saliency(*_OP(*tensors, activation, *flags, backend))
+
+
+def moe_saliency_sums(
+    hidden_states: Tensor,  # [T, H] model dtype
+    gate_up_proj: Tensor,
+    down_proj: Tensor,
+    top_k_index: Tensor,  # [T, K]
+    top_k_weights: Tensor,  # [T, K]
+    sum_weights: Tensor,  # w of each slot in either sum [2, T, K] fp32 (fp64 for an fp64 model)
+    *,
+    activation: str = "silu",
+    gate_up_bias: Tensor | None = None,
+    down_bias: Tensor | None = None,
+    gated: bool = True,
+    interleaved: bool = False,
+    transposed: bool = False,
+    backend: str = "auto",
+    deterministic: bool = False,
+) -> Summed:
+    """`moe_saliency`, of which all arguments and errors are, and per expert two weighted sums.
+
+    channel_sums[i, e] = sum of w_i * h and output_sums[i, e] = sum of w_i * f(x), over the slots of
+    expert e, with h = act(gate(x)) * up(x) rounded to the model dtype, as the down projection sees
+    it, and f(x) as its norm does. With w of 1 and of the gate they are means and gated means times
+    their number. A slot of weight 0 is left out, whatever is in it. Nothing of the size of all
+    inner rows is kept for them beyond what the layer itself needs, nothing of all outputs is made.
+
+    Sums are fp32 over the at most 160 rows of a block, fp64 over blocks in a fixed order, rounded
+    to fp32: the same bits run to run on every backend, and off by at most 2^-24 times (n + 1) the
+    sum of |w h|, of n = min(rows, 160) rows; output_sums by that beside the error of f(x) itself.
+    """
+    tensors = (
+        hidden_states,
+        gate_up_proj,
+        down_proj,
+        top_k_index,
+        top_k_weights,
+        gate_up_bias,
+        down_bias,
+        sum_weights,
+    )
+    flags = (gated, interleaved, transposed, deterministic)
+    _check_arguments(tensors, flags, activation, backend)
+    if sum_weights is None:
+        raise ValueError("sum_weights is a NoneType, must be a torch.Tensor")
+    return Summed(*_OP_SUMS(*tensors, activation, *flags, backend))
 
 
 def _check_arguments(
@@ -78,7 +133,7 @@ def _check_arguments(
 ) -> None:
     """What torch would reject in its own words, or not at all, before the op itself is reached."""
     for name, tensor in zip(TENSORS, tensors, strict=True):
-        if not isinstance(tensor, Tensor) and not (tensor is None and name.endswith("_bias")):
+        if not isinstance(tensor, Tensor) and not (tensor is None and name in _OPTIONAL):
             raise ValueError(f"{name} is a {type(tensor).__name__}, must be a torch.Tensor")
     if not isinstance(activation, str):
         raise ValueError(f"activation is {activation!r}, must be a string")
@@ -88,6 +143,9 @@ def _check_arguments(
         if not isinstance(flag, bool):
             raise ValueError(f"{name} is {flag!r}, must be True or False")
     _refuse_grad(tensors)
+
+
+_OPTIONAL = ("gate_up_bias", "down_bias", "sum_weights")
 
 
 def _refuse_grad(tensors: Sequence[Tensor | None]) -> None:
@@ -103,18 +161,28 @@ def _refuse_grad(tensors: Sequence[Tensor | None]) -> None:
 
 # Not torch.library.custom_op, which takes ten times as long to get to the implementation.
 _library = torch.library.Library("reap", "DEF")
-_library.define(
-    "moe_saliency(Tensor hidden_states, Tensor gate_up_proj, Tensor down_proj, "
-    "Tensor top_k_index, Tensor top_k_weights, Tensor? gate_up_bias, Tensor? down_bias, "
-    "str activation, bool gated, bool interleaved, bool transposed, bool deterministic, "
-    "str backend) -> (Tensor, Tensor, Tensor)",
-    tags=torch.Tag.pt2_compliant_tag,
-)
+for _name, _weights, _results in (
+    ("moe_saliency", "", "Tensor, Tensor, Tensor"),
+    ("moe_saliency_sums", "Tensor sum_weights, ", "Tensor, Tensor, Tensor, Tensor, Tensor"),
+):
+    _library.define(
+        f"{_name}(Tensor hidden_states, Tensor gate_up_proj, Tensor down_proj, "
+        "Tensor top_k_index, Tensor top_k_weights, Tensor? gate_up_bias, Tensor? down_bias, "
+        f"{_weights}str activation, bool gated, bool interleaved, bool transposed, "
+        f"bool deterministic, str backend) -> ({_results})",
+        tags=torch.Tag.pt2_compliant_tag,
+    )
 _OP = torch.ops.reap.moe_saliency.default
+_OP_SUMS = torch.ops.reap.moe_saliency_sums.default
+_SUMLESS = len(TENSORS) - 1  # where the op without sums has no argument
 
 
 def _run(*arguments):  # type: ignore[no-untyped-def]
     """The op on real tensors, whoever calls it."""
+    return _run_sums(*arguments[:_SUMLESS], None, *arguments[_SUMLESS:])
+
+
+def _run_sums(*arguments):  # type: ignore[no-untyped-def]
     *fields, backend = arguments
     _refuse_grad(fields[: len(TENSORS)])
     call = make_call(*fields)
@@ -137,17 +205,29 @@ def _run(*arguments):  # type: ignore[no-untyped-def]
 
 
 def _fake(*arguments):  # type: ignore[no-untyped-def]
+    return _fake_sums(*arguments[:_SUMLESS], None, *arguments[_SUMLESS:])
+
+
+def _fake_sums(*arguments):  # type: ignore[no-untyped-def]
     *fields, backend = arguments
     call = make_call(*fields)
     named(backend)
-    x = call.hidden_states
-    norms = x.new_empty((call.T, call.K), dtype=call.accumulator)
-    return x.new_empty((call.T, call.H)), norms, torch.empty_like(norms)
+    x, wide = call.hidden_states, call.accumulator
+    norms = x.new_empty((call.T, call.K), dtype=wide)
+    result = x.new_empty((call.T, call.H)), norms, torch.empty_like(norms)
+    if call.sum_weights is None:
+        return result
+    sums = (x.new_empty((2, call.E, width), dtype=wide) for width in (call.I, call.H))
+    return *result, *sums
 
 
 # The compiler, which an uncompiled caller may run under, has no business in a backend.
-_library.impl("moe_saliency", torch._compile._disable_dynamo(_run), "CompositeExplicitAutograd")
-torch.library.register_fake("reap::moe_saliency", _fake, lib=_library)
+for _name, _real, _shaped in (
+    ("moe_saliency", _run, _fake),
+    ("moe_saliency_sums", _run_sums, _fake_sums),
+):
+    _library.impl(_name, torch._compile._disable_dynamo(_real), "CompositeExplicitAutograd")
+    torch.library.register_fake(f"reap::{_name}", _shaped, lib=_library)
 
 
 def named(backend: str) -> tuple[Backend, ...]:

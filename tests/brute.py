@@ -23,6 +23,7 @@ class Truth:
     num_experts: int
     tokens: int = 0
     slots: list[tuple[int, int, float, float, float]] = field(default_factory=list)
+    vectors: list[tuple[Tensor | None, Tensor]] = field(default_factory=list)  # h and f(x) of each
     output_error: float = 0.0  # of the module's output against the exact one, relative, the worst
 
     def fields(
@@ -41,11 +42,16 @@ class Truth:
             "coselected": torch.zeros(E, E, dtype=torch.int64),
             "coweighted": torch.zeros(E, E, dtype=torch.float64),
         }
+        every = self.vectors or [(None, None)] * len(self.slots)
+        for name, vector in zip(("channel", "output"), *every[:1], strict=True):
+            for prefix in ("", "gated_") if vector is not None else ():
+                shape = E, len(vector)
+                result[f"{prefix}{name}_sum"] = torch.zeros(shape, dtype=torch.float64)
         rows: dict[int, list[tuple[int, float]]] = {}
         totals: dict[int, float] = {}
         for token, _, gate, _, _ in self.slots:
             totals[token] = totals.get(token, 0.0) + gate
-        for token, expert, gate, norm, peak in self.slots:
+        for (token, expert, gate, norm, peak), vectors in zip(self.slots, every, strict=True):
             if expert >= E or (keep is not None and not keep[token]):
                 continue
             g = gate
@@ -55,6 +61,10 @@ class Truth:
                 sums, (g, norm, norm**2, g * norm, (g * norm) ** 2), strict=True
             ):
                 result[name][expert] += value
+            for name, vector in zip(("channel", "output"), vectors, strict=True):
+                if vector is not None:
+                    result[f"{name}_sum"][expert] += vector
+                    result[f"gated_{name}_sum"][expert] += g * vector
             result["count"][expert] += 1
             result["peak"][expert] = max(result["peak"][expert], peak)
             rows.setdefault(token, []).append((expert, g * norm))
@@ -68,15 +78,21 @@ class Truth:
 
 def slot_output(module: nn.Module, x: Tensor, expert: int) -> Tensor:
     """f(x) [H] of one expert for one token x [H], in x's dtype, through the module's own gate."""
+    return slot_vectors(module, x, expert)[1]
+
+
+def slot_vectors(module: nn.Module, x: Tensor, expert: int) -> tuple[Tensor | None, Tensor]:
+    """The same, and before it the inner activation h [I] that the down projection sees, where the
+    module is on the interface."""
     cls = type(module).__name__
     if cls == "DbrxExperts":
         inner = (-1, module.ffn_hidden_size, module.hidden_size)
         w1, v1, w2 = (
             w.view(inner)[expert].to(x) for w in (module.mlp.w1, module.mlp.v1, module.mlp.w2)
         )
-        return (module.mlp.activation_fn(w1 @ x) * (v1 @ x)) @ w2
+        return None, (module.mlp.activation_fn(w1 @ x) * (v1 @ x)) @ w2
     if cls == "LongcatFlashExperts" and expert >= module.num_routed_experts:
-        return x
+        return None, x
     has_gate, has_bias = getattr(module, "has_gate", True), getattr(module, "has_bias", False)
     up_name = "gate_up_proj" if has_gate else "up_proj"
     up, down = getattr(module, up_name)[expert], module.down_proj[expert]
@@ -91,12 +107,12 @@ def slot_output(module: nn.Module, x: Tensor, expert: int) -> Tensor:
         y = module._apply_gate(y[None])[0].to(x)
     else:
         y = module.act_fn(y[: len(y) // 2]) * y[len(y) // 2 :]
-    y = down.to(x) @ y
+    inner, y = y, down.to(x) @ y
     if has_bias:
         y = y + module.down_proj_bias[expert].to(x)
     if getattr(module, "has_post_expert_norm", False):
         y = copy.deepcopy(module.post_expert_norm).to(x.dtype)(y[None])[0].to(x)
-    return y
+    return inner, y
 
 
 def count_call(
@@ -113,11 +129,12 @@ def count_call(
     exact = torch.zeros_like(x)
     for t, (experts, weights) in enumerate(zip(ids.tolist(), gates.double().tolist(), strict=True)):
         for k, (expert, gate) in enumerate(zip(experts, weights, strict=True)):
-            y = slot_output(module, x[t], expert)
+            inner, y = slot_vectors(module, x[t], expert)
             exact[t] += gate * y
             slot = (truth.tokens + t, expert, gate, float(y.norm()), float(y.abs().max()))
             if skipped is None or not bool(skipped[t, k]):
                 truth.slots.append(slot)
+                truth.vectors.append((inner, y))
     truth.tokens += len(ids)
     error = (out.reshape(x.shape).double() - exact).norm() / exact.norm()
     truth.output_error = max(truth.output_error, float(error))

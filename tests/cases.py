@@ -15,7 +15,7 @@ from itertools import product
 import torch
 import torch.nn.functional as F
 
-from reap_kernels import Saliency, moe_saliency, swiglu_clamped
+from reap_kernels import Saliency, Summed, moe_saliency, swiglu_clamped
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 # Relative to the size of the tensor: half of one rounding to the model dtype (its eps / 4), and in
@@ -158,7 +158,7 @@ def _restride(tensor: torch.Tensor, strides: str) -> torch.Tensor:
 
 
 def assert_accurate(
-    result: Saliency,
+    result: Saliency | Summed,
     inputs: dict,
     known: tuple[Saliency, Saliency] | None = None,
     *,

@@ -23,7 +23,7 @@ import programs
 import torch
 from torch import Tensor
 
-from reap_kernels import Saliency, native
+from reap_kernels import Saliency, Summed, native
 from reap_kernels.contract import Call
 
 ROOT = Path(__file__).parent.parent
@@ -102,7 +102,7 @@ def _compiled(
     return programs.once(folder, make)
 
 
-def aarch64(call: Call, threads: int) -> Saliency:
+def aarch64(call: Call, threads: int) -> Saliency | Summed:
     """`cpu.execute` on an emulated processor."""
     emulator = _emulator()
     assert emulator is not None

@@ -20,7 +20,7 @@ from types import ModuleType
 import mutants
 import programs
 
-from reap_kernels import Saliency, cuda
+from reap_kernels import Saliency, Summed, cuda
 from reap_kernels.contract import Call, make_call
 
 ROOT = Path(__file__).parent.parent
@@ -77,7 +77,7 @@ def call_of(inputs: dict, deterministic: bool = False) -> Call:
 
 def run(
     inputs: dict, *, deterministic: bool = False, chip: cuda.Chip = CHIP, **options
-) -> Saliency:
+) -> Saliency | Summed:
     """What `cuda.run` does, on the emulator. `options` of `configure` in module.cpp: seed, of the
     order of lanes, warps and blocks; eager, cp.async at once and not at the wait for it; profile,
     count bank conflicts; cache_bytes and together, model an L2 cache. RuntimeError is a fault."""

@@ -26,6 +26,7 @@ FILES = (
 SM90_FILES = (
     "sm90/pipeline.cuh", "sm90/inner.cuh", "sm90/gate_up.cuh", "sm90/combine.cuh", "sm90/down.cuh",
 )  # fmt: skip
+SUM_FILES = ("sums.cuh",)
 STATEMENT = re.compile(
     r"__syncthreads\(\);|__syncwarp\(\);|cp_async_wait<(?P<groups>[^;]*)>\(\);|cp_async_commit\(\);"
     r"|\b(?:wait|wait_empty|drain|fence_\w+|wgmma_(?:fence|commit|wait<\d>)|mbarrier_arrive\w*"
@@ -52,7 +53,9 @@ def find(folder: Path, files: tuple[str, ...] = FILES) -> list[Mutant]:
     return mutants
 
 
-def write(folder: Path, target: Path, files: tuple[str, ...] = FILES + SM90_FILES) -> None:
+def write(
+    folder: Path, target: Path, files: tuple[str, ...] = FILES + SM90_FILES + SUM_FILES
+) -> None:
     """A copy of the sources at `target`, with a switch for each mutant."""
     shutil.copytree(folder, target)
     number = 1

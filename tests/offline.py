@@ -20,8 +20,17 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from reap_kernels.contract import FLAGS, Call, Saliency, make_call
-from reap_kernels.triton import configs, down, finish, gate_up, launch, routing, statistics
+from reap_kernels.contract import FLAGS, Call, Saliency, Summed, make_call
+from reap_kernels.triton import (
+    configs,
+    down,
+    finish,
+    gate_up,
+    launch,
+    routing,
+    slotsums,
+    statistics,
+)
 
 TYPES = {
     torch.bfloat16: "*bf16",
@@ -155,7 +164,9 @@ def call(variant: Variant, T: int = 4096, K: int = 8, E: int = 128) -> Call:
     routed = empty(T, K, dtype=torch.int64), empty(T, K)
     biases = (empty(E, R), empty(E, H)) if variant.bias else (None, None)
     flags = {name: getattr(variant, name) for name in FLAGS}
-    return make_call(empty(T, H), up, down_proj, *routed, *biases, variant.activation, **flags)
+    return make_call(
+        empty(T, H), up, down_proj, *routed, *biases, activation=variant.activation, **flags
+    )
 
 
 def gemms(chip: str, config: configs.Config, variant: Variant) -> Iterator[dict]:
@@ -182,7 +193,7 @@ def gemms(chip: str, config: configs.Config, variant: Variant) -> Iterator[dict]
 
 
 def small_kernels(chip: str) -> Iterator[dict]:
-    """Routing, finish and statistics, with pairs and without."""
+    """Routing, finish, sums over slots, and statistics with pairs and without."""
     _, target, _ = CHIPS[chip]
     made = call(VARIANTS[16][0])
     x, ids = made.hidden_states, made.top_k_index
@@ -200,6 +211,8 @@ def small_kernels(chip: str) -> Iterator[dict]:
     slots = (ids, made.top_k_weights, norms, norms)
     mask = ids.new_empty((made.T,), dtype=torch.bool)
     placed = {"before": counts, "totals": totals, "BLOCK_M": 128, **tiles.arguments(), **shared}
+    summed = made._replace(sum_weights=norms.new_empty((2, *ids.shape)))
+    sums_of = Summed(*result, norms, norms)
     routed = placed | {"WIDE": routing.WIDE}
     for kernel, arguments in (
         (routing.route_kernel, routed),
@@ -207,6 +220,14 @@ def small_kernels(chip: str) -> Iterator[dict]:
         (routing.scan_kernel, {"counts": counts, "totals": totals, "blocks": 16, "BLOCK": 256}),
         (routing.place_kernel, placed),
         (finish.finish_kernel, done),
+        (slotsums.sum_kernel, slotsums.sum_arguments(summed, tiles, x, norms, sums_of)),
+        (slotsums.project_kernel, slotsums.project_arguments(summed, norms, sums_of)),
+        (
+            slotsums.project_kernel,
+            slotsums.project_arguments(
+                made._replace(down_proj=made.down_proj.mT, transposed=True), norms, sums_of
+            ),
+        ),
         (statistics.statistics_kernel, statistics.arguments(slots, mask, sums, True)),
         (
             statistics.statistics_kernel,

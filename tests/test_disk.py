@@ -1,26 +1,37 @@
 """Too little disk is said before work."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from slots import TWO_LAYERS, slots
 
 from reap.errors import ReapError
 from reap.files.safefile import read_header
+from reap.model.structure import Structure
 from reap.runs.disk import check_disk, statistics_size
 from reap.statistics.stats import Statistics
 
 
 @pytest.mark.parametrize("pairs", [False, True])
-def test_size(tmp_path, pairs):
-    stats = Statistics(TWO_LAYERS, pairs=pairs)
+@pytest.mark.parametrize("outputs", [False, True])
+def test_size(tmp_path, pairs, outputs):
+    config = {"text_config.hidden_size": 7, "moe_intermediate_size": 4, "intermediate_size": 11}
+    model = replace(TWO_LAYERS, structure=Structure(config=config))
+    stats = Statistics(model, pairs=pairs, outputs=outputs)
+
+    def sums(experts):
+        made = {"output_sums": torch.ones(2, experts, 7), "channel_sums": torch.ones(2, experts, 4)}
+        return made if outputs else {}
+
     for domain in ("code", "prose", "chat"):
         with stats.domain(domain):
-            stats.update("first", *slots(5))
-            stats.update("second", torch.tensor([[8, 0]]), *[torch.ones(1, 2)] * 3)
+            stats.update("first", *slots(5), **sums(6))
+            stats.update("second", torch.tensor([[8, 0]]), *[torch.ones(1, 2)] * 3, **sums(9))
     stats.save(tmp_path / "x.st")
     header = read_header(tmp_path / "x.st")
     size = (tmp_path / "x.st").stat().st_size - header.data
-    assert size == statistics_size(TWO_LAYERS, pairs, 3)
+    assert size == statistics_size(model, pairs, 3, outputs)
 
 
 def test_room(tmp_path, monkeypatch):

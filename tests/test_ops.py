@@ -7,7 +7,7 @@ import cases
 import pytest
 import torch
 
-from reap_kernels import Saliency, backends, moe_saliency, ops, reference
+from reap_kernels import Saliency, backends, moe_saliency, moe_saliency_sums, ops, reference
 from reap_kernels.activations import parse
 from reap_kernels.contract import FLAGS, TENSORS, Call
 
@@ -29,12 +29,19 @@ def ids(*shape, value=0, dtype=torch.int64):
 
 
 def test_a_call_has_the_arguments_of_the_op_in_the_order_of_its_schema():
-    schema = [argument.name for argument in torch.ops.reap.moe_saliency.default._schema.arguments]
-    assert list(Call._fields) == [*TENSORS, "activation", *FLAGS] == schema[:-1]
-    given = inspect.signature(moe_saliency).parameters
-    defaults = {n: p.default for n, p in given.items() if p.default is not inspect.Parameter.empty}
-    assert defaults.pop("backend") == "auto"
-    assert Call._field_defaults == defaults | {"activation": parse(defaults["activation"])}
+    for name, function in (("", moe_saliency), ("_sums", moe_saliency_sums)):
+        op = getattr(torch.ops.reap, f"moe_saliency{name}").default
+        schema = [argument.name for argument in op._schema.arguments]
+        fields = [field for field in Call._fields if name or field != "sum_weights"]
+        assert list(Call._fields) == [*TENSORS, "activation", *FLAGS]
+        assert schema == [*fields, "backend"]
+        given = inspect.signature(function).parameters
+        assert sorted(given) == sorted(schema)
+        absent = inspect.Parameter.empty
+        defaults = {n: p.default for n, p in given.items() if p.default is not absent}
+        assert defaults.pop("backend") == "auto"
+        parsed = defaults | {"activation": parse(defaults["activation"]), "sum_weights": None}
+        assert Call._field_defaults == parsed
 
 
 UNGATED = {"gated": False, "gate_up_proj": zeros(E, I, H)}
@@ -352,7 +359,7 @@ def test_the_fake_kernel_refuses_the_same(why):
 )
 def test_opcheck(case):
     arguments = inputs(case)
-    assert list(arguments) == list(Call._fields[:-1])
+    assert list(arguments) == [name for name in Call._fields[:-1] if name != "sum_weights"]
     positional = (*arguments.values(), False, "auto")
     torch.library.opcheck(torch.ops.reap.moe_saliency.default, positional)
 

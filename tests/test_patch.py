@@ -47,7 +47,7 @@ def assert_matches(model: nn.Module, inputs: dict[str, Tensor], **options: Any) 
     the rounding of one layer's input a hundred times until the next."""
     expected, eager = eager_truth(model, inputs)
     keep = inputs["attention_mask"].flatten().bool()
-    with observe(model, pairs=True, **options) as stats, brute_force(model) as truth:
+    with observe(model, pairs=True, outputs=True, **options) as stats, brute_force(model) as truth:
         actual = run(model, inputs)
     torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
     assert stats.layers and set(stats.layers) <= set(truth)

@@ -111,7 +111,7 @@ def test_merged_files_are_identical_bytes(tmp_path):
     ("change", "message"),
     [
         (changes("format", "gguf"), "holds no statistics: its format is 'gguf'"),
-        (changes("version", 3), "has format version 3: this program reads up to version 2"),
+        (changes("version", 4), "has format version 4: this program reads up to version 3"),
         (changes("model", None), "field 'model' must be a JSON dict"),
         (changes("model", {}), "model description lacks"),
         (changes("gates", "softmax"), "gates is 'softmax'"),

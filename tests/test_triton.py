@@ -15,12 +15,13 @@ from typing import Any
 import cases
 import plain_routing
 import pytest
+import slotsums
 import torch
 from cases import Case
 
 from bench.shapes import REAL
 from reap.statistics.layerstats import LayerStatistics
-from reap_kernels import moe_saliency, ops
+from reap_kernels import moe_saliency, moe_saliency_sums, ops
 from reap_kernels import triton as backend
 from reap_kernels.contract import TENSORS, Call, make_call
 from reap_kernels.triton import configs, order
@@ -531,3 +532,38 @@ def test_unsupported_calls_say_why(monkeypatch):
         run(inputs)
     monkeypatch.setattr(ops, "LADDER", (backend, ops.reference))
     cases.assert_accurate(moe_saliency(**inputs), inputs)  # auto moves on
+
+
+@pytest.mark.parametrize(
+    ("case", "dtype"),
+    [
+        (case, cases.DTYPES[i % 3])
+        for i, case in enumerate((cases.LAYOUTS[1], cases.LAYOUTS[7], cases.STRIDES[7]))
+    ],
+    ids=str,
+)
+def test_sums_over_slots(case, dtype):
+    """Over more rows and columns than a program reads at a time, and tokens that do not count."""
+    inputs = cases.make(cases.replace(case, T=40, E=2, K=1, H=66, I=67), dtype, DEVICE)
+    weights = slotsums.weights_of(inputs)
+    result = moe_saliency_sums(**inputs, sum_weights=weights, backend="triton", deterministic=True)
+    slotsums.assert_accurate(result, inputs, weights)
+    alone = run(inputs, deterministic=True)
+    assert all(map(torch.equal, result, alone))
+
+
+def test_what_weighs_nothing_is_in_no_sum():
+    inputs = cases.make(Case("", T=40, K=1, E=3, bias=True), torch.float32, DEVICE)
+    weights = slotsums.weights_of(inputs)
+    weights[:, inputs["top_k_index"] == 1] = 0
+    expected = moe_saliency_sums(**inputs, sum_weights=weights, backend="triton")
+    inputs["hidden_states"][(weights == 0).all(0).all(1)] = torch.nan
+    inputs["down_proj"][1], inputs["down_bias"][1] = torch.inf, torch.nan
+    result = moe_saliency_sums(**inputs, sum_weights=weights, backend="triton")
+    for ours, clean in zip(result[3:], expected[3:], strict=True):
+        assert torch.equal(ours, clean) and ours.any() and not ours[:, 1].any()
+    empty = {k: v[:0] if k in ("hidden_states", "top_k_index", "top_k_weights") else v
+             for k, v in inputs.items()}  # fmt: skip
+    for _ in range(2):
+        nothing = moe_saliency_sums(**empty, sum_weights=weights[:, :0], backend="triton")
+        assert not nothing.channel_sums.any() and not nothing.output_sums.any()

@@ -5,7 +5,7 @@
 // the number of threads. Norms leave as one partial per (slot, slab) in a cell nobody else writes.
 #pragma once
 #include "bias.h"
-#include "row_lanes.h"
+#include "sums.h"
 #include "team.h"
 
 namespace reap {
@@ -29,10 +29,12 @@ struct Lanes {
     alignas(64) float gate[BLOCK_TOKENS];
     alignas(64) float square[BLOCK_TOKENS];
     alignas(64) float peak[BLOCK_TOKENS];
+    SumLanes summed;
 };
 
 static void fill_lanes(const Job& job, const Block& block, int64_t column, Lanes& lanes) {
     memset(&lanes, 0, sizeof(lanes));
+    if (job.block_sums) fill_sum_lanes(job, block, lanes.summed);
     for (int lane = 0; lane < block.tokens; ++lane) {
         const int64_t slot = job.order[block.first + lane];
         lanes.sums[lane] = job.sums + slot / job.layer.K * job.layer.H + column;
@@ -50,8 +52,10 @@ static inline void prefetch_sums(const Block& block, int offset, int count, cons
 }
 
 // C of one group (`count` columns of the output, from `offset` in the slab) -> sums and norms.
-template <Dtype D, bool Norms>
-static void add_output(const Layer& layer, const Block& block, int64_t column, int offset, int count, const float* c, Lanes& lanes) {
+template <Dtype D, bool Norms, bool Sums>
+static void add_output(const Job& job, int64_t b, int64_t column, int offset, int count, const float* c, Lanes& lanes) {
+    const Layer& layer = job.layer;
+    const Block& block = job.blocks[b];
     const Tiling tiling(block.tokens);
     const int ld = tiling.lanes();
     for (int row = 0; row < count; row += W) {
@@ -59,6 +63,9 @@ static void add_output(const Layer& layer, const Block& block, int64_t column, i
         alignas(64) float bias[W] = {};
         if (layer.down.bias)
             for (int i = 0; i < height; ++i) store_first(bias + i, bias_of<D>(layer.down, block.expert, column + offset + row + i), 1);
+        vf sums[2][W];
+        if constexpr (Sums)
+            for (int i = 0; i < 2 * W; ++i) sums[i / W][i % W] = set1(0.0f);
         for (int lane = 0; lane < block.tokens; lane += W) {
             const vf gate = load(lanes.gate + lane);
             vf square = load(lanes.square + lane), peak = load(lanes.peak + lane);
@@ -73,6 +80,8 @@ static void add_output(const Layer& layer, const Block& block, int64_t column, i
                     square = fma(x, x, square);
                     peak = max_abs(peak, x);
                 }
+                if constexpr (Sums)
+                    for (int s = 0; s < 2; ++s) sums[s][i] = add_weighted(sums[s][i], load(lanes.summed.weight[s] + lane), x);
                 y[i] = mul(x, gate);
             }
             store(lanes.square + lane, square);
@@ -84,6 +93,7 @@ static void add_output(const Layer& layer, const Block& block, int64_t column, i
                 else store_first(sum, add(load_first(sum, height), y[i]), height);
             }
         }
+        if constexpr (Sums) add_output_sums(job, b, column + offset + row, height, sums);
     }
 }
 
@@ -113,9 +123,11 @@ template <Dtype D> static void down(const Job& job, int64_t b, int64_t slab, cha
         const float* c = k_lanes ? multiply_k_lanes<D>(layer.down, matrix, group, layer.I, rows, tiling, scratch)
                              : multiply_packed<D>(layer.down, matrix, group, layer.I, tokens, tiling, scratch);
         if (offset == 0) wait_until(job.next_block + slab, b);
-        if (job.partials) add_output<D, true>(layer, block, column, offset, count, c, lanes);
-        else add_output<D, false>(layer, block, column, offset, count, c, lanes);
+        if (job.block_sums) add_output<D, true, true>(job, b, column, offset, count, c, lanes);
+        else if (job.partials) add_output<D, true, false>(job, b, column, offset, count, c, lanes);
+        else add_output<D, false, false>(job, b, column, offset, count, c, lanes);
     }
+    if (job.block_sums && slab == 0) add_channel_sums(job, b);
     __atomic_store_n(job.next_block + slab, b + 1, __ATOMIC_RELEASE);
     if (!job.partials) return;
     for (int lane = 0; lane < block.tokens; ++lane) {

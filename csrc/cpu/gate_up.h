@@ -5,7 +5,7 @@
 #pragma once
 #include "activation.h"
 #include "bias.h"
-#include "row_lanes.h"
+#include "sums.h"
 
 namespace reap {
 namespace REAP_ISA {
@@ -95,6 +95,8 @@ template <Dtype D> static void gate_up(const Job& job, int64_t b, int64_t part, 
     const char* matrix = layer.gate_up.data + block.expert * layer.gate_up.expert_stride * Number<D>::size;
     const int height = layer.gated ? GROUP / 2 : GROUP;
     const int64_t groups = ceil_div(layer.I, height);
+    SumLanes lanes;
+    if (job.block_sums) fill_sum_lanes(job, block, lanes);
     for (int64_t g = groups * part / job.inner_splits; g < groups * (part + 1) / job.inner_splits; ++g) {
         const int64_t i = g * height;
         const int count = static_cast<int>(layer.I - i < height ? layer.I - i : height);
@@ -103,6 +105,7 @@ template <Dtype D> static void gate_up(const Job& job, int64_t b, int64_t part, 
         const float* c = k_lanes ? multiply_k_lanes<D>(layer.gate_up, matrix, group, layer.H, rows, tiling, scratch)
                              : multiply_packed<D>(layer.gate_up, matrix, group, layer.H, tokens, tiling, scratch);
         write_inner<D>(job, block, i, count, c);
+        if (job.block_sums) sum_inner<D>(job, b, lanes, i, count);
     }
 }
 

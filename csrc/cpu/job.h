@@ -37,6 +37,9 @@ struct Job {
     float* sums;                     // layer output before rounding [T, H] fp32
     float* partials;                 // (sum of squares, max) per slot and slab [rows, slabs, 2] fp32, or null
     int64_t* next_block;             // slab -> the block that may add to it [slabs]
+    int64_t buffers;                 // blocks that inner has room for; b has that of b % buffers
+    float* block_sums;               // of the rows of inner of a block [buffers, 2, inner_width], or null: no sums
+    double* running;                 // sums of the last expert so far [2, I] and [2, H], or null
 };
 
 static inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }

@@ -82,9 +82,11 @@ void lay_out(Run& run) {
     job.slabs = ceil_div(layer.H, SLAB);
     job.inner_width = ceil_div(layer.I, 2) * 2;
     job.ahead = AHEAD * layer.threads;
-    const size_t buffers = 2 * static_cast<size_t>(job.ahead);
-    run.all_fit = S <= buffers * BLOCK_TOKENS;
-    job.rows = run.all_fit ? S : buffers * BLOCK_TOKENS;
+    const size_t ahead = 2 * static_cast<size_t>(job.ahead);
+    run.all_fit = S <= ahead * BLOCK_TOKENS;
+    job.rows = run.all_fit ? S : ahead * BLOCK_TOKENS;
+    const size_t buffers = run.all_fit ? blocks : ahead;
+    job.buffers = static_cast<int64_t>(buffers);
     job.order = run.routing.order = run.arena.take<int32_t>(S);
     job.blocks = run.routing.blocks = run.arena.take<Block>(blocks);
     job.progress = run.arena.take<int64_t>(blocks);
@@ -95,7 +97,10 @@ void lay_out(Run& run) {
     run.scratch_bytes = run.kernels->scratch_bytes(layer);
     run.scratch = run.arena.take<char>(run.scratch_bytes * static_cast<size_t>(layer.threads));
     run.row_bytes = job.inner_width * element_size(layer.dtype);
-    job.inner = run.arena.take<char>(static_cast<size_t>(job.rows * run.row_bytes) + (run.all_fit ? blocks : buffers) * LINE);
+    job.inner = run.arena.take<char>(static_cast<size_t>(job.rows * run.row_bytes) + buffers * LINE);
+    const bool sums = layer.sum_weights;
+    job.block_sums = sums ? run.arena.take<float>(buffers * 2 * static_cast<size_t>(job.inner_width)) : nullptr;
+    job.running = sums ? run.arena.take<double>(2 * (static_cast<size_t>(layer.I) + H)) : nullptr;
 }
 
 // Each block's part of inner and partials: a buffer of its own, or, where all together are too many, that of the
@@ -104,7 +109,7 @@ void lay_out(Run& run) {
 void assign_buffers(const Run& run) {
     for (int64_t number = 0; number < run.job.num_blocks; ++number) {
         Block& block = run.routing.blocks[number];
-        const int64_t buffer = run.all_fit ? number : number % (2 * run.job.ahead);
+        const int64_t buffer = number % run.job.buffers;
         block.row = run.all_fit ? block.first : buffer * BLOCK_TOKENS;
         block.inner = block.row * run.row_bytes + buffer * static_cast<int64_t>(LINE);
     }
@@ -195,6 +200,10 @@ size_t run_layer(const Layer& layer, const char* isa) {
     if (layer.norms) {
         std::memset(layer.norms, 0, static_cast<size_t>(layer.T * layer.K) * sizeof(float));
         std::memset(layer.peaks, 0, static_cast<size_t>(layer.T * layer.K) * sizeof(float));
+    }
+    if (layer.sum_weights) {
+        std::memset(layer.channel_sums, 0, static_cast<size_t>(2 * layer.E * layer.I) * sizeof(float));
+        std::memset(layer.output_sums, 0, static_cast<size_t>(2 * layer.E * layer.H) * sizeof(float));
     }
     run.job.num_blocks = route(layer, run.routing);
     run.job.inner_splits = count_splits(layer, run.job.num_blocks);

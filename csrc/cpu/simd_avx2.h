@@ -81,6 +81,8 @@ static inline __m128i narrow_bf16(vf x) {
 
 constexpr bool HAS_DOT = false;
 static inline vf pair(__m128i, __m128i) { __builtin_unreachable(); }
+static inline vf low_of_pair(vf) { __builtin_unreachable(); }
+static inline vf high_of_pair(vf) { __builtin_unreachable(); }
 static inline vf dot(vf, vf, vf) { __builtin_unreachable(); }
 static inline vf dot_broadcast(vf, vf, const char*) { __builtin_unreachable(); }
 

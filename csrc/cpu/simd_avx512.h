@@ -75,6 +75,10 @@ static inline vf pair(__m256i a, __m256i b) {
     const __m512i high = _mm512_slli_epi32(_mm512_cvtepu16_epi32(b), 16);
     return _mm512_castsi512_ps(_mm512_or_si512(_mm512_cvtepu16_epi32(a), high));
 }
+static inline vf low_of_pair(vf x) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_castps_si512(x), 16)); }
+static inline vf high_of_pair(vf x) {
+    return _mm512_castsi512_ps(_mm512_and_si512(_mm512_castps_si512(x), _mm512_set1_epi32(~0xffff)));
+}
 static inline vf dot(vf sum, vf a, vf b) {
     return _mm512_dpbf16_ps(sum, reinterpret_cast<__m512bh>(b), reinterpret_cast<__m512bh>(a));
 }
@@ -91,6 +95,8 @@ static inline vf dot_broadcast(vf sum, vf a, const char* p) {
 #else
 constexpr bool HAS_DOT = false;
 static inline vf pair(__m256i, __m256i) { __builtin_unreachable(); }
+static inline vf low_of_pair(vf) { __builtin_unreachable(); }
+static inline vf high_of_pair(vf) { __builtin_unreachable(); }
 static inline vf dot(vf, vf, vf) { __builtin_unreachable(); }
 static inline vh dot(vh, vh, vh) { __builtin_unreachable(); }
 static inline vf dot_broadcast(vf, vf, const char*) { __builtin_unreachable(); }

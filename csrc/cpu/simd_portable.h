@@ -97,6 +97,8 @@ static inline v16 narrow_f16(vf x) {
 
 constexpr bool HAS_DOT = false;
 static inline vf pair(v16, v16) { __builtin_unreachable(); }
+static inline vf low_of_pair(vf) { __builtin_unreachable(); }
+static inline vf high_of_pair(vf) { __builtin_unreachable(); }
 static inline vf dot(vf, vf, vf) { __builtin_unreachable(); }
 static inline vf dot_broadcast(vf, vf, const char*) { __builtin_unreachable(); }
 

@@ -1,5 +1,5 @@
-// One layer as launches: route, or count, scan and place if there are many slots; gate_up, down,
-// finish; in deterministic mode down and finish once per slab. On the host, for any launcher:
+// One layer as launches: route, or count, scan and place if there are many slots; gate_up; where
+// sums over slots are asked for, sum and project; down, finish; in deterministic mode down and finish once per slab. On the host, for any launcher:
 //
 //     launch("name of the kernel", kernel, blocks, threads, bytes of shared memory, arguments)
 #pragma once
@@ -13,6 +13,7 @@
 #include "down.cuh"
 #include "finish.cuh"
 #include "gate_up.cuh"
+#include "sums.cuh"
 
 namespace reap::cuda {
 
@@ -135,7 +136,7 @@ template <class T> struct Workspace {
     Global<int32_t> counts, totals, order, offsets, first_tile, tile_expert, counters;
     Global<T> inner;
     Global<float2> partials;
-    Global<float> combined;
+    Global<float> combined, sum_totals;
     size_t bytes = 0;
 
     Workspace(const Layer& layer, const Plan& plan, Global<char> memory) {
@@ -149,6 +150,7 @@ template <class T> struct Workspace {
         cut(inner, memory, plan.slots * plan.inner_pitch, "inner");
         cut(partials, memory, plan.slots * plan.parts, "partials");
         cut(combined, memory, plan.combined_rows * plan.pitch, "combined");
+        if (layer.sum_weights) cut(sum_totals, memory, 4 * layer.E, "sum_totals");
     }
 
 private:
@@ -242,6 +244,27 @@ template <class T> struct Launches {
         });
     }
 
+    template <class Launcher> void sums(Launcher& launch) const {
+        SumArgs<T> sum;
+        sum.inner = work.inner;
+        sum.order = work.order, sum.offsets = work.offsets;
+        sum.weights = layer.sum_weights;
+        sum.channels = layer.channel_sums, sum.totals = work.sum_totals;
+        sum.E = layer.E, sum.I = layer.I, sum.S = plan.slots, sum.pitch = plan.inner_pitch;
+        sum.blocks = ceil_div(layer.I, SUM_COLUMNS);
+        launch("sum", sum_kernel<T>, layer.E * sum.blocks, SUM_THREADS, SUM_BYTES, sum);
+
+        const bool k_major = plan.down == Layout::k_major;
+        ProjectArgs<T> args;
+        args.channels = layer.channel_sums, args.totals = work.sum_totals;
+        args.weights = projection<T>(layer.down, {static_cast<int>(layer.H), 0});
+        args.outputs = layer.output_sums;
+        args.E = layer.E, args.H = layer.H, args.I = layer.I;
+        args.blocks = ceil_div(layer.H, k_major ? SUM_WARPS * PROJECT_ROWS : SUM_THREADS);
+        const auto kernel = k_major ? project_kernel<T, true> : project_kernel<T, false>;
+        launch("project", kernel, layer.E * args.blocks, SUM_THREADS, 0, args);
+    }
+
     DownArgs<T> down_args(int64_t first_column, int64_t last_column) const {
         DownArgs<T> args;
         args.inner = work.inner;
@@ -306,6 +329,7 @@ template <class Launches, class Launcher> void run(Launcher& launch, const Layer
     const Launches launches(layer, memory);
     launches.route(launch);
     launches.gate_up(launch);
+    if (layer.sum_weights) launches.sums(launch);
     for (int64_t first = 0; first < layer.H; first += launches.plan.slab) {
         const int64_t last = std::min(first + launches.plan.slab, layer.H);
         launches.down(launch, first, last);

@@ -122,6 +122,12 @@ class MeasureOptions:
 
     gates: Annotated[str, typer.Option(help="applied or renormalized")] = "applied"
     pairs: Annotated[bool, typer.Option("--pairs", help="also record pair matrices")] = False
+    outputs: Annotated[
+        bool,
+        typer.Option(
+            "--outputs", help="also record mean outputs of experts, and of their inner channels"
+        ),
+    ] = False
     backend: Annotated[str, typer.Option(help="auto, or a name that `reap doctor` lists")] = "auto"
     deterministic: Annotated[
         bool, typer.Option("--deterministic", help="the same bits in every run, also on a GPU")

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from reap.model.experts import router_of
+from reap.observation import measure
 from reap.observation.layers import Layer
 from reap.observation.measure import Measured
 from reap.observation.modulelist import Listed
@@ -36,8 +37,9 @@ def _hook_direct(layer: Layer, undo: ExitStack) -> None:
         hidden, ids, gates = list(signature.bind(*args, **kwargs).arguments.values())[:3]
         layer.check_call(hidden, ids, gates)
         reason = "it is not on transformers' experts interface"
-        measured = layer.slot_by_slot(hidden, ids, gates, reason, output)
-        layer.observer.record(layer, ids, gates, measured)
+        slots = layer.observer.slots(layer, ids, gates)
+        measured = layer.slot_by_slot(hidden, ids, gates, reason, slots.weights, output)
+        layer.observer.record(layer, slots, measured)
 
     undo.callback(module.register_forward_hook(hook, with_kwargs=True).remove)
 
@@ -69,8 +71,18 @@ def _hook_input_scaled(layer: Layer, undo: ExitStack) -> None:
         norms = torch.linalg.vector_norm(y, dim=2, dtype=wide).T.gather(1, ids)
         peaks = y.abs().amax(dim=2).T.gather(1, ids)
         divisor = torch.where(gates == 0, torch.inf, gates.to(wide))
-        measured = Measured(output, (norms / divisor).float(), (peaks / divisor).float())
-        layer.observer.record(layer, ids, gates, measured)
+        slots = layer.observer.slots(layer, ids, gates)
+        sums = None
+        if slots.weights is not None:
+            sums = measure.new_sums(len(y), y[0])
+            token = torch.arange(len(ids), device=ids.device)
+            for k in range(ids.shape[1]):  # f(g x) / g, as in the norms
+                rows = y[ids[:, k], token].to(wide) / divisor[:, k, None]
+                measure.add_rows(sums, slots.ids[:, k], slots.weights[:, :, k], rows)
+        measured = Measured(
+            output, (norms / divisor).float(), (peaks / divisor).float(), None, sums
+        )
+        layer.observer.record(layer, slots, measured)
 
     undo.callback(router.register_forward_hook(after_router).remove)
     undo.callback(layer.experts.module.register_forward_hook(after_experts).remove)

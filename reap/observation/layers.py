@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -17,12 +17,26 @@ from reap.observation.measure import Measured
 from reap.observation.phantoms import Mark
 
 
+class Slots(NamedTuple):
+    """The slots of one call of a layer, as they are counted."""
+
+    ids: Tensor  # [T,K], those of no choice of the router beyond the experts
+    gates: Tensor  # [T,K]
+    real: Tensor | None  # tokens that are no padding [T] bool; None: all
+    weights: Tensor | None  # in sums over slots [2,T,K] fp32; None: no sums are wanted
+
+
 class Observer(Protocol):
     """What the layers of one observed model share."""
 
     options: dict[str, Any]  # backend and deterministic, for moe_saliency
 
-    def record(self, layer: Layer, ids: Tensor, gates: Tensor, measured: Measured) -> None:
+    outputs: bool  # whether sums over slots are wanted
+
+    def slots(self, layer: Layer, ids: Tensor, gates: Tensor) -> Slots:
+        """Which slots of the call that `layer` is in count, once per call."""
+
+    def record(self, layer: Layer, slots: Slots, measured: Measured) -> None:
         """Add one call of `layer` to the statistics."""
 
     def verdict(self, key: Any, decide: Callable[[], str | None]) -> str | None:
@@ -68,11 +82,15 @@ class Layer:
             # Read at every call: offloading swaps them.
             weights = [getattr(module, name, None) for name in self.names]
             reason = self.why_not_fused(weights, hidden, ids, gates)
+            slots = self.observer.slots(self, ids, gates)
+            given = hidden, ids, gates
             if reason is None:
-                measured = measure.fused(weights, self.layout, hidden, ids, gates, **self.options)
+                measured = measure.fused(
+                    weights, self.layout, *given, slots.weights, **self.options
+                )
             else:
-                measured = self.slot_by_slot(hidden, ids, gates, reason)
-            self.observer.record(self, ids, gates, measured)
+                measured = self.slot_by_slot(*given, reason, slots.weights)
+            self.observer.record(self, slots, measured)
         return measured.out
 
     def why_not_fused(
@@ -95,7 +113,13 @@ class Layer:
         return self.observer.verdict(key, compare)
 
     def slot_by_slot(
-        self, hidden: Tensor, ids: Tensor, gates: Tensor, reason: str, out: Tensor | None = None
+        self,
+        hidden: Tensor,
+        ids: Tensor,
+        gates: Tensor,
+        reason: str,
+        sum_weights: Tensor | None,
+        out: Tensor | None = None,
     ) -> Measured:
         """The module's own output, and norms by extra forwards of one slot per token."""
         self.observer.say_once(
@@ -103,7 +127,8 @@ class Layer:
             f"{reason}"
         )
         try:
-            return measure.slot_by_slot(self.own, hidden, ids, gates, self.info.num_experts, out)
+            experts = self.info.num_experts
+            return measure.slot_by_slot(self.own, hidden, ids, gates, experts, out, sum_weights)
         except ReapError as error:
             raise self.unobservable(str(error)) from error
 

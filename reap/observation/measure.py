@@ -39,6 +39,8 @@ class Measured(NamedTuple):
     out: Tensor  # the layer's output, shaped and typed as the module's own
     norms: Tensor  # ||f(x)||_2 [T, K] fp32
     peaks: Tensor  # max |f(x)| [T, K] fp32
+    channel_sums: Tensor | None = None  # of w * h [2, E, I] fp32; None: not asked for, or unknown
+    output_sums: Tensor | None = None  # of w * f(x) [2, E, H] fp32 or fp64; None: not asked for
 
 
 def weight_names(layout: Layout) -> tuple[str, ...]:
@@ -65,27 +67,24 @@ def fused(
     hidden: Tensor,
     ids: Tensor,
     gates: Tensor,
+    sum_weights: Tensor | None = None,  # [2,T,K] fp32
     **options: Any,
 ) -> Measured:
-    """`moe_saliency` of weights that lie as `layout` says; `options` are activation, backend and so
-    on."""
+    """`moe_saliency` of weights that lie as `layout` says, with sums over slots where they have
+    weights; `options` are activation, backend and so on."""
     up, down, *biases = weights
     gate_up_bias, down_bias = biases or (None, None)
-    return Measured(
-        *reap_kernels.moe_saliency(
-            hidden,
-            up,
-            down,
-            ids,
-            gates,
-            gate_up_bias=gate_up_bias,
-            down_bias=down_bias,
-            gated=layout.gated,
-            interleaved=layout.interleaved,
-            transposed=layout.transposed,
-            **options,
-        )
-    )
+    given = hidden, up, down, ids, gates
+    options |= {
+        "gate_up_bias": gate_up_bias,
+        "down_bias": down_bias,
+        "gated": layout.gated,
+        "interleaved": layout.interleaved,
+        "transposed": layout.transposed,
+    }
+    if sum_weights is None:
+        return Measured(*reap_kernels.moe_saliency(*given, **options))
+    return Measured(*reap_kernels.moe_saliency_sums(*given, sum_weights, **options))
 
 
 def slot_by_slot(
@@ -95,6 +94,7 @@ def slot_by_slot(
     gates: Tensor,
     experts: int,
     out: Tensor | None = None,
+    sum_weights: Tensor | None = None,  # [2,T,K] fp32
 ) -> Measured:
     """The module's own output, and norms from its outputs for one slot at a time with gate one.
 
@@ -108,14 +108,36 @@ def slot_by_slot(
     norms = torch.zeros(ids.shape, dtype=torch.float32, device=ids.device)
     peaks = torch.zeros_like(norms)
     total = torch.zeros_like(out.reshape(len(ids), -1), dtype=torch.float32)
+    sums = None if sum_weights is None else new_sums(experts, total)
     for k in range(ids.shape[1]):
         y = forward(hidden, ids[:, k : k + 1], one).reshape(total.shape).float()
         total += gates[:, k : k + 1].float() * y
         y = torch.where(ids[:, k : k + 1] < experts, y, 0)
         norms[:, k] = torch.linalg.vector_norm(y, dim=1)
         peaks[:, k] = y.abs().amax(dim=1)
+        if sums is not None and sum_weights is not None:
+            add_rows(sums, ids[:, k], sum_weights[:, :, k], y)
     check_sum(total, out.reshape(total.shape))
-    return Measured(out, norms, peaks)
+    return Measured(out, norms, peaks, None, sums)
+
+
+def new_sums(experts: int, like: Tensor) -> Tensor:
+    """Sums of outputs [2,E,H] fp64, zero, on the device of rows [n,H] `like` these."""
+    return like.new_zeros((2, experts, like.shape[1]), dtype=torch.float64)
+
+
+def add_rows(sums: Tensor, ids: Tensor, weights: Tensor, rows: Tensor) -> None:
+    """Add to sums [2,E,H] fp64 the rows [n,H] of the experts `ids` [n], times `weights` [2,n]. In
+    one order: the same bits run to run. What weighs 0 may be anything."""
+    experts = sums.shape[1]
+    real = ids < experts
+    ids, wide = torch.where(real, ids, 0).long(), rows.double()
+    for total, weight in zip(sums, torch.where(real, weights, 0).double(), strict=True):
+        addends = torch.where((weight == 0)[:, None], 0, weight[:, None] * wide)
+        if sums.device.type == "cpu":
+            total.index_add_(0, ids, addends)
+        else:  # whose index_add_ takes rows as they come
+            total += nn.functional.one_hot(ids, experts).T.double() @ addends
 
 
 def check_sum(total: Tensor, out: Tensor) -> None:

@@ -41,6 +41,7 @@ class _Call:
     norms: Tensor  # [n] fp32
     peaks: Tensor  # [n] fp32
     sample: Tensor  # [n, CHECKED] fp32: some columns of its output
+    rows: Tensor | None  # its output [n, H], where sums over slots are wanted: else not held
 
 
 class _Now(threading.local):
@@ -106,6 +107,7 @@ class Listed:
             torch.linalg.vector_norm(y, dim=1),
             y.abs().amax(dim=1),
             y[:, :CHECKED].clone(),
+            out.flatten(0, -2) if self.layer.observer.outputs else None,
         )
 
     @torch.no_grad()
@@ -218,9 +220,16 @@ class Listed:
             measure.check_sum(total, out[:, :CHECKED])
         except ReapError as error:
             raise self.layer.unobservable(str(error)) from error
-        measured = Measured(out, of_slots("norms"), of_slots("peaks"))
-        ids = torch.where(real, ids, E)
-        self.layer.observer.record(self.layer, ids, gates, measured)
+        slots = self.layer.observer.slots(self.layer, torch.where(real, ids, E), gates)
+        sums = None
+        if slots.weights is not None:
+            rows = torch.cat([call.rows for call in flat if call.rows is not None])
+            sums = measure.new_sums(E, out)
+            for k in range(K):
+                chosen = rows[slot[:, k]]
+                measure.add_rows(sums, slots.ids[:, k], slots.weights[:, :, k], chosen)
+        measured = Measured(out, of_slots("norms"), of_slots("peaks"), None, sums)
+        self.layer.observer.record(self.layer, slots, measured)
 
 
 def _rows(output: Any) -> Tensor:

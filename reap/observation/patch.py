@@ -25,7 +25,7 @@ from reap.model.identity import describe
 from reap.model.mtplayer import Mtp
 from reap.observation.following import follow
 from reap.observation.hooks import install_hooks
-from reap.observation.layers import Layer
+from reap.observation.layers import Layer, Slots
 from reap.observation.measure import Measured
 from reap.observation.padding import Padding
 from reap.observation.phantoms import watch
@@ -57,6 +57,7 @@ def observe(
     *,
     gates: str = "applied",
     pairs: bool = False,
+    outputs: bool = False,
     backend: str = "auto",
     deterministic: bool = False,
     mtp: Mtp | None = None,
@@ -68,7 +69,9 @@ def observe(
                 model(**batch)
 
     gates: "applied" (the weight that the model multiplies with) or "renormalized" (divided by the
-    token's sum). pairs: also statistics of pairs of experts, [E,E] per layer. backend and
+    token's sum). pairs: also statistics of pairs of experts, [E,E] per layer. outputs: also sums of
+    whole vectors per expert, from which mean outputs follow: of outputs [E,H], and of the inner
+    activation [E,I] where experts run on `moe_saliency` (others hide it). backend and
     deterministic go to `reap_kernels.moe_saliency`. `with stats.domain("code"):` separates domains,
     and in `with stats.counting(mask):` only some tokens of the calls count.
     mtp: a multi-token-prediction layer of the model, from `load_mtp`, which then runs after every
@@ -109,7 +112,7 @@ def observe(
     found = find_experts(model)
     for experts in found:
         _check_not_split(experts)
-    stats = Statistics(describe(model, found, mtp), gates=gates, pairs=pairs)
+    stats = Statistics(describe(model, found, mtp), gates=gates, pairs=pairs, outputs=outputs)
     options = {"backend": backend, "deterministic": deterministic}
     observations = [_Observation(stats, options)]
     with ExitStack() as undo:
@@ -131,6 +134,7 @@ class _Observation:
     def __init__(self, stats: Statistics, options: dict[str, Any]) -> None:
         self.stats = stats
         self.options = options
+        self.outputs = stats.outputs
         self.padding = Padding()
         self.witness = Witness()
         self._recording = threading.Lock()  # threads may call one model
@@ -163,15 +167,25 @@ class _Observation:
         self.padding.install(holders, undo)
         self.witness.install(layers, holders, undo)
 
-    def record(self, layer: Layer, ids: Tensor, gates: Tensor, measured: Measured) -> None:
+    def slots(self, layer: Layer, ids: Tensor, gates: Tensor) -> Slots:
         if compat.in_backward():  # recomputed, and counted before
-            return
+            return Slots(ids, gates, None, None)
         real = self.padding.real(len(ids), ids.device)
         self.stats.check_counted(self.padding.shape)
         ids = layer.mark(ids)
+        return Slots(ids, gates, real, self.stats.slot_weights(layer.info.name, ids, gates, real))
+
+    def record(self, layer: Layer, slots: Slots, measured: Measured) -> None:
+        if compat.in_backward():
+            return
         with self._recording:
-            self.witness.record(layer, ids, gates)
-            self.stats.update(layer.info.name, ids, gates, measured.norms, measured.peaks, real)
+            self.witness.record(layer, slots.ids, slots.gates)
+            self.stats.update(
+                layer.info.name,
+                *(slots.ids, slots.gates, measured.norms, measured.peaks, slots.real),
+                output_sums=measured.output_sums,
+                channel_sums=measured.channel_sums,
+            )
 
     def verdict(self, key: Any, decide: Callable[[], str | None]) -> str | None:
         if key not in self._verdicts:

@@ -13,15 +13,34 @@ from reap.statistics.layerstats import SUMS
 
 PER_EXPERT = 8 + 4 + len(SUMS) * LIMBS * 4  # bytes of a file: count, peak and sums
 PER_PAIR = 8 + LIMBS * 4
+PER_COLUMN = 32  # of an expert's sums of vectors
+HIDDEN, INNER = ("hidden_size",), ("moe_intermediate_size", "intermediate_size")
 
 
-def statistics_size(model: ModelInfo, pairs: bool, domains: int) -> int:
-    """Bytes of a file of statistics of `model`, without its header."""
-    size = 0
+def statistics_size(model: ModelInfo, pairs: bool, domains: int, outputs: bool = False) -> int:
+    """Bytes of a file of statistics of `model`, without its header; of outputs, as far as its
+    configuration names their sizes."""
+    size, columns = 0, _columns(model) if outputs else 0
     for layer in model.layers:
         E = layer.num_experts
         size += 8 + E * PER_EXPERT + (E * (E - 1) // 2 * PER_PAIR if pairs else 0)
+        size += E * columns * PER_COLUMN
     return size * domains
+
+
+def _columns(model: ModelInfo) -> int:
+    """Hidden and inner size of an expert, 0 for what the configuration does not name."""
+    config = {} if model.structure is None else model.structure.config
+    columns = 0
+    for names in (HIDDEN, INNER):
+        found = (
+            value
+            for name in names
+            for field, value in config.items()
+            if field.rpartition(".")[2] == name and type(value) is int
+        )
+        columns += next(found, 0)
+    return columns
 
 
 def check_disk(out: Path, size: int) -> None:

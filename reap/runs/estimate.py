@@ -77,6 +77,7 @@ def estimate(
     scratch: Path,
     gates: str = "applied",
     pairs: bool = False,
+    outputs: bool = False,
     backend: str = "auto",
     deterministic: bool = False,
     wave_tokens: int | None = None,
@@ -98,6 +99,7 @@ def estimate(
                 layers.model,
                 gates=gates,
                 pairs=pairs,
+                outputs=outputs,
                 backend=backend,
                 deterministic=deterministic,
             )

@@ -96,7 +96,7 @@ class Partial:
         self.refuse_other({"until": None} | batches.describe() | data)
         if self._before is None:
             return
-        for what in ("gates", "pairs"):
+        for what in ("gates", "pairs", "outputs"):
             if getattr(self._before, what) != getattr(stats, what):
                 self._refuse(f"{what} was {getattr(self._before, what)}")
         difference = self._before.model.difference(stats.model)

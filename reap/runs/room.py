@@ -118,4 +118,6 @@ def measure(stream: Stream, job: Job, limit: int, copies: int, largest: int) -> 
 
 def _sums(stats: Statistics) -> int:
     """Bytes of the statistics of all layers."""
-    return sum(x.nbytes for name in stats.layers for x in stats[name].tensors().values())
+    layers = [sum(x.nbytes for x in stats[name].tensors().values()) for name in stats.layers]
+    # A layer that has not run yet does not know the sizes of its sums of vectors.
+    return max(layers, default=0) * len(layers) if stats.outputs else sum(layers)

@@ -21,6 +21,7 @@ from reap.errors import ReapError
 from reap.statistics.exact import ExactSum, in_range
 from reap.statistics.lazyrows import LazyRows
 from reap.statistics.pairs import Pairs
+from reap.statistics.slotsums import SlotSums
 from reap_kernels import triton
 
 SUMS = ("gate_sum", "norm_sum", "norm_sq_sum", "weighted_sum", "weighted_sq_sum")
@@ -42,8 +43,16 @@ class LayerStatistics:
     [E,E] fp64 (g_i n_i g_j n_j), symmetric; their diagonals are `count` and `weighted_sq_sum`.
     Without: None.
 
-    Memory: 840 bytes per expert; `pairs` adds 168 bytes per pair of experts, E*(E-1)/2 of them
-    (1.4 MB at E = 128, 22 MB at E = 512).
+    With `outputs`, sums of whole vectors over the expert's slots: `output_sum` (of f(x)) and
+    `gated_output_sum` (g*f(x)), each [E,H] fp64; `channel_sum` and `gated_channel_sum`, the same of
+    the inner activation h = act(gate x) * up x, [E,I] fp64, None where experts ran as they are and
+    did not show it. All four are None without `outputs` and before the first token. They
+    are exact sums of what the calls brought, in units of 2**-62; what a call brings is rounded
+    (see `reap_kernels.moe_saliency_sums`), so calls cut otherwise give other last bits.
+
+    Memory: 840 bytes per expert; `outputs` adds 32 bytes per expert and column, E*(H+I) of them
+    (12 MB at E = 128, H = 2048, I = 768); `pairs` adds 168 bytes per pair of experts,
+    E*(E-1)/2 of them (1.4 MB at E = 128, 22 MB at E = 512).
     """
 
     def __init__(
@@ -53,6 +62,7 @@ class LayerStatistics:
         name: str = "",
         gates: str = "applied",
         pairs: bool = False,
+        outputs: bool = False,
         device: torch.device | str = "cpu",
     ) -> None:
         check_gates(gates)
@@ -60,6 +70,7 @@ class LayerStatistics:
         self.name = name
         self.gates = gates
         self.device = torch.device(device)
+        self._slot_sums = SlotSums(num_experts, self.device) if outputs else None
         # Statistics outlive an inference mode that they may be collected in.
         with torch.inference_mode(False):
             self._allocate(pairs)
@@ -86,6 +97,10 @@ class LayerStatistics:
     def pairs(self) -> bool:
         return self._pairs is not None
 
+    @property
+    def outputs(self) -> bool:
+        return self._slot_sums is not None
+
     @torch.no_grad()
     def update(
         self,
@@ -94,8 +109,12 @@ class LayerStatistics:
         norms: Tensor,  # [T,K] fp32
         peaks: Tensor,  # [T,K] fp32
         mask: Tensor | None = None,  # [T] bool, True: count this token
+        *,
+        output_sums: Tensor | None = None,  # over the slots that count [2,E,H] fp32 or fp64
+        channel_sums: Tensor | None = None,  # [2,E,I] fp32 or fp64; None: not known
     ) -> None:
-        """Add the slots of T tokens.
+        """Add the slots of T tokens, and with `outputs` their sums, of which the second has the
+        gates as weights.
 
         Slots with an id >= E (expert parallelism's sentinel, no choice of the router) are left out.
         All others count, whatever their gate: one that was rounded to zero was chosen all the same.
@@ -106,6 +125,12 @@ class LayerStatistics:
         too large (g*n >= 2**144): at once on a CPU, at the next read or `check` on other devices.
         """
         self._check_arguments(top_k_index, top_k_weights, norms, peaks, mask)
+        if self._slot_sums is not None:
+            if output_sums is None:
+                raise ReapError(
+                    f"layer {self.name}: outputs are recorded: update needs output_sums"
+                )
+            self._slot_sums.add(self.name, output_sums, channel_sums)
         tokens, K = top_k_index.shape
         if self._fused:
             self._launch(top_k_index, top_k_weights, norms, peaks, mask)
@@ -122,6 +147,8 @@ class LayerStatistics:
         """ReapError naming the layer and the expert if a slot so far could not be summed."""
         faults = self._faults.tolist()
         if not any(faults):
+            if self._slot_sums is not None:
+                self._slot_sums.check(self.name)
             return
         if faults[-1]:
             raise ReapError(
@@ -180,6 +207,22 @@ class LayerStatistics:
             return None
         return self._pairs.square(self._pairs.sums.read(), self.weighted_sq_sum)
 
+    @property
+    def output_sum(self) -> Tensor | None:
+        return self._vectors("output_sums", 0)
+
+    @property
+    def gated_output_sum(self) -> Tensor | None:
+        return self._vectors("output_sums", 1)
+
+    @property
+    def channel_sum(self) -> Tensor | None:
+        return self._vectors("channel_sums", 0)
+
+    @property
+    def gated_channel_sum(self) -> Tensor | None:
+        return self._vectors("channel_sums", 1)
+
     def exact(self, field: str) -> list[int]:
         """The E sums of `field`, one of SUMS, as integers in units of 2**-320: nothing rounded."""
         self.check()
@@ -188,7 +231,11 @@ class LayerStatistics:
     def __add__(self, other: LayerStatistics) -> LayerStatistics:
         """The statistics of both, on the CPU. ReapError when they differ in layer or kind."""
         total = LayerStatistics(
-            self.num_experts, name=self.name, gates=self.gates, pairs=self.pairs
+            self.num_experts,
+            name=self.name,
+            gates=self.gates,
+            pairs=self.pairs,
+            outputs=self.outputs,
         )
         for part in (self, other):
             total.merge(part)
@@ -204,7 +251,7 @@ class LayerStatistics:
 
     def merge(self, other: LayerStatistics) -> None:
         """Add `other` to these. ReapError when they differ in layer or kind."""
-        for field in ("name", "num_experts", "gates", "pairs"):
+        for field in ("name", "num_experts", "gates", "pairs", "outputs"):
             mine, theirs = getattr(self, field), getattr(other, field)
             if mine != theirs:
                 raise ReapError(f"cannot add layer statistics: {field} {mine!r} against {theirs!r}")
@@ -215,6 +262,8 @@ class LayerStatistics:
         self._sums.merge(other._sums)
         if self._pairs is not None and other._pairs is not None:
             self._pairs.merge(other._pairs)
+        if self._slot_sums is not None and other._slot_sums is not None:
+            self._slot_sums.merge(other._slot_sums, self.name)
 
     def __eq__(self, other: object) -> bool:
         """Whether both are of the same layer and kind and every exact sum is the same."""
@@ -235,10 +284,17 @@ class LayerStatistics:
 
         "tokens" [1], "count" [E], "pair_count" [E*(E-1)/2] int64; "peak" [E] fp32; each of SUMS
         [E,20] and "pair_sums" [E*(E-1)/2, 20] int32, a row being one little-endian two's complement
-        integer in units of 2**-320. The pair of experts i < j is at j*(j-1)/2 + i.
+        integer in units of 2**-320. The pair of experts i < j is at j*(j-1)/2 + i. "output_sums"
+        [E,2,2,H] and "channel_sums" [E,2,2,I] int64: of each expert wholes and fractions in units
+        of 2**-62, each of the plain and of the gated sum.
         """
-        fields = ("tokens", "count", "peak", *SUMS, *(PAIRS if self.pairs else ()))
+        fields = ("tokens", "count", "peak", *SUMS, *(PAIRS if self.pairs else ()), *self.widths)
         return {field: self.tensor(field).clone() for field in fields}
+
+    @property
+    def widths(self) -> dict[str, int]:
+        """Of the sums of vectors that are known, by their field: the columns."""
+        return {} if self._slot_sums is None else dict(self._slot_sums.tensors())
 
     def tensor(self, field: str) -> Tensor:
         """One of `tensors`, not to be written to."""
@@ -247,15 +303,22 @@ class LayerStatistics:
             return self._sums.canonical(self._cells(field))
         if self._pairs is not None and field in PAIRS:
             return self._pairs.count if field == "pair_count" else self._pairs.sums.canonical()
+        if self._slot_sums is not None and field in self.widths:
+            return self._slot_sums.tensor(field)
         return {"tokens": self._tokens, "count": self._count, "peak": self._peak}[field].cpu()
 
     @classmethod
     def from_tensors(
-        cls, state: Mapping[str, Tensor | LazyRows], *, name: str, gates: str
+        cls,
+        state: Mapping[str, Tensor | LazyRows],
+        *,
+        name: str,
+        gates: str,
+        outputs: bool = False,
     ) -> LayerStatistics:
-        """The inverse of `tensors`, for a state that has been validated. What is stored of pairs is
-        read when it is asked for."""
-        self = cls(len(state["count"]), name=name, gates=gates)
+        """The inverse of `tensors`, for a state that has been validated. What is stored of pairs
+        and of vectors is read when it is asked for."""
+        self = cls(len(state["count"]), name=name, gates=gates, outputs=outputs)
         self._tokens = state["tokens"][:].clone()
         self._count = state["count"][:].clone()
         self._peak = state["peak"][:].clone()
@@ -264,6 +327,8 @@ class LayerStatistics:
             both = (state[field] for field in ("pair_count", "pair_sums"))
             kept = (x if isinstance(x, LazyRows) else x.clone() for x in both)
             self._pairs = Pairs.of(self.num_experts, *kept)
+        if outputs:
+            self._slot_sums = SlotSums.of(self.num_experts, state)
         return self
 
     def _here(self, column: Tensor | None, rows: slice | None) -> Tensor | None:
@@ -277,7 +342,7 @@ class LayerStatistics:
     ) -> None:
         """Add the slots of a few tokens: [T,K] four times and [T], on this device."""
         expert, peak = expert.long(), peak.float()
-        gate, norm = self._gate(weights.double()), norms.double()
+        gate, norm = read_gates(weights.double(), self.gates), norms.double()
         counted = expert < self.num_experts  # [T,K] bool
         if mask is not None:
             counted &= mask[:, None]
@@ -325,16 +390,6 @@ class LayerStatistics:
             renormalized=self.gates == "renormalized",
         )
 
-    def _gate(self, weights: Tensor) -> Tensor:
-        """The gates [T,K] fp64 that `gates` asks for."""
-        if self.gates == "applied":
-            return weights
-        # Column by column: a reduction's order could depend on the shape, and with it the bits.
-        total = torch.zeros_like(weights[:, 0])
-        for column in weights.unbind(1):
-            total = total + column
-        return torch.where(total[:, None] == 0, 0.0, weights / total[:, None])
-
     def _note_faults(self, expert: Tensor, fault: Tensor) -> None:
         place = torch.where(expert < 0, self.num_experts, expert)
         place = torch.where(fault, place, 0)
@@ -343,6 +398,11 @@ class LayerStatistics:
     def _read(self, field: str) -> Tensor:
         self.check()
         return self._sums.read(self._cells(field))
+
+    def _vectors(self, field: str, gated: int) -> Tensor | None:
+        self.check()
+        both = None if self._slot_sums is None else self._slot_sums.read(field)
+        return None if both is None else both[gated].contiguous()
 
     def _cells(self, field: str) -> slice:
         first = SUMS.index(field) * self.num_experts
@@ -375,7 +435,20 @@ class LayerStatistics:
 
 def any_faults(parts: list[LayerStatistics]) -> bool:
     """Whether a slot could not be summed in any of these, which are on one device. Waits for it."""
-    return bool(torch.cat([part._faults for part in parts]).any())
+    sums = [part._slot_sums for part in parts if part._slot_sums is not None]
+    noted = [part._faults for part in parts] + [each.faulty.long() for each in sums]
+    return bool(torch.cat(noted).any())
+
+
+def read_gates(weights: Tensor, gates: str) -> Tensor:
+    """The gates [T,K] fp64 of a router's weights that `gates` asks for."""
+    if gates == "applied":
+        return weights
+    # Column by column: a reduction's order could depend on the shape, and with it the bits.
+    total = torch.zeros_like(weights[:, 0])
+    for column in weights.unbind(1):
+        total = total + column
+    return torch.where(total[:, None] == 0, 0.0, weights / total[:, None])
 
 
 def check_gates(gates: str) -> None:

@@ -22,6 +22,10 @@ class LazyRows:
     ) -> None:
         self._file, self._offset, self._shape, self._dtype = file, offset, shape, dtype
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self._shape
+
     def __len__(self) -> int:
         return self._shape[0]
 

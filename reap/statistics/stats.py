@@ -19,7 +19,7 @@ from reap.errors import ReapError
 from reap.model.info import LayerInfo, ModelInfo
 from reap.statistics import statsfile
 from reap.statistics.joining import joined
-from reap.statistics.layerstats import LayerStatistics, any_faults, check_gates
+from reap.statistics.layerstats import LayerStatistics, any_faults, check_gates, read_gates
 
 
 class Statistics:
@@ -35,6 +35,7 @@ class Statistics:
         *,
         gates: str = "applied",
         pairs: bool = False,
+        outputs: bool = False,
         data: list[dict[str, Any]] | None = None,
         versions: dict[str, str] | None = None,
     ) -> None:
@@ -42,6 +43,7 @@ class Statistics:
         self.model = model
         self.gates = gates
         self.pairs = pairs
+        self.outputs = outputs
         self.data = list(data or [])
         self.versions = installed_versions() if versions is None else dict(versions)
         self._infos: dict[str, LayerInfo] = {layer.name: layer for layer in model.layers}
@@ -122,6 +124,9 @@ class Statistics:
         norms: Tensor,  # [T,K] fp32
         peaks: Tensor,  # [T,K] fp32
         mask: Tensor | None = None,  # [T] bool
+        *,
+        output_sums: Tensor | None = None,  # [2,E,H], with `outputs`
+        channel_sums: Tensor | None = None,  # [2,E,I]
     ) -> None:
         """Add T tokens of one layer to the current domain; see `LayerStatistics.update`.
 
@@ -137,7 +142,29 @@ class Statistics:
         if key not in self._parts:
             self._parts[key] = self._empty(info, norms.device)
         mask = self._counted_of(len(top_k_index), norms.device, mask)
-        self._parts[key].update(top_k_index, top_k_weights, norms, peaks, mask)
+        self._parts[key].update(
+            *(top_k_index, top_k_weights, norms, peaks, mask),
+            output_sums=output_sums,
+            channel_sums=channel_sums,
+        )
+
+    def slot_weights(
+        self,
+        layer_name: str,
+        top_k_index: Tensor,  # [T,K]
+        top_k_weights: Tensor,  # [T,K]
+        mask: Tensor | None = None,  # [T] bool
+    ) -> Tensor | None:
+        """What the slots of a call weigh in the sums that `update` wants with `outputs`, [2,T,K]
+        fp32: 1 and the gate where a slot counts, 0 elsewhere. None without `outputs`."""
+        if not self.outputs:
+            return None
+        counted = top_k_index < self._info(layer_name).num_experts
+        mask = self._counted_of(len(top_k_index), top_k_index.device, mask)
+        if mask is not None:
+            counted &= mask.to(counted.device)[:, None]
+        gate = read_gates(top_k_weights.double(), self.gates)
+        return torch.stack([counted.float(), torch.where(counted, gate, 0.0).float()])
 
     def _counted_of(self, tokens: int, device: torch.device, mask: Tensor | None) -> Tensor | None:
         """[T] bool: the tokens of `mask` that `counting` lets count."""
@@ -229,7 +256,7 @@ class Statistics:
     def _take(self, other: Statistics) -> None:
         """Add `other`, but for its data, to statistics that nobody else has."""
         differences = [self.model.difference(other.model)]
-        for field in ("gates", "pairs"):
+        for field in ("gates", "pairs", "outputs"):
             mine, theirs = getattr(self, field), getattr(other, field)
             differences.append(f"{field} {mine} against {theirs}" if mine != theirs else None)
         for difference in filter(None, differences):
@@ -279,10 +306,11 @@ class Statistics:
         """Whether model, gates and every exact sum are the same (not `data` and `versions`)."""
         if not isinstance(other, Statistics):
             return NotImplemented
-        return (self.model, self.gates, self.pairs) == (
+        return (self.model, self.gates, self.pairs, self.outputs) == (
             other.model,
             other.gates,
             other.pairs,
+            other.outputs,
         ) and self._parts == other._parts
 
     __hash__ = None  # type: ignore[assignment]
@@ -303,6 +331,7 @@ class Statistics:
             state.model,
             gates=state.gates,
             pairs=state.pairs,
+            outputs=state.outputs,
             data=state.data,
             versions=state.versions,
         )
@@ -326,7 +355,13 @@ class Statistics:
 
     def _state(self) -> statsfile.State:
         return statsfile.State(
-            self.model, self.gates, self.pairs, self.data, self.versions, self._parts
+            self.model,
+            self.gates,
+            self.pairs,
+            self.outputs,
+            self.data,
+            self.versions,
+            self._parts,
         )
 
     def _most_tokens(self, domains: tuple[str, ...]) -> int:
@@ -337,12 +372,22 @@ class Statistics:
 
     def _like(self, model: ModelInfo) -> Statistics:
         return Statistics(
-            model, gates=self.gates, pairs=self.pairs, data=self.data, versions=self.versions
+            model,
+            gates=self.gates,
+            pairs=self.pairs,
+            outputs=self.outputs,
+            data=self.data,
+            versions=self.versions,
         )
 
     def _empty(self, info: LayerInfo, device: torch.device | str = "cpu") -> LayerStatistics:
         return LayerStatistics(
-            info.num_experts, name=info.name, gates=self.gates, pairs=self.pairs, device=device
+            info.num_experts,
+            name=info.name,
+            gates=self.gates,
+            pairs=self.pairs,
+            outputs=self.outputs,
+            device=device,
         )
 
     def _copies(self) -> Iterator[tuple[tuple[str, str], LayerStatistics]]:

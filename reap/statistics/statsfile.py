@@ -25,16 +25,19 @@ from reap.files.outputs import STATISTICS, check_file
 from reap.files.paths import path_of
 from reap.files.safefile import OpenFile, encode_header, parse_json, read_header
 from reap.model.info import LayerInfo, ModelInfo
+from reap.statistics import slotsums
 from reap.statistics.exact import LIMBS
+from reap.statistics.fixed import contradiction
 from reap.statistics.joining import numbers_of
 from reap.statistics.layerstats import PAIRS, SUMS, LayerStatistics
 from reap.statistics.lazyrows import LazyRows
 
 FORMAT = STATISTICS
-VERSION = 2
+VERSION = 3  # of statistics with outputs; others are written as 2, which older programs read
 DTYPES = {"I64": torch.int64, "F32": torch.float32, "I32": torch.int32}
 PAIRS_AT_ONCE = 1 << 12  # read and judged together
-READS = (1, 2)  # 1 has no structure of the model
+VALUES_AT_ONCE = 1 << 20
+READS = (1, 2, 3)  # 1 has no structure of the model
 
 _KINDS = {
     "model": dict,
@@ -53,6 +56,7 @@ class State:
     model: ModelInfo
     gates: str
     pairs: bool
+    outputs: bool
     data: list[dict[str, Any]]
     versions: dict[str, str]
     parts: Mapping[tuple[str, str], LayerStatistics]
@@ -67,13 +71,14 @@ def write(state: State, path: str | PathLike[str], *, overwrite: bool = False) -
     check_file(path, FORMAT, overwrite=overwrite)
     about = {
         "format": FORMAT,
-        "version": VERSION,
+        "version": VERSION if state.outputs else 2,
         "model": state.model.to_json(),
         "gates": state.gates,
         "pairs": state.pairs,
         "data": state.data,
         "versions": state.versions,
         "parts": _layers(state),
+        **({"outputs": True} if state.outputs else {}),
     }
     text = json.dumps(about, sort_keys=True)
     write_file(path, _serialised(state, {"reap": text}), overwrite=overwrite)
@@ -90,19 +95,23 @@ def read(path: str | PathLike[str]) -> State:
     header = read_header(path)
     about = _about(path, header.metadata)
     model = ModelInfo.from_json(about["model"], transformers=about["versions"].get("transformers"))
-    pairs = about["pairs"]
+    pairs, outputs = about["pairs"], about.get("outputs", False)
     places = [
         (domain, f"{number}/{name}", model.layer(name))
         for number, (domain, names) in enumerate(sorted(about["parts"].items()))
         for name in names
     ]
     # Shapes come first: nothing is read or allocated on the word of a file that contradicts itself.
+    found = {name: (entry.dtype, entry.shape) for name, entry in header.tensors.items()}
+    shapes = {
+        prefix: _shapes(layer, pairs, _widths(found, prefix) if outputs else {})
+        for _, prefix, layer in places
+    }
     expected = {
         f"{prefix}/{field}": shape
-        for _, prefix, layer in places
-        for field, shape in _shapes(layer, pairs).items()
+        for prefix, fields in shapes.items()
+        for field, shape in fields.items()
     }
-    found = {name: (entry.dtype, entry.shape) for name, entry in header.tensors.items()}
     for name in sorted(expected.keys() | found.keys()):
         if expected.get(name) != found.get(name):
             raise ReapError(
@@ -115,16 +124,18 @@ def read(path: str | PathLike[str]) -> State:
     parts = {}
     for domain, prefix, layer in places:
         part = {}
-        for field, (dtype, shape) in _shapes(layer, pairs).items():
+        for field, (dtype, shape) in shapes[prefix].items():
             offset = header.data + header.tensors[f"{prefix}/{field}"].start
             part[field] = LazyRows(file, offset, shape, DTYPES[dtype])
         fault = _contradiction(part, layer)
+        if outputs and "output_sums" not in part and part["tokens"][:].any():
+            fault = "it has tokens, and no sums of outputs"
         if fault:
             raise ReapError(f"{path} is damaged: domain {domain}, layer {layer.name}: {fault}")
         parts[domain, layer.name] = LayerStatistics.from_tensors(
-            part, name=layer.name, gates=about["gates"]
+            part, name=layer.name, gates=about["gates"], outputs=outputs
         )
-    return State(model, about["gates"], pairs, about["data"], about["versions"], parts)
+    return State(model, about["gates"], pairs, outputs, about["data"], about["versions"], parts)
 
 
 def read_data(path: str | PathLike[str]) -> list[dict[str, Any]]:
@@ -137,6 +148,8 @@ def digest(state: State) -> str:
     model = state.model.to_json()
     model.pop("transformers", None)  # says of no number how it came about
     about = [model, state.gates, state.pairs, _layers(state)]
+    if state.outputs:
+        about.append("outputs")
     hashed = hashlib.sha256(json.dumps(about, sort_keys=True).encode())
     for piece in _serialised(state, {}):
         hashed.update(piece)
@@ -160,7 +173,9 @@ def _serialised(state: State, metadata: dict[str, str]) -> Iterator[bytes | memo
     found = sorted(
         (order.index(dtype), f"{number[domain]}/{layer}/{field}", shape, (domain, layer), field)
         for domain, layer in state.parts
-        for field, (dtype, shape) in _shapes(infos[layer], state.pairs).items()
+        for field, (dtype, shape) in _shapes(
+            infos[layer], state.pairs, state.parts[domain, layer].widths
+        ).items()
     )
     yield encode_header({name: (order[i], shape) for i, name, shape, *_ in found}, metadata)
     for *_, key, field in found:
@@ -180,7 +195,7 @@ def _about(path: Path, metadata: dict[str, str]) -> dict[str, Any]:
             f"{path} has format version {about.get('version')!r}: "
             f"this program reads up to version {VERSION}"
         )
-    for field, kind in _KINDS.items():
+    for field, kind in (_KINDS | ({"outputs": bool} if "outputs" in about else {})).items():
         if not isinstance(about.get(field), kind):
             raise ReapError(f"{path}: metadata field {field!r} must be a JSON {kind.__name__}")
     if not all(isinstance(spec, dict) for spec in about["data"]):
@@ -200,7 +215,15 @@ def _about(path: Path, metadata: dict[str, str]) -> dict[str, Any]:
     return about
 
 
-def _shapes(layer: LayerInfo, pairs: bool) -> dict[str, tuple[str, tuple[int, ...]]]:
+def _widths(found: Mapping[str, tuple[str, tuple[int, ...]]], prefix: str) -> dict[str, int]:
+    """Columns of a layer's sums of vectors, as the file has them: their own sizes say the rest."""
+    named = {field: found.get(f"{prefix}/{field}") for field in slotsums.FIELDS}
+    return {field: entry[1][-1] for field, entry in named.items() if entry and entry[1]}
+
+
+def _shapes(
+    layer: LayerInfo, pairs: bool, widths: Mapping[str, int]
+) -> dict[str, tuple[str, tuple[int, ...]]]:
     E = layer.num_experts
     shapes: dict[str, tuple[str, tuple[int, ...]]] = {
         "tokens": ("I64", (1,)),
@@ -208,6 +231,7 @@ def _shapes(layer: LayerInfo, pairs: bool) -> dict[str, tuple[str, tuple[int, ..
         "peak": ("F32", (E,)),
     }
     shapes.update({field: ("I32", (E, LIMBS)) for field in SUMS})
+    shapes.update({field: ("I64", (E, 2, 2, width)) for field, width in widths.items()})
     if pairs:
         shapes["pair_count"] = ("I64", (E * (E - 1) // 2,))
         shapes["pair_sums"] = ("I32", (E * (E - 1) // 2, LIMBS))
@@ -220,7 +244,8 @@ def _show(entry: tuple[str, tuple[int, ...]] | None) -> str:
 
 def _contradiction(stored: Mapping[str, LazyRows], layer: LayerInfo) -> str | None:
     """What in the numbers cannot come from any tokens, or None."""
-    state = {field: rows[:] for field, rows in stored.items() if field not in PAIRS}
+    many = (*PAIRS, *slotsums.FIELDS)
+    state = {field: rows[:] for field, rows in stored.items() if field not in many}
     tokens, count, peak = int(state["tokens"]), state["count"], state["peak"]
     slots = tokens * layer.top_k
     if tokens < 0 or (count < 0).any():
@@ -241,11 +266,31 @@ def _contradiction(stored: Mapping[str, LazyRows], layer: LayerInfo) -> str | No
             return f"{field} is negative"
     if peak[unrouted].any():
         return "peak is not zero for an expert without tokens"
+    for field in slotsums.FIELDS:
+        fault = _contradiction_of_vectors(stored, field, unrouted) if field in stored else None
+        if fault:
+            return fault
     return (
         _contradiction_of_pairs(stored, slots * (layer.top_k - 1) // 2)
         if PAIRS[0] in stored
         else None
     )
+
+
+def _contradiction_of_vectors(
+    stored: Mapping[str, LazyRows], field: str, unrouted: torch.Tensor
+) -> str | None:
+    rows = stored[field]
+    at_once = max(1, VALUES_AT_ONCE // (4 * rows.shape[-1]))
+    for start in range(0, len(rows), at_once):
+        some = slice(start, start + at_once)
+        read = rows[some]
+        if read[unrouted[some]].any():
+            return f"{field} is not zero for an expert without tokens"
+        fault = contradiction(read)
+        if fault:
+            return f"{field} has {fault}"
+    return None
 
 
 def _contradiction_of_pairs(stored: Mapping[str, LazyRows], most: int) -> str | None:

@@ -3,6 +3,7 @@
     routing     top-k ids -> slots sorted by expert, tiles
     gate_up     rows of x -> activated inner rows
     down        inner rows -> norms and peaks (partial), gated output
+    slotsums    inner rows -> sums over an expert's slots, where they are asked for
     finish      partials -> norms and peaks, output in the model dtype
     statistics  norms, gates, ids -> exact sums per expert
 
@@ -19,7 +20,7 @@ from typing import Any
 import torch
 
 from reap_kernels import gpu
-from reap_kernels.contract import Call, Saliency, check_ids
+from reap_kernels.contract import Call, Saliency, Summed, check_ids
 from reap_kernels.triton import configs
 from reap_kernels.triton.configs import Config
 from reap_kernels.triton.signature import signature_of
@@ -66,7 +67,7 @@ def unsupported(call: Call) -> str | None:
     return choose(call)[1]
 
 
-def run(call: Call) -> Saliency:
+def run(call: Call) -> Saliency | Summed:
     from reap_kernels.triton import launch
 
     if call.top_k_index.device.type == "cpu":

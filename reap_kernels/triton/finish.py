@@ -8,7 +8,7 @@ out[t] = combined[t], or the sum over k, in order, of the slab's rows of token t
 import triton
 import triton.language as tl
 
-from reap_kernels.contract import Call, Saliency
+from reap_kernels.contract import Call, Saliency, Summed
 from reap_kernels.triton.routing import Tiles
 from reap_kernels.triton.tiles import narrow, strides
 
@@ -77,7 +77,7 @@ def finish_kernel(
             tl.store(cell, narrow(y, out.dtype.element_ty), mask=stored)
 
 
-def arguments(call: Call, tiles: Tiles, result: Saliency) -> dict:
+def arguments(call: Call, tiles: Tiles, result: Saliency | Summed) -> dict:
     """The kernel's arguments by name, but for the buffers, their sizes and the slab."""
     ids = call.top_k_index
     return {

@@ -1,4 +1,5 @@
-"""One MoE layer as launches: route (or count, scan and place), gate_up, down, finish."""
+"""One MoE layer as launches: route (or count, scan and place), gate_up, down, finish; where sums
+over slots are asked for, sum and project behind gate_up."""
 
 from typing import Any
 
@@ -6,8 +7,8 @@ import torch
 import triton
 from torch import Tensor
 
-from reap_kernels.contract import TENSORS, Call, Saliency
-from reap_kernels.triton import down, finish, gate_up, routing
+from reap_kernels.contract import TENSORS, Call, Saliency, Summed
+from reap_kernels.triton import down, finish, gate_up, routing, slotsums
 from reap_kernels.triton.announce import announced
 from reap_kernels.triton.configs import Config, Tile
 from reap_kernels.triton.replay import Plans, Recorder
@@ -19,31 +20,39 @@ FINISH_TOKENS, FINISH_COLUMNS = 4, 1024
 _plans = Plans()
 
 
-def run(call: Call, config: Config, key: Any, *, norms: bool = True) -> Saliency:
+def run(call: Call, config: Config, key: Any, *, norms: bool = True) -> Saliency | Summed:
     """The call's result. Four launches for few slots and six for more; with the deterministic
-    combine two more for every slab but the first. key: the call's signature. norms: False leaves
-    norms and peaks out, in memory of any content, to measure what they cost."""
+    combine two more for every slab but the first, with sums over slots two more. key: the call's
+    signature. norms: False leaves norms and peaks out, in memory of any content, to measure what
+    they cost."""
     plan = _plans.get(key, config)
     if plan is not None:
-        return Saliency(*plan.run(call[: len(TENSORS)])[:3])
+        made = plan.run(call[: len(TENSORS)])
+        return Saliency(*made) if call.sum_weights is None else Summed(*made)
     if call.transposed:  # a plan knows tensors by themselves, so views come first
         up, down_proj = call.gate_up_proj.mT, call.down_proj.mT
         call = call._replace(gate_up_proj=up, down_proj=down_proj, transposed=False)
     recorder = Recorder(call[: len(TENSORS)])
     with announced():
         result = launch(call, config, recorder, norms)
-    _plans.put(key, config, recorder.plan())
+    if call.T or call.sum_weights is None:  # a plan would not zero sums
+        _plans.put(key, config, recorder.plan())
     return result
 
 
-def launch(call: Call, config: Config, recorder: Recorder, norms: bool = True) -> Saliency:
+def launch(call: Call, config: Config, recorder: Recorder, norms: bool = True) -> Saliency | Summed:
     x, S, f32 = call.hidden_states, call.T * call.K, torch.float32
-    result = Saliency(
+    result: Saliency | Summed = Saliency(
         recorder.empty(call.T, call.H, dtype=x.dtype),
         recorder.empty(call.T, call.K, dtype=f32),
         recorder.empty(call.T, call.K, dtype=f32),
     )
+    if call.sum_weights is not None:
+        widths = call.I, call.H
+        result = Summed(*result, *(recorder.empty(2, call.E, n, dtype=f32) for n in widths))
     if S == 0:
+        for each in result[3:]:  # sums of nothing
+            each.zero_()
         return result
     tiles = routing.route(call, config.block_m, recorder)
 
@@ -62,8 +71,20 @@ def launch(call: Call, config: Config, recorder: Recorder, norms: bool = True) -
         gate_up.arguments(call, tiles, inner, sums, config),
         **options(config.gate_up),
     )
+    if isinstance(result, Summed):
+        add_slots(call, tiles, inner, result, recorder)
     combine(call, tiles, inner, combined, result, config, recorder, norms)
     return result
+
+
+def add_slots(call: Call, tiles: Tiles, inner: Tensor, result: Summed, recorder: Recorder) -> None:
+    """The sums over slots, of inner rows and of outputs."""
+    totals = recorder.scratch(2, 2, call.E, dtype=torch.float32)
+    added, projected = slotsums.grids(call)
+    arguments = slotsums.sum_arguments(call, tiles, inner, totals, result)
+    recorder.launch(slotsums.sum_kernel, added, arguments)
+    arguments = slotsums.project_arguments(call, totals, result)
+    recorder.launch(slotsums.project_kernel, projected, arguments)
 
 
 def combine(
@@ -71,7 +92,7 @@ def combine(
     tiles: Tiles,
     inner: Tensor,
     combined: Tensor,
-    result: Saliency,
+    result: Saliency | Summed,
     config: Config,
     recorder: Recorder,
     norms: bool,

@@ -50,12 +50,17 @@ void add_buffers(simt::Emulator& emulator, const Layer& layer, char* workspace) 
     input("down_bias", layer.down.bias, bias_extent(layer.down, layer.E, layer.H));
     input("top_k_index", layer.top_k_index, slots * (layer.wide_ids ? sizeof(int64_t) : sizeof(int32_t)));
     input("top_k_weights", layer.top_k_weights, slots * (layer.gates == Dtype::f32 ? 4 : 2));
+    input("sum_weights", layer.sum_weights, 2 * slots * sizeof(float));
     const auto output = [&](const char* name, void* data, size_t bytes) {
         emulator.add_buffer(name, data, bytes, true, false);
     };
     output("out", layer.out, 2 * layer.T * layer.H);
     output("norms", layer.norms, slots * sizeof(float));
     output("peaks", layer.peaks, slots * sizeof(float));
+    if (layer.sum_weights) {
+        output("channel_sums", layer.channel_sums, 2 * layer.E * layer.I * sizeof(float));
+        output("output_sums", layer.output_sums, 2 * layer.E * layer.H * sizeof(float));
+    }
     output("workspace", workspace, cuda::workspace_size(layer));
 }
 

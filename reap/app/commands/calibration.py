@@ -131,12 +131,13 @@ def measured(
         found = describe_folder(folder)  # without experts it is refused here too
         accept(found)
         domains = {source.domain for source in text.sources()}
-        check_disk(out, statistics_size(found, measuring.pairs, len(domains)))
+        check_disk(out, statistics_size(found, measuring.pairs, len(domains), measuring.outputs))
     partial = Partial(us.partial_file(out))
     sources = text.sources()
     rows = rows_of(folder, text, sources, trust, us.share)
     partial.refuse_other(rows.describe())
     modes = [f"gates {measuring.gates}", "pairs" if measuring.pairs else None]
+    modes += ["outputs" if measuring.outputs else None]
     modes += ["deterministic" if measuring.deterministic else None]
     if until is not None:
         until.check_text(rows)
@@ -171,6 +172,7 @@ def measured(
             options: dict[str, Any] = {
                 "gates": measuring.gates,
                 "pairs": measuring.pairs,
+                "outputs": measuring.outputs,
                 "backend": measuring.backend,
                 "deterministic": measuring.deterministic,
                 "mtp": head or False,

@@ -90,6 +90,7 @@ def _estimated(
         scratch=out.parent,
         gates=measuring.gates,
         pairs=measuring.pairs,
+        outputs=measuring.outputs,
         backend=measuring.backend,
         deterministic=measuring.deterministic,
         wave_tokens=measuring.wave_tokens,

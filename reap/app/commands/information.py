@@ -75,6 +75,7 @@ def _statistics(file: Path) -> dict[str, Any]:
         "domains": stats.domain_tokens,
         "gates": stats.gates,
         "pairs": stats.pairs,
+        "outputs": stats.outputs,
         "data": [source.get("spec") for entry in stats.data for source in entry.get("sources", ())],
         "versions": stats.versions,
     }

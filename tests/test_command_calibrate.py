@@ -185,6 +185,25 @@ def test_layer_by_layer(work: Path, tmp_path: Path, more: tuple[object, ...]) ->
     assert [path.name for path in tmp_path.iterdir()] == ["x.st"]
 
 
+def test_outputs(work: Path, tmp_path: Path) -> None:
+    """The same bits layer by layer, and nothing else of the statistics changes."""
+    found = []
+    for name, more in (("whole", ()), ("layers", ("--stream",))):
+        code, _, err = layer_by_layer(work, tmp_path / name, "--outputs", *more)
+        assert code == 0 and ", outputs, " in err
+        found.append(Statistics.load(tmp_path / name))
+    whole, layers = found
+    bare = Statistics.load(work / "one.st")
+    assert whole == layers and whole.outputs and not bare.outputs
+    for name in whole.layers:
+        tensors, without = whole[name].tensors(), bare[name].tensors()
+        assert all(torch.equal(tensors[field], without[field]) for field in without)
+        mean = whole[name].output_sum
+        assert mean is not None and whole[name].channel_sum is not None and mean.any()
+    said = run_json("info", tmp_path / "whole")
+    assert said["outputs"] is True
+
+
 def test_layer_by_layer_by_itself(work: Path, tmp_path: Path, monkeypatch: Any) -> None:
     """Where the model would not fit, which is said."""
     from reap.runs import memory, mode

@@ -68,6 +68,8 @@ def test_every_instantiation_is_there(kernels):
         f"{kernel}<{dtype}, {rows}, {layout}>"
         for kernel, dtype, (rows, layout) in product(GEMMS, HMMA, TILES)
     } | {f"finish_kernel<{dtype}>" for dtype in HMMA}
+    wanted |= {f"sum_kernel<{dtype}>" for dtype in HMMA}
+    wanted |= {f"project_kernel<{dtype}, {k}>" for dtype, k in product(HMMA, ("true", "false"))}
     wanted |= {"route_kernel", "count_kernel", "scan_kernel", "place_kernel"}
     assert wanted == {name for name in kernels if not name.startswith("sm90::")}
 

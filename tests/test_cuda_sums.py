@@ -11,7 +11,7 @@ import torch
 from cases import Case
 from test_cuda_sm90 import CASES as ALIGNED
 from test_cuda_sm90 import CHIP, SHARED
-from tiles import LAST, ROWS
+from tiles import LAST
 
 from reap_kernels import Summed, cuda
 
@@ -107,9 +107,6 @@ RUNS = [
     Case("several pieces and blocks", T=150, K=1, E=1, H=264, I=328),
     Case("rows beyond the threads", T=5, K=1, E=2, H=260, I=65, transposed=True),
 ]
-EQUIVALENT = {
-    "min(args.I, first + TILE_K)": "",
-}
 
 
 @pytest.fixture(scope="module")
@@ -149,8 +146,3 @@ FOUND = [
 @pytest.mark.parametrize("mutant", FOUND, ids=lambda mutant: f"{mutant.line}-{mutant.text}")
 def test_every_barrier_and_condition_is_there_for_a_reason(mutant, known, monkeypatch):
     assert complaint(mutant.number, known, monkeypatch), f"survives: {mutant}"
-
-
-def test_sizes_of_the_cases_are_those_of_every_tile():
-    assert {LONG.T * LONG.K // LONG.E > 8 * 16, LONG.H > 256} == {True}
-    assert set(ROWS) == {32, 64, 128}

@@ -72,11 +72,13 @@ def run(
 @pytest.mark.parametrize("pairs", [False, True])
 @pytest.mark.parametrize("stops", [[0], [1], [7], [3, 0, 5], [1, 1, 1, 1]])
 def test_pieces(here: Path, stops: list[int], pairs: bool) -> None:
+    """With pairs, and sums of vectors as well, and without."""
     model = tiny_model("qwen3_moe")
-    whole = calibrate(model, text(here), pairs=pairs)
+    asked: dict[str, Any] = {"pairs": pairs, "outputs": pairs}
+    whole = calibrate(model, text(here), **asked)
     for number, stop in enumerate(stops):
         with pytest.raises(Stop) as caught:
-            run(here, model, stop, pairs=pairs)
+            run(here, model, stop, **asked)
         done = sum(stops[: number + 1])
         assert (here / "kept").exists() == (done > 0)
         if done:
@@ -84,7 +86,7 @@ def test_pieces(here: Path, stops: list[int], pairs: bool) -> None:
             (note,) = caught.value.__notes__  # type: ignore[attr-defined]
             assert f"so far, {kept.tokens:,} tokens, is in {here}/kept" in note
             assert kept.data[0]["partial"] == {"batches": done}
-    pieces = run(here, model, pairs=pairs)
+    pieces = run(here, model, **asked)
     assert pieces.digest() == whole.digest() and pieces.data == whole.data
     assert pieces.versions == whole.versions
     assert not (here / "kept").exists()

@@ -18,6 +18,7 @@ from reap.versions import OWN as __version__
 __all__ = [
     "CRITERIA",
     "Batch",
+    "Coalitions",
     "Evaluation",
     "LayerInfo",
     "LayerStatistics",
@@ -28,6 +29,7 @@ __all__ = [
     "ReapError",
     "Stable",
     "Statistics",
+    "Trace",
     "__version__",
     "batches",
     "calibrate",
@@ -38,6 +40,7 @@ __all__ = [
     "observe",
     "prune",
     "saliency",
+    "similarity",
     "standard_errors",
     "verify",
 ]
@@ -49,6 +52,7 @@ if TYPE_CHECKING:
     from reap.model.load import load_mtp
     from reap.model.mtplayer import Mtp
     from reap.observation.patch import observe
+    from reap.planning.cosines import similarity
     from reap.planning.criteria import CRITERIA, saliency, standard_errors
     from reap.planning.plan import Plan, make_plan
     from reap.runs.calibration import calibrate
@@ -56,7 +60,9 @@ if TYPE_CHECKING:
     from reap.runs.stability import Stable
     from reap.runs.waves import calibrate_streamed
     from reap.statistics.layerstats import LayerStatistics
+    from reap.statistics.setcounts import Coalitions
     from reap.statistics.stats import Statistics
+    from reap.statistics.trace import Trace
     from reap.text.batching import Batch, batches
 else:  # a type checker that saw __getattr__ would believe any name
     _HOMES = {
@@ -66,6 +72,7 @@ else:  # a type checker that saw __getattr__ would believe any name
         "model.load": ("load_mtp",),
         "model.mtplayer": ("Mtp",),
         "observation.patch": ("observe",),
+        "planning.cosines": ("similarity",),
         "planning.criteria": ("CRITERIA", "saliency", "standard_errors"),
         "planning.plan": ("Plan", "make_plan"),
         "runs.calibration": ("calibrate",),
@@ -73,7 +80,9 @@ else:  # a type checker that saw __getattr__ would believe any name
         "runs.stability": ("Stable",),
         "runs.waves": ("calibrate_streamed",),
         "statistics.layerstats": ("LayerStatistics",),
+        "statistics.setcounts": ("Coalitions",),
         "statistics.stats": ("Statistics",),
+        "statistics.trace": ("Trace",),
         "text.batching": ("Batch", "batches"),
     }
     _HOME = {name: module for module, names in _HOMES.items() for name in names}

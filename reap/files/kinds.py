@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from reap.errors import ReapError
-from reap.files.outputs import KINDS
+from reap.files.outputs import KINDS, TRACE, format_of
 from reap.files.safefile import LFS_POINTER, open_regular, read_header, read_json
 
 
@@ -25,4 +25,6 @@ def kind_of(path: Path) -> str | None:
         metadata = read_header(path).metadata
     except (ReapError, OSError):
         return None
-    return "statistics" if "reap" in metadata else "weights of a model"
+    if "reap" not in metadata:
+        return "weights of a model"
+    return KINDS[TRACE] if format_of(path) == TRACE else "statistics"

@@ -13,7 +13,13 @@ from reap.files.safefile import parse_json, read_header, read_json
 
 # What our files call themselves, in the field "format".
 STATISTICS, PLAN, PRUNED = "reap-statistics", "reap-plan", "reap-pruned"
-KINDS = {STATISTICS: "statistics", PLAN: "a plan", PRUNED: "the record of a pruned model"}
+TRACE = "reap-trace"
+KINDS = {
+    STATISTICS: "statistics",
+    PLAN: "a plan",
+    PRUNED: "the record of a pruned model",
+    TRACE: "a trace",
+}
 RECORD = "reap.json"
 # What model savers, the hub and `prune` put into a model's folder. Of another name, a file of
 # weights is ours only where a record or an index names it: statistics are safetensors files too.

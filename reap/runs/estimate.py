@@ -78,6 +78,8 @@ def estimate(
     gates: str = "applied",
     pairs: bool = False,
     outputs: bool = False,
+    coalitions: int = 0,
+    logits: bool = False,
     backend: str = "auto",
     deterministic: bool = False,
     wave_tokens: int | None = None,
@@ -100,6 +102,8 @@ def estimate(
                 gates=gates,
                 pairs=pairs,
                 outputs=outputs,
+                coalitions=coalitions,
+                logits=logits,
                 backend=backend,
                 deterministic=deterministic,
             )
@@ -116,7 +120,7 @@ def estimate(
         # The layers that the first batch went through were read, so that they say nothing of it.
         ahead = max((job.steps for job in stream.jobs), default=1) - 1
         steps = _steps(stream, batches[-1], ahead + PROBED)
-        sums = statistics_size(stats.model, pairs, domains)
+        sums = statistics_size(stats.model, pairs, domains, outputs, coalitions, logits)
     found = {step.kind: [s for s in steps if s.kind == step.kind] for step in steps}
     per_token = [_of(unit, found) for unit in layers.text]
     stored = sum(map(layers.stored, layers.text))

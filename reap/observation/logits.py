@@ -22,8 +22,10 @@ from reap.observation.layers import Layer
 CHILD = {"Gemma4TextRouter": "proj", "DiffusionGemmaTextRouter": "proj"}
 # Class of a router -> where in what it returns they are.
 PLACE = {"Llama4Router": 1}
-# Routers with columns behind those of the experts: ZAYA's stands for no expert.
-LONGER = ("ZayaRouter",)
+# Routers with columns behind those of the experts, which stand for no expert, or for none that
+# computes anything.
+LONGER = ("ZayaRouter", "LongcatFlashTopkRouter")
+FEW = 64  # values below this number may lie between 0 and 1 by chance
 
 
 def watch_logits(layer: Layer, undo: ExitStack) -> Callable[[int], Tensor | None]:
@@ -82,7 +84,9 @@ def _logits(cls: str, output: Any, experts: int) -> Tensor | None:
 
 def _why_not(logits: Tensor) -> str | None:
     """Why these cannot be logits. Waits for the device, once per kind of router."""
-    if logits.numel() and bool(((logits >= 0) & (logits <= 1)).all()):
+    inside = bool(((logits >= 0) & (logits <= 1)).all()) and bool((logits != logits[:1, :1]).any())
+    shares = bool(((logits.double().sum(1) - 1).abs() < 0.02).all())
+    if inside and (shares or logits.numel() >= FEW):
         return "what it returns lies between 0 and 1, as probabilities do"
     return None
 

@@ -40,7 +40,8 @@ def test_size_with_coalitions_and_logits(tmp_path):
     for name, experts, K in (("first", 6, 3), ("second", 9, 2)):
         ids = torch.stack([torch.arange(K), torch.arange(1, K + 1), torch.arange(2, K + 2)])
         stats.update(name, ids, *[torch.ones(3, K)] * 3, logits=torch.ones(3, experts))
-        assert stats[name].chosen.level == 0
+        chosen = stats[name].chosen
+        assert chosen is not None and chosen.level == 0
     stats.save(tmp_path / "x.st")
     header = read_header(tmp_path / "x.st")
     size = (tmp_path / "x.st").stat().st_size - header.data

@@ -9,14 +9,18 @@ from typing import Any
 import pytest
 import torch
 from brute import run
+from mtps import saved_with_mtp
 from test_patch import MAIN, PADDABLE
 from tiny import tiny_inputs, tiny_model
 from torch import Tensor, nn
 
 from reap.errors import ReapError
 from reap.model.experts import find_experts
+from reap.model.load import load_model, load_mtp
 from reap.observation.logits import _why_not
 from reap.observation.patch import observe
+from reap.statistics.layerstats import LayerStatistics
+from reap.statistics.trace import Trace, read_about
 
 # Another place, a child, one more column, another number of rows in the weight, a multiplier, a
 # router with one more layer, and two that are not on the interface.
@@ -76,12 +80,13 @@ def assert_logits(model_type: str) -> None:
         E = stats[name].num_experts
         (logits,) = truth[name]
         logits = logits[keep, :E]
-        scale = float(stats[name].logit_sum.abs().max() / logits.sum(0).abs().max())
+        total, products = stats[name].logit_sum, stats[name].logit_products
+        assert total is not None and products is not None
+        scale = float(total.abs().max() / logits.sum(0).abs().max())
         assert scale == pytest.approx(1, rel=1e-3) or model_type == "muse_spark"
-        products = stats[name].logit_products
         torch.testing.assert_close(cosines(products), cosines(logits.T @ logits), rtol=0, atol=1e-3)
         torch.testing.assert_close(
-            stats[name].logit_sum, scale * logits.sum(0), rtol=0, atol=1e-3 * keep.sum() * scale
+            total, scale * logits.sum(0), rtol=0, atol=1e-3 * float(keep.sum()) * scale
         )
 
 
@@ -154,3 +159,35 @@ def test_nan_names_layer_and_expert() -> None:
 )
 def test_probabilities_are_told_from_logits(logits: Tensor, known: bool) -> None:
     assert (_why_not(logits) is None) == known
+
+
+def test_of_a_layer_for_multi_token_prediction(tmp_path: Any) -> None:
+    """Its router, and its coalitions and trace, are of its own tokens."""
+    made = saved_with_mtp(tmp_path, "glm4_moe")
+    model = load_model(tmp_path)
+    inputs = tiny_inputs(model, lengths=[6, 3])
+    trace = Trace(tmp_path / "trace", 50)
+    asked: Any = {"logits": True, "coalitions": 50, "trace": trace}
+    with observe(model, mtp=load_mtp(model), **asked) as stats, torch.no_grad():
+        model(**inputs)
+    for name in stats.layers:
+        layer, tokens = stats[name], 7 if name == made.names.experts else 9
+        assert layer.chosen is not None and layer.chosen.tokens == layer.tokens == tokens
+        assert layer.logit_sum is not None and layer.logit_sum.any()
+    assert made.names.experts in stats.layers
+    assert read_about(tmp_path / "trace")[2] == 9
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_the_sums_are_the_same(tmp_path: Any) -> None:
+    g = torch.Generator().manual_seed(0)
+    ids = torch.randint(0, 10, (3000, 3), generator=g)
+    logits = torch.randn(3000, 8, generator=g) * 30
+    weights, mask = torch.rand(3000, 3, generator=g), torch.rand(3000, generator=g) < 0.8
+    both = []
+    for device in ("cpu", "cuda"):
+        layer = LayerStatistics(8, coalitions=20, logits=True, device=device)
+        given = (x.to(device) for x in (ids, weights, weights, weights, mask))
+        layer.update(*given, logits=logits.to(device))
+        both.append(layer)
+    assert both[0] == both[1]

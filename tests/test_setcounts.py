@@ -25,7 +25,7 @@ def tokens(seed, count=T, width=K, experts=E):
 
 def plain(*parts, experts=E):
     """The multiset by a loop."""
-    found = Counter()
+    found: Counter[tuple[int, ...]] = Counter()
     for ids, mask in parts:
         for row, counts in zip(ids.tolist(), mask.tolist(), strict=True):
             chosen = tuple(sorted({i for i in row if 0 <= i < experts}))
@@ -124,7 +124,7 @@ def test_sampled_sums_estimate_those_of_all():
 def test_groups_against_a_loop(size, monkeypatch):
     monkeypatch.setattr("reap.statistics.setcounts._GROUPS_AT_ONCE", 50)
     found = made(tokens(1), tokens(2, width=4)).read()
-    expected = Counter()
+    expected: Counter[tuple[int, ...]] = Counter()
     for row, count in zip(found.sets.tolist(), found.count.tolist(), strict=True):
         for group in combinations([i for i in row if i >= 0], size):
             expected[group] += count
@@ -187,16 +187,16 @@ def test_of_a_model_against_brute_force(model_type):
     with observe(model, coalitions=100, pairs=True) as stats, brute_force(model) as truth:
         run(model, inputs)
     for name in stats.layers:
-        rows = {}
+        rows: dict[int, set[int]] = {}
         for token, expert, *_ in truth[name].slots:
             if keep[token] and expert < stats[name].num_experts:
                 rows.setdefault(token, set()).add(expert)
         expected = Counter(tuple(sorted(chosen)) for chosen in rows.values())
-        found = stats[name].chosen
+        found, pairs = stats[name].chosen, stats[name].coselected
+        assert found is not None and pairs is not None
         sets = [tuple(i for i in row if i >= 0) for row in found.sets.tolist()]
         assert dict(zip(sets, found.count.tolist(), strict=True)) == expected
         assert found.tokens == len(rows) and found.level == 0
-        pairs = stats[name].coselected
         assert torch.equal(found.dense(2), pairs - pairs.diagonal().diag())
         assert torch.equal(found.dense(1), stats[name].count)
 

@@ -101,7 +101,8 @@ def observe(
     end. The first call of each kind of experts waits once, to compare `moe_saliency` with their own
     forward. A CUDA graph cannot hold an observed layer: the host keeps the domain, tells padding,
     creates sums where it first needs them and carries between their limbs, none of which a replay
-    would repeat.
+    would repeat. Coalitions make it wait once in 65,536 tokens of a layer, logits once per kind of
+    router, a trace at every layer until it is full.
 
     ReapError, before any forward: no transformers model, no MoE layers, experts that cannot be
     observed, a model that is being observed, an unknown or unavailable backend. ReapError, in a

@@ -26,12 +26,15 @@ SUITES = {
     "roof": "bench.roofs",
     "layer": "bench.layer",
     "norms": "bench.norms",
+    "sums": "bench.sums",
     "calibrate": "bench.calibrate",
     "prune": "bench.prune",
     "stats": "bench.stats",
     "stream": "bench.stream",
+    "ranks": "bench.ranks",
+    "masks": "bench.masks",
 }
-ON_GPU = ("layer", "norms", "calibrate", "stats")
+ON_GPU = ("layer", "norms", "sums", "calibrate", "stats", "masks")
 Suite = Enum("Suite", dict(zip(SUITES, SUITES, strict=True)), type=str)  # type: ignore[misc]
 Device = Enum("Device", {"cpu": "cpu", "cuda": "cuda"}, type=str)
 SHAPES = {**REAL, TINY.name: TINY}
@@ -51,12 +54,15 @@ def main(
     impls: Annotated[str | None, typer.Option(help="of `layer` and `calibrate`, by comma")] = None,
     isas: Annotated[str | None, typer.Option(help="of `layer`, besides the best; by comma")] = None,
     routing: Annotated[str | None, typer.Option(help="of `layer`: uniform, even; by comma")] = None,
-    device: Annotated[Device, typer.Option(help="of all but roof, prune, stream")] = Device.cpu,
+    device: Annotated[Device, typer.Option(help="of layer, norms, calibrate, stats")] = Device.cpu,
     threads: Annotated[int | None, typer.Option(min=1, help="torch's own by default")] = None,
     rounds: Annotated[int | None, typer.Option(min=1, help="samples of each")] = None,
     seconds: Annotated[float | None, typer.Option(help="for each impl and size")] = None,
     gigabytes: Annotated[
-        float | None, typer.Option(help="of the checkpoint of `prune`, `stream`")
+        float | None, typer.Option(help="of the checkpoint of `prune`, `stream`, `ranks`")
+    ] = None,
+    limit: Annotated[
+        str | None, typer.Option(help="of `stream`: memory that it may take, 4G say")
     ] = None,
     llmcompressor_python: Annotated[
         Path | None, typer.Option(help="a python that has llmcompressor, for `calibrate`")
@@ -79,6 +85,7 @@ def main(
         "rounds": rounds,
         "seconds": seconds,
         "gigabytes": gigabytes,
+        "limit": limit,
         "llmcompressor": llmcompressor_python,
         "scratch": out / "scratch",
         "say": lambda line: console.print(line, highlight=False, markup=False),

@@ -70,7 +70,7 @@ class Size:
 
 def run(settings: Settings) -> Iterator[Row]:
     for dtype in settings.dtypes:
-        size = _size(dtype, settings)
+        size = fitted(dtype, settings)
         if size is None:
             settings.say(f"calibrate: skips {dtype}, one layer does not fit in memory")
             continue
@@ -78,7 +78,7 @@ def run(settings: Settings) -> Iterator[Row]:
         yield from _model(size, dtype, settings, theirs)
 
 
-def _size(dtype: str, settings: Settings) -> Size | None:
+def fitted(dtype: str, settings: Settings) -> Size | None:
     """Four layers, or as many as fit beside the observer's tensor; twelve on a GPU."""
     if settings.smoke:
         return Size(TINY, layers=2, length=16, rows=4, heads=8, head_dim=8, batch=2)

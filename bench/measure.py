@@ -33,6 +33,7 @@ class Settings:
     rounds: int = 9
     seconds: float = 10.0
     gigabytes: float = 4.0
+    limit: str | None = None  # of `stream`
     impls: tuple[str, ...] = ()  # of `layer` and `calibrate`; none named: all
     isas: tuple[str, ...] = ()  # of `layer`, besides the best
     routings: tuple[str, ...] = ("uniform",)  # of `layer`: see inputs.ROUTINGS

@@ -78,20 +78,30 @@ def _layer(shape: Shape, dtype: str, settings: Settings) -> Iterator[Row]:
         calls = {ON: layer.executed(given), OFF: layer.executed(given, norms=False)}
         gate.check(ON, calls[ON](), given)
         gate.check(OFF, calls[OFF]().out, given)
-        repeats = math.ceil(SAMPLE_SECONDS / seconds(calls[OFF], 1))
-        samples = Samples({ON: [], OFF: []}, [])
-        until = time.perf_counter() + 4 * settings.seconds
-        for pair in itertools.count():
-            for name in (ON, OFF) if pair % 2 else (OFF, ON):
-                samples.ms[name].append(1e3 * seconds(calls[name], repeats) / repeats)
-            if pair + 1 == PAIRS or (pair >= 4 and time.perf_counter() > until):
-                break
-        ratios = [off / on for on, off in zip(samples.ms[ON], samples.ms[OFF], strict=True)]
-        low, _, high = (1 / q - 1 for q in quantiles(ratios, n=4))
-        price = (
-            f"{1 / median(ratios) - 1:+.2%}, half of {len(ratios)} pairs {high:+.1%} to {low:+.1%}"
-        )
-        settings.say(f"norms {dtype} {shape} T={T}: cost {price}")
-        with_norms, without = rows("norms", (dtype, str(shape), T), samples, flops=shape.flops(T))
-        yield replace(with_norms, speedup_vs={OFF: median(ratios)})
-        yield without
+        yield from paired("norms", calls, (dtype, str(shape), T), shape.flops(T), settings)
+
+
+def paired(
+    suite: str,
+    calls: dict[str, Callable[[], Any]],  # with what is priced, and without
+    of: tuple[str, str, int],  # dtype, shape, T
+    flops: int,
+    settings: Settings,
+) -> Iterator[Row]:
+    """Both in turn, up to 101 times: their rows, and the price in words."""
+    on, off = calls
+    repeats = math.ceil(SAMPLE_SECONDS / seconds(calls[off], 1))
+    samples = Samples({on: [], off: []}, [])
+    until = time.perf_counter() + 4 * settings.seconds
+    for pair in itertools.count():
+        for name in (on, off) if pair % 2 else (off, on):
+            samples.ms[name].append(1e3 * seconds(calls[name], repeats) / repeats)
+        if pair + 1 == PAIRS or (pair >= 4 and time.perf_counter() > until):
+            break
+    ratios = [b / a for a, b in zip(samples.ms[on], samples.ms[off], strict=True)]
+    low, _, high = (1 / q - 1 for q in quantiles(ratios, n=4))
+    price = f"{1 / median(ratios) - 1:+.2%}, half of {len(ratios)} pairs {high:+.1%} to {low:+.1%}"
+    settings.say(f"{suite} {of[0]} {of[1]} T={of[2]}: cost {price}")
+    priced, without = rows(suite, of, samples, flops=flops)
+    yield replace(priced, speedup_vs={off: median(ratios)})
+    yield without

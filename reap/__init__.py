@@ -20,10 +20,15 @@ __all__ = [
     "Batch",
     "Coalitions",
     "Evaluation",
+    "Group",
+    "LayerErrors",
     "LayerInfo",
     "LayerStatistics",
+    "Merge",
+    "MergeReport",
     "ModelInfo",
     "Mtp",
+    "PairErrors",
     "Plan",
     "PruneReport",
     "ReapError",
@@ -34,29 +39,48 @@ __all__ = [
     "batches",
     "calibrate",
     "calibrate_streamed",
+    "compare",
+    "decompose",
     "evaluate",
+    "load_model",
     "load_mtp",
+    "make_merge",
     "make_plan",
+    "masked",
+    "merge",
+    "merged",
     "observe",
     "prune",
+    "router_similarity",
     "saliency",
     "similarity",
     "standard_errors",
     "verify",
+    "write_report",
 ]
 
 if TYPE_CHECKING:
     from reap.checkpoint.pruning import PruneReport, prune
     from reap.checkpoint.verification import verify
+    from reap.merging.choosing import make_merge
+    from reap.merging.decomposition import LayerErrors, decompose
+    from reap.merging.mergeplan import Group, Merge
+    from reap.merging.pairerrors import PairErrors
+    from reap.merging.rewriting import MergeReport, merge
+    from reap.merging.similarity import router_similarity
+    from reap.merging.tying import merged
     from reap.model.info import LayerInfo, ModelInfo
-    from reap.model.load import load_mtp
+    from reap.model.load import load_model, load_mtp
     from reap.model.mtplayer import Mtp
     from reap.observation.patch import observe
     from reap.planning.cosines import similarity
     from reap.planning.criteria import CRITERIA, saliency, standard_errors
+    from reap.planning.differences import compare
     from reap.planning.plan import Plan, make_plan
+    from reap.report.page import write_report
     from reap.runs.calibration import calibrate
     from reap.runs.evaluation import Evaluation, evaluate
+    from reap.runs.masking import masked
     from reap.runs.stability import Stable
     from reap.runs.waves import calibrate_streamed
     from reap.statistics.layerstats import LayerStatistics
@@ -68,15 +92,25 @@ else:  # a type checker that saw __getattr__ would believe any name
     _HOMES = {
         "checkpoint.pruning": ("PruneReport", "prune"),
         "checkpoint.verification": ("verify",),
+        "merging.decomposition": ("LayerErrors", "decompose"),
+        "merging.choosing": ("make_merge",),
+        "merging.mergeplan": ("Group", "Merge"),
+        "merging.pairerrors": ("PairErrors",),
+        "merging.rewriting": ("MergeReport", "merge"),
+        "merging.similarity": ("router_similarity",),
+        "merging.tying": ("merged",),
         "model.info": ("LayerInfo", "ModelInfo"),
-        "model.load": ("load_mtp",),
+        "model.load": ("load_model", "load_mtp"),
         "model.mtplayer": ("Mtp",),
         "observation.patch": ("observe",),
         "planning.cosines": ("similarity",),
         "planning.criteria": ("CRITERIA", "saliency", "standard_errors"),
+        "planning.differences": ("compare",),
         "planning.plan": ("Plan", "make_plan"),
+        "report.page": ("write_report",),
         "runs.calibration": ("calibrate",),
         "runs.evaluation": ("Evaluation", "evaluate"),
+        "runs.masking": ("masked",),
         "runs.stability": ("Stable",),
         "runs.waves": ("calibrate_streamed",),
         "statistics.layerstats": ("LayerStatistics",),

@@ -5,6 +5,7 @@ programs: what those import is not tested here, but their streams, signals and e
 from __future__ import annotations
 
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -12,11 +13,15 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
+
+from reap.statistics.stats import Statistics
 
 SECONDS = 60.0  # by when all have to have ended
 
@@ -154,6 +159,52 @@ def run(command: Sequence[str | Path], **options: Any) -> subprocess.CompletedPr
     if options.get("check"):
         done.check_returncode()
     return done
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """A fork has no threads but one, and waits for torch's others for ever."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def killed(
+    folder: Path, run: Callable[[], Statistics], whole: Statistics, kills: int
+) -> Counter[int]:
+    """Runs in forks that `kills` SIGKILLs end at random moments, each going on with what those
+    before it left in `folder`, until one gets through: it has to find `whole`. How many runs ended
+    with how many batches kept."""
+    rng, done, left = random.Random(kills), folder / "done", Counter[int]()
+    started = time.monotonic()
+    while True:
+        child = os.fork()
+        if child == 0:
+            try:
+                run().save(done, overwrite=True)
+            except BaseException:
+                traceback.print_exc(file=sys.__stderr__)
+            finally:
+                os._exit(0)
+        if not left:  # the first, without breaks, says how long one takes
+            _, status = os.waitpid(child, 0)
+            limit = time.monotonic() - started
+            left[-1] += 1
+            assert Statistics.load(done) == whole
+            continue
+        if sum(left.values()) <= kills:
+            time.sleep(rng.random() * limit)
+            os.kill(child, signal.SIGKILL)
+        _, status = os.waitpid(child, 0)
+        if os.WIFSIGNALED(status):
+            kept = folder / "kept"
+            left[Statistics.load(kept).data[0]["partial"]["batches"] if kept.exists() else 0] += 1
+            continue
+        assert Statistics.load(done) == whole and not (folder / "kept").exists()
+        if sum(left.values()) > kills:
+            return left
+        done.unlink()  # faster than the signal: once more
 
 
 def free_port() -> int:

@@ -101,7 +101,7 @@ def test_what_is_no_path(tmp_path: Path, model: Any, stats: reap.Statistics) -> 
         lambda: reap.verify(plan): "folder is a Plan",  # type: ignore[arg-type]
         lambda: reap.batches("stdlib:code", "a folder"): "tokenizer is a str: it must be the",
         lambda: reap.calibrate(model, None): "batches is a NoneType",  # type: ignore[arg-type]
-        lambda: reap.evaluate(model, 3): "batches is a int",  # type: ignore[arg-type]
+        lambda: reap.evaluate(model, 3): "batches is a int",  # type: ignore[call-overload]
     }
     for refused, message in refusals.items():
         with pytest.raises(reap.ReapError, match=message):

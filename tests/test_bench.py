@@ -37,6 +37,9 @@ def forked(command, **options):
 ROOFED = pytest.mark.skipif(roof.missing() is not None, reason=f"{roof.missing()}")
 
 
+QUICK = [suite for suite in SUITES if suite != "ranks"]  # that starts many processes
+
+
 @pytest.fixture(scope="module")
 def smoke(tmp_path_factory):
     """All suites once: their rows, the folder, and what was printed. Those that prune are forks."""
@@ -49,7 +52,7 @@ def smoke(tmp_path_factory):
     here.setattr("bench.prune.subprocess", SimpleNamespace(run=forked))
     try:
         with open(out / "tables", "w") as file:
-            made, refused = run(list(SUITES), settings, out, Console(file=file, width=160))
+            made, refused = run(QUICK, settings, out, Console(file=file, width=160))
     finally:
         torch.set_num_threads(threads)
         here.undo()
@@ -59,7 +62,7 @@ def smoke(tmp_path_factory):
 
 def test_every_suite_has_rows_of_us_and_of_peers(smoke):
     made, _, _ = smoke
-    impls = {suite: {row.impl for row in made if row.bench == suite} for suite in SUITES}
+    impls = {suite: {row.impl for row in made if row.bench == suite} for suite in QUICK}
     if roof.missing() is None:
         assert impls["roof"] == {"fma_peak", "read"}
     others = {"eager", "grouped_mm", "hooks", "observer"}
@@ -69,9 +72,25 @@ def test_every_suite_has_rows_of_us_and_of_peers(smoke):
     assert others | ours | {"eager without head"} <= impls["calibrate"]
     if "cpu" in backends:
         assert impls["norms"] == {"reap:cpu", "cpu, norms off"}
+        assert impls["sums"] == {"reap:cpu", "reap:cpu with sums"}
     assert impls["prune"] == {"reap", "reap --no-verify", "cp -r", "cp -r; sync"}
     assert {"reap:update", "reap:update+pairs", "layer eager"} <= impls["stats"]
     assert impls["stream"] == {"reap layer by layer", "in memory"}
+    forwards, evaluations = {"plain forward", "reap: masked forward"}, {"one plan", "ten plans"}
+    assert impls["masks"] == forwards | {f"reap: {name}" for name in evaluations}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("suite", "limit"), [("ranks", None), ("stream", "2G")])
+def test_suites_of_many_processes(tmp_path, suite, limit):
+    settings = replace(PRESETS["smoke"], scratch=tmp_path, limit=limit, say=lambda line: None)
+    made, refused = run([suite], settings, tmp_path, Console(file=io.StringIO()))
+    assert not refused
+    names = {
+        "ranks": {"reap 2 ranks x 1 thread", "1 process x 2 threads", "1 process x 1 thread"},
+        "stream": {"reap layer by layer, at most 2G", "reap layer by layer, all"},
+    }
+    assert {row.impl for row in made} == names[suite]
 
 
 def test_rows_are_sane(smoke):
@@ -87,7 +106,7 @@ def test_rows_are_sane(smoke):
         group = [r for r in made if (r.bench, r.dtype, r.shape, r.T) == _size(row)]
         for peer, times in row.speedup_vs.items():
             (other,) = [r for r in group if r.impl == peer]
-            if row.bench != "norms":  # a median of ratios there, not a ratio of medians
+            if row.bench not in ("norms", "sums"):  # theirs is a median of ratios
                 assert times == pytest.approx(other.ms_median / row.ms_median)
             assert times > 0
     for row in made:
@@ -113,7 +132,7 @@ def test_files_hold_the_rows(smoke):
 def test_tables_and_plots(smoke):
     _, out, said = smoke
     tables = (out / "tables").read_text()
-    assert all(suite in tables for suite in SUITES if suite != "roof" or not roof.missing())
+    assert all(suite in tables for suite in QUICK if suite != "roof" or not roof.missing())
     for name in ("roofline-bf16.png", "speedup-fp32.png"):
         assert (out / name).read_bytes().startswith(b"\x89PNG")
     assert any("llm-compressor" in line for line in said), "a peer is left out without a word"
@@ -164,7 +183,10 @@ def test_a_suite_with_a_wrong_kernel_ends_without_its_rows(monkeypatch, tmp_path
         (["--dtype", "int8"], "'int8': it must be one of bf16, fp32, fp16"),
         (["--isas", "mmx"], "'mmx': it must be one of"),
         (["--device", "tpu"], "'tpu' is not one of"),
-        (["prune", "--device", "cuda"], "only layer, norms, calibrate, stats run there, not prune"),
+        (
+            ["prune", "--device", "cuda"],
+            "calibrate, stats, masks run there, not prune",
+        ),
         (["--routing", "odd"], "'odd': it must be one of uniform, even"),
         (["--device", "cuda", "--isas", "portable"], "--isas are those of --device cpu"),
         (["--shapes", "gpt-2"], "'gpt-2': it must be one of qwen3-30b-a3b"),

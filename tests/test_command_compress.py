@@ -115,7 +115,7 @@ def test_a_model_that_cannot_be_pruned_is_not_calibrated(
 def test_a_full_disk_is_told_first(work: Path, tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.setattr("reap.app.commands.calibration.rows_of", None)
     usage = shutil.disk_usage(tmp_path)._replace(free=1 << 20)
-    monkeypatch.setattr("reap.checkpoint.pruning.shutil.disk_usage", lambda _: usage)
+    monkeypatch.setattr("reap.checkpoint.guards.shutil.disk_usage", lambda _: usage)
     assert "MB free" in refused(*command(work, tmp_path / "x", "--ratio", 0.5))
 
 

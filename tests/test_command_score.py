@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from commandline import invoke, run_json
 
-from reap.app.commands.scores import _ends, pattern, short_names
+from reap.app.commands.scores import _ends
 from reap.model.info import LayerInfo, ModelInfo
 from reap.statistics.stats import Statistics
 
@@ -60,19 +59,3 @@ def test_eighty_columns(tmp_path: Path, experts: int, scale: float) -> None:
 
 def test_two_experts_have_a_score_in_every_column() -> None:
     assert _ends(torch.tensor([2.0, 1.0])) == ["1: 1", "0: 2", "0: 2", "0: 2", "0: 2"]
-
-
-NAMES: dict[str, Any] = {
-    "stack": (["m.layers.3.mlp.experts", "m.layers.11.mlp.experts"], ["3", "11"], "N.mlp.experts"),
-    "one layer": (["m.layers.3.mlp.experts"], ["3"], "m.layers.N.mlp.experts"),
-    "no number": (["experts"], ["experts"], "N"),
-    "two kinds": (["m.layers.0.mlp", "mtp.layers.0.mlp"], ["m", "mtp"], "N.layers.0.mlp"),
-    "one within another": (["m.0", "m.0.0"], ["0", "0.0"], "m.N"),
-}
-
-
-@pytest.mark.parametrize("kind", NAMES)
-def test_names_are_as_short_as_they_differ(kind: str) -> None:
-    names, short, end = NAMES[kind]
-    assert list(short_names(names).values()) == short
-    assert pattern(names).endswith(end)

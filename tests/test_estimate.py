@@ -9,9 +9,11 @@ from typing import Any
 import pytest
 from commandline import MODEL, invoke, refused, run_json
 from folders import saved
+from mtps import saved_with_mtp
 from tiny import tiny_inputs, tiny_model
 
 from reap.model.identity import describe_folder
+from reap.model.load import load_mtp
 from reap.runs import memory
 from reap.runs.disk import statistics_size
 from reap.runs.estimate import estimate
@@ -58,6 +60,35 @@ def test_by_hand(tmp_path: Path) -> None:
     assert found.flops == 2 * 1000 * met
     assert found.stored == sum(w.nbytes for w in model.model.layers.parameters())
     assert found.statistics == statistics_size(describe_folder(tmp_path), True, 3)
+
+
+def test_multi_token_prediction(tmp_path: Path) -> None:
+    """A layer more: what it holds, what a token meets there, and its statistics."""
+    saved_with_mtp(tmp_path, "deepseek_v3")
+    model, found = tiny_model("deepseek_v3"), dict[bool, Any]()
+    for with_mtp in (False, True):
+        layers = open_layers(tmp_path)
+        found[with_mtp] = estimate(
+            layers,
+            [batch(model), batch(model, 1)],
+            1000,
+            layerwise=True,
+            whole=0,
+            limit=memory.resident() + (1 << 30),
+            scratch=tmp_path,
+            mtp=load_mtp(layers.model, tmp_path) if with_mtp else None,
+        )
+    met = size = 0
+    for name, weight in model.model.layers[-1].named_parameters():  # which that is a copy of
+        share = 2 / 8 if ".mlp.experts." in f".{name}" else 1
+        met += weight.numel() * share if weight.dim() > 1 else 0
+        size += weight.nbytes
+    hidden = 32
+    met += 2 * hidden * hidden  # and its projection
+    size += 4 * (2 * hidden * hidden + 2 * hidden + hidden)
+    assert found[True].flops - found[False].flops == 2 * 1000 * met
+    assert found[True].stored - found[False].stored == size
+    assert found[True].statistics == found[False].statistics / 3 * 4
 
 
 def test_one_layer(tmp_path: Path) -> None:

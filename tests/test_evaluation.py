@@ -1,12 +1,18 @@
 import math
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from folders import some_plan
 from tiny import VOCAB, tiny_model
 
 from reap.errors import ReapError
+from reap.model.identity import describe
+from reap.planning.plan import Plan
 from reap.runs.evaluation import evaluate
+from reap.runs.masking import masked
 from reap.text.batching import Batch
 
 
@@ -184,3 +190,53 @@ def test_tokens_that_the_teacher_rules_out(model):
     data = batch("d", [row % 90 for row in rows(2, 8)[0]])
     result = evaluate(Masked(), [data], teacher=Masked())["d"]
     assert result.kl == 0 and math.isfinite(result.loss)
+
+
+def plans_of(model: Any, *keeps: int) -> dict[str, Plan]:
+    return {f"{keep}": some_plan(Path(), keep, model=describe(model)) for keep in keeps}
+
+
+@pytest.mark.parametrize("chunk", [3 * VOCAB, 1 << 24], ids=["three tokens", "all"])
+def test_plans_in_one_pass(model, teacher, monkeypatch, chunk):
+    monkeypatch.setattr("reap.runs.evaluation._CHUNK", chunk)
+    data = [batch("a", *rows(0, 9, 5)), batch("b", *rows(1, 7))]
+    plans = plans_of(model, 8, 5, 2)
+    seen: list[int] = []
+    calls: list[int] = []
+    hook = model.register_forward_pre_hook(lambda *_: calls.append(1))
+    results = evaluate(model, data, plans=plans, progress=seen.append)
+    hook.remove()
+    assert list(results) == ["8", "5", "2"] and seen == [14, 7]
+    assert len(calls) == len(data) * (len(plans) + 1), "the teacher runs once"
+    plain = evaluate(model, data)
+    assert list(results["5"]) == ["a", "b", "total"]
+    assert results["8"]["total"].kl == 0 and results["8"]["total"].agreement == 1
+    strayed = [found["total"].kl or 0.0 for found in results.values()]
+    assert 0 == strayed[0] < strayed[1] < strayed[2]
+    for name, plan in plans.items():
+        with masked(model, plan):
+            alone = evaluate(model, data)
+        for domain, result in results[name].items():
+            assert result.teacher_loss == plain[domain].loss
+            assert (result.tokens, result.loss) == (alone[domain].tokens, alone[domain].loss)
+    other = evaluate(model, data, plans=plans, teacher=teacher)["8"]
+    assert other == evaluate(model, data, teacher=teacher)
+    assert evaluate(model, data) == plain, "no mask is left"
+
+
+def test_plans_as_files_and_bad_ones(model, tmp_path):
+    data = [batch("d", *rows(2, 8))]
+    plan = plans_of(model, 5)["5"]
+    plan.save(tmp_path / "plan.json")
+    found = evaluate(model, data, plans={"file": tmp_path / "plan.json", "plan": plan})
+    assert found["file"] == found["plan"]
+    with pytest.raises(ReapError, match="plans names no plan"):
+        evaluate(model, data, plans={})
+    other = plans_of(tiny_model("mixtral"), 5)["5"]
+    with pytest.raises(ReapError, match="plan b: the plan was made for another model than"):
+        evaluate(model, data, plans={"a": plan, "b": other})
+    broken = tiny_model("qwen3_moe")
+    with torch.no_grad():
+        broken.lm_head.weight[3, 0] = math.nan
+    with pytest.raises(ReapError, match="plan a, domain 'd': the loss is not finite"):
+        evaluate(broken, data, plans={"a": plan})

@@ -93,7 +93,8 @@ def test_two_stages_side_by_side_and_a_limit_for_all(tmp_path, monkeypatch):
         python("c", "import time; time.sleep(60)"),
         python("d", ""),
     ]
-    clock = SimpleNamespace(now=0.0, monotonic=lambda: clock.now)
+    clock = SimpleNamespace(now=0.0)
+    clock.monotonic = lambda: clock.now
     monkeypatch.setattr(stages, "time", clock)
 
     def say(line: str) -> None:

@@ -77,3 +77,29 @@ def test_control_groups(tmp_path: Path, monkeypatch: Any, version: int) -> None:
     assert memory.allowed() == 1_024_000 + 600_000_000
     group(groups / "a", **of(900_000_000, 950_000_000, 0))
     assert memory.allowed() == 1_024_000
+
+
+def test_that_of_a_gpu(monkeypatch: Any) -> None:
+    """What torch keeps for itself counts as free."""
+    device = torch.device("cuda:1")
+    asked: list[Any] = []
+
+    def says(value: Any) -> Any:
+        def said(one: Any) -> Any:
+            asked.append(one)
+            return value
+
+        return said
+
+    for name, value in [
+        ("memory_allocated", 3), ("max_memory_allocated", 5), ("memory_reserved", 7),
+        ("mem_get_info", (100, 200)), ("reset_peak_memory_stats", None),
+    ]:  # fmt: skip
+        monkeypatch.setattr(torch.cuda, name, says(value))
+    found = memory.meter_of(device)
+    found.reset_peak()
+    found.give_back()
+    assert (found.resident(), found.peak(), found.allowed()) == (3, 5, 107)
+    assert set(asked) == {device}
+    assert memory.meter_of(torch.device("cpu")).allowed is memory.allowed
+    assert memory.meter_of(None).peak is memory.peak

@@ -52,15 +52,35 @@ def test_in_another_dtype(folder: Path, monkeypatch: Any) -> None:
 
 
 def test_packed_weights_grow(folder: Path, monkeypatch: Any) -> None:
+    """To 16 bits, or to what was asked for: [2, 32, 3] of 96 bytes and exponents here."""
+    blocks = torch.zeros(2, 3, 1, 16, dtype=torch.uint8)
+    tensors = {"a": torch.zeros(1000), "b_blocks": blocks, "b_scales": blocks[..., 0].contiguous()}
+    save_file(tensors, folder / "model.safetensors")
     edit_config(folder, quantization_config={"quant_method": "mxfp4"})
-    assert why(folder, monkeypatch, 4840) is None
-    assert why(folder, monkeypatch, 4839) is not None
+    for dtype, bytes_ in (("auto", 4000 + 192 * 2), ("float32", 4000 + 192 * 4)):
+        need = round(bytes_ * mode.LOADING)
+        assert why(folder, monkeypatch, need, dtype=dtype) is None
+        assert why(folder, monkeypatch, need - 1, dtype=dtype) is not None
 
 
-def test_a_gpu(folder: Path, monkeypatch: Any) -> None:
-    """What it holds is not looked at, and layers do not run there."""
-    assert why(folder, monkeypatch, 0, device="cuda") is None
-    with pytest.raises(ReapError, match="runs on the CPU alone, not on cuda: --device cpu"):
-        why(folder, monkeypatch, device="cuda", asked=True)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert why(folder, monkeypatch, 0, device="auto") is None
+@pytest.mark.parametrize(("free", "fits"), [(4510, True), (4509, False)])
+def test_a_gpu(folder: Path, monkeypatch: Any, free: int, fits: bool) -> None:
+    """Of its memory alone."""
+    monkeypatch.setattr(
+        mode, "find_device", lambda device: "cuda:1" if device == "auto" else device
+    )
+    monkeypatch.setattr(memory.Device, "allowed", lambda self: free)
+    said = "its weights take 4.10 kB, and cuda:1 has room for 4.51 kB"
+    assert why(folder, monkeypatch, 0, device="auto") == (None if fits else said)
+    assert why(folder, monkeypatch, device="cuda", asked=True) == "as asked for"
+    if not fits:
+        with pytest.raises(ReapError, match="has room for 4.51 kB: leave out --no-stream"):
+            why(folder, monkeypatch, device="cuda", asked=False)
+
+
+def test_devices_that_do_not_run_layer_by_layer(folder: Path, monkeypatch: Any) -> None:
+    monkeypatch.setattr(mode, "find_device", lambda device: device)
+    for device in ("balanced", "mps", "xpu:0"):
+        assert why(folder, monkeypatch, 0, device=device) is None
+        with pytest.raises(ReapError, match=f"or on one CUDA GPU, not on {device}: --device cpu"):
+            why(folder, monkeypatch, device=device, asked=True)

@@ -9,12 +9,10 @@ import pytest
 import torch
 from folders import tensors_of
 from mtps import FAMILIES, computed_by_hand, saved_with_mtp
-from tiny import tiny_config, tiny_inputs
+from tiny import tiny_inputs
 
 from reap.model.load import load_model, load_mtp
-from reap.model.mtp import FAMILIES as ROWS
-from reap.model.mtp import Place
-from reap.model.mtplayer import Mtp, configuration, mtp_on_meta
+from reap.model.mtplayer import Mtp, mtp_on_meta
 
 
 def loaded(folder: Path) -> tuple[Any, Mtp]:
@@ -61,19 +59,3 @@ def test_dtype_and_device_are_the_models(tmp_path: Path) -> None:
     mtp = load_mtp(load_model(tmp_path, dtype="bfloat16"))
     assert mtp is not None and not mtp.training
     assert {mtp.projection.weight.dtype, mtp.hidden_norm.weight.dtype} == {torch.bfloat16}
-
-
-def test_a_dequantised_models_blocks_are_dequantised() -> None:
-    """The model's own configuration has forgotten it; one that has another way keeps that."""
-    config = tiny_config("deepseek_v3")
-    place = Place(ROWS[0], "model.layers.4", {}, {})
-    fp8 = {"quant_method": "fp8", "weight_block_size": [128, 128]}
-    assert not hasattr(configuration(place, config, {}), "quantization_config")
-    found = configuration(place, config, {"quantization_config": fp8})
-    assert found.quantization_config == {**fp8, "dequantize": True}
-    other = {"quant_method": "awq"}
-    found = configuration(place, config, {"quantization_config": other})
-    assert found.quantization_config == other
-    config.quantization_config = {"quant_method": "mine"}
-    found = configuration(place, config, {"quantization_config": fp8})
-    assert found.quantization_config == {"quant_method": "mine"}

@@ -5,16 +5,14 @@ from __future__ import annotations
 import json
 import math
 import os
-import random
-import signal
+import re
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from letters import Tokenizer
+from processes import killed, one_thread  # noqa: F401
 from tiny import tiny_model
 
 from reap.errors import ReapError
@@ -164,6 +162,43 @@ def test_other_statistics_are_not_taken_up(here: Path) -> None:
         Partial(here / "kept")
 
 
+@pytest.mark.parametrize("damage", ["cut", "empty", "newer", "json"])
+def test_a_file_that_cannot_be_read(here: Path, damage: str) -> None:
+    """It is named, said what to do with, and left as it is."""
+    with pytest.raises(Stop):
+        run(here, tiny_model("qwen3_moe"), 3)
+    kept = here / "kept"
+    data = kept.read_bytes()
+    kept.write_bytes(
+        {
+            "cut": data[: len(data) // 2],
+            "empty": b"",
+            "newer": re.sub(rb'(\\"version\\": ?)\d', rb"\g<1>9", data, count=1),
+            "json": data.replace(b"partial", b"par\xfftal"),
+        }[damage]
+    )
+    before = kept.read_bytes()
+    assert before != data
+    reason = {"newer": "format version 9"}.get(damage, str(kept))
+    with pytest.raises(ReapError, match=f"left cannot be read: .*{reason}.* begin anew") as caught:
+        Partial(kept)
+    assert "\n" not in str(caught.value) and kept.read_bytes() == before
+
+
+def test_a_clock_that_jumps(here: Path, monkeypatch: Any) -> None:
+    """Of the day's time nothing is asked, and a monotonic one that stands still loses nothing."""
+    model = tiny_model("qwen3_moe")
+    whole = calibrate(model, text(here))
+    clock = iter([1e9, 0.0, -1e9, 1e12] * 10_000)
+    monkeypatch.setattr(time, "time", lambda: next(clock))
+    for still in (1.0, 1e9):
+        with monkeypatch.context() as patch, pytest.raises(Stop):
+            patch.setattr("reap.runs.partial.time.monotonic", lambda now=still: now)
+            run(here, model, 5)
+    assert Statistics.load(here / "kept").data[0]["partial"] == {"batches": 10}
+    assert run(here, model).digest() == whole.digest()
+
+
 def test_a_fault_that_shows_late_is_not_kept(here: Path, monkeypatch: Any) -> None:
     """A GPU reports a NaN when it is asked. What was asked about before is kept."""
     model = tiny_model("qwen3_moe")
@@ -198,43 +233,14 @@ def written_at_every_batch(monkeypatch: Any) -> None:
     monkeypatch.setattr("reap.runs.partial._WRITE_SHARE", math.inf)
 
 
-@pytest.fixture
-def one_thread() -> Iterator[None]:
-    """A fork has no threads but one, and waits for torch's others for ever."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.mark.usefixtures("one_thread")
-@pytest.mark.parametrize("kills", [5, pytest.param(200, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kills", [3, pytest.param(200, marks=pytest.mark.slow)])
 def test_killed_at_any_moment(here: Path, kills: int, monkeypatch: Any) -> None:
     """kill -9, again and again: the run that gets through has the bits of one without breaks."""
     written_at_every_batch(monkeypatch)
     model = tiny_model("qwen3_moe")
     whole = calibrate(model, text(here))
-    rng, started, killed = random.Random(kills), time.monotonic(), 0
-    calibrate(model, text(here))
-    limit = time.monotonic() - started  # seconds, of a run without breaks
-    while True:
-        child = os.fork()
-        if child == 0:
-            try:
-                run(here, model).save(here / "done", overwrite=True)
-            finally:
-                os._exit(0)
-        if killed < kills:
-            time.sleep(rng.random() * limit)
-            os.kill(child, signal.SIGKILL)
-            killed += 1
-        _, status = os.waitpid(child, 0)
-        if not os.WIFSIGNALED(status):
-            assert Statistics.load(here / "done") == whole
-            assert not (here / "kept").exists()
-            if killed >= kills:
-                break
-            (here / "done").unlink()  # faster than the signal: once more
+    killed(here, lambda: run(here, model), whole, kills)
     assert {path.name for path in here.iterdir()} == {"a.jsonl", "b.txt", "done"}
 
 

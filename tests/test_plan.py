@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from reap.errors import ReapError
 from reap.model.info import LayerInfo, ModelInfo
-from reap.planning.criteria import CRITERIA
-from reap.planning.plan import Plan, make_plan
+from reap.planning.criteria import CRITERIA, rank, saliency
+from reap.planning.plan import Plan, make_plan, trial_plan
 from reap.statistics.stats import Statistics
 
 
@@ -382,3 +382,49 @@ def test_notes_on_what_was_rounded_up_to_nothing_and_on_protection():
 def test_half_a_surrogate_pair_is_no_plan():
     with pytest.raises(ReapError, match="not valid JSON"):
         Plan.from_json('{"format": "\ud800"}')
+
+
+def two_layers(first, second):
+    """Statistics in which the layers a and b have different norms."""
+    stats = stats_of([1] * len(first))
+    for name, norms in (("a", first), ("b", second)):
+        experts, column = torch.arange(len(norms))[:, None], torch.tensor(norms)[:, None].float()
+        stats.update(name, experts, torch.ones(len(norms), 1), column, column)
+    return stats
+
+
+def test_one_budget_for_all_layers(tmp_path):
+    stats = two_layers([3, 9, 1, 7, 5, 2, 8, 4], [100, 200, 900, 100, 100, 100, 100, 100])
+    plan = make_plan(stats, scope="global", ratio=0.5, min_per_layer=2)
+    counts = [len(kept) for kept in plan.kept.values()]
+    assert sum(counts) == 8 and counts[0] > counts[1] >= 2
+    assert not plan.uniform and "reap.load_model" in plan.notes[-1]
+    assert plan.options["scope"] == "global" and plan.options["normalize"] == "mean"
+    plan.save(tmp_path / "plan.json")
+    assert Plan.load(tmp_path / "plan.json") == plan
+    for name, score in saliency(stats).items():  # of every layer the best stay
+        assert plan.kept[name] == tuple(sorted(rank(score)[: len(plan.kept[name])]))
+    raw = make_plan(stats, scope="global", total=9, normalize="raw")
+    assert [len(kept) for kept in raw.kept.values()] == [2, 7]
+    assert make_plan(stats, ratio=0.5).uniform
+    with pytest.raises(ReapError, match="min_per_layer is of one budget"):
+        make_plan(stats, ratio=0.5, min_per_layer=3)
+    with pytest.raises(ReapError, match="at least 4: the nearest that works is total 4"):
+        make_plan(stats, scope="global", total=3)
+
+
+def test_protected_experts_of_one_budget():
+    stats = stats_of([9, 9, 9, 9, 9, 9, 9, 1])
+    one = torch.ones(1, 1)
+    stats.update("a", torch.tensor([[7]]), one, one, 1000 * one)
+    options: dict[str, Any] = {"scope": "global", "keep": 2}
+    assert 7 not in make_plan(stats, **options).kept["a"]
+    assert 7 in make_plan(stats, **options, protect_super_experts=True).kept["a"]
+
+
+def test_trial_plans_of_one_budget():
+    model = stats_of(range(8)).model
+    plan = trial_plan(model, scope="global", ratio=0.5)
+    assert not plan.uniform and sum(map(len, plan.kept.values())) == 8
+    with pytest.raises(ReapError, match="no expert would be dropped"):
+        trial_plan(model, scope="global", ratio=0)

@@ -527,13 +527,6 @@ def test_missing_expert(base: Path) -> None:
     refused(base, some_plan(base), "7 experts")
 
 
-def test_two_counts_for_one_number(base: Path) -> None:
-    plan = some_plan(base)
-    first = plan.model.layers[0].name
-    kept = {**plan.kept, first: plan.kept[first][:4]}
-    refused(base, Plan(model=plan.model, criterion="random", seed=0, kept=kept), "uniform")
-
-
 def test_config_that_does_not_count(base: Path) -> None:
     plan = some_plan(base)
     config = json.loads((base / "config.json").read_text())

@@ -14,8 +14,8 @@ import pytest
 ROOT = Path(__file__).parent.parent
 GROUND = {"reap.errors", "reap.versions"}
 THIRD_PARTY = {  # of each package, beside the standard library
-    "reap": {"greenlet", "huggingface_hub", "numpy", "reap_kernels", "rich", "safetensors", "torch"}
-    | {"transformers", "typer"},
+    "reap": {"greenlet", "huggingface_hub", "jinja2", "markupsafe", "matplotlib", "numpy"}
+    | {"reap_kernels", "rich", "safetensors", "scipy", "torch", "transformers", "typer"},
     "reap_kernels": {"torch", "triton"},
 }
 ROW = re.compile(r"\| `reap/(\w+)` \|[^|]*\|([^|]*)\|")

@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 import torch
 from commandline import MODEL, invoke, refused, run_json
-from commandline import ended as ended_early
 from test_partial import Stop, every_batch_is_remembered, here, text  # noqa: F401
 from tiny import tiny_model
 
@@ -19,8 +18,9 @@ from reap.errors import ReapError
 from reap.model.info import LayerInfo, ModelInfo
 from reap.planning.plan import make_plan
 from reap.runs.calibration import calibrate
+from reap.runs.cuts import GROUPS
 from reap.runs.partial import Partial
-from reap.runs.stability import GROUPS, Stable, Watch
+from reap.runs.stability import Stable, Watch
 from reap.statistics.stats import Statistics
 
 E, T = 8, 24  # experts, tokens of a batch
@@ -289,8 +289,7 @@ def test_the_command(tmp_path: Path) -> None:
         (["--until-stable", 0.5, "--max-tokens", 640], "fewer than 32"),
     ]:
         assert reason in refused(*command, *options)
-    _, line = ended_early(*command, "--until-stable", 0.5, "--stream")
-    assert "needs the whole model in memory" in line
+    assert "leave out --shard" in refused(*command, "--until-stable", 0.5, "--shard", "0/2")
     loose = ["--until-stable", 0.25, "--stable-confidence", 0.5, "--stable-tie", 0.9]
     saved = run_json(*command, *loose, "--max-tokens", 9600, "--stable-looks", 1)
     (ended,) = saved["ended"]
@@ -299,3 +298,6 @@ def test_the_command(tmp_path: Path) -> None:
     code, shown, _ = invoke("info", out)
     assert code == 0 and ended in shown
     assert run_json("info", out)["ended"] == [ended]
+    options = [*loose, "--max-tokens", 9600, "--stable-looks", 1, "--stream", "--overwrite"]
+    streamed = run_json(*command, *options)
+    assert streamed["ended"][0].startswith(f"stable after {batches} batches")

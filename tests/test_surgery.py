@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 from folders import EXPERTS, KEPT, plan_for
 
-from reap.checkpoint import surgery
 from reap.checkpoint.operation import layout_of, operate
 from reap.checkpoint.writing import write_shards
 from reap.errors import ReapError
@@ -305,13 +304,3 @@ def test_strided_rows_wider_than_the_buffer(
     assert np.array_equal(
         after[name].reshape(7, 3, 2), before[name].reshape(7, EXPERTS, 2)[:, KEPT]
     )
-
-
-def test_remapped_tables_spread_the_orphans() -> None:
-    table = np.array([[0, 1], [1, 5], [3, 4], [0, 4]])
-    new = surgery.remapped(table, KEPT)
-    assert new[1].tolist() == [0, 2] and new[0, 1] == 0
-    for row in new:
-        assert len(set(row)) == 2 and all(0 <= e < 3 for e in row), "no token gets an expert twice"
-    many = surgery.remapped(np.zeros((999, 1), dtype=np.int64), KEPT)
-    assert np.bincount(many[:, 0]).tolist() == [333, 333, 333]

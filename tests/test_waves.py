@@ -16,6 +16,7 @@ import pytest
 import torch
 from folders import saved, tensors_of
 from letters import Tokenizer
+from processes import killed, one_thread  # noqa: F401
 from safetensors.torch import save_file
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeDecoderLayer
 
@@ -154,6 +155,17 @@ def test_a_run_goes_on_behind_its_last_wave(here: Path, monkeypatch: Any, calls:
         partial = Partial(here / "kept")
         model = load_model(here / "model", device="cpu")
         assert calibrate(model, text(here), partial=partial).digest() == found.digest()
+
+
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.parametrize("kills", [3, pytest.param(200, marks=pytest.mark.slow)])
+def test_killed_at_any_moment(here: Path, kills: int) -> None:
+    """kill -9, again and again: the run that gets through has the bits of one without breaks."""
+    expected = whole(here)
+    left = killed(here, lambda: streamed(here, wave_tokens=3 * BATCH), expected, kills)
+    print(f"{kills} kills, by batches kept: {sorted(left.items())}")
+    assert kills < 100 or len(left) > 3, "kills in several waves"
+    assert {path.name for path in here.iterdir()} == {"a.jsonl", "b.txt", "done", "model"}
 
 
 def test_it_goes_on_with_what_a_run_in_memory_left(here: Path, monkeypatch: Any) -> None:

@@ -78,6 +78,7 @@ def plan(out: Path, device: str, *, smoke: bool = False) -> list[Stage]:
         own("facts", 30, device, str(out / "facts.json"), needs=()),
         own("build", 100, device, str(out / "build.json")),
         *on_gpu,
+        own("streamed", 60, device, str(out / "streamed.json"), *["smoke"] * smoke),
         bench("layer", "layer stats", 80, *layer, "1,64,1024,4096", *fast),
         bench("calibrate", "calibrate", 80, "--rounds", "2", *whole),
         bench("large", "layer", 100, *short, *large, *fast, "--routing", "uniform,even"),

@@ -279,11 +279,30 @@ class CutOptions:
         bool, typer.Option("--protect-super-experts", help="never drop experts with extreme peaks")
     ] = False
     seed: Seed = 0
+    scope: Annotated[
+        str,
+        typer.Option(help="layer: equally many stay in each; global: one budget for all layers"),
+    ] = "layer"
+    normalize: Annotated[
+        str, typer.Option(help="scores of layers are compared raw, by their mean or their share")
+    ] = "mean"
+    total: Annotated[
+        int | None, typer.Option(min=1, help="experts to keep in all layers, with --scope global")
+    ] = None
+    min_per_layer: Annotated[
+        int | None, typer.Option(min=1, help="that each layer keeps, with --scope global")
+    ] = None
 
     @property
     def size(self) -> dict[str, Any]:
-        """What says how many experts stay."""
+        """What says how many experts stay in a layer."""
         return {"ratio": self.ratio, "keep": self.keep, "multiple_of": self.multiple_of}
+
+    @property
+    def across(self) -> dict[str, Any]:
+        """What says how many stay in all layers."""
+        names = ("scope", "normalize", "total", "min_per_layer")
+        return {name: getattr(self, name) for name in names}
 
 
 def grouped(command: Callable[..., None]) -> Callable[..., None]:

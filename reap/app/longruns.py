@@ -35,12 +35,16 @@ def where(folder: Path, load: LoadOptions, backend: str | None = None) -> str:
 
     from reap.files.folder import open_folder
     from reap.model.load import find_device
+    from reap.model.unpacked import said_of_folder
     from reap.runs.calibration import backend_said
 
-    dtype = load.dtype
-    if dtype == "auto":
+    dtype, opened = load.dtype, open_folder(folder)
+    packed = said_of_folder(opened)
+    if packed is not None:
+        dtype = packed + ("" if dtype == "auto" else f" to {dtype}")
+    elif dtype == "auto":
         stored: Counter[str] = Counter()
-        for shard in open_folder(folder).shards:
+        for shard in opened.shards:
             for tensor in shard.tensors.values():
                 stored[tensor.dtype] += tensor.nbytes
         dtype = f"{stored.most_common(1)[0][0]} as stored" if stored else "its data type"

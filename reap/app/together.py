@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from reap.files.lock import Lock
     from reap.runs.partial import Partial
     from reap.runs.ranks import Ranks
+    from reap.runs.stability import Stable
     from reap.statistics.stats import Statistics
     from reap.text.batching import Batches
     from reap.text.share import Share
@@ -65,6 +66,7 @@ class Together:
         measuring: MeasureOptions,
         loading: LoadOptions,
         out: Path,
+        until: Stable | None = None,
     ) -> None:
         """ReapError unless all ranks are about to run the same, and rank 0 sees their files."""
         if self.ranks is None:
@@ -85,6 +87,7 @@ class Together:
                 "the hash of the model's weights": weights_fingerprint(folder),
                 "the hash of the text": rows.beginning(),
                 "the output": str(out),
+                "until_stable": None if until is None else until.describe(),
             }
         )
         if self.writes:

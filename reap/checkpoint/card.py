@@ -12,6 +12,7 @@ from reap import versions
 from reap.files.outputs import PRUNED
 from reap.files.units import sized
 from reap.model.compat import NAME_KEY
+from reap.model.uneven import counts_in
 
 if TYPE_CHECKING:
     from reap.checkpoint.operation import Operation
@@ -48,12 +49,13 @@ def record(
             for layer in plan.model.layers
         },
         "config_changes": list(operation.changes),
+        "loaded_by": "reap" if counts_in(operation.config) else "transformers",
         "mtp_layers": list(operation.mtp.kept),
         "dropped_layers": list(operation.mtp.dropped),
         "left_out": list(folder.left_out),
         "notes": list(notes),
         "command": command,
-        "versions": _versions(),
+        "versions": installed_versions(),
     }
 
 
@@ -75,7 +77,7 @@ def base_name(folder: Folder) -> str:
     return folder.path.name
 
 
-def _versions() -> dict[str, str]:
+def installed_versions() -> dict[str, str]:
     others = versions.installed("torch", "transformers", "safetensors")
     found = {"reap": versions.OWN, "python": platform.python_version(), **others}
     return {name: number for name, number in found.items() if number}
@@ -95,7 +97,7 @@ def model_card(record: Mapping[str, Any], name: str, size: int) -> str:
     lines = [
         "---",
         f"base_model: {_yaml(base)}",
-        "library_name: transformers",
+        f"library_name: {'reap' if record.get('loaded_by') == 'reap' else 'transformers'}",
         "pipeline_tag: text-generation",
         "tags:",
         "- moe",
@@ -123,16 +125,7 @@ def model_card(record: Mapping[str, Any], name: str, size: int) -> str:
         "",
         "## Use",
         "",
-        "```python",
-        "from transformers import AutoModelForCausalLM, AutoTokenizer",
-        "",
-        f'model = AutoModelForCausalLM.from_pretrained("{name}", dtype="auto", device_map="auto")',
-        f'tokenizer = AutoTokenizer.from_pretrained("{name}")',
-        "```",
-        "",
-        "```",
-        f"vllm serve {name}",
-        "```",
+        *_use(name, record.get("loaded_by") == "reap"),
         "",
     ]
     if record["mtp_layers"]:
@@ -154,6 +147,35 @@ def model_card(record: Mapping[str, Any], name: str, size: int) -> str:
     lines += ["## Experts kept", "", "| layer | experts | kept |", "|---|---|---|", *rows, ""]
     lines += ["The original ids of the experts kept are in `reap.json`.", ""]
     return "\n".join(lines)
+
+
+def _use(name: str, uneven: bool) -> list[str]:
+    """How the model is loaded and served."""
+    if uneven:
+        return [
+            "Its layers keep different numbers of experts, which `config.json` says in words of",
+            "its own: transformers, vLLM and others refuse it.",
+            "",
+            "```python",
+            "import reap  # reap-saliency",
+            "from transformers import AutoTokenizer",
+            "",
+            f'model = reap.load_model("{name}")',
+            f'tokenizer = AutoTokenizer.from_pretrained("{name}")',
+            "```",
+        ]
+    return [
+        "```python",
+        "from transformers import AutoModelForCausalLM, AutoTokenizer",
+        "",
+        f'model = AutoModelForCausalLM.from_pretrained("{name}", dtype="auto", device_map="auto")',
+        f'tokenizer = AutoTokenizer.from_pretrained("{name}")',
+        "```",
+        "",
+        "```",
+        f"vllm serve {name}",
+        "```",
+    ]
 
 
 def _percent(share: float) -> str:

@@ -12,7 +12,6 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from reap.errors import ReapError
 from reap.model.config import EXPERT_COUNT_KEYS
 
 DEPTHS = ("num_hidden_layers", "n_layers", "num_layers", "n_layer")
@@ -96,14 +95,18 @@ def depth_of(config: Mapping[str, Any], path: tuple[str, ...]) -> int | None:
     return None
 
 
+def is_uneven(config: Mapping[str, Any], place: Place, kept: Mapping[int, int]) -> bool:
+    """Whether the place has one number and would have to have several."""
+    old = at(config, (*place.path, place.key))
+    per_layer = isinstance(old, list) and len(old) == depth_of(config, place.path)
+    return not per_layer and len(set(kept.values())) > 1
+
+
 def with_fewer(
     config: Mapping[str, Any], counts: Mapping[Place, Mapping[int, int]], drop_extra: bool
 ) -> tuple[dict[str, Any], list[str]]:
     """The pruned config, and what changed in it as lines of text. `counts`: place -> layer number
-    -> experts kept.
-
-    ReapError when one number would have to be two.
-    """
+    -> experts kept. Where one number would have to be several, it is the largest."""
     new = copy.deepcopy(dict(config))
     changes = []
     for place, kept in counts.items():
@@ -112,13 +115,8 @@ def with_fewer(
         values = set(kept.values())
         if isinstance(old, list) and len(old) == depth_of(config, place.path):
             owner[place.key] = [kept.get(i, n) for i, n in enumerate(old)]
-        elif len(values) > 1:
-            raise ReapError(
-                f"the plan keeps {min(values)} experts in some layers and {max(values)} in others, "
-                f"but the config has one number for all ({place}): make a uniform plan"
-            )
         else:
-            (value,) = values
+            value = max(values)
             owner[place.key] = [value] * len(old) if isinstance(old, list) else value
         changes.append(f"{place}: {old} -> {owner[place.key]}")
     if drop_extra:

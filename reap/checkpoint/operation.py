@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,8 @@ from reap.errors import ReapError
 from reap.files.folder import CONFIG, Folder
 from reap.files.garbage import uncollected
 from reap.files.safefile import BITS, Header, Tensor, read_json, span
+from reap.model import uneven
+from reap.model.uneven import restored
 from reap.planning.plan import Plan
 
 # Shard of the original -> what it holds afterwards, in the order of the data.
@@ -50,17 +52,57 @@ def operate(folder: Folder, plan: Plan) -> Operation:
     blocks = find_blocks(shapes)
     if not blocks:
         raise ReapError(f"{folder.path} {_without_experts(folder, shapes)}")
-    removals = removals_of(plan, folder.config, shapes, blocks)
-    mtp = mtp_layers(folder.config, shapes, blocks, removals)
+    before = restored(folder.config)
+    removals = removals_of(plan, before, shapes, blocks)
+    mtp = mtp_layers(before, shapes, blocks, removals)
     edits = surgery.edits_of(shapes, removals, mtp.dropped)
     for name, edit in edits.items():
         _check_edit(name, shapes[name], edit)
-    config, changes = counts.with_fewer(folder.config, kept_by_place(removals), bool(mtp.dropped))
+    config, changes = _config(before, plan, removals, mtp)
     renaming = quantisation.Renaming.of(removals, shapes, edits)
     renamed = renaming.config(config)
     if renamed != config:
         changes.append("quantisation: what names experts names those that stay")
     return Operation(removals, edits, renamed, tuple(changes), mtp, _rewritten(folder, renaming))
+
+
+def _config(
+    before: dict[str, Any], plan: Plan, removals: Sequence[Removal], mtp: MtpLayers
+) -> tuple[dict[str, Any], list[str]]:
+    """The new config, and what changed in it: in our own words where the architecture's cannot say
+    it. ReapError for what these cannot say either."""
+    by_place = kept_by_place(removals)
+    config, changes = counts.with_fewer(before, by_place, bool(mtp.dropped))
+    places = [
+        (*place.path, place.key)
+        for place, kept in by_place.items()
+        if counts.is_uneven(before, place, kept)
+    ]
+    if not places:
+        return uneven.written(config, {}, ()), changes
+    in_mtp = [one for one in removals if one.block.module.startswith(mtp.kept)] if mtp.kept else []
+    of_mtp = {layer for removal in in_mtp for layer in removal.layers}
+    found = {name: len(kept) for name, kept in plan.kept.items() if name not in of_mtp}
+    most = max(found.values())
+    if any(removal.modalities for removal in removals):
+        raise ReapError(
+            "layers with text and vision experts under one count must keep equally many: make a "
+            "uniform plan (scope layer)"
+        )
+    for name in of_mtp:
+        if len(plan.kept[name]) != most:
+            raise ReapError(
+                f"{name} is a multi-token-prediction layer and must keep as many experts as the "
+                f"largest layer, {most}, not {len(plan.kept[name])}: plan from statistics without "
+                "it (calibrate with --no-mtp), or make a uniform plan (scope layer)"
+            )
+    new = uneven.written(config, found, places)
+    fewest = min(found.values())
+    changes += [
+        f"{uneven.KEY}: {fewest} to {most} experts in {len(found)} layers",
+        f"model_type: {before.get('model_type')} -> {uneven.MODEL_TYPE}, for reap.load_model",
+    ]
+    return new, changes
 
 
 def _without_experts(folder: Folder, shapes: Shapes) -> str:

@@ -9,7 +9,6 @@ into a hidden folder beside the output, verified, synced and moved into place in
 from __future__ import annotations
 
 import os
-import shutil
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -18,31 +17,32 @@ from typing import Any, NamedTuple
 
 from reap.checkpoint import card, counts
 from reap.checkpoint.blocks import find_blocks
+from reap.checkpoint.guards import (
+    check_same_model,
+    check_space,
+    described,
+    recorded_files,
+)
 from reap.checkpoint.operation import Layout, Operation, layout_of, operate, own_tensors
 from reap.checkpoint.publish import staged
 from reap.checkpoint.writing import (
     Check,
-    checksum,
     copy_others,
     write_json,
     write_shards,
     write_text,
 )
 from reap.errors import ReapError
-from reap.files import atomic
 from reap.files.folder import CONFIG, Folder, open_folder
 from reap.files.outputs import RECORD, check_folder
 from reap.files.paths import path_of
 from reap.files.safefile import Tensor, span
 from reap.files.units import sized
 from reap.model import compat
-from reap.model.config import NeedsCodeError
-from reap.model.identity import describe_folder, mtp_of, weights_fingerprint
-from reap.model.info import ModelInfo
+from reap.model.identity import describe_folder, mtp_of
 from reap.model.shapes import Tensors, loading_problems
+from reap.model.uneven import counts_in
 from reap.planning.plan import Plan
-
-MARGIN = 16 << 20  # bytes of disk left free beside the output
 
 
 @dataclass(frozen=True)
@@ -149,7 +149,7 @@ def prune(
                 advance(os.stat(folder.path / name).st_size)
             record = card.record(folder, plan, operation, command, notes)
             write_text(stage / "README.md", card.model_card(record, out.name, size))
-            write_json(stage / RECORD, {**record, "files": _files(stage, check)})
+            write_json(stage / RECORD, {**record, "files": recorded_files(stage, check)})
     except OSError as error:
         raise ReapError(
             f"cannot write {out}: {error.strerror or error}; nothing was changed there"
@@ -177,19 +177,6 @@ def _why_dropped(folder: Folder) -> str:
     if known:
         return "a plan of statistics with it, as `reap calibrate` makes them, keeps it"
     return reason.partition(": ")[2] if reason else "it is not known how to run it"
-
-
-def _files(folder: Path, check: Check | None) -> dict[str, dict[str, int]]:
-    """Bytes and, if checked, CRC-32 of the files in it: what `reap verify` holds them against, and
-    what a later run for the same output may replace."""
-    files: dict[str, dict[str, int]] = {}
-    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
-        name = str(path.relative_to(folder))
-        files[name] = {"bytes": path.stat().st_size}
-        if check is not None:
-            atomic.sync(path)
-            _, files[name]["crc32"] = check.found.get(name) or checksum(path)
-    return files
 
 
 def check_prune(
@@ -240,8 +227,8 @@ def _prepared(
             "experts, or pass allow_copy=True"
         )
     operation = _operate(folder, plan)
-    found = _described(folder, plan)
-    _check_same_model(folder, plan, found)
+    found = described(folder, plan.model)
+    check_same_model(folder, plan.model, found, "plan")
     notes = tuple(plan.model.notes(found))
     if strict and notes:
         raise ReapError(f"{folder.path} is not strictly what the plan was made from: {notes[0]}")
@@ -251,8 +238,13 @@ def _prepared(
         edit.name: (tensor.dtype, edit.shape) for shard in layout.values() for edit, tensor in shard
     }
     size, others = _sizes(folder, layout)
-    _check_space(out, size + others)
+    check_space(out, size + others)
     unchecked = _check_shapes(folder, before, operation, after)
+    if unchecked and counts_in(operation.config):
+        raise ReapError(
+            f"{folder.path} can only be written with one number of experts for all layers, since "
+            f"transformers cannot build it here ({unchecked}): make a uniform plan (scope layer)"
+        )
     bytes_before = sum(t.nbytes for t in before.values())
     return _Prepared(
         folder, out, operation, layout, after, bytes_before, size, others, notes, unchecked
@@ -272,7 +264,7 @@ def _operate(folder: Folder, plan: Plan) -> Operation:
         counted = next(counts.places(folder.config), None) is not None
         told = counted and plan.model.layers != found.layers
         if told or plan.model.model_type != found.model_type:
-            _check_same_model(folder, plan, found)
+            check_same_model(folder, plan.model, found, "plan")
         raise
 
 
@@ -283,45 +275,15 @@ def _sizes(folder: Folder, layout: Layout) -> tuple[int, int]:
     return weights, sum(os.stat(folder.path / name).st_size for name in folder.others)
 
 
-def _check_space(out: Path, needed: int) -> None:
-    place = out.parent
-    while not os.path.exists(place):
-        place = place.parent
-    free = shutil.disk_usage(place).free
-    if free < needed + MARGIN:
-        raise ReapError(
-            f"{out} needs {sized(needed + MARGIN)}, {sized(MARGIN)} of it to spare, but "
-            f"{place} has {sized(free)} free (an old folder stays until the new one is whole)"
-        )
-
-
-def _described(folder: Folder, plan: Plan) -> ModelInfo:
-    try:
-        return describe_folder(folder.path, like=plan.model)
-    except NeedsCodeError:
-        # Names and shapes of its experts are checked without; this is what else its files tell.
-        return replace(
-            plan.model,
-            model_type=str(folder.config.get("model_type")),
-            weights=weights_fingerprint(folder.path),
-        )
-
-
-def _check_same_model(folder: Folder, plan: Plan, found: ModelInfo) -> None:
-    different = plan.model.difference(found, to_prune=True)
-    if different:
-        raise ReapError(f"the plan was made for another model than {folder.path}: {different}")
-
-
 def _check_shapes(
     folder: Folder, before: Mapping[str, Tensor], operation: Operation, after: Tensors
 ) -> str | None:
     """Asks transformers' loader. Returns why it could not be asked, None when all is well."""
     try:
-        problems = loading_problems(operation.config, after)
+        problems = loading_problems(operation.config, after, folder.path)
         if problems:  # what it says of the original too is not our doing
             shapes = {name: (t.dtype, t.shape) for name, t in before.items()}
-            problems -= loading_problems(folder.config, shapes)
+            problems -= loading_problems(folder.config, shapes, folder.path)
     except NotImplementedError as error:
         return str(error)
     if problems:

@@ -15,6 +15,7 @@ from reap.errors import ReapError
 from reap.files.folder import CONFIG
 from reap.model.config import EXPERT_COUNT_KEYS
 from reap.model.info import LayerInfo
+from reap.model.uneven import counts_in
 from reap.planning.plan import Plan
 
 
@@ -124,7 +125,9 @@ def _removal(
 
 def _places(config: Mapping[str, Any], block: Block, layer: LayerInfo) -> list[counts.Place]:
     name = f"{layer.name}.{block.module}"
-    places = counts.places_of(config, name, block.number, layer.num_experts)
+    # Of layers with different numbers, a config that has one number has the largest.
+    total = max(counts_in(config).values(), default=layer.num_experts)
+    places = counts.places_of(config, name, block.number, total)
     if not places:
         raise ReapError(
             f"{CONFIG} does not say that {layer.name} has {layer.num_experts} experts "

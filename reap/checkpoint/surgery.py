@@ -1,9 +1,9 @@
 """What becomes of each tensor of a checkpoint when experts are removed: names and shapes in, edits
 out, no file touched.
 
-What a router is called differs between architectures: `ROUTER` is the table. A tensor of a router,
-or one of a block that has as many rows or columns as there are experts, that is in no table is an
-error, because copying it could be silently wrong.
+What a router is called differs between architectures: `reap.model.routers` has the table. A tensor
+of a router, or one of a block that has as many rows or columns as there are experts, that is in no
+table is an error, because copying it could be silently wrong.
 """
 
 from __future__ import annotations
@@ -11,27 +11,14 @@ from __future__ import annotations
 import itertools
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-
-import numpy as np
 
 from reap.checkpoint.blocks import Block, Shapes
 from reap.checkpoint.removal import Removal
 from reap.errors import ReapError
+from reap.model.routers import IN_ROUTER, ROUTER, ROUTER_IN_LAYER, SHARED, TAILED, TOKEN_TABLE
 
-# The tables speak of the end of a tensor's name: what follows the block's module, or a place beside
-# it. Of a router's tensors, the given axis runs over the experts.
-ROUTER: tuple[tuple[str, int], ...] = (
-    (r"(gate|router)(\.(gate|wg|layer|proj|linear|classifier))?\.(weight|bias)", 0),
-    (r"gate_weight|router_bias", 0),
-    (
-        r"((gate|router|experts)\.)?(e_score_correction_bias|expert_biase?s?|per_expert_scale|balancing_biases)",
-        0,
-    ),
-    (r"(gate\.)?moe_statics\.e_score_correction_bias", 1),
-    (r"gate\.router_mlp\.out_proj\.(weight|bias)", 0),
-)
 # Beside the weight of a quantised router: what has a row per expert, or one for a block of rows ...
 _QUANTISED = r"(gate|router)(\.(gate|wg|layer|proj|linear|classifier))?\."
 ROUTER_ROWS = re.compile(_QUANTISED + r"(weight_packed|weight_scale|weight_scale_inv)")
@@ -41,24 +28,10 @@ ROUTER_QUANTISED = re.compile(
     + r"(qweight|qzeros|scales|g_idx|biases|input_(global_)?scale"
     + r"|weight_(packed|shape|zero_point|g_idx|(global_)?scale(_\w+)?))"
 )
-# Whatever else is in a router may speak of single experts, whatever its sizes.
-IN_ROUTER = re.compile(r"(gate|router)\.")
 # Where a router may lie beside the block's module: in these modules of the decoder layer, ...
 ROUTER_BESIDE = ("moe",)
-# ... or, where the block is no module of its own, as these children of the decoder layer.
-ROUTER_IN_LAYER = re.compile(r"(gate|router|experts|expert_bias|e_score_correction_bias)(\.|$)")
-# Routers with rows after those of the routed experts (a skip class, shared experts), by model type:
-# these stay, at the end.
-TAILED = {"zaya", "inkling_mm_model", "inkling_text", "longcat_flash"}
-# Token -> expert ids, instead of a router (DeepSeek-V4's hash layers).
-TOKEN_TABLE = re.compile(r"gate\.tid2eid")
 # Axis 0 of these runs over the rows of all experts, one expert after another (DBRX).
 STACKED = re.compile(r"experts\.mlp\.(w1|v1|w2)")
-# Parts of a block that hold nothing per routed expert, whatever their sizes.
-SHARED = re.compile(
-    r"(shared?_(experts?|mlp|expert_gate)|fc[12]_latent_proj|(pre|post)_expert_norm|experts\.post_expert_norm"
-    r"|.*norm|router\.scale|gate\.down_proj|gate\.router_mlp|gate\.router_states_scale)(\..*)?"
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +40,7 @@ class Edit:
     `rows` of axis 1.
 
     With `experts`, its integers are expert ids: an id that is kept becomes its position there.
+    With `made`, its bytes are those that this gives, the same at every call.
     """
 
     name: str
@@ -75,6 +49,7 @@ class Edit:
     outer: int = 1
     length: int = 1
     experts: tuple[int, ...] | None = None
+    made: Callable[[], Iterator[bytes]] | None = None
 
 
 def edits_of(
@@ -109,7 +84,7 @@ def _edits_of_block(
         if name in edits:
             continue
         shape = shapes[name][1]
-        tails = _tails(name, block)
+        tails = ends_of(name, block)
         axis = next((a for p, a in ROUTER for tail in tails if re.fullmatch(p, tail)), None)
         if any(map(TOKEN_TABLE.fullmatch, tails)):
             edits[name] = Edit(name, shape, experts=removal.kept)
@@ -194,16 +169,16 @@ def _depends(tails: list[str], shape: tuple[int, ...], total: int) -> bool:
     return total in shape or (any(map(IN_ROUTER.match, tails)) and math.prod(shape) > 1)
 
 
-def _tails(name: str, block: Block) -> list[str]:
+def ends_of(name: str, block: Block) -> list[str]:
     """The ends of a name that the tables may know: after the module and after places beside it."""
-    tails = []
+    ends = []
     beside = (f"{block.layer}.{module}" for module in ROUTER_BESIDE)
     for prefix in dict.fromkeys((block.module, *beside, block.layer)):
         if name.startswith(prefix + "."):
             tail = name[len(prefix) + 1 :]
             if prefix != block.layer or ROUTER_IN_LAYER.match(tail):
-                tails.append(tail)
-    return tails
+                ends.append(tail)
+    return ends
 
 
 def _edit_fused(name: str, shape: tuple[int, ...], tails: list[str], removal: Removal) -> Edit:
@@ -229,19 +204,3 @@ def _along_experts(
 def _select(name: str, shape: tuple[int, ...], axis: int, ids: tuple[int, ...]) -> Edit:
     new = (*shape[:axis], len(ids), *shape[axis + 1 :])
     return Edit(name, new, ids, math.prod(shape[:axis]), shape[axis])
-
-
-def remapped(table: np.ndarray, kept: tuple[int, ...]) -> np.ndarray:
-    """A table [tokens, K] of expert ids with the kept experts' new numbers.
-
-    Hash routing has no runner-up: a slot whose expert is gone goes to a kept one that the token
-    does not have yet, chosen by token number so that the orphaned tokens spread evenly.
-    """
-    place = np.full(int(max(table.max(initial=0), max(kept))) + 1, -1, dtype=table.dtype)
-    place[list(kept)] = np.arange(len(kept))
-    new = place[table]
-    for row in np.flatnonzero((new < 0).any(axis=1)):
-        free = np.setdiff1d(np.arange(len(kept)), new[row])
-        gone = np.flatnonzero(new[row] < 0)
-        new[row, gone] = np.roll(free, -(row % len(free)))[: len(gone)]
-    return new

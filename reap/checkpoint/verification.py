@@ -1,4 +1,4 @@
-"""Is a folder what `prune` wrote, and what does a server need to know of it?"""
+"""Is a folder what `prune` or `merge` wrote, and what does a server need to know of it?"""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from reap.checkpoint.operation import layout_of, operate
 from reap.checkpoint.writing import Check, check_shards, checksum
 from reap.errors import ReapError
 from reap.files.folder import Folder, open_folder
-from reap.files.outputs import PRUNED, RECORD
+from reap.files.outputs import MERGED, RECORD, RECORDS
 from reap.files.paths import path_of
 from reap.files.safefile import read_json
 from reap.model.config import NeedsCodeError
@@ -82,8 +82,8 @@ def verify(
 ) -> Verification:
     """Reads a model's folder back: headers, and every byte that there is something to hold against.
 
-    That is `source`, the model that it was pruned from, or else the checksums that `prune`
-    recorded. `progress(n)` hears of n more bytes read. ReapError for the first difference.
+    That is `source`, the model that it was pruned from, or else the checksums that `prune` or
+    `merge` recorded. `progress(n)` hears of n more bytes read. ReapError for the first difference.
     """
     started = time.monotonic()
     advance = progress or (lambda n: None)
@@ -99,7 +99,7 @@ def verify(
     tensors = {n: (t.dtype, t.shape) for s in opened.shards for n, t in s.tensors.items()}
     unchecked, problems, info = None, set[str](), None
     try:
-        problems = loading_problems(opened.config, tensors)
+        problems = loading_problems(opened.config, tensors, opened.path)
         info = describe_folder(opened.path, mtp=True)
     except (NotImplementedError, ReapError) as error:
         unchecked = str(error)
@@ -126,7 +126,7 @@ def _record(folder: Path) -> dict[str, Any] | None:
     if not os.path.lexists(folder / RECORD):
         return None
     record = read_json(folder / RECORD)
-    if record.get("format") != PRUNED:
+    if record.get("format") not in RECORDS:
         raise ReapError(f"{folder / RECORD} is no record of a pruned model")
     return record
 
@@ -167,6 +167,11 @@ def _compare(
     """Holds the weights against those of the base model: the bytes read."""
     if record is None:
         raise ReapError(f"{folder.path} has no {RECORD}: it does not say what was kept of its base")
+    if record["format"] == MERGED:
+        raise ReapError(
+            f"{folder.path} was merged: its experts are means, of which its base has no bytes to "
+            "compare: verify it without a source, by the checksums that were recorded"
+        )
     try:
         kept = {name: tuple(layer["kept"]) for name, layer in record["layers"].items()}
         criterion, seed = record["criterion"], record["seed"]

@@ -1,4 +1,4 @@
-"""The files of a pruned folder: byte ranges of old shards, new headers and index, copies."""
+"""The files of a new folder: byte ranges of old shards, new headers and index, copies."""
 
 from __future__ import annotations
 
@@ -35,6 +35,7 @@ from reap.files.safefile import (
     version_of,
     write_all,
 )
+from reap.model.routers import remapped
 
 Parts = list[tuple[surgery.Edit, Tensor]]  # of one shard, in the order of the data
 
@@ -235,7 +236,9 @@ def _pieces(source: int, shard: Header, parts: Parts) -> Iterator[bytes | tuple[
 def _ranges(edit: surgery.Edit, tensor: Tensor, data: int) -> list[tuple[int, int]] | None:
     """The file ranges that make up the new tensor, or None when it must be gathered in memory."""
     start = data + tensor.start
-    if edit.experts is not None or (edit.rows is not None and edit.outer > 1):
+    if edit.made is not None or edit.experts is not None:
+        return None
+    if edit.rows is not None and edit.outer > 1:
         return None
     if edit.rows is None:
         return [(start, tensor.nbytes)]
@@ -244,12 +247,15 @@ def _ranges(edit: surgery.Edit, tensor: Tensor, data: int) -> list[tuple[int, in
 
 
 def _gathered(source: int, edit: surgery.Edit, tensor: Tensor, data: int) -> Iterator[bytes]:
+    if edit.made is not None:
+        yield from edit.made()
+        return
     start = data + tensor.start
     if edit.experts is not None:
         table = np.frombuffer(
             _pread(source, tensor.nbytes, start), dtype=f"<i{BITS[tensor.dtype] // 8}"
         )
-        yield surgery.remapped(table.reshape(tensor.shape), edit.experts).tobytes()
+        yield remapped(table.reshape(tensor.shape), edit.experts).tobytes()
         return
     assert edit.rows is not None
     wide = tensor.nbytes // edit.outer

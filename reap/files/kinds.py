@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from reap.errors import ReapError
-from reap.files.outputs import KINDS, TRACE, format_of
+from reap.files.outputs import KINDS, REPORT, TRACE, format_of, is_report
 from reap.files.safefile import LFS_POINTER, open_regular, read_header, read_json
 
 
@@ -15,9 +15,11 @@ def kind_of(path: Path) -> str | None:
         return "a folder"
     try:
         with open(open_regular(path), "rb") as file:
-            head = file.read(64)
+            head = file.read(256)
         if head.startswith(LFS_POINTER):
             return None  # whoever reads it says so
+        if is_report(head):
+            return KINDS[REPORT]
         if head.lstrip().startswith(b"{"):
             fields = read_json(path)
             known = KINDS.get(str(fields.get("format")))

@@ -9,17 +9,23 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from reap.errors import ReapError
-from reap.files.safefile import parse_json, read_header, read_json
+from reap.files.safefile import open_regular, parse_json, read_header, read_json
 
 # What our files call themselves, in the field "format".
-STATISTICS, PLAN, PRUNED = "reap-statistics", "reap-plan", "reap-pruned"
+STATISTICS, PLAN, MERGE = "reap-statistics", "reap-plan", "reap-merge"
+PRUNED, MERGED, REPORT = "reap-pruned", "reap-merged", "reap-report"
 TRACE = "reap-trace"
 KINDS = {
     STATISTICS: "statistics",
     PLAN: "a plan",
+    MERGE: "a merge",
     PRUNED: "the record of a pruned model",
+    MERGED: "the record of a merged model",
+    REPORT: "a report",
     TRACE: "a trace",
 }
+RECORDS = (PRUNED, MERGED)
+_PAGE = f'<meta name="generator" content="{REPORT}">'.encode()  # near the start of a report
 RECORD = "reap.json"
 # What model savers, the hub and `prune` put into a model's folder. Of another name, a file of
 # weights is ours only where a record or an index names it: statistics are safetensors files too.
@@ -99,6 +105,9 @@ def format_of(path: AnyPath) -> str | None:
     """What a file of ours calls itself; None for any other file."""
     path = Path(path)
     try:
+        with open(open_regular(path), "rb") as file:
+            if is_report(file.read(256)):
+                return REPORT
         about = read_header(path).metadata.get("reap", "{}")
         found = parse_json(about.encode(errors="surrogatepass"), str(path)).get("format")
     except ReapError:
@@ -107,6 +116,11 @@ def format_of(path: AnyPath) -> str | None:
         except ReapError:
             return None
     return found if isinstance(found, str) else None
+
+
+def is_report(head: bytes) -> bool:
+    """Whether a file that begins so (256 bytes) is a report."""
+    return head.startswith(b"<!doctype html>") and _PAGE in head
 
 
 def check_apart(out: Path, inputs: Iterable[AnyPath]) -> None:
@@ -172,13 +186,13 @@ def _foreign(folder: Path) -> list[str]:
 
 
 def _recorded(folder: Path) -> set[str]:
-    """The files that `prune` says it wrote here."""
+    """The files that `prune` or `merge` says it wrote here."""
     try:
         record = read_json(folder / RECORD)
     except ReapError:
         return set()
     files = record.get("files")
-    if record.get("format") != PRUNED:
+    if record.get("format") not in RECORDS:
         return set()
     return {RECORD, *(name for name in files or () if isinstance(name, str))}
 

@@ -13,7 +13,7 @@ import inspect
 import os
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from functools import cache, lru_cache, partial
 from importlib.metadata import version
@@ -195,6 +195,41 @@ class Part(NamedTuple):
     places: Mapping[str, str]  # modules and weights -> cpu, or meta for those that wait
 
 
+@contextmanager
+def _loaded_by(load: Callable[..., Any]) -> Iterator[None]:
+    """Inside, what this thread's `from_pretrained` loads goes through `load`, which is given the
+    function that does it, then that one's arguments. Not for two threads at a time."""
+    from transformers import modeling_utils
+
+    own, thread = modeling_utils.convert_and_load_state_dict_in_model, threading.get_ident()
+
+    def replaced(model: nn.Module, state_dict: Any, load_config: Any, **rest: Any) -> Any:
+        if threading.get_ident() != thread:
+            return own(model, state_dict, load_config, **rest)
+        return load(own, model, state_dict, load_config, rest)
+
+    modeling_utils.convert_and_load_state_dict_in_model = replaced
+    try:
+        yield
+    finally:
+        modeling_utils.convert_and_load_state_dict_in_model = own
+
+
+def loading(
+    state: Mapping[str, Any], settle: Callable[[torch.dtype | None], None]
+) -> AbstractContextManager[None]:
+    """Inside, this thread's `from_pretrained` loads these tensors in place of those of the files:
+    objects that give a tensor for `[...]`. `settle` is told before the data type to which it
+    rounds all that are no vectors; None where that is not one. Not for two threads at a time."""
+
+    def load(own: Any, model: nn.Module, _: Any, how: Any, rest: dict[str, Any]) -> Any:
+        dtypes = {weight.dtype for weight in model.parameters() if weight.dim() > 1}
+        settle(dtypes.pop() if len(dtypes) == 1 and not getattr(how, "dtype_plan", None) else None)
+        return own(model, dict(state), how, **rest)
+
+    return _loaded_by(load)
+
+
 class PartLoader:
     """Loads a checkpoint in parts, each as `from_pretrained` loads it whole: its conversions, data
     types, dequantisation and checks.
@@ -209,29 +244,20 @@ class PartLoader:
 
     def __init__(self, choose: Callable[[nn.Module, dict[str, str]], Part]) -> None:
         self._choose = choose
-        self._thread = threading.get_ident()
         self._load: Callable[[dict[str, Any]], Any] | None = None
 
     @contextmanager
     def installed(self) -> Iterator[None]:
         """Inside, what this thread loads is loaded in parts. Not for two threads at a time."""
-        from transformers import modeling_utils
 
-        own = modeling_utils.convert_and_load_state_dict_in_model
+        def load(own: Any, model: nn.Module, state: Any, how: Any, rest: dict[str, Any]) -> Any:
+            part = self._choose(model, _names_in_model(model, state, how))
+            self._load = lambda tensors: own(model, tensors, how, **rest)
+            now = replace(how, device_map={"": "cpu", **part.places})
+            return own(model, {**state, **part.tensors}, now, **rest)
 
-        def load(model: nn.Module, state_dict: Any, load_config: Any, **rest: Any) -> Any:
-            if threading.get_ident() != self._thread:
-                return own(model, state_dict, load_config, **rest)
-            part = self._choose(model, _names_in_model(model, state_dict, load_config))
-            self._load = lambda tensors: own(model, tensors, load_config, **rest)
-            now = replace(load_config, device_map={"": "cpu", **part.places})
-            return own(model, {**state_dict, **part.tensors}, now, **rest)
-
-        modeling_utils.convert_and_load_state_dict_in_model = load
-        try:
+        with _loaded_by(load):
             yield
-        finally:
-            modeling_utils.convert_and_load_state_dict_in_model = own
 
     def load(self, tensors: Mapping[str, Any]) -> None:
         """Put these into the model: keys of the checkpoint. ReapError when they do not convert."""
@@ -309,7 +335,8 @@ class Seam:
 OBSERVING, PRUNING = "observing a model", "pruning a checkpoint"
 LOADING = "loading a model from a folder"
 STREAMING = "running a model layer by layer"
-WORKS = (LOADING, OBSERVING, STREAMING, PRUNING)
+UNPACKING = "loading a quantised model"
+WORKS = (LOADING, OBSERVING, STREAMING, UNPACKING, PRUNING)
 FREE = "scores and plans of existing statistics"  # of these names
 
 
@@ -437,7 +464,7 @@ SEAMS = (
     Seam("transformers' configurations", "transformers", WORKS, _check_configurations),
     Seam("transformers' model classes", "transformers", (LOADING, PRUNING), _check_classes),
     Seam("transformers' loader", "transformers", (PRUNING,), _check_loader),
-    Seam("transformers' loader of parts", "transformers", (STREAMING,), _check_parts),
+    Seam("transformers' loader of parts", "transformers", (STREAMING, UNPACKING), _check_parts),
     Seam("torch's compiled modules and backward passes", "torch", (OBSERVING,), _check_torch),
 )
 _checking = threading.Lock()  # checks of two threads would remove each other's function

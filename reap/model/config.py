@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import copy
+import json
+from contextlib import nullcontext
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from reap.errors import ReapError, first_line
 from reap.files.safefile import check_is_here, read_json
 from reap.model import compat
+from reap.model.uneven import counts_in, restored
 
 # Keys, most specific first; a composite model has them in its `text_config`.
 EXPERT_COUNT_KEYS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
@@ -49,10 +53,18 @@ def read_config(folder: Path, *, trust_remote_code: bool = False) -> Any:
     if not (folder / "config.json").is_file():
         raise ReapError(f"{folder} is not a model folder: it has no config.json")
     check_is_here(folder / "config.json")
-    read_json(folder / "config.json")  # transformers says less of broken or bottomless JSON
+    # transformers says less of broken or bottomless JSON
+    written = read_json(folder / "config.json")
+    uneven = bool(counts_in(written))
     try:
-        # Always said: where it is not, transformers asks on the terminal and reads stdin.
-        return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        with TemporaryDirectory() if uneven else nullcontext(folder) as place:
+            if uneven:
+                Path(place, "config.json").write_text(json.dumps(restored(written)))
+            # Always said: where it is not, transformers asks on the terminal and reads stdin.
+            config = AutoConfig.from_pretrained(place, trust_remote_code=trust_remote_code)
+        if uneven:
+            compat.set_source(config, folder)
+        return config
     except Exception as error:
         denied = not_run(folder, "configuration", error)
         if denied:

@@ -19,12 +19,13 @@ from reap.errors import ReapError, first_line
 from reap.files.folder import CONFIG
 from reap.files.safefile import Header, read_header, read_json
 from reap.model import compat
-from reap.model.config import check_has_experts, config_for, model_classes, read_config, text_config
+from reap.model.config import check_has_experts, config_for, read_config, text_config
 from reap.model.experts import Experts, find_experts, layer_info, pretrained
 from reap.model.info import LayerInfo, ModelInfo
 from reap.model.mtp import UnsupportedMtpError, find_mtp
 from reap.model.mtplayer import Mtp, mtp_on_meta
 from reap.model.structure import NOT_STRUCTURE, Structure, as_written
+from reap.model.unevenmodel import classes_for
 
 ROUTER = re.compile(
     r"(.*\.)?(gate|router)(\.(gate|wg|layer|proj|linear|classifier))?\.weight|.*gate_weight"
@@ -77,7 +78,7 @@ def describe_folder(
     config = read_config(folder)
     check_has_experts(config, str(folder))
     described = []
-    for cls in model_classes(config, folder):
+    for cls in classes_for(config, folder):
         try:
             with torch.device("meta"):
                 model = cls(config_for(cls, config))

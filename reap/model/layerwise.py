@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from torch import nn
 
 from reap.errors import ReapError
@@ -22,7 +23,9 @@ from reap.files.folder import open_folder
 from reap.model import compat
 from reap.model.experts import OTHER_TOWERS, find_experts, pretrained
 from reap.model.load import from_folder
-from reap.model.stored import Once, Stored
+from reap.model.staging import Queues, Sent, Staging
+from reap.model.stored import Once
+from reap.model.unpacked import Unpacked, open_stored
 
 # What may be asked of a weight that is not in memory.
 FACTS = {
@@ -93,6 +96,7 @@ class Unit:
 class Layerwise:
     """The model in `folder`, in eval mode and on the CPU, without the weights of its units; those
     of one are there inside `with layers.loaded(unit)`. `text`: the units that text goes through.
+    With the `queues` of a GPU it is there instead, and reads and converts on the CPU.
 
     dtype and trust_remote_code are those of `load_model`, and so are the errors. ReapError also for
     a model whose layers are in no list, or compute with packed weights, and later for a file that
@@ -106,21 +110,28 @@ class Layerwise:
         dtype: str = "auto",
         trust_remote_code: bool = False,
         admit: Callable[[Needs], None] = lambda _: None,
+        queues: Queues | None = None,
     ) -> None:
         compat.require(compat.STREAMING)
         self._admit = admit
-        self._stored = Stored(open_folder(folder).shards)
+        self._stored = open_stored(open_folder(folder))
         self._first: dict[str, str] = {}  # a weight's names -> its first
         self._keys: dict[str, list[str]] = {}  # a weight's first name -> what it is made of
         self._loader = compat.PartLoader(self._choose)
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="reap-reader")
         self._ahead: tuple[Unit, Future[dict[str, Once]]] | None = None
-        self.model = from_folder(folder, dtype, trust_remote_code, self._loader.installed())
+        self._sent: tuple[Unit, Sent] | None = None
+        self.staging = None if queues is None else Staging(queues)
+        self.model = from_folder(
+            folder, dtype, trust_remote_code, self._loader.installed(), stored=self._stored
+        )
         if compat.is_quantised(self.model):
             raise ReapError(
                 f"{folder} is quantised, and transformers computes with its packed weights: such "
                 "a model cannot be run layer by layer"
             )
+        if queues is not None:
+            _move(self.model, queues.device)
         self.units = self._units()
         self.text = tuple(unit for unit in self.units if not OTHER_TOWERS.search(unit.name))
 
@@ -136,32 +147,73 @@ class Layerwise:
     @contextmanager
     def loaded(self, unit: Unit) -> Iterator[None]:
         """Its weights are in memory inside the `with`; read ahead, if that is what was asked."""
-        ahead, self._ahead = self._ahead, None
-        if ahead is not None and ahead[0] is unit:
-            tensors = ahead[1].result()
-        else:
-            del ahead
-            tensors = self._stored.read(unit.keys)
         try:
-            self._load(unit, tensors)
+            if self.staging is None:
+                self._load(unit, self._read(unit))
+            else:
+                self._take(unit, self.staging)
             yield
         finally:
             for weight in unit.weights:
                 weight.put(weight.away)
+            if self.staging is not None:
+                self.staging.drop()
+
+    def _read(self, unit: Unit) -> dict[str, Once]:
+        """What is stored of it; read ahead, if that is what was asked."""
+        ahead, self._ahead = self._ahead, None
+        if ahead is not None and ahead[0] is unit:
+            return ahead[1].result()
+        del ahead
+        return self._stored.read(unit.keys)
+
+    def send_ahead(self) -> None:
+        """What is read ahead is copied to the GPU, once it is read; what runs there goes on."""
+        if self.staging is not None and self._ahead is not None:
+            self._send(self._ahead[0], self.staging)
+
+    def _send(self, unit: Unit, staging: Staging) -> Sent:
+        try:
+            made = self._load(unit, self._read(unit))
+            sent = staging.send(made)
+        finally:
+            for weight in unit.weights:
+                weight.put(weight.away)
+        self._sent = unit, sent
+        return sent
+
+    def _take(self, unit: Unit, staging: Staging) -> None:
+        sent, self._sent = self._sent, None
+        if sent is None or sent[0] is not unit:
+            del sent
+            taken = staging.take(self._send(unit, staging))
+            self._sent = None
+        else:
+            taken = staging.take(sent[1])
+        for weight, tensor in zip(unit.weights, taken, strict=True):
+            weight.put(nn.Parameter(tensor, requires_grad=False))
 
     def read_ahead(self, unit: Unit) -> None:
         """Begin to read what `loaded(unit)` will need, in a thread."""
         if self._ahead is None or self._ahead[0] is not unit:
             self._ahead = unit, self._reader.submit(self._stored.read, unit.keys)
 
-    def _load(self, unit: Unit, tensors: dict[str, Once]) -> None:
-        self._loader.load(tensors)
+    def _load(self, unit: Unit, tensors: dict[str, Once]) -> list[nn.Parameter]:
+        """Its weights, which are where they belong."""
+        try:
+            self._loader.load(tensors)
+        except ReapError as error:
+            failed = self._stored.failed if isinstance(self._stored, Unpacked) else None
+            raise failed or error from error
+        loaded = []
         for weight in unit.weights:
             found = (module._parameters[name] for module, name in weight.homes)
             made = next((value for value in found if value is not None and not value.is_meta), None)
             if made is None:
                 raise ReapError(f"{weight.name} was not loaded with its layer")
             weight.put(made)
+            loaded.append(made)
+        return loaded
 
     def _choose(self, model: nn.Module, names: dict[str, str]) -> compat.Part:
         """What stays: the weights outside of units and head, with those that they share, and all
@@ -219,6 +271,18 @@ class Layerwise:
             unit = Unit(place, entry, tuple(own), tuple(dict.fromkeys(keys)), has_experts)
             units.setdefault(id(entry), unit)
         return tuple(units.values())
+
+
+def _move(model: nn.Module, device: torch.device) -> None:
+    """All that is not on the meta device; what is shared stays so."""
+    with torch.inference_mode(False), torch.no_grad():
+        for weight in model.parameters():
+            if not weight.is_meta:
+                weight.data = weight.data.to(device)
+        for module in model.modules():
+            for name, value in module._buffers.items():
+                if value is not None and not value.is_meta:
+                    module._buffers[name] = value.to(device)
 
 
 def _places(model: nn.Module) -> list[str]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import sys
+from collections import Counter
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from importlib.util import find_spec
@@ -11,13 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 
 from reap.errors import ReapError, first_line
 from reap.files.folder import Folder, open_folder
+from reap.files.paths import path_of
 from reap.files.safefile import check_is_here
 from reap.model import compat
-from reap.model.config import model_classes, not_run, read_config
+from reap.model.config import config_for, model_classes, not_run, read_config, text_config
 from reap.model.experts import pretrained
 from reap.model.mtp import UnsupportedMtpError, find_mtp
 from reap.model.mtplayer import (
@@ -30,6 +32,11 @@ from reap.model.mtplayer import (
 )
 from reap.model.quiet import quiet
 from reap.model.shapes import loading_problems, mtp_problems
+from reap.model.stored import DTYPES as STORED
+from reap.model.stored import Stored
+from reap.model.uneven import counts_of
+from reap.model.unevenmodel import classes_for
+from reap.model.unpacked import Unpacked, mark, open_stored, unpacked_entries
 
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 # Ordinary text: of this any tokenizer makes several different tokens.
@@ -92,16 +99,23 @@ def find_device(device: str) -> str:
 
 
 def load_model(
-    folder: Path, *, dtype: str = "auto", device: str = "auto", trust_remote_code: bool = False
+    folder: str | os.PathLike[str],
+    *,
+    dtype: str = "auto",
+    device: str = "auto",
+    trust_remote_code: bool = False,
 ) -> Any:
     """A causal language model in eval mode, from safetensors files that were checked first.
 
     dtype: "auto" (as stored), "bfloat16", "float16" or "float32". device: "auto" (the first GPU,
     else the CPU), or what torch or accelerate call it ("cpu", "cuda:1", "balanced").
     Python code that the folder brings is run with `trust_remote_code` alone.
+    A folder whose layers have different numbers of experts, as `prune` writes it by a plan of
+    scope "global", is loaded by this alone.
     Raises ReapError for damaged or missing weight files, and for weights that the model needs and
     the files do not have.
     """
+    folder = Path(path_of(folder, "folder", "the folder of a model"))
     device = find_device(device)
     # Without accelerate a model can still be loaded whole and then moved.
     moved = find_spec("accelerate") is None and device not in ACCELERATED
@@ -121,11 +135,17 @@ def from_folder(
     trust_remote_code: bool,
     around: AbstractContextManager[Any],
     device_map: str | None = None,
+    stored: Stored | None = None,
 ) -> Any:
-    """What `load_model` does once the device is known. The loading itself is inside of `around`."""
+    """What `load_model` does once the device is known. The loading itself is inside of `around`;
+    `stored` are the folder's tensors, if they are at hand."""
     check_dtype(dtype)
     compat.require(compat.LOADING)
     opened = open_folder(folder)  # reads headers alone
+    stored = stored or open_stored(opened)
+    unpacked = stored if isinstance(stored, Unpacked) else None
+    if unpacked is not None:
+        compat.require(compat.UNPACKING)
     config = read_config(folder, trust_remote_code=trust_remote_code)
     own = getattr(config, "auto_map", None) or {} if trust_remote_code else {}
     autos = (
@@ -134,28 +154,59 @@ def from_folder(
         if auto.__name__ in own or compat.mapped_class(auto, config)
     )
     cls = next(autos, None) or model_classes(config, folder)[0]
+    given = {"dtype": dtype} if unpacked is None else _unquantised(config, unpacked, dtype)
+    if counts_of(config):  # its layers have different numbers of experts
+        cls = classes_for(config, folder)[0]
+        given["config"] = config_for(cls, given.get("config", config))
     try:
-        with quiet(bars=sys.stderr.isatty()), around:
+        state = (
+            nullcontext() if unpacked is None else compat.loading(unpacked.state(), unpacked.settle)
+        )
+        with quiet(bars=sys.stderr.isatty()), around, state:
             model, report = cls.from_pretrained(
                 folder,
-                dtype=dtype,
                 use_safetensors=True,
                 trust_remote_code=trust_remote_code,
                 output_loading_info=True,
                 device_map=device_map,
+                **given,
             )
     except (torch.OutOfMemoryError, MemoryError) as error:
         raise _too_large(folder, device_map or "cpu", error) from error
     except ReapError:
         raise
     except Exception as error:
+        if unpacked is not None and unpacked.failed is not None:
+            raise ReapError(f"{folder} does not load: {unpacked.failed}") from error
         raise ReapError(f"{folder} does not load: {_why(opened, error)}") from error
+    places = getattr(model, "hf_device_map", None) or {}
+    if unpacked is not None and "disk" in places.values():  # it would be read there as it is packed
+        raise ReapError(
+            f"{folder} is quantised, and does not fit in the memory of {device_map}: what is left "
+            "over on disk would be read without being dequantised: --stream --device cpu runs it"
+        )
     if report["missing_keys"]:
         raise ReapError(
             f"{folder} does not hold this model: {len(report['missing_keys'])} weights are "
             f"missing, such as {min(report['missing_keys'])}"
         )
+    mark(model, stored)
     return model.eval()
+
+
+def _unquantised(config: Any, stored: Unpacked, dtype: str) -> dict[str, Any]:
+    """For `from_pretrained`: the configuration, as if the checkpoint had been saved unquantised."""
+    plain = copy.deepcopy(config)
+    for part in (plain, text_config(plain)):
+        for name in ("quantization_config", "compression_config"):
+            vars(part).pop(name, None)
+    if dtype == "auto":
+        of_model = getattr(plain, "dtype", None) or getattr(text_config(plain), "dtype", None)
+        entries = stored.entries()
+        kinds = Counter(entries[name][0] for name in stored.packing.plain)
+        floats = (STORED[kind] for kind, _ in kinds.most_common() if kind in ("BF16", "F16", "F32"))
+        dtype = of_model or next(floats, torch.bfloat16)
+    return {"config": plain, "dtype": dtype}
 
 
 def _too_large(folder: Path, device: str, error: BaseException) -> ReapError:
@@ -177,7 +228,9 @@ def load_mtp(model: Any, folder: str | os.PathLike[str] | None = None) -> Mtp | 
             "layer could be: say the folder of the model's files"
         )
     opened = open_folder(folder or known)
-    place = find_mtp(pretrained(model).config, {n for s in opened.shards for n in s.tensors})
+    stored = open_stored(opened)
+    names = stored.entries() if isinstance(stored, Unpacked) else _shapes(opened)
+    place = find_mtp(pretrained(model).config, names)
     if place is None:
         return None
     stack = stack_of(model)
@@ -187,8 +240,8 @@ def load_mtp(model: Any, folder: str | os.PathLike[str] | None = None) -> Mtp | 
         with quiet(bars=sys.stderr.isatty()):
             blocks, report = type(stack).from_pretrained(
                 None,
-                config=configuration(place, stack.config, opened.config),
-                state_dict=_read(opened, place.inside),
+                config=configuration(place, stack.config),
+                state_dict=_read(stored, place.inside),
                 dtype=stack.dtype,
                 device_map=None if moved else device,
                 output_loading_info=True,
@@ -204,7 +257,7 @@ def load_mtp(model: Any, folder: str | os.PathLike[str] | None = None) -> Mtp | 
             _why_no_mtp(model, opened, f"{place.root}: {first_line(error)}")
         ) from error
     wrong = report["missing_keys"] - embedding_names(blocks) | report["unexpected_keys"]
-    wrong |= mtp.take(_read(opened, place.beside))
+    wrong |= mtp.take(_read(stored, place.beside))
     if wrong:
         raise UnsupportedMtpError(
             f"{place.root} is not what {type(stack).__name__} has layers of: {min(wrong)} is "
@@ -213,15 +266,9 @@ def load_mtp(model: Any, folder: str | os.PathLike[str] | None = None) -> Mtp | 
     return mtp.eval()
 
 
-def _read(folder: Folder, names: Mapping[str, str]) -> dict[str, torch.Tensor]:
+def _read(stored: Stored, names: Mapping[str, str]) -> dict[str, torch.Tensor]:
     """The tensors with these names in the folder, under others."""
-    found: dict[str, torch.Tensor] = {}
-    for shard in folder.shards:
-        wanted = [name for name in names if name in shard.tensors]
-        if wanted:
-            with safe_open(shard.path, framework="pt") as file:
-                found |= {names[name]: file.get_tensor(name) for name in wanted}
-    return found
+    return {names[name]: tensor[...] for name, tensor in stored.read(names).items()}
 
 
 def _shapes(folder: Folder) -> dict[str, tuple[str, tuple[int, ...]]]:
@@ -230,7 +277,7 @@ def _shapes(folder: Folder) -> dict[str, tuple[str, tuple[int, ...]]]:
 
 def _why_no_mtp(model: Any, folder: Folder, reason: str) -> str:
     """What is wrong with the weights, which transformers prints as a table, or else the reason."""
-    tensors = _shapes(folder)
+    tensors = unpacked_entries(folder.config, _shapes(folder), folder.path)
     try:
         mtp = mtp_on_meta(model, tensors)
         problems = mtp_problems(mtp, tensors) if mtp is not None else set()
@@ -242,7 +289,7 @@ def _why_no_mtp(model: Any, folder: Folder, reason: str) -> str:
 def _why(folder: Folder, error: Exception) -> str:
     """What is wrong: with the weights, which transformers prints as a table, or else."""
     try:
-        problems = loading_problems(folder.config, _shapes(folder))
+        problems = loading_problems(folder.config, _shapes(folder), folder.path)
     except NotImplementedError:
         problems = set()
     return min((p for p in problems if "not part of" not in p), default=first_line(error))

@@ -36,8 +36,6 @@ _OF_MTP = {
     "mlp_layer_types": "mtp_mlp_layer_types",
     "layers_block_type": "mtp_layers_block_type",
 }
-# Formats whose own configuration asks for that, so that experts can be observed.
-_DEQUANTISED = ("fp8", "mxfp4")
 
 
 class Mtp(nn.Module):
@@ -94,12 +92,8 @@ class Mtp(nn.Module):
         return self.stack(inputs_embeds=joined, use_cache=False, **placed)[0]
 
 
-def configuration(place: Place, config: Any, written: Mapping[str, Any] | None = None) -> Any:
-    """That of the model's stack, for a stack of the MTP layer's blocks.
-
-    A model that was dequantised as it was loaded has forgotten how its files are quantised:
-    `written`, its config.json, knows, and the blocks are dequantised as well.
-    """
+def configuration(place: Place, config: Any) -> Any:
+    """That of the model's stack, for a stack of the MTP layer's blocks."""
     new, count = copy.deepcopy(config), len(place.family.blocks)
     depth = config.num_hidden_layers
     kinds: dict[str, Any] = {
@@ -115,10 +109,6 @@ def configuration(place: Place, config: Any, written: Mapping[str, Any] | None =
     kinds |= {name: value for name, value in _SPARSE.items() if hasattr(config, name)}
     # The embedding is the model's: none of the size of a vocabulary is made for nothing.
     kinds |= {"num_hidden_layers": count, "vocab_size": 1, "pad_token_id": None}
-    quantised = (written or {}).get("quantization_config")
-    if quantised and getattr(config, "quantization_config", None) is None:
-        dequantised = {"dequantize": True} if quantised.get("quant_method") in _DEQUANTISED else {}
-        kinds["quantization_config"] = {**quantised, **dequantised}
     for name, value in kinds.items():
         setattr(new, name, value)
     return new

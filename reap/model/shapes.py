@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -17,29 +19,38 @@ from reap.model import compat
 from reap.model.mtp import UnsupportedMtpError
 from reap.model.mtplayer import Mtp, embedding_names, mtp_on_meta
 from reap.model.quiet import quiet
+from reap.model.uneven import counts_of, restored
+from reap.model.unevenmodel import uneven_class
+from reap.model.unpacked import unpacked_entries
 
+_LAYER = re.compile(r"(\D*?\.)(\d+)(\..*)")  # what a layer's list is called, its number, its own
 Tensors = Mapping[str, tuple[str, tuple[int, ...]]]  # name -> dtype as safetensors calls it, shape
 
 
 @uncollected()
-def loading_problems(fields: Mapping[str, Any], tensors: Tensors) -> set[str]:
-    """One line for each parameter missing, unexpected or of the wrong shape; `fields`: config.json.
+def loading_problems(
+    fields: Mapping[str, Any], tensors: Tensors, files: Path | None = None
+) -> set[str]:
+    """One line for each parameter missing, unexpected or of the wrong shape; `fields`: config.json,
+    which a quantiser's file in the folder `files` may complete.
 
-    A checkpoint may have harmless ones (quantisation scales that a quantiser would take, layers for
-    other runtimes), so what counts is that pruning adds none. NotImplementedError, with the reason,
-    when transformers cannot build the model without custom code.
+    Weights of a format that is read here count as what they are once decoded. A checkpoint may have
+    harmless ones (scales that only a quantiser would take, layers for other runtimes), so what
+    counts is that pruning adds none. NotImplementedError, with the reason, when transformers cannot
+    build the model without custom code.
     """
     from transformers import AutoConfig
 
     with TemporaryDirectory() as folder:
         # From a file, because that decodes what from_dict does not.
-        Path(folder, "config.json").write_text(json.dumps(fields))
+        Path(folder, "config.json").write_text(json.dumps(restored(fields)))
         try:
             config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
             with torch.device("meta"):
-                model = _model_class(config)(config)
+                model = uneven_class(_model_class(config), counts_of(config))(config)
         except Exception as error:  # whatever a config from anywhere makes a model class raise
             raise NotImplementedError(_reason(error)) from error
+    tensors = unpacked_entries(fields, tensors, files)
     state = _empty(tensors)
     try:
         mtp = mtp_on_meta(model, tensors)
@@ -48,7 +59,44 @@ def loading_problems(fields: Mapping[str, Any], tensors: Tensors) -> set[str]:
     of_mtp = mtp_problems(mtp, tensors) if mtp is not None else set()
     for name in mtp.place.tensors if mtp is not None else ():
         del state[name]
+    repeated = _repeated(model, state)
+    if repeated:
+        some = {name: like for name, like in state.items() if not repeated(name)}
+        found = _loaded(copy.deepcopy(model), some)
+        found = found._replace(missing={name for name in found.missing if not repeated(name)})
+        if not any(found):  # what is wrong is said of each layer that has it
+            return of_mtp
     return _said(_loaded(model, state)) | of_mtp
+
+
+class _Repeated(NamedTuple):
+    """Whether a name is of a layer that is like one before it. None is where `layers` is empty."""
+
+    layers: frozenset[str]  # their numbers
+
+    def __call__(self, name: str) -> bool:
+        found = _LAYER.match(name)
+        return found is not None and found[2] in self.layers
+
+    def __bool__(self) -> bool:
+        return bool(self.layers)
+
+
+def _repeated(model: nn.Module, state: Mapping[str, torch.Tensor]) -> _Repeated:
+    """Of 61 layers most have the same names, data types and shapes, in the file as in the model,
+    and the loader, which takes its time for every tensor, says the same of them."""
+    layers: dict[str, tuple[int, int]] = {}  # of all that it has, how much that is and a hash
+    held = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers())}
+    for whose, tensors in (("file", state), ("model", held)):
+        for name, tensor in tensors.items():
+            if found := _LAYER.match(name):
+                kind = hash((whose, found[1], found[3], tensor.dtype, tensor.shape))
+                count, total = layers.get(found[2], (0, 0))
+                layers[found[2]] = count + 1, (total + kind) & (1 << 64) - 1  # in any order
+    first: dict[tuple[int, int], str] = {}
+    for number, own in layers.items():
+        first.setdefault(own, number)
+    return _Repeated(frozenset(layers) - frozenset(first.values()))
 
 
 def mtp_problems(mtp: Mtp, tensors: Tensors) -> set[str]:

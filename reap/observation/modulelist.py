@@ -32,6 +32,10 @@ CHECKED = 16  # columns of the block's output that are compared with the sum of 
 Write = Callable[[Tensor], Tensor]  # the numbers of rows [n] -> what their expert returns there
 
 
+class KeptExperts(nn.ModuleList):
+    """Those of a layer's experts that a mask leaves, in the place of all of them."""
+
+
 @dataclass
 class _Call:
     """One call of an expert with n rows, of which the first is its row number `first`."""

@@ -28,6 +28,7 @@ from reap.observation.hooks import install_hooks
 from reap.observation.layers import Layer, Slots
 from reap.observation.logits import watch_logits
 from reap.observation.measure import Measured
+from reap.observation.modulelist import KeptExperts
 from reap.observation.padding import Padding
 from reap.observation.phantoms import watch
 from reap.observation.witness import Witness
@@ -120,7 +121,7 @@ def observe(
     compat.require(compat.OBSERVING)
     found = find_experts(model)
     for experts in found:
-        _check_not_split(experts)
+        _check_whole(experts)
     stats = Statistics(
         describe(model, found, mtp),
         gates=gates,
@@ -167,7 +168,7 @@ class _Observation:
 
     def install(self, model: nn.Module, found: list[Experts], undo: ExitStack) -> None:
         if compat.is_compiled(model) or any(experts.kind != "interface" for experts in found):
-            undo.enter_context(_uncompiled())
+            undo.enter_context(uncompiled())
         layers = []
         with _lock:
             for experts in found:
@@ -189,7 +190,7 @@ class _Observation:
                     _patch(experts.module.config, undo)
                 else:
                     install_hooks(layer, undo)
-        holders = _holders(model, found)
+        holders = holders_of(model, found)
         self.padding.install(holders, undo)
         self.witness.install(layers, holders, undo)
 
@@ -290,7 +291,7 @@ _eager: list[Any] = []  # the compiler's stance, once for every `with` that need
 
 
 @contextmanager
-def _uncompiled() -> Iterator[None]:
+def uncompiled() -> Iterator[None]:
     """Compiled models run as they are written: compiled code misses hooks that came after it."""
     with _lock:
         # Threads may leave in any order: the first to enter sets the stance, the last resets it.
@@ -304,7 +305,7 @@ def _uncompiled() -> Iterator[None]:
                 stance.__exit__(None, None, None)
 
 
-def _holders(model: nn.Module, found: list[Experts]) -> list[nn.Module]:
+def holders_of(model: nn.Module, found: list[Experts]) -> list[nn.Module]:
     """The transformers models in `model` that contain observed experts, outermost first."""
     from transformers import PreTrainedModel
 
@@ -326,8 +327,13 @@ def check_backend(backend: str) -> None:
         raise ReapError(f"backend {backend} is not available here: {known[backend]}")
 
 
-def _check_not_split(experts: Experts) -> None:
-    """ReapError for experts of which this process holds a part."""
+def _check_whole(experts: Experts) -> None:
+    """ReapError for experts of which not all are here."""
+    if isinstance(experts.module, KeptExperts):
+        raise ReapError(
+            f"layer {experts.name} is masked, and a list of experts does not tell which of them "
+            "are left: observe the model first, and mask it inside"
+        )
     if compat.is_split(experts.module):
         raise ReapError(
             f"{type(experts.module).__name__} ({experts.name}) is split over processes: load the "

@@ -26,11 +26,12 @@ def kept_counts(
     if (ratio is None) == (keep is None):
         raise ReapError("say how much to prune with exactly one of ratio and keep")
     share = None if ratio is None else share_of(ratio)
-    _check_whole(keep=keep, multiple_of=multiple_of)
+    check_whole(keep=keep, multiple_of=multiple_of)
     return [_kept_count(layer, share, keep, multiple_of) for layer in layers]
 
 
-def _check_whole(**numbers: int | None) -> None:
+def check_whole(**numbers: int | None) -> None:
+    """ReapError for one that is given and is no whole number of 1 or more."""
     for name, number in numbers.items():
         if number is not None and (type(number) is not int or number < 1):
             raise ReapError(f"{name} is {number!r}: it must be a whole number of 1 or more")

@@ -92,8 +92,12 @@ def saliency(
     ReapError for an unknown criterion, and when a layer saw no token.
     """
     check_criterion(criterion)
-    score = partial(random, seed=seed) if criterion == "random" else CRITERIA[criterion]
-    return {name: score(layer) for name, layer in _observed(stats)}
+    return {name: layer_scores(layer, criterion, seed) for name, layer in observed(stats)}
+
+
+def layer_scores(layer: LayerStatistics, criterion: str, seed: int = 0) -> Tensor:
+    """`saliency` of one layer, [E] fp64."""
+    return random(layer, seed) if criterion == "random" else CRITERIA[criterion](layer)
 
 
 def standard_errors(
@@ -108,27 +112,28 @@ def standard_errors(
     statistics. Neighbouring tokens resemble each other, so the true error is larger.
     """
     check_criterion(criterion)
+    return {name: layer_errors(layer, criterion) for name, layer in observed(stats)}
+
+
+def layer_errors(layer: LayerStatistics, criterion: str) -> Tensor:
+    """`standard_errors` of one layer, [E] fp64."""
     moments = {
         "reap": ("weighted_sum", "weighted_sq_sum"),
         "weighted_ean": ("weighted_sum", "weighted_sq_sum"),
         "ean": ("norm_sum", "norm_sq_sum"),
         "ean_mean": ("norm_sum", "norm_sq_sum"),
     }
-    errors = {}
-    for name, layer in _observed(stats):
-        count = layer.count.tolist()
-        if criterion == "frequency":
-            first = second = [n << FRACTION_BITS for n in count]
-        elif criterion in moments:
-            first, second = (layer.exact(field) for field in moments[criterion])
-        else:
-            errors[name] = torch.full((len(count),), math.nan, dtype=torch.float64)
-            continue
-        mean = criterion in ("reap", "ean_mean")
-        draws = count if mean else [layer.tokens] * len(count)
-        values = map(partial(_standard_error, mean=mean), draws, first, second)
-        errors[name] = torch.tensor(list(values), dtype=torch.float64)
-    return errors
+    count = layer.count.tolist()
+    if criterion == "frequency":
+        first = second = [n << FRACTION_BITS for n in count]
+    elif criterion in moments:
+        first, second = (layer.exact(field) for field in moments[criterion])
+    else:
+        return torch.full((len(count),), math.nan, dtype=torch.float64)
+    mean = criterion in ("reap", "ean_mean")
+    draws = count if mean else [layer.tokens] * len(count)
+    values = map(partial(_standard_error, mean=mean), draws, first, second)
+    return torch.tensor(list(values), dtype=torch.float64)
 
 
 def cut_confidence(
@@ -144,22 +149,23 @@ def cut_confidence(
     or a standard error does not exist.
     """
     scores, errors = saliency(stats, criterion), standard_errors(stats, criterion)
-    confidence = {}
-    for name, score in scores.items():
-        stays = set(kept[name])
-        dropped = [expert for expert in range(len(score)) if expert not in stays]
-        if not stays or not dropped:
-            confidence[name] = math.nan
-            continue
-        weakest = min(stays, key=lambda expert: float(score[expert]))
-        strongest = max(dropped, key=lambda expert: float(score[expert]))
-        gap = float(score[weakest] - score[strongest])
-        spread = math.hypot(float(errors[name][weakest]), float(errors[name][strongest]))
-        if spread == 0:
-            confidence[name] = math.copysign(math.inf, gap) if gap else 0.0
-        else:
-            confidence[name] = gap / spread
-    return confidence
+    return {name: gap(score, errors[name], kept[name]) for name, score in scores.items()}
+
+
+def gap(score: Tensor, error: Tensor, kept: Iterable[int]) -> float:
+    """`cut_confidence` of one layer, from its scores and standard errors [E] fp64."""
+    stays = set(kept)
+    dropped = [expert for expert in range(len(score)) if expert not in stays]
+    if not stays or not dropped:
+        return math.nan
+    values = score.tolist()
+    weakest = min(stays, key=values.__getitem__)
+    strongest = max(dropped, key=values.__getitem__)
+    difference = values[weakest] - values[strongest]
+    spread = math.hypot(float(error[weakest]), float(error[strongest]))
+    if spread == 0:
+        return math.copysign(math.inf, difference) if difference else 0.0
+    return difference / spread
 
 
 def under_sampled(
@@ -168,7 +174,7 @@ def under_sampled(
     """Experts with fewer than `minimum` tokens, ascending, for layers that have any."""
     few = {
         name: tuple((layer.count < minimum).nonzero().flatten().tolist())
-        for name, layer in _observed(stats)
+        for name, layer in observed(stats)
     }
     return {name: experts for name, experts in few.items() if experts}
 
@@ -179,7 +185,11 @@ def super_experts(stats: Statistics | str | PathLike[str]) -> dict[str, tuple[in
     A peak strictly above both the 99.5th percentile (interpolated linearly) and a tenth of the
     largest, over all experts of all layers.
     """
-    peaks = {name: layer.peak.double() for name, layer in _observed(stats)}
+    return extreme({name: layer.peak.double() for name, layer in observed(stats)})
+
+
+def extreme(peaks: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    """`super_experts` by the peaks [E] fp64 of every layer."""
     everything = torch.cat(list(peaks.values())).sort().values
     place = 0.995 * (len(everything) - 1)
     below, above = everything[math.floor(place)], everything[math.ceil(place)]
@@ -196,11 +206,11 @@ def rank(scores: Tensor) -> list[int]:
 
     ReapError for a NaN or infinite score: a sort would put it anywhere.
     """
-    values = scores.tolist()
-    for expert, value in enumerate(values):
-        if not math.isfinite(value):
-            raise ReapError(f"expert {expert} has the score {value}: it cannot be ranked")
-    return sorted(range(len(values)), key=lambda expert: (-values[expert], expert))
+    for expert in (~scores.isfinite()).nonzero().flatten().tolist():
+        raise ReapError(
+            f"expert {expert} has the score {float(scores[expert])}: it cannot be ranked"
+        )
+    return scores.argsort(descending=True, stable=True).tolist()
 
 
 def check_criterion(criterion: str) -> None:
@@ -209,10 +219,11 @@ def check_criterion(criterion: str) -> None:
         raise ReapError(f"criterion is {criterion!r}: it must be one of {', '.join(CRITERIA)}")
 
 
-def _observed(
+def observed(
     stats: Statistics | str | PathLike[str],
 ) -> Iterable[tuple[str, LayerStatistics]]:
-    """All layers, refusing those without a single token: their scores would be made of nothing."""
+    """All layers by name, ReapError for one without a single token: its scores would be made of
+    nothing."""
     stats = Statistics.of(stats)
     if not stats.layers:
         raise ReapError(f"model {stats.model.name} has no MoE layers")

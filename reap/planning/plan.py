@@ -18,6 +18,7 @@ from reap.files.outputs import PLAN, check_file
 from reap.files.paths import path_of
 from reap.files.safefile import parse_json, read_json
 from reap.model.info import LayerInfo, ModelInfo
+from reap.planning.budget import check_scope, global_counts, normalized, staying
 from reap.planning.counting import (
     Ratio,
     count_fault,
@@ -84,6 +85,12 @@ class Plan:
         return {layer.name: _others(layer, self.kept[layer.name]) for layer in self.model.layers}
 
     @property
+    def uniform(self) -> bool:
+        """Whether layers of equally many experts keep equally many."""
+        counts = {(layer.num_experts, len(self.kept[layer.name])) for layer in self.model.layers}
+        return len(counts) == len({experts for experts, _ in counts})
+
+    @property
     def notes(self) -> tuple[str, ...]:
         """What a careful reader would say about this plan, one line each."""
         notes = []
@@ -93,6 +100,8 @@ class Plan:
             (layer.num_experts, len(self.kept[layer.name])): layer for layer in self.model.layers
         }
         wanted = self.options.get("keep")
+        if self.options.get("scope") == "global":
+            share = wanted = None  # of all layers together
         if not any(self.dropped.values()):
             notes.append("drops no expert: a model pruned by it would be a copy")
         for (experts, kept), layer in sorted(counts.items(), key=lambda item: item[0]):
@@ -107,6 +116,11 @@ class Plan:
                     f"multiple of {self.options.get('multiple_of')}"
                 )
             notes.extend(filter(None, [split_note(layer, kept)]))
+        if not self.uniform:
+            notes.append(
+                "layers that had equally many experts keep different numbers: a checkpoint pruned "
+                "so is loaded by reap.load_model, others refuse it"
+            )
         return (*notes, *_protection_notes(self.options))
 
     def to_json(self) -> str:
@@ -210,6 +224,10 @@ def make_plan(
     multiple_of: int = 1,
     protect_super_experts: bool = False,
     seed: int = 0,
+    scope: str = "layer",
+    normalize: str = "mean",
+    total: int | None = None,
+    min_per_layer: int | None = None,
 ) -> Plan:
     """Keep the experts with the highest scores in every layer; of equals the lower id stays.
 
@@ -217,6 +235,12 @@ def make_plan(
     (experts per layer) says how many. The number kept is rounded up to a multiple of `multiple_of`;
     with `ratio` also to a multiple of the router's groups, which all lose the same number. Super
     experts (`saliency.super_experts`) stay when protected.
+
+    With scope="global" layers keep different numbers, out of one budget: `ratio` is of all experts,
+    `keep` an average per layer, `total` the number of all, and every layer keeps at least
+    `min_per_layer` and what its router picks. `normalize` makes scores of layers comparable: "raw",
+    "mean" or "share" (`reap.planning.budget`). A checkpoint pruned so is loaded by
+    `reap.load_model`, and by few servers.
 
     ReapError, naming the nearest ratio that works, when a layer's router could not pick its top_k,
     the rounding exceeds E, groups do not divide `keep`, or more experts are protected than kept.
@@ -228,16 +252,31 @@ def make_plan(
     if type(seed) is not int:
         raise ReapError(f"seed is {seed!r}: it must be a whole number")
     layers = stats.model.layers
-    counts = kept_counts(layers, ratio=ratio, keep=keep, multiple_of=multiple_of)
+    size: dict[str, Any] = {"ratio": ratio, "keep": keep, "multiple_of": multiple_of}
+    across: dict[str, Any] = {"total": total, "min_per_layer": min_per_layer}
+    check_scope(scope, normalize, **across)
+    counts = None if scope == "global" else kept_counts(layers, **size)
     protected = super_experts(stats) if protect_super_experts else {}
     scores = saliency(stats, criterion, seed=seed)
-    kept = {}
-    for layer, count in zip(layers, counts, strict=True):
+    ranked = {}
+    for layer in layers:
         try:
-            ranked = rank(scores[layer.name])
+            ranked[layer.name] = rank(scores[layer.name])
         except ReapError as error:
             raise ReapError(f"layer {layer.name}: {error}") from error
-        kept[layer.name] = select(layer, ranked, count, protected.get(layer.name, ()))
+    if counts is None:
+        comparable, ordered = normalized(scores, normalize), {}
+        for layer in layers:
+            order = staying(layer, ranked[layer.name], protected.get(layer.name, ()))
+            ordered[layer.name] = comparable[layer.name][order].tolist()
+        counts = global_counts(
+            layers, ordered, **size, total=total, least=min_per_layer, protected=protected
+        )
+        across |= {"scope": scope, "normalize": normalize}
+    kept = {
+        layer.name: select(layer, ranked[layer.name], count, protected.get(layer.name, ()))
+        for layer, count in zip(layers, counts, strict=True)
+    }
     return Plan(
         model=stats.model,
         criterion=criterion,
@@ -247,6 +286,7 @@ def make_plan(
             "ratio": None if ratio is None else str(ratio),
             "keep": keep,
             "multiple_of": multiple_of,
+            **{name: value for name, value in across.items() if value is not None},
             "protect_super_experts": protect_super_experts,
             "protected": {name: list(experts) for name, experts in protected.items()},
         },
@@ -262,12 +302,27 @@ def make_plan(
 
 
 def trial_plan(
-    model: ModelInfo, *, ratio: Ratio | None = None, keep: int | None = None, multiple_of: int = 1
+    model: ModelInfo,
+    *,
+    ratio: Ratio | None = None,
+    keep: int | None = None,
+    multiple_of: int = 1,
+    scope: str = "layer",
+    normalize: str = "mean",
+    total: int | None = None,
+    min_per_layer: int | None = None,
 ) -> Plan:
     """A plan of the size that `make_plan` would give, by which the last experts stay, so that all
-    are renumbered: what can be checked of a pruning before there are statistics. ReapError as of
-    `make_plan`, and where it drops nothing."""
-    counts = kept_counts(model.layers, ratio=ratio, keep=keep, multiple_of=multiple_of)
+    are renumbered, and with the scope "global" layers keep numbers as different as they may be:
+    what can be checked of a pruning before there are statistics. ReapError as of `make_plan`, and
+    where it drops nothing."""
+    size: dict[str, Any] = {"ratio": ratio, "keep": keep, "multiple_of": multiple_of}
+    check_scope(scope, normalize, total=total, min_per_layer=min_per_layer)
+    if scope == "global":
+        alike = {layer.name: [1.0] * layer.num_experts for layer in model.layers}
+        counts = global_counts(model.layers, alike, **size, total=total, least=min_per_layer)
+    else:
+        counts = kept_counts(model.layers, **size)
     if counts == [layer.num_experts for layer in model.layers]:
         raise ReapError("no expert would be dropped: ask for a larger ratio or keep fewer")
     kept = {

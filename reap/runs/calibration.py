@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -14,10 +15,14 @@ import reap_kernels
 from reap.errors import ReapError
 from reap.model import compat
 from reap.model.experts import pretrained
+from reap.model.info import ModelInfo
 from reap.model.mtplayer import Mtp
+from reap.model.unpacked import said_of_model
 from reap.observation.patch import observe
 from reap.runs.heads import own_mtp
+from reap.runs.meetings import Meetings
 from reap.runs.partial import Partial
+from reap.runs.ranks import Ranks
 from reap.runs.stability import Stable, Watch
 from reap.statistics.stats import Statistics
 from reap.statistics.trace import Trace
@@ -40,6 +45,7 @@ def calibrate(
     progress: Callable[[int], None] | None = None,
     partial: Partial | None = None,
     until: Stable | None = None,
+    ranks: Ranks | None = None,
 ) -> Statistics:
     """Run `batches` through `model` and return the statistics of its experts, by domain.
 
@@ -50,11 +56,11 @@ def calibrate(
     loads the one that its folder has, and leaves one out, with a line in the log, that is not known
     how to run. `progress` is called after each batch with its number of tokens. `partial` takes up
     what an earlier run measured, and keeps what this one did when it ends early inside
-    `partial.kept`. With `until` the run ends before the text does once it is stable; why it ended
-    is in the statistics' `data`. The other options are those of `observe`, and so are the errors;
-    ReapError also for batches without a single token that counts, for a token that the model does
-    not embed, and for text too short for `until`. The model is in eval mode meanwhile, and left as
-    it was found, whatever happens.
+    `partial.kept`. With `until` the run ends before the text does once it is stable, where `ranks`
+    share it that of all; why it ended is in the statistics' `data`. The other options are those of
+    `observe`, and so are the errors; ReapError also for batches without a single token that counts,
+    for a token that the model does not embed, and for text too short for `until`. The model is in
+    eval mode meanwhile, and left as it was found, whatever happens.
     """
     forward = forward_of(model)
     run: dict[str, Any] = {"run": what_runs(pretrained(model).base_model, backend, deterministic)}
@@ -80,30 +86,62 @@ def calibrate(
             deterministic=deterministic,
             mtp=own_mtp(model) if mtp is True else mtp or None,
         ) as stats,
-        _eval_mode(model),
+        eval_mode(model),
         torch.inference_mode(),
     ):
-        watch = None if until is None else Watch(until, stats.model)
+        watch = None if until is None else watching(until, stats.model, ranks)
         if partial is not None and recorded is not None:
             for batch in partial.take_up(stats, recorded, run, watch):
                 if progress is not None:
                     progress(batch.tokens)
-        rest = () if watch is not None and watch.stable else batches
-        for batch in batches_in(rest):
-            with stats.domain(batch.domain), stats.counting(batch.counted):
-                forward(batch)
-            if watch is not None:
-                watch.batch(*([stats] if partial is None else partial.both(stats)))
+        if isinstance(watch, Meetings):
+            watch.start()
+
+        def sums() -> np.ndarray:
+            assert watch is not None
+            return watch.sums.read([stats] if partial is None else partial.both(stats))
+
+        def save() -> None:
             if partial is not None and recorded is not None:
-                partial.mark(stats, batch.domain, recorded, run)
-            if progress is not None:
-                progress(batch.tokens)
-            if watch is not None and watch.stable:
+                partial.keep(stats, [], recorded, run)
+
+        rest, seen = batches_in(batches), 0
+        while watch is None or not watch.stable:
+            if watch is not None and recorded is not None:
+                recorded.until = watch.bound()
+            for batch in rest if recorded is None else recorded:
+                seen = seen + 1 if recorded is None else recorded.position
+                if watch is not None:
+                    watch.passed(seen - 1, sums)
+                with stats.domain(batch.domain), stats.counting(batch.counted):
+                    forward(batch)
+                if watch is not None:
+                    watch.passed(seen, sums)
+                if partial is not None and recorded is not None:
+                    partial.mark(stats, batch.domain, recorded, run)
+                if progress is not None:
+                    progress(batch.tokens)
+                if watch is not None and watch.stable:
+                    break
+            if recorded is not None:
+                seen = recorded.position
+                if watch is not None:
+                    watch.passed(seen, sums)  # with batches of others behind the last
+            if watch is None or not watch.meet(seen, save):
                 break
     total = stats if partial is None else partial.total(stats)
     if watch is not None:
         run["ended"] = watch.ended()
     return completed(total, recorded, run)
+
+
+def watching(
+    until: Stable, model: ModelInfo, ranks: Ranks | None, streamed: bool = False
+) -> Watch | Meetings:
+    """What says when a run may end, of one process or of several."""
+    if ranks is None:
+        return Watch(until, model, streamed)
+    return Meetings(until, model, streamed, ranks)
 
 
 def completed(total: Statistics, text: Batches | None, run: dict[str, Any]) -> Statistics:
@@ -142,7 +180,9 @@ def what_runs(model: nn.Module, backend: str, deterministic: bool) -> dict[str, 
     its name, not its number: processes that share a run have one each. Weights on the meta device
     are elsewhere, and come where the others are."""
     weights = list(model.parameters())
+    stored = said_of_model(model)
     return {
+        **({"weights": stored} if stored else {}),
         "dtype": ", ".join(sorted({str(w.dtype).removeprefix("torch.") for w in weights})),
         "device": ", ".join(sorted({_device_name(w.device) for w in weights if not w.is_meta})),
         "backend": backend_said(backend),
@@ -182,7 +222,7 @@ def _input_device(model: Any) -> torch.device:
 
 
 @contextmanager
-def _eval_mode(model: nn.Module) -> Iterator[None]:
+def eval_mode(model: nn.Module) -> Iterator[None]:
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:

@@ -5,7 +5,7 @@ A batch of the text runs through the first layers of the model as a run layer by
 of each kind, then one more goes the same way by the clock. Weights come from the model's own files,
 so that rates of reading and of computing are those of this machine, these layers and this text; a
 model of alike layers costs seconds whatever its depth. What is not run is taken to be like the
-layers of its kind.
+layers of its kind. A layer for multi-token prediction is run by itself, on numbers that are drawn.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from pathlib import Path
 import torch
 
 from reap.model.layerwise import Layerwise, Unit
+from reap.model.mtplayer import Mtp, embedding_names
 from reap.observation.patch import observe
 from reap.runs.calibration import forward_of
 from reap.runs.disk import statistics_size
@@ -82,6 +83,7 @@ def estimate(
     logits: bool = False,
     backend: str = "auto",
     deterministic: bool = False,
+    mtp: Mtp | None = None,
     wave_tokens: int | None = None,
     domains: int = 1,
 ) -> Estimate:
@@ -106,6 +108,7 @@ def estimate(
                 logits=logits,
                 backend=backend,
                 deterministic=deterministic,
+                mtp=mtp,
             )
         )
         undo.enter_context(torch.inference_mode())
@@ -121,32 +124,37 @@ def estimate(
         ahead = max((job.steps for job in stream.jobs), default=1) - 1
         steps = _steps(stream, batches[-1], ahead + PROBED)
         sums = statistics_size(stats.model, pairs, domains, outputs, coalitions, logits)
+        behind = 0.0 if mtp is None else _behind(mtp, batches[-1])
     found = {step.kind: [s for s in steps if s.kind == step.kind] for step in steps}
     per_token = [_of(unit, found) for unit in layers.text]
+    # A layer for multi-token prediction stays in memory, and is as large there as in its files.
+    extra = 0 if mtp is None else sum(weight.nbytes for weight in _own(mtp).values())
     stored = sum(map(layers.stored, layers.text))
     reading = statistics.median(step.reading for step in steps[ahead:] or steps)
-    rate = 1 / sum(per_token)
+    rate = 1 / (sum(per_token) + behind)
     waves_needed = 1
     if layerwise and tokens is not None:
         waves_needed = math.ceil(tokens / max(1, waves.tokens))
-    peak = whole + waves.room.running + 3 * sums
+    peak = whole + extra + waves.room.running + 3 * sums
     if layerwise:
         waiting = min(tokens or waves.in_memory, waves.in_memory) * waves.room.held
         peak = round(min(waves.room.fixed + waiting, limit * (1 - MARGIN)))
-    known = Estimate(layerwise, said[0], peak, 0 if layerwise else stored, stored, sums, rate)
+    mapped = 0 if layerwise else stored + extra
+    known = Estimate(layerwise, said[0], peak, mapped, stored + extra, sums, rate)
     if tokens is None:
         return known
-    seconds = stored * reading + tokens / rate
+    seconds = (stored + extra) * reading + tokens / rate
     if layerwise:  # the next layer is read while one runs
         seconds = sum(
             max(layers.stored(unit) * reading * waves_needed, cost * tokens)
             for unit, cost in zip(layers.text, per_token, strict=True)
         )
+        seconds += extra * reading + tokens * behind
     return replace(
         known,
         tokens=tokens,
-        flops=2 * tokens * _met(layers, stats),
-        bytes_read=waves_needed * stored,
+        flops=2 * tokens * (_met(layers, stats) + _met_behind(mtp)),
+        bytes_read=waves_needed * stored + extra,
         seconds=seconds,
     )
 
@@ -170,6 +178,38 @@ def _steps(stream: Stream, batch: Batch, least: int) -> list[Step]:
         stored = max(1, stream.layers.stored(unit))
         steps.append(Step(_kind(unit), (ready - start) / stored, ran / tokens))
     return steps
+
+
+def _behind(mtp: Mtp, batch: Batch) -> float:
+    """Seconds per token of a layer for multi-token prediction, which `observe` has."""
+    rows, length = batch.input_ids.shape
+    weight = mtp.projection.weight
+    hidden = torch.randn(rows, max(1, length - 1), mtp.width).to(weight)
+    seconds = []
+    for _ in range(2):  # the first is slower
+        start = time.monotonic()
+        mtp(hidden, hidden)
+        seconds.append(time.monotonic() - start)
+    return min(seconds) / (rows * length)
+
+
+def _own(mtp: Mtp) -> dict[str, torch.Tensor]:
+    """Its weights by name, without the model's embeddings, which its stack never uses."""
+    unused = {f"stack.{name}" for name in embedding_names(mtp.stack)}
+    return {name: w for name, w in mtp.named_parameters() if name not in unused}
+
+
+def _met_behind(mtp: Mtp | None) -> int:
+    """How many weights a token meets in a layer for multi-token prediction."""
+    if mtp is None:
+        return 0
+    shares = {
+        id(weight): info.top_k / info.num_experts
+        for one, info in zip(mtp.experts, mtp.layers, strict=True)
+        for weight in one.module.parameters()
+    }
+    own = (w for w in _own(mtp).values() if w.dim() > 1)
+    return round(sum(weight.numel() * shares.get(id(weight), 1.0) for weight in own))
 
 
 @contextmanager

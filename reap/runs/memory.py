@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import ctypes
 import re
+import sys
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
+from typing import Protocol
+
+import torch
 
 from reap.errors import ReapError
 
@@ -57,6 +61,46 @@ def allowed() -> int:
     free = [_field(PROC / "meminfo", "MemAvailable:") * 1024]
     free += [max(0, limit - used) for limit, used in _groups()]
     return resident() + min(free)
+
+
+class Device:
+    """The same, of what torch has on a GPU."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+
+    def resident(self) -> int:
+        return torch.cuda.memory_allocated(self._device)
+
+    def peak(self) -> int:
+        return torch.cuda.max_memory_allocated(self._device)
+
+    def reset_peak(self) -> None:
+        torch.cuda.reset_peak_memory_stats(self._device)
+
+    def give_back(self) -> None:
+        """Torch keeps what was freed for itself, and that counts as free."""
+
+    def allowed(self) -> int:
+        free, _ = torch.cuda.mem_get_info(self._device)
+        return free + torch.cuda.memory_reserved(self._device)
+
+
+class Meter(Protocol):
+    """This module, or a `Device`."""
+
+    def resident(self) -> int: ...
+    def peak(self) -> int: ...
+    def reset_peak(self) -> None: ...
+    def give_back(self) -> None: ...
+    def allowed(self) -> int: ...
+
+
+def meter_of(device: torch.device | None) -> Meter:
+    """What measures the memory of a GPU, or else that of this process."""
+    if device is None or device.type != "cuda":
+        return sys.modules[__name__]
+    return Device(device)
 
 
 def _groups() -> Iterator[tuple[int, int]]:

@@ -12,12 +12,11 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from reap.errors import ReapError, undisturbed
 from reap.files.atomic import discard_unfinished
 from reap.files.lock import Lock
-from reap.runs.stability import Watch
 from reap.statistics.stats import Statistics, installed_versions
 from reap.statistics.trace import Trace
 from reap.text.batching import Batch, Batches
@@ -31,6 +30,14 @@ _WRITE_SECONDS = 30.0  # ... that is no more often
 _PROGRESS = ("tokens", "counted", "partial", "sources")
 _SOURCE_OPTIONS = ("spec", "kind", "target", "domain", "weight", "column", "python")
 _SOURCE_PROGRESS = ("rows", "tokens", "sha256")
+
+
+class Remembers(Protocol):
+    """What of a run is no statistics, and has to go on too."""
+
+    def state(self) -> dict[str, Any]: ...
+
+    def restore(self, batches: int, state: Any) -> None: ...
 
 
 class _Refused(ReapError):
@@ -47,7 +54,7 @@ class Partial:
         self._lock = Lock(path)
         discard_unfinished(path)
         self._before: Statistics | None = None
-        self._watch: Watch | None = None
+        self._watch: Remembers | None = None
         self._changed: set[str] = set()  # domains since what is remembered
         self._remember_at = 0.0
         # Of whole batches: statistics by domain, and the data entry; then what was written of them.
@@ -55,7 +62,13 @@ class Partial:
         self._written: Statistics | None = None
         self._write_at = time.monotonic() + _WRITE_SECONDS
         if path.exists():
-            loaded = Statistics.load(path)
+            try:
+                loaded = Statistics.load(path)
+            except ReapError as error:  # cut short, say, or of a newer version
+                raise ReapError(
+                    f"what an earlier run left cannot be read: {error}: remove the file to begin "
+                    "anew"
+                ) from error
             if len(loaded.data) != 1 or "partial" not in loaded.data[0]:
                 raise ReapError(f"{path} is not what a run left that ended early: move it away")
             self._before = loaded
@@ -94,7 +107,7 @@ class Partial:
         stats: Statistics,
         batches: Batches,
         data: dict[str, Any],
-        watch: Watch | None = None,
+        watch: Remembers | None = None,
     ) -> Iterator[Batch]:
         """Yield the batches that the file has; `batches` and `watch` are then behind them. `stats`
         are those of the run. ReapError when model, text or options are not the same."""
@@ -109,11 +122,9 @@ class Partial:
         if difference:
             self._refuse(f"it is of another model: {difference}")
         (kept,) = self._before.data
-        while batches.position < kept["partial"]["batches"]:
-            batch = next(batches, None)
-            if batch is None:
-                break
-            yield batch
+        batches.until = kept["partial"]["batches"]  # a share passes no batch of its own by
+        yield from batches
+        batches.until = None
         now = batches.describe()["sources"]
         for before, after in zip(kept["sources"], now, strict=True):
             if any(before[name] != after[name] for name in _SOURCE_PROGRESS):
@@ -154,17 +165,18 @@ class Partial:
     ) -> dict[str, Statistics]:
         before = {} if self._whole is None else self._whole[0]
         parts = {**before, **{name: stats.snapshot(name) for name in self._changed}}
-        progress: dict[str, Any] = {"batches": batches.position}
-        if self._watch is not None:
-            progress["until"] = self._watch.state()
-        self._whole = parts, batches.describe() | data | {"partial": progress}
+        self._whole = parts, batches.describe() | data | {"partial": self._progress(batches)}
         self._changed = set()
         return parts
+
+    def _progress(self, batches: Batches) -> dict[str, Any]:
+        until = {} if self._watch is None else {"until": self._watch.state()}
+        return {"batches": batches.position, **until}
 
     def complete(self, stats: Statistics, batches: Batches) -> None:
         """Write the statistics of a run that has all of its batches, for another process to add."""
         (data,) = stats.data
-        stats.data = [data | batches.describe() | {"partial": {"batches": batches.position}}]
+        stats.data = [data | batches.describe() | {"partial": self._progress(batches)}]
         stats.save(self.path, overwrite=True)
         self._whole, self._written = None, stats
 

@@ -4,7 +4,8 @@ Each rank runs its share of the batches (reap/text/share.py) and leaves its sums
 the output, as any run does while it is at work (reap/runs/partial.py). Rank 0 adds the files when
 all have theirs. What has to be said meanwhile is little, and goes over one TCP connection from each
 rank to rank 0, a JSON object a line: at the start what every rank is about to run, which must be
-the same, at the end that its file is whole, and that the output is written.
+the same, at the end that its file is whole, and that the output is written; with --until-stable
+also what each has summed where a look is due (`reap.runs.meetings`).
 
 Why files, and not a reduction by torch.distributed: sums are exact, so that the order of adding is
 of no matter; they are small (840 bytes per expert, 5 MB for 48 layers of 128) and are sent once; a
@@ -37,9 +38,10 @@ import socket
 import threading
 import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from datetime import timedelta
+from itertools import chain
 from types import FrameType
 from typing import Any
 
@@ -173,6 +175,19 @@ class Ranks:
                 )
         for rank in self._peers:
             self._send(rank, {"agreed": True})
+
+    def exchange(self, mine: Any, answer: Callable[[Iterator[Any]], Any]) -> Any:
+        """In all ranks what `answer` makes, in rank 0, of what each gave, its own first. JSON."""
+        if self.rank:
+            self._send(0, {"given": mine})
+            return self._receive(0, "answer")
+        given = chain([mine], (self._receive(rank, "given") for rank in sorted(self._peers)))
+        found = answer(given)
+        for _ in given:  # what it did not look at
+            pass
+        for rank in self._peers:
+            self._send(rank, {"answer": found})
+        return found
 
     def wait_for_all(self) -> None:
         """Returns in rank 0 when all others wait here too; in these when rank 0 releases them."""
@@ -377,6 +392,8 @@ class _Peer:
 
     def whole(self) -> list[Message]:
         """Messages that have come, each once."""
+        if b"\n" not in self._buffer:  # of a long one there are many parts
+            return []
         *lines, rest = bytes(self._buffer).split(b"\n")
         self._buffer = bytearray(rest)
         return [json.loads(line) for line in lines]

@@ -38,6 +38,8 @@ class Room:
     held: float  # per token, padding included
     hidden: float  # of `held`, per token: what may wait in a file
     running: int = 0  # of `fixed`, by a batch while it runs
+    of: str = "memory"
+    how: str = " (--memory-limit)"  # to have more of it
 
     @property
     def free(self) -> float:
@@ -48,8 +50,8 @@ class Room:
         if self.free < tokens * self.held:
             need = (self.fixed + tokens * self.held) / (1 - MARGIN)
             raise ReapError(
-                f"{sized(self.limit)} of memory do not hold one layer, the next and a batch of "
-                f"{tokens:,} tokens: that takes {sized(round(need))} (--memory-limit), less with a "
+                f"{sized(self.limit)} of {self.of} do not hold one layer, the next and a batch of "
+                f"{tokens:,} tokens: that takes {sized(round(need))}{self.how}, less with a "
                 "smaller --batch-size or --seq-len"
             )
 
@@ -93,27 +95,32 @@ def measure(stream: Stream, job: Job, limit: int, copies: int, largest: int) -> 
     stays behind that, and the others can follow it. There will be `copies` of the statistics, and
     batches of `largest` tokens."""
     layers, tokens = stream.layers, max(1, job.batch.input_ids.numel())
+    gpu = layers.staging is not None
+    meter = memory.meter_of(layers.staging.device if layers.staging is not None else None)
     made = max(unit.nbytes for unit in layers.text)
     held, hidden, loading, running = job.held, job.hidden, 0.0, 0
     while (unit := stream.wanted()) is not None:
-        memory.give_back()
-        memory.reset_peak()
-        before = memory.resident()
+        meter.give_back()
+        meter.reset_peak()
+        before = meter.resident()
         with layers.loaded(unit):
-            loading = (memory.peak() - before) / max(1, unit.nbytes)
-            memory.reset_peak()
-            before = memory.resident()
+            loading = (meter.peak() - before) / max(1, unit.nbytes)
+            meter.reset_peak()
+            before = meter.resident()
             stream.run(unit)
-            running = max(running, memory.peak() - before)
+            running = max(running, meter.peak() - before)
         held, hidden = max(held, job.held), max(hidden, job.hidden)
         if unit.has_experts:
             break
-    memory.give_back()
-    base = memory.resident() - job.held
-    stored = max(layers.stored(unit) for unit in layers.text)
+    meter.give_back()
+    base = meter.resident() - job.held
+    # Beside the layer that runs, what is read of the next one; of that on a GPU what is made.
+    following = made if gpu else max(layers.stored(unit) for unit in layers.text)
     running = round(running * max(1.0, largest / tokens))
-    fixed = base + max(made + stored + running, round(made * loading))
+    fixed = base + max(made + following + running, round(made * loading))
     fixed += copies * _sums(stream.stats)
+    if gpu:
+        return Room(limit, fixed, held / tokens, hidden / tokens, running, "the GPU's memory", "")
     return Room(limit, fixed, (held + FRAMES) / tokens, hidden / tokens, running)
 
 

@@ -13,14 +13,16 @@ far: of text that comes sorted, one kind after another, the first part tells not
 
 All this depends on numbers of batches and exact sums alone, never on time: the same command ends at
 the same batch. What it remembers, the rounded sums at the cuts, goes into the file of a run that
-ended early, so that one that goes on has the same bits.
+ended early, so that one that goes on has the same bits. Layer by layer the batches of a wave come
+to their ends together: its looks are those of a run in memory, and it ends behind the wave, of
+which none is larger than half of all text before it (the first has what the first look needs).
 """
 
 from __future__ import annotations
 
 import base64
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,12 +42,10 @@ from reap.planning.confidence import (
 from reap.planning.counting import Ratio, kept_counts, share_of
 from reap.planning.criteria import rank
 from reap.planning.plan import select
-from reap.statistics.exact import FRACTION_BITS
+from reap.runs.cuts import GROUPS, LOOKS, WAVES, next_look
+from reap.runs.cutsums import Exact
 from reap.statistics.stats import Statistics
 from reap.text.batching import Batches
-
-GROUPS = 32  # the fewest; twice as many are halved
-LOOKS = (32, 40, 48, 56)
 
 
 @dataclass(frozen=True)
@@ -118,17 +118,20 @@ class Cut:
 
 
 class Watch:
-    """Of one run: counts its batches, and says when it may end."""
+    """Of one run: counts its batches, and says when it may end. `streamed`: it runs layer by layer,
+    where batches end together, wave by wave."""
 
-    def __init__(self, until: Stable, model: ModelInfo) -> None:
-        self._until = until
+    def __init__(self, until: Stable, model: ModelInfo, streamed: bool = False) -> None:
+        self._until, self._streamed = until, streamed
         self._layers = list(zip(model.layers, until.check(model), strict=True))
         self._experts = [layer.num_experts for layer in model.layers]
         self._pairs = sum(
             layer.n_group * math.comb(layer.num_experts // layer.n_group, 2)
             for layer in model.layers
         )
-        self._batches = 0
+        self.sums = Exact(model, until.criterion)
+        self.batches = 0
+        self._bound: int | None = None
         self._size = 1  # batches of a group
         self._cuts: list[Cut] = []
         self._looks = 0
@@ -141,27 +144,47 @@ class Watch:
     def batch(self, *parts: Statistics) -> bool:
         """One more batch is in the statistics of this run, the sum of `parts`. Whether the run may
         end."""
-        self._batches += 1
-        if self._batches % self._size == 0:
-            self._cuts.append(Cut.of(self._read(parts)))
-            if len(self._cuts) == 2 * GROUPS:
-                self._cuts, self._size = self._cuts[1::2], 2 * self._size
-            if len(self._cuts) in LOOKS:
-                self._look()
+        self.passed(self.batches + 1, lambda: self.sums.read(parts))
         return self.stable
+
+    def passed(self, batches: int, sums: Callable[[], np.ndarray]) -> None:
+        """So many are behind the run, and `sums` are theirs; at most one more than it knew of."""
+        if batches > self.batches:
+            self.batches = batches
+            if batches % self._size == 0:
+                self._cut(self.sums.rounded(sums()))
+
+    def bound(self) -> int | None:
+        """At how many batches the run has to call `meet`, before it runs more; None: never."""
+        self._bound = next_look(self.batches, WAVES) if self._streamed else None
+        return self._bound
+
+    def meet(self, batches: int, save: Callable[[], None] = lambda: None) -> bool:
+        """The run is at so many batches, its bound or the end of its text. Whether there is more to
+        run. Nothing is decided here that `save` would have to write."""
+        return batches == self._bound and not self.stable
+
+    def _cut(self, values: Tensor) -> None:
+        self._cuts.append(Cut.of(values))
+        if len(self._cuts) == 2 * GROUPS:
+            self._cuts, self._size = self._cuts[1::2], 2 * self._size
+        if len(self._cuts) in LOOKS and not self.stable:
+            self._look()
 
     def ended(self) -> str:
         """Why the run ended, with its text or before."""
         what = f"the experts that ratio {self._until.ratio} drops by {self._until.criterion}"
         sure = f"with {self._until.confidence:.4g} confidence"
         if self.stable:
+            more = self.batches - self._looked_at
+            later = f" (and {more:,} more of its wave)" if more else ""
             return (
-                f"stable after {self._batches:,} batches: {what} were the same at "
+                f"stable after {self._looked_at:,} batches{later}: {what} were the same at "
                 f"{self._same} looks, and {sure} none could swap"
             )
         if not self._looks:
             return (
-                f"text used up, not stable: {self._batches:,} batches are too few to look at, "
+                f"text used up, not stable: {self.batches:,} batches are too few to look at, "
                 f"{GROUPS} are needed"
             )
         return f"text used up, not stable: {self._said(what, sure)}"
@@ -190,7 +213,7 @@ class Watch:
     def restore(self, batches: int, state: Any) -> None:
         """Go on from what `state` gave after so many batches. ReapError when it did not."""
         try:
-            self._batches, self._size, self._looks = batches, state["size"], state["looks"]
+            self.batches, self._size, self._looks = batches, state["size"], state["looks"]
             self._cuts = [Cut.read(text, sum(self._experts)) for text in state["cuts"]]
             self._looked_at, self._same = state["looked_at"], state["same"]
             self._dropped, self._open = dict(state["dropped"]), dict(state["open"])
@@ -201,17 +224,9 @@ class Watch:
         if not fits:
             raise ReapError("what an earlier run knew of its stability is damaged: begin anew")
 
-    def _read(self, parts: Sequence[Statistics]) -> Tensor:
-        """[2,C]; exact sums, rounded once, so that it does not matter of which runs they are."""
-        columns = [
-            [_sums(parts, layer, field) for layer, _ in self._layers]
-            for field in RATIOS[self._until.criterion]
-        ]
-        return torch.stack([torch.cat(column) for column in columns])
-
     def _look(self) -> None:
         self._looks += 1
-        self._looked_at = self._batches
+        self._looked_at = self.batches
         cuts = torch.stack([cut.values for cut in self._cuts]).split(self._experts, dim=2)
         changed, self._open = not self._dropped, {}
         for (layer, count), own in zip(self._layers, cuts, strict=True):
@@ -289,17 +304,3 @@ class View:
             own = first[first // size == group], second[second // size == group]
             if all(map(len, own)):
                 yield own
-
-
-def _sums(parts: Sequence[Statistics], layer: LayerInfo, field: str) -> Tensor:
-    """[E] fp64"""
-    own = [part for stats in parts for part in stats.parts(layer.name)]
-    if field == "tokens":
-        tokens = sum(part.tokens for part in own)
-        return torch.full((layer.num_experts,), float(tokens), dtype=torch.float64)
-    if field == "count":
-        none = torch.zeros(layer.num_experts, dtype=torch.int64)
-        return sum((part.count for part in own), none).double()
-    totals = [sum(column) for column in zip(*(part.exact(field) for part in own), strict=True)]
-    totals = totals or [0] * layer.num_experts
-    return torch.tensor([total / (1 << FRACTION_BITS) for total in totals], dtype=torch.float64)

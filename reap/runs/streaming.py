@@ -32,6 +32,7 @@ class Job:
         self.steps = 0  # layers that it entered
         self.held = self.hidden = 0  # bytes that its layer was called with; of its hidden states
         self.place = place  # in a file, for these
+        self.position = 0  # how many batches there were up to this one
         self.thread = greenlet(lambda: forward(batch))
         # Of its own: what the forward keeps in context variables is this batch's alone.
         self.thread.gr_context = contextvars.copy_context()
@@ -41,7 +42,7 @@ class Stream:
     """Runs batches through `layers.model`, one layer at a time. Inside `with stream.installed()`.
 
     What a job runs belongs to its batch's domain in `stats`. `progress` is called with tokens: of a
-    batch that is half through its layers, half of them.
+    batch that is half through its layers, half of them. `ran` is called whenever a job has run on.
     """
 
     def __init__(
@@ -53,6 +54,7 @@ class Stream:
     ) -> None:
         self.layers, self.stats = layers, stats
         self.jobs: list[Job] = []  # that have not ended
+        self.ran: Callable[[Job], None] | None = None
         self._forward, self._progress = forward, progress
         self._running: Job | None = None
         self._closing = False
@@ -73,10 +75,11 @@ class Stream:
                 undo.callback(hook.remove)
             yield
 
-    def add(self, batch: Batch, place: Place | None = None) -> Job:
+    def add(self, batch: Batch, place: Place | None = None, position: int = 0) -> Job:
         """Begin with a batch: it runs up to its first layer. While it waits, its hidden states are
         in `place`."""
         job = Job(batch, self._forward, place)
+        job.position = position
         self.jobs.append(job)
         self._resume(job)
         return job
@@ -108,6 +111,7 @@ class Stream:
             if known is not None:
                 self.layers.read_ahead(known)
             self.run(unit, None if known else self.layers.read_ahead)
+            self.layers.send_ahead()
         return True
 
     def _resume(self, job: Job) -> None:
@@ -121,6 +125,8 @@ class Stream:
             self._running = None
             if job.thread.dead:
                 self.jobs.remove(job)
+        if self.ran is not None:
+            self.ran(job)
         done = self._share(job) - before
         if self._progress is not None and done:
             self._progress(done)

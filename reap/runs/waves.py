@@ -8,6 +8,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, closing
+from itertools import islice
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -20,13 +21,20 @@ from reap.model.config import text_config
 from reap.model.experts import pretrained
 from reap.model.layerwise import Layerwise
 from reap.model.mtplayer import Mtp
+from reap.model.staging import CudaQueues
 from reap.observation.patch import observe
 from reap.runs import memory
-from reap.runs.calibration import completed, forward_of, what_runs
+from reap.runs.calibration import completed, forward_of, watching, what_runs
+from reap.runs.cuts import cuts_between, next_cut
+from reap.runs.cutsums import ByCut
 from reap.runs.heads import own_mtp
 from reap.runs.hidden import HiddenFile
+from reap.runs.meetings import Meetings
+from reap.runs.mode import check_streams
 from reap.runs.partial import Partial
+from reap.runs.ranks import Ranks
 from reap.runs.room import Room, admission, measure
+from reap.runs.stability import Stable, Watch
 from reap.runs.streaming import Job, Stream
 from reap.statistics.stats import Statistics
 from reap.statistics.trace import Trace
@@ -47,6 +55,7 @@ def calibrate_streamed(
     deterministic: bool = False,
     mtp: Mtp | bool = True,
     dtype: str = "auto",
+    device: str = "cpu",
     trust_remote_code: bool = False,
     memory_limit: int | str | None = None,
     wave_tokens: int | None = None,
@@ -54,17 +63,20 @@ def calibrate_streamed(
     say: Callable[[str], None] | None = None,
     progress: Callable[[int], None] | None = None,
     partial: Partial | None = None,
+    until: Stable | None = None,
+    ranks: Ranks | None = None,
 ) -> Statistics:
-    """`calibrate` of the model in `folder`, with one layer of it in memory at a time, on the CPU:
-    the same statistics, bit for bit.
+    """`calibrate` of the model in `folder`, with one layer of it in memory at a time: the same
+    statistics, on the CPU bit for bit. `device`: "cpu", or a GPU, which then holds two layers, what
+    of the model stays and the tokens of a wave, as many as fit there.
 
     Batches go through the layers in waves, each layer is read once per wave while the one before it
     runs. A wave has as many tokens as `memory_limit` holds (bytes, or like "24G"; by default what
     the machine and its control groups have free), and at most `wave_tokens`. Hidden states that do
     not fit wait in a file without a name in `scratch` (by default the system's folder for temporary
     files), where that costs less than another wave. `partial` is written after every wave. `say` is
-    called with a line about all this once it is known. In place of a folder, what `open_layers`
-    gave, which is closed at the end.
+    called with a line about all this once it is known. `until` ends it behind a wave. In place of a
+    folder, what `open_layers` gave, which is closed at the end.
 
     The other arguments are those of `calibrate` and `load_model`, and so are the errors. ReapError
     also for a model that cannot be run layer by layer, for a limit that does not hold a layer, for
@@ -80,12 +92,20 @@ def calibrate_streamed(
         raise ReapError("a run can be taken up again only with batches of reap.batches")
     layers = folder
     if not isinstance(layers, Layerwise):
-        layers = open_layers(Path(layers), dtype, trust_remote_code, limit)
+        layers = open_layers(Path(layers), dtype, trust_remote_code, limit, device)
+    if layers.staging is not None:
+        limit = memory.meter_of(layers.staging.device).allowed()
     with ExitStack() as undo:
         undo.enter_context(closing(layers))
         model = layers.model
         _forget_what_layers_return(model)
-        run = {"run": what_runs(pretrained(model).base_model, backend, deterministic)}
+        run: dict[str, Any] = {
+            "run": what_runs(pretrained(model).base_model, backend, deterministic)
+        }
+        if until is not None:
+            run["until"] = until.describe()
+            if recorded is not None:
+                until.check_text(recorded)
         stats = undo.enter_context(
             observe(
                 model,
@@ -101,10 +121,13 @@ def calibrate_streamed(
             )
         )
         undo.enter_context(torch.inference_mode())
+        watch = None if until is None else watching(until, stats.model, ranks, streamed=True)
         if partial is not None and recorded is not None:
-            for batch in partial.take_up(stats, recorded, run):
+            for batch in partial.take_up(stats, recorded, run, watch):
                 if progress is not None:
                     progress(batch.tokens)
+        if isinstance(watch, Meetings):
+            watch.start()
         stream = Stream(layers, forward_of(model), stats, progress)
         undo.enter_context(stream.installed())
         copies, largest = 1, 1
@@ -113,23 +136,84 @@ def calibrate_streamed(
             copies, largest = len(about["sources"]), about["seq_len"] * about["batch_size"]
         if partial is not None:
             copies *= 3  # it remembers some, and writes others
+        if watch is not None:
+            copies += 8  # sums at cuts
         place = Path(scratch or tempfile.gettempdir())
         waves = Waves(stream, limit, wave_tokens, place, copies, largest, say or (lambda _: None))
         undo.enter_context(closing(waves))
-        for wave in waves.run(batches):
+
+        def keep(*domains: str) -> None:
             if partial is not None and recorded is not None:
-                partial.keep(stats, [batch.domain for batch in wave], recorded, run)
+                partial.keep(stats, [*domains], recorded, run)
+
+        if watch is None:
+            for wave in waves.run(batches):
+                keep(*(job.batch.domain for job in wave))
+        else:
+            both = [stats] if partial is None else partial.both(stats)
+            _until_stable(
+                waves, batches, watch, ByCut(watch.sums, stats, watch.sums.read(both)), keep
+            )
     total = stats if partial is None else partial.total(stats)
+    if watch is not None:
+        run["ended"] = watch.ended()
     return completed(total, recorded, run)
 
 
+def _until_stable(
+    waves: Waves,
+    batches: Iterable[Batch | Mapping[str, Any]],
+    watch: Watch | Meetings,
+    sums: ByCut,
+    keep: Callable[..., None],
+) -> None:
+    """Wave after wave, until `watch` is sure or the text ends."""
+    recorded = batches if isinstance(batches, Batches) else None
+    rest = iter(batches)
+    waves.begun = watch.batches
+    waves.stream.ran = lambda job: sums.ran(next_cut(job.position))
+    while not watch.stable:
+        bound = watch.bound()
+        if recorded is not None:
+            recorded.until = bound
+            stretch: Iterable[Any] = recorded
+        else:
+            stretch = rest if bound is None else islice(rest, bound - waves.begun)
+
+        def passed() -> None:
+            end = waves.begun if recorded is None else recorded.position
+            for cut in cuts_between(watch.batches, end):
+                total = sums.take(cut)
+                watch.passed(cut, lambda total=total: total)  # type: ignore[misc]
+            watch.passed(end, sums.take)  # no cut: nothing is read
+
+        for wave in waves.run(stretch):
+            passed()
+            keep(*(job.batch.domain for job in wave))
+            if watch.stable:
+                break
+        passed()
+        if not watch.meet(waves.begun if recorded is None else recorded.position, keep):
+            break
+
+
 def open_layers(
-    folder: Path, dtype: str = "auto", trust_remote_code: bool = False, limit: int | None = None
+    folder: Path,
+    dtype: str = "auto",
+    trust_remote_code: bool = False,
+    limit: int | None = None,
+    device: str = "cpu",
 ) -> Layerwise:
     """The model in `folder` without its layers. ReapError when `limit` bytes, or what is free, do
-    not hold one of them."""
-    admit = admission(memory.allowed() if limit is None else limit)
-    return Layerwise(folder, dtype=dtype, trust_remote_code=trust_remote_code, admit=admit)
+    not hold one of them, or for a `device` that does not run layer by layer."""
+    check_streams(device)
+    return Layerwise(
+        folder,
+        dtype=dtype,
+        trust_remote_code=trust_remote_code,
+        admit=admission(memory.allowed() if limit is None else limit),
+        queues=None if device == "cpu" else CudaQueues(torch.device(device)),
+    )
 
 
 class Waves:
@@ -149,6 +233,7 @@ class Waves:
         self.copies, self.say = copies, say
         self.largest = largest  # tokens of a batch, padding included
         self.room: Room | None = None
+        self.begun = 0  # batches
         self.tokens = 0  # of a wave, padding included
         self.in_memory = 0  # of these, that wait in memory
         self.file: HiddenFile | None = None
@@ -157,23 +242,28 @@ class Waves:
         if self.file is not None:
             self.file.close()
 
-    def run(self, batches: Iterable[Batch | Mapping[str, Any]]) -> Iterator[list[Batch]]:
-        """Yields the batches of each wave when it has ended."""
+    def run(self, batches: Iterable[Batch | Mapping[str, Any]]) -> Iterator[list[Job]]:
+        """Yields what ran in each wave when it has ended."""
         rest = iter(batches)
         expected = getattr(batches, "expected", None)
+
+        def begin(given: Any, sent: int) -> Job:
+            self.begun = getattr(batches, "position", self.begun + 1)
+            return self._begin(Batch.of(given), sent)
+
         while (given := next(rest, None)) is not None:
-            jobs = [self._begin(Batch.of(given), 0)]
+            jobs = [begin(given, 0)]
             if self.room is None:
                 self.plan(jobs[0], expected)
             sent = jobs[0].batch.input_ids.numel()
             while sent + self.largest <= self.tokens and (given := next(rest, None)) is not None:
-                jobs.append(self._begin(Batch.of(given), sent))
+                jobs.append(begin(given, sent))
                 sent += jobs[-1].batch.input_ids.numel()
             while self.stream.step():
                 memory.give_back()
             if self.file is not None:
                 self.file.clear()
-            yield [job.batch for job in jobs]
+            yield jobs
 
     def _begin(self, batch: Batch, sent: int) -> Job:
         """A batch behind `sent` tokens of its wave; its hidden states in the file if memory has no
@@ -183,7 +273,7 @@ class Waves:
         waits = None
         if self.room is not None and self.file is not None and sent + size > self.in_memory:
             waits = self.file.place(math.ceil(size * self.room.hidden))
-        return self.stream.add(batch, waits)
+        return self.stream.add(batch, waits, self.begun)
 
     def plan(self, job: Job, expected: int | None) -> None:
         """How large waves are, judged by a batch that begins; of `expected` tokens in all."""
@@ -193,12 +283,12 @@ class Waves:
         room.check(self.largest)
         most = min(n for n in (expected, self.most, sys.maxsize) if n is not None)
         self.tokens = self.in_memory = room.in_memory()
-        if self.tokens < most:
+        if self.tokens < most and self.stream.layers.staging is None:
             self.tokens = room.with_file(self.scratch, len(layers), stored)
         self.tokens = min(self.tokens, self.most or self.tokens)
         spilled = room.in_file(min(self.tokens, most))
-        where = "hidden states in memory"
-        if spilled:
+        where = f"hidden states in {room.of}"
+        if spilled and self.stream.layers.staging is None:
             self.in_memory = min(self.tokens, most) - spilled
             size = math.ceil((spilled + self.largest) * room.hidden)
             self.file = HiddenFile(self.scratch, size)

@@ -60,6 +60,7 @@ class Statistics:
         self.versions = installed_versions() if versions is None else dict(versions)
         self._infos: dict[str, LayerInfo] = {layer.name: layer for layer in model.layers}
         self._parts: dict[tuple[str, str], LayerStatistics] = {}  # (domain, layer)
+        self._updated: set[str] = set()  # layers
         self._domain = "default"
         self._counted: Tensor | None = None
         self._placed: dict[torch.device, Tensor] = {}  # the same, flat, where layers need it
@@ -159,6 +160,7 @@ class Statistics:
         key = (self._domain, layer_name)
         if key not in self._parts:
             self._parts[key] = self._empty(info, norms.device)
+        self._updated.add(layer_name)
         mask = self.counted_of(len(top_k_index), norms.device, mask)
         self._parts[key].update(
             *(top_k_index, top_k_weights, norms, peaks, mask),
@@ -184,6 +186,11 @@ class Statistics:
             counted &= mask.to(counted.device)[:, None]
         gate = read_gates(top_k_weights.double(), self.gates)
         return torch.stack([counted.float(), torch.where(counted, gate, 0.0).float()])
+
+    def updated(self) -> set[str]:
+        """The layers that were updated since this was called before."""
+        found, self._updated = self._updated, set()
+        return found
 
     def counted_of(self, tokens: int, device: torch.device, mask: Tensor | None) -> Tensor | None:
         """[T] bool: the tokens of `mask` that `counting` lets count; None: all. ReapError when that

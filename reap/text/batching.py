@@ -174,7 +174,8 @@ class Batches(Iterator[Batch]):
     batches.
 
     A share hands out some of the batches, and passes the others by: what is said of batches that
-    were handed out, and all limits, are of both. `position`: how many these are so far."""
+    were handed out, and all limits, are of both. `position`: how many these are so far. At `until`
+    of them the iteration pauses; a later one goes on."""
 
     def __init__(
         self,
@@ -187,6 +188,7 @@ class Batches(Iterator[Batch]):
         share: Share,
     ) -> None:
         self.position = 0
+        self.until: int | None = None
         self._share = share
         self._streams = streams
         self._open = list(streams)
@@ -246,7 +248,10 @@ class Batches(Iterator[Batch]):
         return digest.hexdigest()
 
     def __next__(self) -> Batch:
-        while (found := self._ahead.popleft() if self._ahead else self._take()) is not None:
+        while self.position != self.until:
+            found = self._ahead.popleft() if self._ahead else self._take()
+            if found is None:
+                break
             stream, rows = found
             stream.hand_out(rows)
             self.position += 1

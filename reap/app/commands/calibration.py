@@ -77,10 +77,10 @@ def calibrate(
                 "--trace is of the first tokens of a run in one process, and this process has a "
                 "share of them: leave one of them out"
             )
-        if until is not None and all_of_us.share is not None:
+        if until is not None and all_of_us.share is not None and all_of_us.ranks is None:
             raise ReapError(
-                "--until-stable looks at all batches, and this process has a share of them: leave "
-                "one of them out"
+                "--until-stable looks at all batches, and shards do not know of each other: leave "
+                "out --shard, or start ranks by torchrun, which do"
             )
         loading = replace(loading, device=all_of_us.device(loading.device))
         folder = find_model(model, text, measuring, loading, check)
@@ -132,6 +132,7 @@ def measured(
     of the model as early as can be, and may refuse it. With `until` it may end before the text. The
     work is shared with `all_of_us`. `traces`: the trace that `accept` began, if any."""
     from reap.model.identity import describe, describe_folder
+    from reap.model.load import find_device
     from reap.runs.calibration import calibrate as run
     from reap.runs.disk import check_disk, statistics_size
     from reap.runs.heads import chosen_mtp
@@ -165,18 +166,14 @@ def measured(
         device=loading.device,
         limit=measuring.limit,
     )
-    if streamed is not None and until is not None:
-        raise ReapError(
-            f"--until-stable needs the whole model in memory, and this runs layer by layer "
-            f"({streamed}): leave one of them out"
-        )
     modes += [verdict(folder, loading, streamed)]
     announce("calibrating", model, runs, *modes, us.said(), shape_of(rows))
     read_on(rows, sources)
-    us.check_same(folder, rows, measuring, loading, out)
+    us.check_same(folder, rows, measuring, loading, out, until)
     layers = None
     if streamed is not None:
-        layers = open_layers(folder, loading.dtype, trust, measuring.limit)
+        device = find_device(loading.device)
+        layers = open_layers(folder, loading.dtype, trust, measuring.limit, device)
     loaded = loading.load(folder) if layers is None else layers.model
     us.check_same_run(loaded, measuring)
     if trust:
@@ -193,9 +190,11 @@ def measured(
                 "mtp": head or False,
                 "progress": advance,
                 "partial": partial,
+                "until": until,
+                "ranks": us.ranks,
             }
             if layers is None:
-                stats = run(loaded, rows, **options, until=until)
+                stats = run(loaded, rows, **options)
             else:
                 stats = calibrate_streamed(
                     layers,

@@ -57,6 +57,7 @@ def compress(
     statistics.
     """
     from reap.checkpoint.pruning import check_prune
+    from reap.planning.budget import check_scope
     from reap.planning.counting import kept_counts
     from reap.planning.criteria import check_criterion
     from reap.planning.plan import trial_plan
@@ -69,11 +70,13 @@ def compress(
         check_file(plan_file, PLAN, overwrite=overwrite, inputs=inputs)
 
     check_criterion(cut.criterion)
-    kept_counts((), **cut.size)  # what is wrong with any model
+    check_scope(cut.scope, cut.normalize, total=cut.total, min_per_layer=cut.min_per_layer)
+    if cut.scope == "layer":
+        kept_counts((), **cut.size)  # what is wrong with any model
     folder = find_model(model, text, measuring, loading, check)
 
     def accept(found: ModelInfo) -> None:
-        check_prune(folder, trial_plan(found, **cut.size), out, overwrite=overwrite)
+        check_prune(folder, trial_plan(found, **cut.size, **cut.across), out, overwrite=overwrite)
 
     # What was measured is kept until all is done: the same command goes on after any error.
     with measured(model, folder, text, measuring, loading, stats_file, accept) as (stats, notes):

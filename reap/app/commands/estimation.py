@@ -39,8 +39,8 @@ def estimate(
 ) -> None:
     """Say what `reap calibrate` with these options will take, after some seconds of trying.
 
-    The way it will run, memory, disk, bytes read, FLOPs and time, on this machine's CPU, without a
-    layer for multi-token prediction. Nothing is written.
+    The way it will run, memory, disk, bytes read, FLOPs and time, on this machine's CPU. Nothing is
+    written.
     """
     folder = find_model(model, text, measuring, loading, lambda inputs: None)
     found, why = _estimated(folder, text, measuring, loading, out)
@@ -63,6 +63,7 @@ def _estimated(
     from reap.model.load import find_device
     from reap.runs import memory
     from reap.runs.estimate import estimate as judge
+    from reap.runs.heads import chosen_mtp
     from reap.runs.mode import whole, why_streamed
     from reap.runs.waves import open_layers
 
@@ -80,8 +81,10 @@ def _estimated(
     why = why_streamed(asked, folder, device="cpu", **options)
     limit = memory.allowed() if measuring.limit is None else measuring.limit
     size = whole(folder, loading.dtype)
+    layers = open_layers(folder, loading.dtype, trust, limit)
+    head, _ = chosen_mtp(layers.model, folder, measuring.mtp)
     found = judge(
-        open_layers(folder, loading.dtype, trust, limit),
+        layers,
         first,
         rows.expected,
         layerwise=why is not None,
@@ -92,6 +95,7 @@ def _estimated(
         **measuring.kinds,
         backend=measuring.backend,
         deterministic=measuring.deterministic,
+        mtp=head,
         wave_tokens=measuring.wave_tokens,
         domains=len({source["domain"] for source in rows.describe()["sources"]}),
     )

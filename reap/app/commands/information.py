@@ -11,7 +11,17 @@ from reap.app.arguments import Json
 from reap.app.console import print_json, reports_errors
 from reap.errors import ReapError
 from reap.files.kinds import kind_of
-from reap.files.outputs import PLAN, PRUNED, RECORD, STATISTICS, TRACE, format_of
+from reap.files.outputs import (
+    MERGE,
+    MERGED,
+    PLAN,
+    RECORD,
+    RECORDS,
+    REPORT,
+    STATISTICS,
+    TRACE,
+    format_of,
+)
 from reap.files.units import sized
 
 if TYPE_CHECKING:
@@ -48,12 +58,20 @@ def _told(path: str) -> dict[str, Any]:
         return _plan(file)
     if form == TRACE:
         return _trace(file)
-    if form == PRUNED:
+    if form == MERGE:
+        return _merge(file)
+    if form == REPORT:
+        return {
+            "kind": "report",
+            "size": sized(file.stat().st_size),
+            "show": "open it in a browser",
+        }
+    if form in RECORDS:
         return _folder(str(file.parent))
     kind = kind_of(file)
     if kind in ("weights of a model", "a model's config"):
         raise ReapError(f"{path} is {kind}: give its folder, {file.absolute().parent}")
-    raise ReapError(f"{path} is not ours: neither statistics nor a plan nor a trace")
+    raise ReapError(f"{path} is not ours: neither statistics nor a plan, merge or trace")
 
 
 def _statistics(file: Path) -> dict[str, Any]:
@@ -107,16 +125,35 @@ def _plan(file: Path) -> dict[str, Any]:
     }
 
 
+def _merge(file: Path) -> dict[str, Any]:
+    from reap.merging.mergeplan import Merge
+
+    merge = Merge.load(file)
+    return {
+        "kind": "merge",
+        **_model(merge.model),
+        "method": merge.method,
+        "left": sorted(set(merge.left.values())),
+        "tokens": merge.calibration.get("tokens"),
+        "domains": merge.calibration.get("domains"),
+        "versions": merge.calibration.get("versions"),
+    }
+
+
 def _folder(name: str) -> dict[str, Any]:
     from reap.files.folder import open_folder
     from reap.files.hub import resolve_model
     from reap.files.safefile import read_json
     from reap.model.identity import describe_folder, mtp_of
+    from reap.model.unpacked import said_of_folder
 
     opened = open_folder(resolve_model(name))
-    pruned = (opened.path / RECORD).is_file()
-    record = read_json(opened.path / RECORD) if pruned else {}
-    found: dict[str, Any] = {"kind": "pruned model" if pruned else "model"}
+    ours = (opened.path / RECORD).is_file()
+    record = read_json(opened.path / RECORD) if ours else {}
+    merged = record.get("format") == MERGED
+    kind = "merged model" if merged else "pruned model" if ours else "model"
+    by = "method" if merged else "criterion"
+    found: dict[str, Any] = {"kind": kind}
     try:
         found |= _model(describe_folder(opened.path, mtp=True))
     except ReapError as error:  # dense, or of a type that is not known here
@@ -124,12 +161,17 @@ def _folder(name: str) -> dict[str, Any]:
     mtp, unknown = mtp_of(opened.path)
     found["mtp"] = mtp or (f"not known how to run: {unknown}" if unknown else "none with experts")
     found["weights"] = sum(t.nbytes for shard in opened.shards for t in shard.tensors.values())
-    if pruned:
+    try:
+        found["quantised"] = said_of_folder(opened) or "no"
+    except ReapError as error:
+        found["quantised"] = str(error)
+    if ours:
         calibration = record.get("calibration")
         told = calibration if isinstance(calibration, dict) else {}
         found |= {
             "base_model": record.get("base_model_name"),
-            "criterion": record.get("criterion"),
+            by: record.get(by),
+            "loaded_by": record.get("loaded_by", "transformers"),
             "tokens": told.get("tokens"),
             "domains": told.get("domains"),
             "versions": record.get("versions"),

@@ -55,6 +55,7 @@ def make(stats: Statistics, cut: CutOptions) -> Plan:
         stats,
         cut.criterion,
         **cut.size,
+        **cut.across,
         protect_super_experts=cut.protect_super_experts,
         seed=cut.seed,
     )
@@ -67,6 +68,7 @@ def save_plan(made: Plan, stats: Statistics, out: Path, overwrite: bool) -> dict
     made.save(out, overwrite=overwrite)
     return {
         "out": str(out),
+        "total": sum(map(len, made.kept.values())),
         "kept": {layer: len(experts) for layer, experts in made.kept.items()},
         "confidence": cut_confidence(stats, made.kept, made.criterion),
         "under_sampled": under_sampled(stats),
@@ -78,7 +80,8 @@ def tell_plan(saved: dict[str, Any]) -> None:
     """Of what `save_plan` returns."""
     kept, few = saved["kept"], saved["under_sampled"]
     typer.echo(
-        f"{saved['out']}: keeps {_span(kept.values())} experts in each of {len(kept)} layers"
+        f"{saved['out']}: keeps {_span(kept.values())} experts in each of {len(kept)} layers, "
+        f"{saved['total']:,} in all"
     )
     unsure = [layer for layer, gap in saved["confidence"].items() if abs(gap) < SURE]
     if unsure:

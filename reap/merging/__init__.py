@@ -1,0 +1,1 @@
+"""Merging, the baseline that pruning is measured against: groups of experts that become one."""

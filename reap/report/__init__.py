@@ -1,0 +1,1 @@
+"""Statistics and plans as figures and one page that people look at."""

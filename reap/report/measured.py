@@ -1,0 +1,99 @@
+"""What plans cost, as `reap evaluate --json` printed it: one model's {domain: measures}, or {plan:
+{domain: measures}}."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from reap.errors import ReapError
+from reap.files.paths import path_of
+from reap.files.safefile import read_json
+from reap.report.wording import plain
+
+NEXT = "give what `reap evaluate --json` printed"
+MEASURES = ("loss", "perplexity", "kl", "agreement", "teacher_loss")
+
+
+@dataclass(frozen=True)
+class Cost:
+    """One plan on one domain's text; NaN for what was not measured."""
+
+    plan: str
+    domain: str
+    tokens: int
+    loss: float
+    perplexity: float
+    kl: float
+    agreement: float
+    teacher_loss: float
+
+    @property
+    def increase(self) -> float:
+        """Of the loss over the teacher's, nats per token."""
+        return self.loss - self.teacher_loss
+
+
+def read_costs(path: str | PathLike[str]) -> list[Cost]:
+    """ReapError for a file of anything else."""
+    path = path_of(path, "evaluation", "a file that `reap evaluate --json` wrote")
+    return costs_of(read_json(path), str(path), path.stem)
+
+
+def costs_of(found: Mapping[str, Any], where: str = "evaluation", name: str = "") -> list[Cost]:
+    """Of the document itself; `name` is that of the one model in it, if there is no plan's."""
+    if set(found) == {"error"}:
+        raise ReapError(f"{where} is of an evaluation that failed: {plain(found['error'])}")
+    if not found:
+        raise ReapError(f"{where} evaluates nothing: {NEXT}")
+    plans = {name or Path(where).stem: found} if all(map(_measured, found.values())) else found
+    costs = []
+    for plan, domains in plans.items():
+        if not isinstance(domains, dict) or not domains:
+            raise ReapError(f"{where} is no evaluation: {plain(plan)!r} has no domains; {NEXT}")
+        for domain, measures in domains.items():
+            if not _measured(measures):
+                raise ReapError(
+                    f"{where} is no evaluation: {plain(domain)!r} of {plain(plan)!r} lacks tokens "
+                    f"and loss; {NEXT}"
+                )
+            values = {measure: _number(measures.get(measure)) for measure in MEASURES}
+            costs.append(Cost(plain(plan), plain(domain), measures["tokens"], **values))
+    return costs
+
+
+def tables(costs: list[Cost]) -> tuple[list[str], list[str], dict[str, Tensor]]:
+    """Plans, domains, and what was measured of all -> [plans, domains] fp64, NaN where it was not:
+    the increase of the loss where there was a teacher, else the loss; then the divergence."""
+    plans = list(dict.fromkeys(cost.plan for cost in costs))
+    domains = list(dict.fromkeys(cost.domain for cost in costs))
+    increases = any(not math.isnan(cost.increase) for cost in costs)
+    kinds = {
+        "increase of loss, nats per token" if increases else "loss, nats per token": (
+            "increase" if increases else "loss"
+        ),
+        "KL divergence from the original, nats per token": "kl",
+    }
+    found = {}
+    for what, field in kinds.items():
+        table = torch.full((len(plans), len(domains)), math.nan, dtype=torch.float64)
+        for cost in costs:
+            table[plans.index(cost.plan), domains.index(cost.domain)] = getattr(cost, field)
+        if not table.isnan().all():
+            found[what] = table
+    return plans, domains, found
+
+
+def _measured(value: Any) -> bool:
+    return isinstance(value, dict) and type(value.get("tokens")) is int and "loss" in value
+
+
+def _number(value: Any) -> float:
+    return float(value) if type(value) in (int, float) else math.nan

@@ -28,15 +28,15 @@ def read(path: Path, column: str = "", **options: Any) -> list[str]:
 @pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.json.gz", "a.jsonl.gz", "A.JSONL.GZ"])
 def test_lines_and_arrays(tmp_path: Path, name: str, content: bytes) -> None:
     path = tmp_path / name
-    path.write_bytes(gzip.compress(content) if name.lower().endswith("gz") else content)
+    path.write_bytes(gzip.compress(content, mtime=0) if name.lower().endswith("gz") else content)
     assert read(path) == ["one", "two"]
     assert read(path, "more") == ["1", "2"]
     assert parse_spec(str(path)).domain == name[0]
 
 
 def test_compressed_text_and_folders(tmp_path: Path) -> None:
-    (tmp_path / "a.txt.gz").write_bytes(gzip.compress(b"prose"))
-    (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(LINES))
+    (tmp_path / "a.txt.gz").write_bytes(gzip.compress(b"prose", mtime=0))
+    (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(LINES, mtime=0))
     (tmp_path / "c.bin.gz").write_bytes(b"not read")
     assert sorted(read(tmp_path)) == ["one", "prose", "two"]
 
@@ -48,7 +48,7 @@ def test_compressed_text_and_folders(tmp_path: Path) -> None:
         ("a.json", b'[{"text": "a"}, 5]', "a.json, row 2: needs"),
         ("a.json", b'{\n"data": []}', "a.json, line 1: not JSON .*one object"),
         ("a.jsonl.gz", b"no gzip", "a.jsonl.gz: cannot be read"),
-        ("a.jsonl.gz", gzip.compress(LINES * 99)[:-9], "a.jsonl.gz: cannot be read"),
+        ("a.jsonl.gz", gzip.compress(LINES * 99, mtime=0)[:-9], "a.jsonl.gz: cannot be read"),
     ],
 )
 def test_damage_is_named(tmp_path: Path, name: str, content: bytes, message: str) -> None:
@@ -63,7 +63,7 @@ LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.jsonl", gzip.compress(LINES), r"what files called \*.gz hold"),
+        ("a.jsonl", gzip.compress(LINES, mtime=0), r"what files called \*.gz hold"),
         ("a.txt", b"\x28\xb5\x2f\xfd rest", r"what files called \*.zst hold"),
         ("a.json", b"PAR1 rest", r"what files called \*.parquet hold"),
         ("a.jsonl", LFS, "is a Git LFS pointer"),
@@ -82,7 +82,7 @@ def test_what_is_not_what_its_name_says(
 
 def test_tables(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_bytes(b'\xef\xbb\xbftext,more\r\n"o,\nne",1\r\ntwo,2\r\n')
-    (tmp_path / "b.tsv.gz").write_bytes(gzip.compress(b"instruction\toutput\na\tb\n"))
+    (tmp_path / "b.tsv.gz").write_bytes(gzip.compress(b"instruction\toutput\na\tb\n", mtime=0))
     assert read(tmp_path / "a.csv") == ["o,\nne", "two"]
     assert read(tmp_path / "a.csv", "more") == ["1", "2"]
     assert read(tmp_path / "b.tsv.gz") == ["a\n\nb"]
@@ -102,7 +102,7 @@ def test_tables(tmp_path: Path) -> None:
 
 def test_the_rest_of_a_damaged_file_is_left_out(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("whole")
-    (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(LINES + b"\n" + b"x" * 99)[:-4])
+    (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(LINES + b"\n" + b"x" * 99, mtime=0)[:-4])
     rows = batches(str(tmp_path), TOKENIZER, packing=False, skip_bad=True)
     assert sum(batch.tokens for batch in rows) >= 5
     assert "b.jsonl.gz" in rows.notes()[0]

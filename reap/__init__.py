@@ -19,6 +19,7 @@ __all__ = [
     "CRITERIA",
     "Batch",
     "Evaluation",
+    "Generation",
     "Group",
     "LayerErrors",
     "LayerInfo",
@@ -33,6 +34,7 @@ __all__ = [
     "ReapError",
     "Stable",
     "Statistics",
+    "Tasks",
     "__version__",
     "batches",
     "calibrate",
@@ -40,6 +42,7 @@ __all__ = [
     "compare",
     "decompose",
     "evaluate",
+    "generate_texts",
     "load_model",
     "load_mtp",
     "make_merge",
@@ -48,7 +51,9 @@ __all__ = [
     "merge",
     "merged",
     "observe",
+    "prompts_of",
     "prune",
+    "record_evaluation",
     "router_similarity",
     "saliency",
     "standard_errors",
@@ -57,6 +62,7 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
+    from reap.checkpoint.evaluations import record_evaluation
     from reap.checkpoint.pruning import PruneReport, prune
     from reap.checkpoint.verification import verify
     from reap.merging.choosing import make_merge
@@ -76,14 +82,17 @@ if TYPE_CHECKING:
     from reap.report.page import write_report
     from reap.runs.calibration import calibrate
     from reap.runs.evaluation import Evaluation, evaluate
+    from reap.runs.generation import Generation, generate_texts, prompts_of
     from reap.runs.masking import masked
     from reap.runs.stability import Stable
+    from reap.runs.tasks import Tasks
     from reap.runs.waves import calibrate_streamed
     from reap.statistics.layerstats import LayerStatistics
     from reap.statistics.stats import Statistics
     from reap.text.batching import Batch, batches
 else:  # a type checker that saw __getattr__ would believe any name
     _HOMES = {
+        "checkpoint.evaluations": ("record_evaluation",),
         "checkpoint.pruning": ("PruneReport", "prune"),
         "checkpoint.verification": ("verify",),
         "merging.decomposition": ("LayerErrors", "decompose"),
@@ -103,8 +112,10 @@ else:  # a type checker that saw __getattr__ would believe any name
         "report.page": ("write_report",),
         "runs.calibration": ("calibrate",),
         "runs.evaluation": ("Evaluation", "evaluate"),
+        "runs.generation": ("Generation", "generate_texts", "prompts_of"),
         "runs.masking": ("masked",),
         "runs.stability": ("Stable",),
+        "runs.tasks": ("Tasks",),
         "runs.waves": ("calibrate_streamed",),
         "statistics.layerstats": ("LayerStatistics",),
         "statistics.stats": ("Statistics",),

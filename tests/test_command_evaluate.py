@@ -93,11 +93,13 @@ def test_what_cannot_be_generated_or_recorded(work):
     data = ("--data", work / "a.txt", "--max-tokens", 128, "--seq-len", 64)
     talk = ("--generate", 2, "--new-tokens", 8)
     line = refused("evaluate", MODEL, *data, "--generate", 2, "--new-tokens", 250)
-    assert "are more than the 256 that the model reads" in line and "--new-tokens 250" in line
+    assert (
+        "are more than the 256 tokens that the model reads" in line and "--new-tokens 250" in line
+    )
     assert "temperature is -1.0" in refused("evaluate", MODEL, *data, *talk, "--temperature", -1)
     assert "give --data, a text, or --tasks" in refused("evaluate", MODEL)
     _, line = ended("evaluate", MODEL, *data, *talk, "--prompt-tokens", 64)
-    assert "no row of the text is longer than 64 tokens" in line
+    assert "no row of the text is longer than --prompt-tokens 64: take fewer" in line
     assert "has no reap.json" in refused("evaluate", MODEL, *data, "--card")
     plan = ("--plan", work / "plan.json")
     assert "leave out --plan" in refused("evaluate", MODEL, *data, "--card", *plan)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from reap.checkpoint.composition import calibration_lines, cell, ids, sources_of
 
 
@@ -17,7 +19,8 @@ def test_sources_and_their_shares() -> None:
 
 
 def test_what_is_not_said() -> None:
-    for calibration in ({}, {"data": None}, {"data": [{"sources": 3}]}, {"data": [{}]}):
+    nothing: list[dict[str, Any]] = [{}, {"data": None}, {"data": [{"sources": 3}]}, {"data": [{}]}]
+    for calibration in nothing:
         assert calibration_lines(calibration) == []
     assert sources_of({}) == "text that is not named"
 

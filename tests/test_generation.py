@@ -82,7 +82,7 @@ def test_prompts_are_spread_over_domains_and_rows() -> None:
     assert list(prompts_of(data, 1, 3)) == ["a"]
     assert sum(map(len, prompts_of(data, 100, 3).values())) == 14
     assert list(prompts_of(data, 4, 7)) == ["a", "b"] and len(prompts_of(data, 4, 7)["b"]) == 1
-    with pytest.raises(ReapError, match="no row of the text is longer than 8 tokens"):
+    with pytest.raises(ReapError, match="no row of the text is longer than prompt_tokens=8: take"):
         prompts_of(data, 4, 8)
 
 
@@ -155,14 +155,16 @@ def test_a_mask_changes_the_text(model: Any, prompts: Any) -> None:
 
 def test_bad_input(model: Any, prompts: Any) -> None:
     most = model.config.max_position_embeddings
-    for error, given, new, more in (
-        (f"are more than the {most} that the model reads", prompts, most, {}),
+    cases: list[tuple[str, Any, int, dict[str, Any]]] = [
+        (f"are more than the {most} tokens that the model reads", prompts, most, {}),
         ("new_tokens is 0", prompts, 0, {}),
         ("temperature is 0.0", prompts, 4, {"temperature": 0.0}),
         ("no prompts", {}, 4, {}),
         ("'total' is the name", {"total": prompts["a"]}, 4, {}),
         (f"token id {VOCAB}", {"a": torch.full((1, 3), VOCAB)}, 4, {}),
-    ):
+        ("at_once is 0", prompts, 4, {"at_once": 0}),
+    ]
+    for error, given, new, more in cases:
         with pytest.raises(ReapError, match=error):
             generate_texts(model, given, new, **more)
     with pytest.raises(ReapError, match="a Linear: it must be a language model"):

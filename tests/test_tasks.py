@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from reap.runs import tasks
 from reap.runs.masking import masked
 from reap.runs.tasks import Tasks
 
-QUESTIONS = [
+QUESTIONS: list[dict[str, Any]] = [
     {
         "question": f"def f{i}(self):",
         "choices": ["\n    return", " pass", " zebra"],
@@ -101,18 +102,19 @@ def test_a_task_of_the_model_and_of_a_mask(quiz: Path) -> None:
 
 @harness
 @pytest.mark.slow
-def test_the_command_and_the_card(quiz: Path, work: Path) -> None:
+def test_the_command_and_the_card(quiz: Path, work: Path, tmp_path: Path) -> None:
+    pruned = shutil.copytree(work / "pruned", tmp_path / "pruned")
     asked = ("--tasks", "our_quiz", "--task-path", quiz, "--task-limit", 6)
     plan = work / "plan.json"
-    found = run_json("evaluate", work / "pruned", *asked, "--teacher", MODEL, "--card")
+    found = run_json("evaluate", pruned, *asked, "--teacher", MODEL, "--card")
     assert found.keys() == {"total"} and found["total"].keys() == {"tasks", "teacher_tasks"}
     by_plan = run_json("evaluate", MODEL, *asked, "--plan", plan)[str(plan)]
     for key in ("tasks", "teacher_tasks"):
         assert by_plan["total"][key] == found["total"][key]
-    card = (work / "pruned" / "README.md").read_text()
+    card = (pruned / "README.md").read_text()
     assert "at most 6 questions of each" in card and "| `our_quiz` | `acc,none` | 6 |" in card
-    assert run_json("verify", work / "pruned")["compared"] == "the checksums in reap.json"
-    table = invoke("evaluate", work / "pruned", *asked)[1]
+    assert run_json("verify", pruned)["compared"] == "the checksums in reap.json"
+    table = invoke("evaluate", pruned, *asked)[1]
     assert "our_quiz" in table and "original" not in table
 
 

@@ -113,8 +113,7 @@ def prompts_of(
     rows = {domain: found for domain, found in rows.items() if found}
     if not rows:
         raise ReapError(
-            f"no row of the text is longer than {tokens} tokens, of which a prompt is to be made: "
-            "take fewer prompt_tokens, or more text"
+            f"no row of the text is longer than prompt_tokens={tokens}: take fewer, or longer text"
         )
     counts = _shared_out({domain: len(found) for domain, found in rows.items()}, number)
     return {
@@ -144,8 +143,8 @@ def check_length(model: Any, prompt_tokens: int, new_tokens: int) -> None:
     most = getattr(config, "max_position_embeddings", None)
     if isinstance(most, int) and prompt_tokens + new_tokens > most:
         raise ReapError(
-            f"{prompt_tokens} prompt_tokens and {new_tokens} new_tokens are more than the "
-            f"{most} that the model reads: take fewer"
+            f"prompt_tokens={prompt_tokens} and new_tokens={new_tokens} are more than the {most} "
+            "tokens that the model reads: take fewer"
         )
 
 

@@ -29,7 +29,7 @@ class Counting(Tasks):
     def run(self, model: Any, tokenizer: Any, *, batch_size: int = 1) -> Any:
         self.asked += 1
         ids = torch.tensor([[5, 6, 7]])
-        logits = model(input_ids=ids, output_router_logits=True).router_logits
+        logits = model.model(input_ids=ids, output_router_logits=True).router_logits
         return {"count": {"experts,none": logits[0].shape[-1]}}
 
 

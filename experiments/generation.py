@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from experiments.measures import distinct, jensen_shannon, loops
+from experiments.measures import jensen_shannon
+from reap.runs.generation import distinct, loops
 
 Changed = Callable[[], AbstractContextManager[Any]]  # inside it, the model is the changed one
 AT_ONCE = 256

@@ -10,7 +10,7 @@ import torch
 from scipy.stats import t as student
 from torch import Tensor
 
-PERIOD, REPEATS, LEAST = 32, 4, 24
+from reap.runs import generation
 
 
 class Interval(NamedTuple):
@@ -36,20 +36,8 @@ def over_seeds(values: Sequence[float]) -> Interval:
 
 
 def wilson(successes: int, trials: int) -> Interval:
-    """A share of `trials`, with Wilson's score interval (J. Am. Stat. Assoc. 22, 1927), which holds
-    for few and for none."""
-    z = 1.959963984540054
-    share = successes / trials
-    centre = (share + z * z / (2 * trials)) / (1 + z * z / trials)
-    half = z * math.sqrt(share * (1 - share) / trials + z * z / (4 * trials * trials))
-    half /= 1 + z * z / trials
-    return Interval(share, max(0.0, centre - half), min(1.0, centre + half))
-
-
-def distinct(rows: Sequence[Sequence[int]], n: int) -> float:
-    """Different n-grams of all rows, as a share of their n-grams (Li et al., arXiv 1510.03055)."""
-    grams = [tuple(row[i : i + n]) for row in rows for i in range(len(row) - n + 1)]
-    return len(set(grams)) / len(grams) if grams else math.nan
+    """A share of `trials`, with Wilson's score interval."""
+    return Interval(*generation.wilson(successes, trials))
 
 
 def jensen_shannon(first: Tensor, second: Tensor) -> Tensor:
@@ -58,19 +46,6 @@ def jensen_shannon(first: Tensor, second: Tensor) -> Tensor:
     p, q = first.float().log_softmax(-1), second.float().log_softmax(-1)
     middle = torch.logaddexp(p, q) - math.log(2)
     return 0.5 * ((p.exp() * (p - middle)).sum(-1) + (q.exp() * (q - middle)).sum(-1))
-
-
-def loops(row: Sequence[int]) -> bool:
-    """Whether a text ends in a loop: for some period of at most PERIOD tokens its last tokens, of
-    REPEATS periods and at least LEAST tokens, repeat with it."""
-    for period in range(1, PERIOD + 1):
-        tail = max(REPEATS * period, LEAST)
-        if tail > len(row):
-            continue
-        start = len(row) - tail
-        if all(row[i] == row[i - period] for i in range(start + period, len(row))):
-            return True
-    return False
 
 
 def kendall(first: Sequence[float], second: Sequence[float]) -> float:

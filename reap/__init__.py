@@ -20,6 +20,7 @@ __all__ = [
     "Batch",
     "Coalitions",
     "Evaluation",
+    "Generation",
     "Group",
     "LayerErrors",
     "LayerInfo",
@@ -34,6 +35,7 @@ __all__ = [
     "ReapError",
     "Stable",
     "Statistics",
+    "Tasks",
     "Trace",
     "__version__",
     "batches",
@@ -42,6 +44,7 @@ __all__ = [
     "compare",
     "decompose",
     "evaluate",
+    "generate_texts",
     "load_model",
     "load_mtp",
     "make_merge",
@@ -50,7 +53,9 @@ __all__ = [
     "merge",
     "merged",
     "observe",
+    "prompts_of",
     "prune",
+    "record_evaluation",
     "router_similarity",
     "saliency",
     "similarity",
@@ -60,6 +65,7 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
+    from reap.checkpoint.evaluations import record_evaluation
     from reap.checkpoint.pruning import PruneReport, prune
     from reap.checkpoint.verification import verify
     from reap.merging.choosing import make_merge
@@ -80,8 +86,10 @@ if TYPE_CHECKING:
     from reap.report.page import write_report
     from reap.runs.calibration import calibrate
     from reap.runs.evaluation import Evaluation, evaluate
+    from reap.runs.generation import Generation, generate_texts, prompts_of
     from reap.runs.masking import masked
     from reap.runs.stability import Stable
+    from reap.runs.tasks import Tasks
     from reap.runs.waves import calibrate_streamed
     from reap.statistics.layerstats import LayerStatistics
     from reap.statistics.setcounts import Coalitions
@@ -90,6 +98,7 @@ if TYPE_CHECKING:
     from reap.text.batching import Batch, batches
 else:  # a type checker that saw __getattr__ would believe any name
     _HOMES = {
+        "checkpoint.evaluations": ("record_evaluation",),
         "checkpoint.pruning": ("PruneReport", "prune"),
         "checkpoint.verification": ("verify",),
         "merging.decomposition": ("LayerErrors", "decompose"),
@@ -110,8 +119,10 @@ else:  # a type checker that saw __getattr__ would believe any name
         "report.page": ("write_report",),
         "runs.calibration": ("calibrate",),
         "runs.evaluation": ("Evaluation", "evaluate"),
+        "runs.generation": ("Generation", "generate_texts", "prompts_of"),
         "runs.masking": ("masked",),
         "runs.stability": ("Stable",),
+        "runs.tasks": ("Tasks",),
         "runs.waves": ("calibrate_streamed",),
         "statistics.layerstats": ("LayerStatistics",),
         "statistics.setcounts": ("Coalitions",),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated
 
 import pytest
@@ -12,12 +12,14 @@ from typer.testing import CliRunner
 
 from reap.app.arguments import CutOptions, LoadOptions, MeasureOptions, TextOptions, grouped
 from reap.app.cli import app
+from reap.app.trials import EvaluatedText, GenerateOptions, TaskOptions
 
 
 @dataclass(frozen=True)
 class Colours:
     ink: Annotated[str, typer.Option(help="of letters")]
     paper: Annotated[int, typer.Option("--paper", min=0)] = 7
+    more: Annotated[list[str], typer.Option("--more")] = field(default_factory=list)
 
 
 def test_a_group_is_its_fields() -> None:
@@ -28,13 +30,13 @@ def test_a_group_is_its_fields() -> None:
         """Doc."""
         heard.append((what, colours, loud))
 
-    assert list(inspect.signature(write).parameters) == ["what", "ink", "paper", "loud"]
+    assert list(inspect.signature(write).parameters) == ["what", "ink", "paper", "more", "loud"]
     assert write.__doc__ == "Doc."
     one = typer.Typer()
     one.command()(write)
     runner = CliRunner()
     assert runner.invoke(one, ["hi", "--ink", "red", "--loud"]).exit_code == 0
-    assert heard == [("hi", Colours("red", 7), True)]
+    assert heard == [("hi", Colours("red", 7, []), True)]
     assert "of letters" in runner.invoke(one, ["--help"]).output
     assert runner.invoke(one, ["hi"]).exit_code == 2  # without a default it has to be given
     assert runner.invoke(one, ["hi", "--ink", "red", "--paper", "-1"]).exit_code == 2
@@ -44,7 +46,7 @@ def test_a_group_is_its_fields() -> None:
     ("command", "groups"),
     [
         ("calibrate", [TextOptions, MeasureOptions, LoadOptions]),
-        ("evaluate", [TextOptions, LoadOptions]),
+        ("evaluate", [EvaluatedText, LoadOptions, GenerateOptions, TaskOptions]),
         ("plan", [CutOptions]),
         ("compress", [TextOptions, CutOptions, MeasureOptions, LoadOptions]),
     ],

@@ -1,9 +1,10 @@
 """`reap evaluate`, with a teacher and without."""
 
 import json
+import shutil
 
 import pytest
-from commandline import MODEL, invoke, refused, run_json
+from commandline import MODEL, ended, invoke, refused, run_json
 
 
 def test_plan_prune_evaluate(work):
@@ -64,3 +65,41 @@ def test_plans_that_cannot_be_tried(work, tmp_path):
     line = refused("evaluate", MODEL, *data, "--plan", tmp_path / "other.json")
     assert "made for another model" in line and "top_k" in line
     assert "made for another model" in refused("evaluate", work / "pruned", *data, "--plan", half)
+
+
+def test_generated_texts_and_the_card(work, tmp_path):
+    pruned = shutil.copytree(work / "pruned", tmp_path / "pruned")
+    data = ("--data", work / "a.txt", "--max-tokens", 256, "--seq-len", 64)
+    talk = ("--generate", 3, "--prompt-tokens", 8, "--new-tokens", 12)
+    found = run_json("evaluate", pruned, *data, *talk, "--teacher", MODEL, "--card")
+    assert found["a"]["generation"]["texts"] == 3
+    for key in ("generation", "teacher_generation"):
+        assert found["total"][key]["looped_share"]["share"] * 3 == found["total"][key]["looped"]
+    record = json.loads((pruned / "reap.json").read_text())["evaluation"]
+    assert record["results"] == found and record["against"] == MODEL.name
+    assert record["text"]["tokens"] == 256 and record["generation"]["new_tokens"] == 12
+    card = (pruned / "README.md").read_text()
+    assert "| this model | `total` | 3 |" in card and f"| {found['total']['kl']:.4f} |" in card
+    assert run_json("verify", pruned)["compared"] == "the checksums in reap.json"
+    plan = work / "plan.json"
+    by_plan = run_json("evaluate", MODEL, *data, *talk, "--plan", plan)[str(plan)]
+    assert by_plan["total"]["generation"] == found["total"]["generation"]
+    assert by_plan["total"]["teacher_generation"] == found["total"]["teacher_generation"]
+    table = invoke("evaluate", pruned, *data, *talk, "--teacher", MODEL)[1]
+    assert "generated texts" in table and "original" in table
+
+
+def test_what_cannot_be_generated_or_recorded(work):
+    data = ("--data", work / "a.txt", "--max-tokens", 128, "--seq-len", 64)
+    talk = ("--generate", 2, "--new-tokens", 8)
+    line = refused("evaluate", MODEL, *data, "--generate", 2, "--new-tokens", 250)
+    assert (
+        "are more than the 256 tokens that the model reads" in line and "--new-tokens 250" in line
+    )
+    assert "temperature is -1.0" in refused("evaluate", MODEL, *data, *talk, "--temperature", -1)
+    assert "give --data, a text, or --tasks" in refused("evaluate", MODEL)
+    _, line = ended("evaluate", MODEL, *data, *talk, "--prompt-tokens", 64)
+    assert "no row of the text is longer than --prompt-tokens 64: take fewer" in line
+    assert "has no reap.json" in refused("evaluate", MODEL, *data, "--card")
+    plan = ("--plan", work / "plan.json")
+    assert "leave out --plan" in refused("evaluate", MODEL, *data, "--card", *plan)

@@ -2,7 +2,7 @@
 the small model in the place of the one that is named.
 
 Blocks marked `sh` and `python` are run in their order. Lines of other programs are not. The one
-change: `--max-tokens` is lowered, since any text will do.
+change: `--max-tokens` and what is generated are lowered, since any text will do.
 """
 
 import glob
@@ -20,6 +20,7 @@ PAGES = sorted([*(ROOT / "docs").glob("*.md"), ROOT / "README.md"])
 BLOCK = re.compile(r"^```(\w*)[^\n]*\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 MODELS = ("MODEL", "Qwen/Qwen3-30B-A3B")
 MOST_TOKENS = 8192
+MOST = {"--max-tokens": MOST_TOKENS, "--generate": 4, "--new-tokens": 16}
 # First words of lines that are not ours to run here.
 OTHERS = {"pip", "make", "vllm", "torchrun", "sbatch", "srun", "git", "cd", "python"}
 
@@ -56,12 +57,12 @@ def furnish(folder: Path, page: Path, statistics: Path) -> None:
 
 
 def words(line: str) -> list[str]:
-    """The arguments of a command as a shell would give them, with fewer tokens."""
+    """The arguments of a command as a shell would give them, with fewer tokens and texts."""
     split = shlex.split(line, comments=True)
     quoted = set(re.findall(r"'([^']*)'", line))
     for place, word in enumerate(split):
-        if word == "--max-tokens":
-            split[place + 1] = str(min(MOST_TOKENS, int(split[place + 1])))
+        if word in MOST:
+            split[place + 1] = str(min(MOST[word], int(split[place + 1])))
     return [
         name
         for word in split

@@ -14,7 +14,15 @@ import pytest
 ROOT = Path(__file__).parent.parent
 GROUND = {"reap.errors", "reap.versions"}
 THIRD_PARTY = {  # of each package, beside the standard library
-    "reap": {"greenlet", "huggingface_hub", "jinja2", "markupsafe", "matplotlib", "numpy"}
+    "reap": {
+        "greenlet",
+        "huggingface_hub",
+        "jinja2",
+        "lm_eval",
+        "markupsafe",
+        "matplotlib",
+        "numpy",
+    }
     | {"reap_kernels", "rich", "safetensors", "scipy", "torch", "transformers", "typer"},
     "reap_kernels": {"torch", "triton"},
 }

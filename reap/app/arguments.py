@@ -35,19 +35,22 @@ Revision = Annotated[
 Json = Annotated[bool, typer.Option("--json", help="print one JSON document")]
 
 
+Data = Annotated[
+    list[str],
+    typer.Option(
+        "--data",
+        metavar="SPEC[=WEIGHT]",
+        help="a text, .jsonl, .json or .parquet file (also FILE:COLUMN, .gz, .zst), a folder "
+        "or glob of sources, stdlib:code, stdlib:prose, hf:org/name; repeat for a mix",
+    ),
+]
+
+
 @dataclass(frozen=True)
 class TextOptions:
     """Which text is read, and as which rows."""
 
-    data: Annotated[
-        list[str],
-        typer.Option(
-            "--data",
-            metavar="SPEC[=WEIGHT]",
-            help="a text, .jsonl, .json or .parquet file (also FILE:COLUMN, .gz, .zst), a folder "
-            "or glob of sources, stdlib:code, stdlib:prose, hf:org/name; repeat for a mix",
-        ),
-    ]
+    data: Data
     max_tokens: Annotated[int | None, typer.Option(min=1, help="stop after this many tokens")] = (
         None
     )
@@ -337,7 +340,10 @@ def grouped(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def _default(field: Any) -> Any:
-    return inspect.Parameter.empty if field.default is MISSING else field.default
+    if field.default is not MISSING:
+        return field.default
+    made = field.default_factory
+    return inspect.Parameter.empty if made is MISSING else made()
 
 
 def load_statistics(path: Path, domains: list[str] | None) -> Statistics:

@@ -23,7 +23,7 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EBADF)
 
 # What the library advises to pass; anything else like them may be part of a file's name.
-ARGUMENTS = "allow_copy|keep|multiple_of|overwrite|trust_remote_code"
+ARGUMENTS = "allow_copy|keep|multiple_of|new_tokens|overwrite|prompt_tokens|trust_remote_code"
 
 Command = TypeVar("Command", bound=Callable[..., None])
 RANKED = ("calibrate",)  # commands that can be started as several processes for one run

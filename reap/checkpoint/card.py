@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from reap import versions
+from reap.checkpoint.composition import calibration_lines, ids
 from reap.files.outputs import PRUNED
 from reap.files.units import sized
 from reap.model.compat import NAME_KEY
@@ -90,7 +91,10 @@ def model_card(record: Mapping[str, Any], name: str, size: int) -> str:
     after = sum(len(layer["kept"]) for layer in layers.values())
     share = 1 - after / before
     base = record["base_model_name"]
-    rows = [f"| `{n}` | {layer['experts']} | {len(layer['kept'])} |" for n, layer in layers.items()]
+    rows = [
+        f"| `{n}` | {layer['experts']} | {len(layer['kept'])} | {ids(layer['kept'])} |"
+        for n, layer in layers.items()
+    ]
     tokens = record["calibration"].get("tokens")
     calibrated = f"{tokens:,} tokens" if isinstance(tokens, int) else "see `reap.json`"
     dropped = record["dropped_layers"]
@@ -125,7 +129,7 @@ def model_card(record: Mapping[str, Any], name: str, size: int) -> str:
         "",
         "## Use",
         "",
-        *_use(name, record.get("loaded_by") == "reap"),
+        *use_lines(name, record.get("loaded_by") == "reap"),
         "",
     ]
     if record["mtp_layers"]:
@@ -144,12 +148,15 @@ def model_card(record: Mapping[str, Any], name: str, size: int) -> str:
             "statistics exist for their experts, so speculative decoding with them is off.",
             "",
         ]
-    lines += ["## Experts kept", "", "| layer | experts | kept |", "|---|---|---|", *rows, ""]
-    lines += ["The original ids of the experts kept are in `reap.json`.", ""]
+    composition = calibration_lines(record["calibration"])
+    if composition:
+        lines += ["## Calibration text", "", *composition, ""]
+    lines += ["## Experts kept", "", "By the ids that they had in the original.", ""]
+    lines += ["| layer | experts | kept | which |", "|---|---|---|---|", *rows, ""]
     return "\n".join(lines)
 
 
-def _use(name: str, uneven: bool) -> list[str]:
+def use_lines(name: str, uneven: bool = False) -> list[str]:
     """How the model is loaded and served."""
     if uneven:
         return [

@@ -6,6 +6,8 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from reap.checkpoint.card import use_lines
+from reap.checkpoint.composition import calibration_lines
 from reap.files.units import sized
 
 
@@ -47,5 +49,12 @@ def model_card(record: Mapping[str, Any], name: str, size: int) -> str:
         "",
         "The groups and their weights are in `reap.json`.",
         "",
+        "## Use",
+        "",
+        *use_lines(name),
+        "",
     ]
+    composition = calibration_lines(record["calibration"])
+    if composition:
+        lines += ["## Calibration text", "", *composition, ""]
     return "\n".join(lines)

@@ -31,7 +31,7 @@ from experiments.subject import Subject, increases
 from experiments.texts import DOMAINS
 from reap.merging.choosing import make_merge
 from reap.merging.mergeplan import Merge
-from reap.merging.similarity import router_similarity
+from reap.merging.routerrows import router_similarity
 from reap.merging.tying import merged
 from reap.planning.plan import Plan
 from reap.report.style import Theme, themed

@@ -73,7 +73,7 @@ if TYPE_CHECKING:
     from reap.merging.mergeplan import Group, Merge
     from reap.merging.pairerrors import PairErrors
     from reap.merging.rewriting import MergeReport, merge
-    from reap.merging.similarity import router_similarity
+    from reap.merging.routerrows import router_similarity
     from reap.merging.tying import merged
     from reap.model.info import LayerInfo, ModelInfo
     from reap.model.load import load_model, load_mtp
@@ -106,7 +106,7 @@ else:  # a type checker that saw __getattr__ would believe any name
         "merging.mergeplan": ("Group", "Merge"),
         "merging.pairerrors": ("PairErrors",),
         "merging.rewriting": ("MergeReport", "merge"),
-        "merging.similarity": ("router_similarity",),
+        "merging.routerrows": ("router_similarity",),
         "merging.tying": ("merged",),
         "model.info": ("LayerInfo", "ModelInfo"),
         "model.load": ("load_model", "load_mtp"),

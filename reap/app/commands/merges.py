@@ -58,7 +58,7 @@ def group(
     from reap.errors import ReapError
     from reap.files.hub import resolve_model
     from reap.merging.choosing import make_merge
-    from reap.merging.similarity import router_similarity
+    from reap.merging.routerrows import router_similarity
 
     check_file(out, MERGE, overwrite=overwrite, inputs=[stats, *filter(None, [model])])
     if model is not None and method != "m-smoe":

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from torch.nn.functional import cosine_similarity
 
 from reap.errors import ReapError
-from reap.merging.similarity import router_similarity
+from reap.merging.routerrows import router_similarity
 from reap.model.identity import describe_folder
 
 

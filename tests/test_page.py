@@ -188,6 +188,8 @@ def test_plans_are_named(tmp_path: Path, quick: None) -> None:
         written(tmp_path, stats, [one, one])
     with pytest.raises(ReapError, match="give a list of files, or plans by name"):
         written(tmp_path, stats, str(one))
+    with pytest.raises(ReapError, match="plans is None: give a list of files"):
+        written(tmp_path, stats, None)
     with pytest.raises(ReapError, match="is statistics, not a plan"):
         stats.save(tmp_path / "stats")
         written(tmp_path, stats, [tmp_path / "stats"])

@@ -135,7 +135,7 @@ def _is_figure(path: Path) -> bool:
 def _named(paths: Sequence[str | PathLike[str]]) -> dict[str, str | PathLike[str]]:
     """Files by their stem, or as they are given where two have the same. ReapError for one that
     comes twice."""
-    if isinstance(paths, str | PathLike):
+    if isinstance(paths, str | PathLike) or not isinstance(paths, Sequence):
         raise ReapError(f"plans is {paths}: give a list of files, or plans by name")
     given = [path_of(path, "plans", "files of plans") for path in paths]
     stems = [path.stem for path in given]

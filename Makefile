@@ -20,11 +20,15 @@ BY_RELEASE := $(patsubst %,tests/test_%.py,calibration compat config experts fol
 # the stages of `make gpu`, which wait.
 COMPILED := $(patsubst %,--ignore-glob=tests/test_%.py,'cuda*' 'simt*' 'gpu*' bench cpu_portability cpu_stops fragments triton triton_offline)
 
-.PHONY: demo test test-quick test-slow test-oldest test-versions test-whole-oldest test-python310 \
+.PHONY: demo experiments test test-quick test-slow test-oldest test-versions test-whole-oldest test-python310 \
 	sanitize lint docs release-check bench gpu gpu-sanitize clean
 
 demo: $(VENV)/installed
 	$(BIN)/python -m reap demo
+
+# What the paper claims, measured on the models here: raw JSON, figures, RESULTS.md. Goes on where it was.
+experiments: $(VENV)/installed
+	OMP_NUM_THREADS=1 $(BIN)/python -m experiments
 
 test: $(VENV)/installed
 	$(PYTEST)

@@ -18,6 +18,7 @@ from reap.versions import OWN as __version__
 __all__ = [
     "CRITERIA",
     "Batch",
+    "Coalitions",
     "Evaluation",
     "Group",
     "LayerErrors",
@@ -33,6 +34,7 @@ __all__ = [
     "ReapError",
     "Stable",
     "Statistics",
+    "Trace",
     "__version__",
     "batches",
     "calibrate",
@@ -51,6 +53,7 @@ __all__ = [
     "prune",
     "router_similarity",
     "saliency",
+    "similarity",
     "standard_errors",
     "verify",
     "write_report",
@@ -70,6 +73,7 @@ if TYPE_CHECKING:
     from reap.model.load import load_model, load_mtp
     from reap.model.mtplayer import Mtp
     from reap.observation.patch import observe
+    from reap.planning.cosines import similarity
     from reap.planning.criteria import CRITERIA, saliency, standard_errors
     from reap.planning.differences import compare
     from reap.planning.plan import Plan, make_plan
@@ -80,7 +84,9 @@ if TYPE_CHECKING:
     from reap.runs.stability import Stable
     from reap.runs.waves import calibrate_streamed
     from reap.statistics.layerstats import LayerStatistics
+    from reap.statistics.setcounts import Coalitions
     from reap.statistics.stats import Statistics
+    from reap.statistics.trace import Trace
     from reap.text.batching import Batch, batches
 else:  # a type checker that saw __getattr__ would believe any name
     _HOMES = {
@@ -97,6 +103,7 @@ else:  # a type checker that saw __getattr__ would believe any name
         "model.load": ("load_model", "load_mtp"),
         "model.mtplayer": ("Mtp",),
         "observation.patch": ("observe",),
+        "planning.cosines": ("similarity",),
         "planning.criteria": ("CRITERIA", "saliency", "standard_errors"),
         "planning.differences": ("compare",),
         "planning.plan": ("Plan", "make_plan"),
@@ -107,7 +114,9 @@ else:  # a type checker that saw __getattr__ would believe any name
         "runs.stability": ("Stable",),
         "runs.waves": ("calibrate_streamed",),
         "statistics.layerstats": ("LayerStatistics",),
+        "statistics.setcounts": ("Coalitions",),
         "statistics.stats": ("Statistics",),
+        "statistics.trace": ("Trace",),
         "text.batching": ("Batch", "batches"),
     }
     _HOME = {name: module for module, names in _HOMES.items() for name in names}

@@ -204,6 +204,49 @@ def test_outputs(work: Path, tmp_path: Path) -> None:
     assert said["outputs"] is True
 
 
+def test_coalitions_logits_and_a_trace(work: Path, tmp_path: Path) -> None:
+    """The same bits in one run, layer by layer and in shards, and nothing else changes."""
+    asked = ("--coalitions", 200, "--logits")
+    runs = (("whole", ("--trace", tmp_path / "one")), ("layers", ("--stream",)))
+    for name, more in (*runs, ("a", ("--shard", "0/2")), ("b", ("--shard", "1/2"))):
+        code, _, err = layer_by_layer(work, tmp_path / name, *asked, *more)
+        assert code == 0 and ", coalitions, logits, " in err, err
+    code, _, err = invoke("combine", tmp_path / "b", tmp_path / "a", "--out", tmp_path / "combined")
+    assert code == 0, err
+    whole, layers, combined = (
+        Statistics.load(tmp_path / name) for name in ("whole", "layers", "combined")
+    )
+    assert whole.digest() == layers.digest() == combined.digest()
+    for name in whole.layers:
+        bare = Statistics.load(work / "one.st")[name].tensors()
+        tensors, layer = whole[name].tensors(), whole[name]
+        assert all(torch.equal(tensors[field], bare[field]) for field in bare)
+        assert layer.chosen is not None and layer.chosen.tokens == layer.tokens == 512
+        assert len(layer.chosen.sets) <= 200 and layer.logit_sum is not None
+    said = run_json("info", tmp_path / "whole")
+    assert (said["coalitions"], said["logits"]) == (200, True)
+    said = run_json("info", tmp_path / "one")
+    assert (said["kind"], said["tokens"], said["gates"]) == ("trace", 512, "applied")
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (("--trace", "{}/t", "--shard", "0/2"), "a run in one process, and this process has a sh"),
+        (("--trace-tokens", 5), "--trace-tokens is of --trace: give that too"),
+        (("--trace", "{}/x.st"), "--trace and --out are both"),
+        (("--trace", "{}/no/t"), "does not exist: create the folder first"),
+        (("--trace", MODEL / "config.json"), "which is read: choose another place"),
+        (("--coalitions", 1 << 30), "how many sets of experts to keep per layer"),
+    ],
+)
+def test_a_trace_refused(work: Path, tmp_path: Path, more: tuple[object, ...], said: str) -> None:
+    given = (str(each).format(tmp_path) for each in more)
+    code, _, err = layer_by_layer(work, tmp_path / "x.st", *given)
+    assert code == 2 and said in err.splitlines()[-1], err
+    assert not list(tmp_path.iterdir())
+
+
 def test_layer_by_layer_by_itself(work: Path, tmp_path: Path, monkeypatch: Any) -> None:
     """Where the model would not fit, which is said."""
     from reap.runs import memory, mode

@@ -34,6 +34,20 @@ def test_size(tmp_path, pairs, outputs):
     assert size == statistics_size(model, pairs, 3, outputs)
 
 
+def test_size_with_coalitions_and_logits(tmp_path):
+    """Of coalitions the most: here as many as there are."""
+    stats = Statistics(TWO_LAYERS, coalitions=3, logits=True)
+    for name, experts, K in (("first", 6, 3), ("second", 9, 2)):
+        ids = torch.stack([torch.arange(K), torch.arange(1, K + 1), torch.arange(2, K + 2)])
+        stats.update(name, ids, *[torch.ones(3, K)] * 3, logits=torch.ones(3, experts))
+        chosen = stats[name].chosen
+        assert chosen is not None and chosen.level == 0
+    stats.save(tmp_path / "x.st")
+    header = read_header(tmp_path / "x.st")
+    size = (tmp_path / "x.st").stat().st_size - header.data
+    assert size == statistics_size(TWO_LAYERS, False, 1, coalitions=3, logits=True)
+
+
 def test_room(tmp_path, monkeypatch):
     usage = type("Usage", (), {"free": 1000})
     monkeypatch.setattr("shutil.disk_usage", lambda place: usage)

@@ -89,7 +89,6 @@ def test_multi_token_prediction(tmp_path: Path) -> None:
     assert found[True].flops - found[False].flops == 2 * 1000 * met
     assert found[True].stored - found[False].stored == size
     assert found[True].statistics == found[False].statistics / 3 * 4
-    assert found[True].tokens_per_second < found[False].tokens_per_second
 
 
 def test_one_layer(tmp_path: Path) -> None:

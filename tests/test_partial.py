@@ -70,9 +70,10 @@ def run(
 @pytest.mark.parametrize("pairs", [False, True])
 @pytest.mark.parametrize("stops", [[0], [1], [7], [3, 0, 5], [1, 1, 1, 1]])
 def test_pieces(here: Path, stops: list[int], pairs: bool) -> None:
-    """With pairs, and sums of vectors as well, and without."""
+    """With pairs and all that is optional, and without."""
     model = tiny_model("qwen3_moe")
-    asked: dict[str, Any] = {"pairs": pairs, "outputs": pairs}
+    asked: dict[str, Any] = {"pairs": pairs, "outputs": pairs, "logits": pairs}
+    asked["coalitions"] = 5 if pairs else 0
     whole = calibrate(model, text(here), **asked)
     for number, stop in enumerate(stops):
         with pytest.raises(Stop) as caught:
@@ -122,6 +123,8 @@ def test_an_unreadable_row_late(here: Path) -> None:
     [
         ({"gates": "renormalized"}, "gates was applied"),
         ({"pairs": True}, "pairs was False"),
+        ({"coalitions": 4}, "coalitions was 0"),
+        ({"logits": True}, "logits was False"),
         ({"seq_len": 17}, "seq_len was 16, and is 17"),
         ({"deterministic": True}, "run was .*'deterministic': False.*, and is"),
         ("text", "the text of '.*a.jsonl=2' changed"),

@@ -9,12 +9,14 @@ from typing import Any
 import pytest
 import torch
 from folders import saved
+from slots import TWO_LAYERS
 
 from reap.errors import ReapError
 from reap.model.layerwise import Needs
 from reap.runs import memory, room
 from reap.runs.room import Room, admission
 from reap.runs.waves import calibrate_streamed
+from reap.statistics.stats import Statistics
 from reap.text.batching import Batch
 
 
@@ -58,6 +60,21 @@ def test_a_limit_that_does_not_hold_a_layer(monkeypatch: Any) -> None:
         ReapError, match=r"do not hold one layer: layers.7 takes 300 bytes .* 947 b"
     ):
         admission(946)(needs)
+
+
+def test_statistics_that_grow_count_with_what_they_may_become() -> None:
+    """Coalitions: with as many sets as may be, and the tokens that wait."""
+    ids = torch.rand(5000, 9, generator=torch.Generator().manual_seed(0)).topk(2).indices
+    more = Statistics(TWO_LAYERS, coalitions=30, logits=True)
+    before = room._sums(more)
+    for name in more.layers:
+        count = more.model.layer(name).num_experts
+        ones = torch.ones(len(ids), 2)
+        more.update(name, ids % count, ones, ones, ones, logits=torch.ones(len(ids), count))
+    held = sum(x.nbytes for name in more.layers for x in more[name].tensors().values())
+    waiting = 2**16 * 4 * sum(layer.top_k for layer in TWO_LAYERS.layers)
+    assert held + waiting <= before
+    assert before - room._sums(Statistics(TWO_LAYERS, logits=True)) > waiting
 
 
 def test_what_a_batch_holds(tmp_path: Path, monkeypatch: Any) -> None:

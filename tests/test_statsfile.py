@@ -5,6 +5,7 @@ import pickle
 import struct
 
 import pytest
+import torch
 from slots import MODEL, NAME, TWO_LAYERS, E, slots
 
 from reap.errors import ReapError
@@ -88,6 +89,100 @@ def test_pairs_stay_in_the_file_until_they_are_asked_for(tmp_path):
     with pytest.raises(ReapError, match="changed while it was read"):
         late.save(tmp_path / "t")
     assert not (tmp_path / "t").exists() and len(list(tmp_path.iterdir())) == 1
+
+
+def everything(*seeds, **kinds):
+    """Coalitions, cut off or not, and logits, those of one layer unknown."""
+    stats = Statistics(TWO_LAYERS, **{"coalitions": 7, "logits": True} | kinds)
+    for seed in seeds:
+        logits = torch.randn(30, E, generator=torch.Generator().manual_seed(seed)) * 20
+        with stats.domain("ab"[seed % 2]):
+            stats.update("first", *slots(30, seed), logits=logits)
+            stats.update("second", *slots(30, seed, experts=9, k=2))
+    return stats
+
+
+@pytest.mark.parametrize("coalitions", (7, 10_000))
+def test_coalitions_and_logits_add_up_in_files(tmp_path, coalitions):
+    whole = everything(*range(5), coalitions=coalitions)
+    parts = []
+    for number, seeds in enumerate(((3, 1), (0,), (4, 2))):
+        everything(*seeds, coalitions=coalitions).save(tmp_path / f"{number}")
+        parts.append(Statistics.load(tmp_path / f"{number}"))
+    a, b, c = parts
+    total = (c + a) + b
+    total.save(tmp_path / "total")
+    (a + (b + c)).save(tmp_path / "other")
+    assert (tmp_path / "total").read_bytes() == (tmp_path / "other").read_bytes()
+    whole.save(tmp_path / "whole")
+    assert total.digest() == whole.digest() == Statistics.load(tmp_path / "whole").digest()
+    assert total == whole == Statistics.load(tmp_path / "total")
+    again = everything(3, 1, coalitions=coalitions)
+    assert a == again
+    for stats in (a, again):
+        with stats.domain("a"):
+            stats.update("first", *slots(4), logits=torch.ones(4, E))
+    assert a == again != Statistics.load(tmp_path / "0")
+    for copied in (copy.deepcopy(whole), pickle.loads(pickle.dumps(total)), total.select("a", "b")):
+        assert copied == whole
+    both = whole["first"].chosen
+    assert (both.level > 0) == (coalitions == 7) and len(both.sets) <= coalitions
+    assert both.tokens == 150 and (both.left_out == 0) == (both.level == 0)
+    assert whole["second"].logit_sum is None and whole["first"].logit_products.shape == (E, E)
+
+
+def test_bytes_with_all_kinds_are_those_of_the_library(tmp_path):
+    from safetensors.torch import load_file, save
+
+    everything(1, 2, pairs=True).save(tmp_path / "s")
+    raw = (tmp_path / "s").read_bytes()
+    (length,) = struct.unpack("<Q", raw[:8])
+    metadata = json.loads(raw[8 : 8 + length])["__metadata__"]
+    assert json.loads(metadata["reap"])["version"] == 3
+    assert save(load_file(tmp_path / "s"), metadata) == raw
+
+
+@pytest.mark.parametrize("other", ({"coalitions": 8}, {"coalitions": 0}, {"logits": False}))
+def test_what_differs_in_kind_does_not_add_up(other):
+    (field,) = other
+    with pytest.raises(ReapError, match=f"{field} .* against"):
+        everything(1) + everything(2, **other)
+    assert everything(1) != everything(1, **other)
+    assert everything(1).digest() != everything(1, **other).digest()
+
+
+@pytest.mark.parametrize("coalitions", (-1, 1.5, True, 1 << 25))
+def test_no_number_of_coalitions(coalitions):
+    with pytest.raises(ReapError, match="how many sets of experts to keep"):
+        Statistics(MODEL, coalitions=coalitions)
+
+
+def fills_first(field, index, value):
+    return lambda about, tensors: tensors[f"0/first/{field}"].__setitem__(index, value)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (changes("coalitions", True), "'coalitions' must be a JSON int"),
+        (changes("coalitions", 1 << 30), "how many sets of experts to keep"),
+        (changes("coalitions", 3), r"its metadata asks for I\d+ \[3"),
+        (changes("coalitions", 0), "its metadata asks for absent"),
+        (changes("logits", 1), "'logits' must be a JSON bool"),
+        (changes("logits", False), "its metadata asks for absent"),
+        (fills_first("coalition_count", 0, 0), "impossible counts of coalitions"),
+        (fills_first("coalition_sets", (0, 0), 77), "a coalition with an id of no expert"),
+        (fills_first("coalition_about", 1, 31), "impossible numbers of coalitions"),
+        (fills_first("logit_products", (-1, 0), 31), "logit_products are of other than its tok"),
+        (fills_first("logit_products", (0, 1), -1), "logit_products has a fraction beyond"),
+        (lambda about, tensors: tensors.pop("0/first/coalition_about"), "is absent"),
+    ],
+)
+def test_coalitions_and_logits_that_contradict_themselves(tmp_path, change, message):
+    everything(2).save(tmp_path / "s")
+    rewrite(tmp_path / "s", change)
+    with pytest.raises(ReapError, match=message):
+        Statistics.load(tmp_path / "s")
 
 
 def test_merged_files_are_identical_bytes(tmp_path):

@@ -109,11 +109,13 @@ def test_ranks_killed_at_any_moment(here: Path, kills: int, monkeypatch: Any) ->
 
 def test_a_rank_that_is_through_keeps_what_it_has(here: Path) -> None:
     """When another is lost, for the same command to go on from."""
+    whole, other = len(list(text(here))), here / f"out.rank-1-of-2{PARTIAL}"
 
     def stops(rank: int) -> None:
         def late(tokens: int) -> None:
-            if rank == 0 and (here / f"out.rank-1-of-2{PARTIAL}").exists():
-                time.sleep(1.0)  # the other has few batches
+            if rank == 0 and other.exists():
+                while Statistics.load(other).data[0]["partial"]["batches"] < whole:
+                    time.sleep(0.01)
                 raise ReapError("out of luck")
 
         run(here, late=late)
@@ -121,7 +123,7 @@ def test_a_rank_that_is_through_keeps_what_it_has(here: Path) -> None:
     forked = Forked(here, 2, stops)
     assert forked.wait() == [2, 2]
     assert "out of luck" in forked.said()[0]
-    (data,) = Statistics.load(here / f"out.rank-1-of-2{PARTIAL}").data
+    (data,) = Statistics.load(other).data
     total = text(here)
     assert data["partial"]["batches"] == len(list(total)) and data["tokens"] == total.tokens
     ran = []

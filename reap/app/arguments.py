@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import MISSING, dataclass, fields, is_dataclass
 from functools import wraps
 from pathlib import Path
@@ -14,8 +14,10 @@ import typer
 from reap.errors import ReapError
 
 if TYPE_CHECKING:
+    from reap.model.info import ModelInfo
     from reap.runs.stability import Stable
     from reap.statistics.stats import Statistics
+    from reap.statistics.trace import Trace
     from reap.text.sources import Source
 
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="a model folder or a hub id")]
@@ -128,6 +130,18 @@ class MeasureOptions:
             "--outputs", help="also record mean outputs of experts, and of their inner channels"
         ),
     ] = False
+    coalitions: Annotated[
+        int,
+        typer.Option(
+            metavar="N",
+            min=0,
+            help="also record which sets of experts tokens chose, at most N a layer and domain",
+        ),
+    ] = 0
+    logits: Annotated[
+        bool,
+        typer.Option("--logits", help="also record sums of products of the router's logits"),
+    ] = False
     backend: Annotated[str, typer.Option(help="auto, or a name that `reap doctor` lists")] = "auto"
     deterministic: Annotated[
         bool, typer.Option("--deterministic", help="the same bits in every run, also on a GPU")
@@ -154,13 +168,19 @@ class MeasureOptions:
         """ReapError for what can be told before there is a model."""
         from reap.errors import ReapError
         from reap.observation.patch import check_backend
-        from reap.statistics.layerstats import check_gates
+        from reap.statistics.layerstats import check_coalitions, check_gates
 
         check_gates(self.gates)
+        check_coalitions(self.coalitions)
         check_backend(self.backend)
         if self.stream is False and (self.memory_limit, self.wave_tokens) != (None, None):
             raise ReapError("--memory-limit and --wave-tokens are not for --no-stream")
         _ = self.limit
+
+    @property
+    def kinds(self) -> dict[str, Any]:
+        """What is recorded beside the sums that always are, as `observe` takes it."""
+        return {name: getattr(self, name) for name in ("pairs", "outputs", "coalitions", "logits")}
 
     @property
     def limit(self) -> int | None:
@@ -168,6 +188,42 @@ class MeasureOptions:
         from reap.runs.memory import parse_size
 
         return None if self.memory_limit is None else parse_size(self.memory_limit)
+
+
+@dataclass(frozen=True)
+class TraceOptions:
+    """What each token chose, in a file of its own."""
+
+    trace: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="also write what each of the first tokens chose"),
+    ] = None
+    trace_tokens: Annotated[
+        int | None, typer.Option(min=1, help="of --trace: how many tokens; 65536")
+    ] = None
+
+    def check(self, out: Path, overwrite: bool, inputs: Sequence[str | Path]) -> None:
+        """ReapError for a trace that cannot be written beside `out`."""
+        from reap.files.outputs import TRACE, check_file
+
+        if self.trace is None:
+            if self.trace_tokens is not None:
+                raise ReapError("--trace-tokens is of --trace: give that too")
+            return
+        check_file(self.trace, TRACE, overwrite=overwrite, inputs=inputs)
+        if self.trace.absolute() == out.absolute():
+            raise ReapError(f"--trace and --out are both {out}: give each a file of its own")
+
+    def begin(self, model: ModelInfo, overwrite: bool) -> Trace | None:
+        """ReapError where the disk has no room for one of `model`."""
+        from reap.runs.disk import check_disk
+        from reap.statistics.trace import Trace, trace_size
+
+        if self.trace is None:
+            return None
+        trace = Trace(self.trace, self.trace_tokens or Trace.tokens, overwrite)
+        check_disk(self.trace, trace_size(model, trace.tokens), "a trace")
+        return trace
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from reap.errors import ReapError
-from reap.files.outputs import KINDS, REPORT, is_report
+from reap.files.outputs import KINDS, REPORT, TRACE, format_of, is_report
 from reap.files.safefile import LFS_POINTER, open_regular, read_header, read_json
 
 
@@ -27,4 +27,6 @@ def kind_of(path: Path) -> str | None:
         metadata = read_header(path).metadata
     except (ReapError, OSError):
         return None
-    return "statistics" if "reap" in metadata else "weights of a model"
+    if "reap" not in metadata:
+        return "weights of a model"
+    return KINDS[TRACE] if format_of(path) == TRACE else "statistics"

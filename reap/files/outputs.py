@@ -14,6 +14,7 @@ from reap.files.safefile import open_regular, parse_json, read_header, read_json
 # What our files call themselves, in the field "format".
 STATISTICS, PLAN, MERGE = "reap-statistics", "reap-plan", "reap-merge"
 PRUNED, MERGED, REPORT = "reap-pruned", "reap-merged", "reap-report"
+TRACE = "reap-trace"
 KINDS = {
     STATISTICS: "statistics",
     PLAN: "a plan",
@@ -21,6 +22,7 @@ KINDS = {
     PRUNED: "the record of a pruned model",
     MERGED: "the record of a merged model",
     REPORT: "a report",
+    TRACE: "a trace",
 }
 RECORDS = (PRUNED, MERGED)
 _PAGE = f'<meta name="generator" content="{REPORT}">'.encode()  # near the start of a report

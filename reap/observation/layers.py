@@ -68,6 +68,8 @@ class Layer:
             )
         self.options = {**observer.options, "activation": self.activation}
         self.mark: Mark = lambda ids: ids  # see `phantoms`
+        # Of the router's last call, of so many tokens [T,E]; see `logits`
+        self.logits: Callable[[int], Tensor | None] = lambda tokens: None
         self.replaced: Callable[[], bool] = lambda: False  # parts of it that no hook sees
 
     def forward(self, hidden: Tensor, ids: Tensor, gates: Tensor) -> Tensor:

@@ -26,12 +26,14 @@ from reap.model.mtplayer import Mtp
 from reap.observation.following import follow
 from reap.observation.hooks import install_hooks
 from reap.observation.layers import Layer, Slots
+from reap.observation.logits import watch_logits
 from reap.observation.measure import Measured
 from reap.observation.modulelist import KeptExperts
 from reap.observation.padding import Padding
 from reap.observation.phantoms import watch
 from reap.observation.witness import Witness
 from reap.statistics.stats import Statistics
+from reap.statistics.trace import Trace
 
 log = logging.getLogger("reap")
 
@@ -59,6 +61,9 @@ def observe(
     gates: str = "applied",
     pairs: bool = False,
     outputs: bool = False,
+    coalitions: int = 0,
+    logits: bool = False,
+    trace: Trace | None = None,
     backend: str = "auto",
     deterministic: bool = False,
     mtp: Mtp | None = None,
@@ -72,7 +77,10 @@ def observe(
     gates: "applied" (the weight that the model multiplies with) or "renormalized" (divided by the
     token's sum). pairs: also statistics of pairs of experts, [E,E] per layer. outputs: also sums of
     whole vectors per expert, from which mean outputs follow: of outputs [E,H], and of the inner
-    activation [E,I] where experts run on `moe_saliency` (others hide it). backend and
+    activation [E,I] where experts run on `moe_saliency` (others hide it). coalitions: also which
+    sets of experts tokens chose, at most so many per layer and domain. logits: also the sums of
+    products of the router's logits [E,E], where it shows them; the log says where not.
+    trace: also what each of the first tokens chose, in a file of its own. backend and
     deterministic go to `reap_kernels.moe_saliency`. `with stats.domain("code"):` separates domains,
     and in `with stats.counting(mask):` only some tokens of the calls count.
     mtp: a multi-token-prediction layer of the model, from `load_mtp`, which then runs after every
@@ -94,7 +102,8 @@ def observe(
     end. The first call of each kind of experts waits once, to compare `moe_saliency` with their own
     forward. A CUDA graph cannot hold an observed layer: the host keeps the domain, tells padding,
     creates sums where it first needs them and carries between their limbs, none of which a replay
-    would repeat.
+    would repeat. Coalitions make it wait once in 65,536 tokens of a layer, logits once per kind of
+    router, a trace at every layer until it is full.
 
     ReapError, before any forward: no transformers model, no MoE layers, experts that cannot be
     observed, a model that is being observed, an unknown or unavailable backend. ReapError, in a
@@ -113,13 +122,23 @@ def observe(
     found = find_experts(model)
     for experts in found:
         _check_whole(experts)
-    stats = Statistics(describe(model, found, mtp), gates=gates, pairs=pairs, outputs=outputs)
+    stats = Statistics(
+        describe(model, found, mtp),
+        gates=gates,
+        pairs=pairs,
+        outputs=outputs,
+        coalitions=coalitions,
+        logits=logits,
+    )
     options = {"backend": backend, "deterministic": deterministic}
-    observations = [_Observation(stats, options)]
+    observations = [_Observation(stats, options, trace)]
     with ExitStack() as undo:
+        if trace is not None:
+            trace.begin(stats.model, gates)
+            undo.callback(trace.close)
         observations[0].install(model, found, undo)
         if mtp is not None:  # apart, since its calls are of other tokens
-            observations.append(_Observation(stats, options))
+            observations.append(_Observation(stats, options, trace))
             observations[1].install(mtp.stack, mtp.experts, undo)
             follow(model, mtp, stats, undo)
         yield stats
@@ -127,13 +146,18 @@ def observe(
         observations[0].witness.check(model)
         if mtp is not None:
             observations[1].witness.check(mtp.stack)
+        if trace is not None:
+            trace.save()
 
 
 class _Observation:
     """What the layers of one observed model share."""
 
-    def __init__(self, stats: Statistics, options: dict[str, Any]) -> None:
+    def __init__(
+        self, stats: Statistics, options: dict[str, Any], trace: Trace | None = None
+    ) -> None:
         self.stats = stats
+        self.trace = trace
         self.options = options
         self.outputs = stats.outputs
         self.padding = Padding()
@@ -160,6 +184,8 @@ class _Observation:
                 _layers[experts.module] = layer
                 layers.append(layer)
                 layer.mark = watch(router_of(experts.block), layer.info.num_experts, undo)
+                if self.stats.logits:
+                    layer.logits = watch_logits(layer, undo)
                 if experts.kind == "interface":
                     _patch(experts.module.config, undo)
                 else:
@@ -179,13 +205,20 @@ class _Observation:
     def record(self, layer: Layer, slots: Slots, measured: Measured) -> None:
         if compat.in_backward():
             return
+        logits = layer.logits(len(slots.ids)) if self.stats.logits else None
         with self._recording:
             self.witness.record(layer, slots.ids, slots.gates)
+            if self.trace is not None:
+                ids, real = slots.ids, slots.real
+                counted = self.stats.counted_of(len(ids), ids.device, real)
+                columns = ids, slots.gates, measured.norms
+                self.trace.add(layer.info.name, *columns, counted, self.padding.shape)
             self.stats.update(
                 layer.info.name,
                 *(slots.ids, slots.gates, measured.norms, measured.peaks, slots.real),
                 output_sums=measured.output_sums,
                 channel_sums=measured.channel_sums,
+                logits=logits,
             )
 
     def verdict(self, key: Any, decide: Callable[[], str | None]) -> str | None:

@@ -95,7 +95,8 @@ def _statistics(
 ) -> Comparison:
     check_criterion(criterion)
     found = [*_models(one.model, other.model)]
-    found += _fields(one, other, ("gates", "pairs", "outputs", "tokens"))
+    found += _fields(one, other, ("gates", "tokens"))
+    found += _items("", one.kinds, other.kinds)
     found += _items("tokens of domain", one.domain_tokens, other.domain_tokens)
     found += _texts(one.data, other.data)
     found += _items("", one.versions, other.versions)

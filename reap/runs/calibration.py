@@ -25,6 +25,7 @@ from reap.runs.partial import Partial
 from reap.runs.ranks import Ranks
 from reap.runs.stability import Stable, Watch
 from reap.statistics.stats import Statistics
+from reap.statistics.trace import Trace
 from reap.text.batching import Batch, Batches, batches_in, check_ids
 
 
@@ -35,6 +36,9 @@ def calibrate(
     gates: str = "applied",
     pairs: bool = False,
     outputs: bool = False,
+    coalitions: int = 0,
+    logits: bool = False,
+    trace: Trace | None = None,
     backend: str = "auto",
     deterministic: bool = False,
     mtp: Mtp | bool = True,
@@ -65,6 +69,8 @@ def calibrate(
         run["until"] = until.describe()
         if recorded is not None:
             until.check_text(recorded)
+    if partial is not None:
+        partial.refuse_trace(trace)
     if partial is not None and recorded is None:
         raise ReapError("a run can be taken up again only with batches of reap.batches")
     with (
@@ -73,6 +79,9 @@ def calibrate(
             gates=gates,
             pairs=pairs,
             outputs=outputs,
+            coalitions=coalitions,
+            logits=logits,
+            trace=trace,
             backend=backend,
             deterministic=deterministic,
             mtp=own_mtp(model) if mtp is True else mtp or None,

@@ -79,6 +79,8 @@ def estimate(
     gates: str = "applied",
     pairs: bool = False,
     outputs: bool = False,
+    coalitions: int = 0,
+    logits: bool = False,
     backend: str = "auto",
     deterministic: bool = False,
     mtp: Mtp | None = None,
@@ -102,6 +104,8 @@ def estimate(
                 gates=gates,
                 pairs=pairs,
                 outputs=outputs,
+                coalitions=coalitions,
+                logits=logits,
                 backend=backend,
                 deterministic=deterministic,
                 mtp=mtp,
@@ -119,7 +123,7 @@ def estimate(
         # The layers that the first batch went through were read, so that they say nothing of it.
         ahead = max((job.steps for job in stream.jobs), default=1) - 1
         steps = _steps(stream, batches[-1], ahead + PROBED)
-        sums = statistics_size(stats.model, pairs, domains)
+        sums = statistics_size(stats.model, pairs, domains, outputs, coalitions, logits)
         behind = 0.0 if mtp is None else _behind(mtp, batches[-1])
     found = {step.kind: [s for s in steps if s.kind == step.kind] for step in steps}
     per_token = [_of(unit, found) for unit in layers.text]

@@ -18,6 +18,7 @@ from reap.errors import ReapError, undisturbed
 from reap.files.atomic import discard_unfinished
 from reap.files.lock import Lock
 from reap.statistics.stats import Statistics, installed_versions
+from reap.statistics.trace import Trace
 from reap.text.batching import Batch, Batches
 
 log = logging.getLogger("reap")
@@ -96,6 +97,11 @@ class Partial:
             if before != now:
                 self._refuse(f"{name} was {before}, and is {now}")
 
+    def refuse_trace(self, trace: Trace | None) -> None:
+        """ReapError when there is one, and an earlier run measured what it would lack."""
+        if trace is not None and self._before is not None:
+            self._refuse(f"the trace {trace.path} would lack that")
+
     def take_up(
         self,
         stats: Statistics,
@@ -109,7 +115,7 @@ class Partial:
         self.refuse_other({"until": None} | batches.describe() | data)
         if self._before is None:
             return
-        for what in ("gates", "pairs", "outputs"):
+        for what in ("gates", *stats.kinds):
             if getattr(self._before, what) != getattr(stats, what):
                 self._refuse(f"{what} was {getattr(self._before, what)}")
         difference = self._before.model.difference(stats.model)

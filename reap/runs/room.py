@@ -21,6 +21,7 @@ from reap.files.units import sized
 from reap.model.layerwise import Needs
 from reap.runs import memory
 from reap.runs.streaming import Job, Stream
+from reap.statistics.setcounts import PENDING, set_size
 from reap.statistics.stats import Statistics
 
 MARGIN = 0.05  # of the limit, for what cannot be known
@@ -127,4 +128,8 @@ def _sums(stats: Statistics) -> int:
     """Bytes of the statistics of all layers."""
     layers = [sum(x.nbytes for x in stats[name].tensors().values()) for name in stats.layers]
     # A layer that has not run yet does not know the sizes of its sums of vectors.
-    return max(layers, default=0) * len(layers) if stats.outputs else sum(layers)
+    sums = max(layers, default=0) * len(layers) if stats.outputs else sum(layers)
+    if not stats.coalitions:
+        return sums
+    widths = [layer.top_k for layer in stats.model.layers]
+    return sums + sum(stats.coalitions * set_size(K) + PENDING * 4 * K for K in widths)

@@ -37,6 +37,7 @@ from reap.runs.room import Room, admission, measure
 from reap.runs.stability import Stable, Watch
 from reap.runs.streaming import Job, Stream
 from reap.statistics.stats import Statistics
+from reap.statistics.trace import Trace
 from reap.text.batching import Batch, Batches
 
 
@@ -47,6 +48,9 @@ def calibrate_streamed(
     gates: str = "applied",
     pairs: bool = False,
     outputs: bool = False,
+    coalitions: int = 0,
+    logits: bool = False,
+    trace: Trace | None = None,
     backend: str = "auto",
     deterministic: bool = False,
     mtp: Mtp | bool = True,
@@ -82,6 +86,8 @@ def calibrate_streamed(
     if wave_tokens is not None and wave_tokens < 1:
         raise ReapError(f"wave_tokens is {wave_tokens}: it has to be at least 1")
     recorded = batches if isinstance(batches, Batches) else None
+    if partial is not None:
+        partial.refuse_trace(trace)
     if partial is not None and recorded is None:
         raise ReapError("a run can be taken up again only with batches of reap.batches")
     layers = folder
@@ -106,6 +112,9 @@ def calibrate_streamed(
                 gates=gates,
                 pairs=pairs,
                 outputs=outputs,
+                coalitions=coalitions,
+                logits=logits,
+                trace=trace,
                 backend=backend,
                 deterministic=deterministic,
                 mtp=own_mtp(model) if mtp is True else mtp or None,

@@ -20,12 +20,18 @@ from torch import Tensor
 from reap.errors import ReapError
 from reap.statistics.exact import ExactSum, in_range
 from reap.statistics.lazyrows import LazyRows
+from reap.statistics.logitsums import FIELD as LOGITS
+from reap.statistics.logitsums import LogitSums, cells
 from reap.statistics.pairs import Pairs
+from reap.statistics.setcounts import FIELDS as SETS
+from reap.statistics.setcounts import Coalitions, SetCounts
 from reap.statistics.slotsums import SlotSums
 from reap_kernels import triton
 
 SUMS = ("gate_sum", "norm_sum", "norm_sq_sum", "weighted_sum", "weighted_sq_sum")
 PAIRS = ("pair_count", "pair_sums")
+KINDS = ("pairs", "outputs", "coalitions", "logits")  # what is optional; of both, where two add up
+MOST_COALITIONS = 1 << 24
 GATES = ("applied", "renormalized")
 # Slots at a time. On a CPU few enough for torch to stay on one thread: beside a model's own
 # threads, waking others costs more than the sum. On a device few enough to bound temporaries.
@@ -50,9 +56,16 @@ class LayerStatistics:
     are exact sums of what the calls brought, in units of 2**-62; what a call brings is rounded
     (see `reap_kernels.moe_saliency_sums`), so calls cut otherwise give other last bits.
 
+    With `coalitions`, a number: `chosen`, which sets of experts tokens chose, at most so many of
+    them (`Coalitions`; see its `level`). With `logits`, over the tokens that counted, of the
+    router's logits before any softmax or sigmoid, rounded to multiples of 2**-18: `logit_sum` [E]
+    and `logit_products` (of l_i l_j) [E,E] fp64, None where the router does not show them. Both
+    are exact, as the first sums are.
+
     Memory: 840 bytes per expert; `outputs` adds 32 bytes per expert and column, E*(H+I) of them
     (12 MB at E = 128, H = 2048, I = 768); `pairs` adds 168 bytes per pair of experts,
-    E*(E-1)/2 of them (1.4 MB at E = 128, 22 MB at E = 512).
+    E*(E-1)/2 of them (1.4 MB at E = 128, 22 MB at E = 512), `logits` 16 (2 MB at E = 512);
+    `coalitions` 4*K + 8 bytes per set (2.6 MB for 65,536 of 8).
     """
 
     def __init__(
@@ -63,14 +76,19 @@ class LayerStatistics:
         gates: str = "applied",
         pairs: bool = False,
         outputs: bool = False,
+        coalitions: int = 0,
+        logits: bool = False,
         device: torch.device | str = "cpu",
     ) -> None:
         check_gates(gates)
+        check_coalitions(coalitions)
         self.num_experts = num_experts
         self.name = name
         self.gates = gates
         self.device = torch.device(device)
         self._slot_sums = SlotSums(num_experts, self.device) if outputs else None
+        self._sets = SetCounts(num_experts, coalitions, self.device) if coalitions else None
+        self._logits = LogitSums(num_experts, self.device) if logits else None
         # Statistics outlive an inference mode that they may be collected in.
         with torch.inference_mode(False):
             self._allocate(pairs)
@@ -101,6 +119,15 @@ class LayerStatistics:
     def outputs(self) -> bool:
         return self._slot_sums is not None
 
+    @property
+    def coalitions(self) -> int:
+        """How many sets may be kept; 0: none are recorded."""
+        return 0 if self._sets is None else self._sets.limit
+
+    @property
+    def logits(self) -> bool:
+        return self._logits is not None
+
     @torch.no_grad()
     def update(
         self,
@@ -112,9 +139,10 @@ class LayerStatistics:
         *,
         output_sums: Tensor | None = None,  # over the slots that count [2,E,H] fp32 or fp64
         channel_sums: Tensor | None = None,  # [2,E,I] fp32 or fp64; None: not known
+        logits: Tensor | None = None,  # [T,E] float; None: not known
     ) -> None:
-        """Add the slots of T tokens, and with `outputs` their sums, of which the second has the
-        gates as weights.
+        """Add the slots of T tokens, with `outputs` their sums, of which the second has the gates
+        as weights, and with `logits` those of the router.
 
         Slots with an id >= E (expert parallelism's sentinel, no choice of the router) are left out.
         All others count, whatever their gate: one that was rounded to zero was chosen all the same.
@@ -131,6 +159,10 @@ class LayerStatistics:
                     f"layer {self.name}: outputs are recorded: update needs output_sums"
                 )
             self._slot_sums.add(self.name, output_sums, channel_sums)
+        if self._logits is not None:
+            self._logits.add(self.name, logits, mask)
+        if self._sets is not None:
+            self._sets.add(top_k_index, mask)
         tokens, K = top_k_index.shape
         if self._fused:
             self._launch(top_k_index, top_k_weights, norms, peaks, mask)
@@ -147,8 +179,9 @@ class LayerStatistics:
         """ReapError naming the layer and the expert if a slot so far could not be summed."""
         faults = self._faults.tolist()
         if not any(faults):
-            if self._slot_sums is not None:
-                self._slot_sums.check(self.name)
+            for sums in (self._slot_sums, self._logits):
+                if sums is not None:
+                    sums.check(self.name)
             return
         if faults[-1]:
             raise ReapError(
@@ -223,6 +256,25 @@ class LayerStatistics:
     def gated_channel_sum(self) -> Tensor | None:
         return self._vectors("channel_sums", 1)
 
+    @property
+    def chosen(self) -> Coalitions | None:
+        self.check()
+        return None if self._sets is None else self._sets.read()
+
+    @property
+    def logit_sum(self) -> Tensor | None:
+        products = self._logit_square()
+        return None if products is None else products[:-1, -1].clone()
+
+    @property
+    def logit_products(self) -> Tensor | None:
+        products = self._logit_square()
+        return None if products is None else products[:-1, :-1].clone()
+
+    def _logit_square(self) -> Tensor | None:
+        self.check()
+        return None if self._logits is None else self._logits.read()
+
     def exact(self, field: str) -> list[int]:
         """The E sums of `field`, one of SUMS, as integers in units of 2**-320: nothing rounded."""
         self.check()
@@ -236,6 +288,8 @@ class LayerStatistics:
             gates=self.gates,
             pairs=self.pairs,
             outputs=self.outputs,
+            coalitions=self.coalitions,
+            logits=self.logits,
         )
         for part in (self, other):
             total.merge(part)
@@ -251,7 +305,7 @@ class LayerStatistics:
 
     def merge(self, other: LayerStatistics) -> None:
         """Add `other` to these. ReapError when they differ in layer or kind."""
-        for field in ("name", "num_experts", "gates", "pairs", "outputs"):
+        for field in ("name", "num_experts", "gates", *KINDS):
             mine, theirs = getattr(self, field), getattr(other, field)
             if mine != theirs:
                 raise ReapError(f"cannot add layer statistics: {field} {mine!r} against {theirs!r}")
@@ -264,6 +318,10 @@ class LayerStatistics:
             self._pairs.merge(other._pairs)
         if self._slot_sums is not None and other._slot_sums is not None:
             self._slot_sums.merge(other._slot_sums, self.name)
+        if self._sets is not None and other._sets is not None:
+            self._sets.merge(other._sets)
+        if self._logits is not None and other._logits is not None:
+            self._logits.merge(other._logits)
 
     def __eq__(self, other: object) -> bool:
         """Whether both are of the same layer and kind and every exact sum is the same."""
@@ -286,9 +344,13 @@ class LayerStatistics:
         [E,20] and "pair_sums" [E*(E-1)/2, 20] int32, a row being one little-endian two's complement
         integer in units of 2**-320. The pair of experts i < j is at j*(j-1)/2 + i. "output_sums"
         [E,2,2,H] and "channel_sums" [E,2,2,I] int64: of each expert wholes and fractions in units
-        of 2**-62, each of the plain and of the gated sum.
+        of 2**-62, each of the plain and of the gated sum; "logit_products" [(E+1)*(E+2)/2, 2] int64
+        so too, of i <= j at j*(j+1)/2 + i, E standing for a logit of one. "coalition_sets" [N,w]
+        int32, "coalition_count" [N] and "coalition_about" [2] (level, tokens) int64 are those of
+        `Coalitions`.
         """
         fields = ("tokens", "count", "peak", *SUMS, *(PAIRS if self.pairs else ()), *self.widths)
+        fields += tuple(self.varying)
         return {field: self.tensor(field).clone() for field in fields}
 
     @property
@@ -296,9 +358,21 @@ class LayerStatistics:
         """Of the sums of vectors that are known, by their field: the columns."""
         return {} if self._slot_sums is None else dict(self._slot_sums.tensors())
 
+    @property
+    def varying(self) -> dict[str, tuple[str, tuple[int, ...]]]:
+        """Of coalitions and logits that are known, by their field: dtype and shape in a file."""
+        found = {} if self._sets is None else self._sets.shapes()
+        if self._logits is not None and not self._logits.lost:
+            found[LOGITS] = ("I64", (cells(self.num_experts), 2))
+        return found
+
     def tensor(self, field: str) -> Tensor:
         """One of `tensors`, not to be written to."""
         self.check()
+        if self._logits is not None and field == LOGITS:
+            return self._logits.tensor()
+        if self._sets is not None and field in SETS:
+            return self._sets.tensor(field)
         if field in SUMS:
             return self._sums.canonical(self._cells(field))
         if self._pairs is not None and field in PAIRS:
@@ -315,9 +389,11 @@ class LayerStatistics:
         name: str,
         gates: str,
         outputs: bool = False,
+        coalitions: int = 0,
+        logits: bool = False,
     ) -> LayerStatistics:
-        """The inverse of `tensors`, for a state that has been validated. What is stored of pairs
-        and of vectors is read when it is asked for."""
+        """The inverse of `tensors`, for a state that has been validated. What is stored of pairs,
+        vectors, coalitions and logits is read when it is asked for."""
         self = cls(len(state["count"]), name=name, gates=gates, outputs=outputs)
         self._tokens = state["tokens"][:].clone()
         self._count = state["count"][:].clone()
@@ -329,6 +405,10 @@ class LayerStatistics:
             self._pairs = Pairs.of(self.num_experts, *kept)
         if outputs:
             self._slot_sums = SlotSums.of(self.num_experts, state)
+        if coalitions:
+            self._sets = SetCounts.of(self.num_experts, coalitions, state)
+        if logits:
+            self._logits = LogitSums.of(self.num_experts, state.get(LOGITS))
         return self
 
     def _here(self, column: Tensor | None, rows: slice | None) -> Tensor | None:
@@ -435,8 +515,13 @@ class LayerStatistics:
 
 def any_faults(parts: list[LayerStatistics]) -> bool:
     """Whether a slot could not be summed in any of these, which are on one device. Waits for it."""
-    sums = [part._slot_sums for part in parts if part._slot_sums is not None]
-    noted = [part._faults for part in parts] + [each.faulty.long() for each in sums]
+    faulty = [
+        sums.faulty.long()
+        for part in parts
+        for sums in (part._slot_sums, part._logits)
+        if sums is not None
+    ]
+    noted = [part._faults for part in parts] + faulty
     return bool(torch.cat(noted).any())
 
 
@@ -455,6 +540,15 @@ def check_gates(gates: str) -> None:
     """ReapError for a way to read gates that there is not."""
     if gates not in GATES:
         raise ReapError(f"gates is {gates!r}: it must be one of {', '.join(GATES)}")
+
+
+def check_coalitions(coalitions: int) -> None:
+    """ReapError for what is no number of sets to keep."""
+    if type(coalitions) is not int or not 0 <= coalitions <= MOST_COALITIONS:
+        raise ReapError(
+            f"coalitions is {coalitions!r}: it must be how many sets of experts to keep per layer, "
+            f"a whole number of at most {MOST_COALITIONS:,}, or 0 for none"
+        )
 
 
 def _describe(tensor: Tensor) -> str:

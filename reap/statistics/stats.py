@@ -19,7 +19,14 @@ from reap.errors import ReapError
 from reap.model.info import LayerInfo, ModelInfo
 from reap.statistics import statsfile
 from reap.statistics.joining import joined
-from reap.statistics.layerstats import LayerStatistics, any_faults, check_gates, read_gates
+from reap.statistics.layerstats import (
+    KINDS,
+    LayerStatistics,
+    any_faults,
+    check_coalitions,
+    check_gates,
+    read_gates,
+)
 
 
 class Statistics:
@@ -36,14 +43,19 @@ class Statistics:
         gates: str = "applied",
         pairs: bool = False,
         outputs: bool = False,
+        coalitions: int = 0,
+        logits: bool = False,
         data: list[dict[str, Any]] | None = None,
         versions: dict[str, str] | None = None,
     ) -> None:
         check_gates(gates)
+        check_coalitions(coalitions)
         self.model = model
         self.gates = gates
         self.pairs = pairs
         self.outputs = outputs
+        self.coalitions = coalitions
+        self.logits = logits
         self.data = list(data or [])
         self.versions = installed_versions() if versions is None else dict(versions)
         self._infos: dict[str, LayerInfo] = {layer.name: layer for layer in model.layers}
@@ -52,6 +64,11 @@ class Statistics:
         self._domain = "default"
         self._counted: Tensor | None = None
         self._placed: dict[torch.device, Tensor] = {}  # the same, flat, where layers need it
+
+    @property
+    def kinds(self) -> dict[str, Any]:
+        """What of the optional statistics is recorded: pairs, outputs, coalitions, logits."""
+        return {field: getattr(self, field) for field in KINDS}
 
     @property
     def layers(self) -> tuple[str, ...]:
@@ -128,6 +145,7 @@ class Statistics:
         *,
         output_sums: Tensor | None = None,  # [2,E,H], with `outputs`
         channel_sums: Tensor | None = None,  # [2,E,I]
+        logits: Tensor | None = None,  # [T,E], with `logits`
     ) -> None:
         """Add T tokens of one layer to the current domain; see `LayerStatistics.update`.
 
@@ -143,11 +161,12 @@ class Statistics:
         if key not in self._parts:
             self._parts[key] = self._empty(info, norms.device)
         self._updated.add(layer_name)
-        mask = self._counted_of(len(top_k_index), norms.device, mask)
+        mask = self.counted_of(len(top_k_index), norms.device, mask)
         self._parts[key].update(
             *(top_k_index, top_k_weights, norms, peaks, mask),
             output_sums=output_sums,
             channel_sums=channel_sums,
+            logits=logits,
         )
 
     def slot_weights(
@@ -162,7 +181,7 @@ class Statistics:
         if not self.outputs:
             return None
         counted = top_k_index < self._info(layer_name).num_experts
-        mask = self._counted_of(len(top_k_index), top_k_index.device, mask)
+        mask = self.counted_of(len(top_k_index), top_k_index.device, mask)
         if mask is not None:
             counted &= mask.to(counted.device)[:, None]
         gate = read_gates(top_k_weights.double(), self.gates)
@@ -173,8 +192,9 @@ class Statistics:
         found, self._updated = self._updated, set()
         return found
 
-    def _counted_of(self, tokens: int, device: torch.device, mask: Tensor | None) -> Tensor | None:
-        """[T] bool: the tokens of `mask` that `counting` lets count."""
+    def counted_of(self, tokens: int, device: torch.device, mask: Tensor | None) -> Tensor | None:
+        """[T] bool: the tokens of `mask` that `counting` lets count; None: all. ReapError when that
+        was given another number of them."""
         if self._counted is None:
             return mask
         if self._counted.numel() != tokens:
@@ -263,7 +283,7 @@ class Statistics:
     def _take(self, other: Statistics) -> None:
         """Add `other`, but for its data, to statistics that nobody else has."""
         differences = [self.model.difference(other.model)]
-        for field in ("gates", "pairs", "outputs"):
+        for field in ("gates", *KINDS):
             mine, theirs = getattr(self, field), getattr(other, field)
             differences.append(f"{field} {mine} against {theirs}" if mine != theirs else None)
         for difference in filter(None, differences):
@@ -313,12 +333,8 @@ class Statistics:
         """Whether model, gates and every exact sum are the same (not `data` and `versions`)."""
         if not isinstance(other, Statistics):
             return NotImplemented
-        return (self.model, self.gates, self.pairs, self.outputs) == (
-            other.model,
-            other.gates,
-            other.pairs,
-            other.outputs,
-        ) and self._parts == other._parts
+        alike = all(getattr(self, field) == getattr(other, field) for field in ("gates", *KINDS))
+        return alike and self.model == other.model and self._parts == other._parts
 
     __hash__ = None  # type: ignore[assignment]
 
@@ -337,8 +353,7 @@ class Statistics:
         stats = cls(
             state.model,
             gates=state.gates,
-            pairs=state.pairs,
-            outputs=state.outputs,
+            **state.kinds,
             data=state.data,
             versions=state.versions,
         )
@@ -364,8 +379,7 @@ class Statistics:
         return statsfile.State(
             self.model,
             self.gates,
-            self.pairs,
-            self.outputs,
+            self.kinds,
             self.data,
             self.versions,
             self._parts,
@@ -381,8 +395,7 @@ class Statistics:
         return Statistics(
             model,
             gates=self.gates,
-            pairs=self.pairs,
-            outputs=self.outputs,
+            **self.kinds,
             data=self.data,
             versions=self.versions,
         )
@@ -392,8 +405,7 @@ class Statistics:
             info.num_experts,
             name=info.name,
             gates=self.gates,
-            pairs=self.pairs,
-            outputs=self.outputs,
+            **self.kinds,
             device=device,
         )
 

@@ -1,7 +1,8 @@
 """The file of statistics: safetensors, so that any tool can read it without running code.
 
 Metadata "reap" is one JSON object: format, version, model, gates, pairs, data, versions, and
-`parts`, the names of the layers observed per domain. Domain number d (sorted) and layer own the
+`parts`, the names of the layers observed per domain; `outputs`, `coalitions` and `logits` where
+they are recorded. Domain number d (sorted) and layer own the
 tensors "d/layer/field" that `LayerStatistics.tensors` describes: sums are stored exactly, in units
 of 2**-320.
 """
@@ -25,15 +26,17 @@ from reap.files.outputs import STATISTICS, check_file
 from reap.files.paths import path_of
 from reap.files.safefile import Header, OpenFile, encode_header, parse_json, read_header
 from reap.model.info import LayerInfo, ModelInfo
-from reap.statistics import slotsums
+from reap.statistics import logitsums, setcounts, slotsums
 from reap.statistics.exact import LIMBS
 from reap.statistics.fixed import contradiction
 from reap.statistics.joining import numbers_of
-from reap.statistics.layerstats import PAIRS, SUMS, LayerStatistics
+from reap.statistics.layerstats import PAIRS, SUMS, LayerStatistics, check_coalitions
 from reap.statistics.lazyrows import LazyRows
 
 FORMAT = STATISTICS
-VERSION = 3  # of statistics with outputs; others are written as 2, which older programs read
+# Of statistics with outputs, coalitions or logits; others are written as 2, which older programs
+# read.
+VERSION = 3
 DTYPES = {"I64": torch.int64, "F32": torch.float32, "I32": torch.int32}
 PAIRS_AT_ONCE = 1 << 12  # read and judged together
 VALUES_AT_ONCE = 1 << 20
@@ -49,14 +52,16 @@ _KINDS = {
 }
 
 
+NEWER = {"outputs": bool, "coalitions": int, "logits": bool}  # absent where not recorded
+
+
 @dataclass(frozen=True)
 class State:
     """What a file holds. `parts`: (domain, layer) -> the layer's statistics."""
 
     model: ModelInfo
     gates: str
-    pairs: bool
-    outputs: bool
+    kinds: Mapping[str, Any]  # pairs, outputs, coalitions, logits
     data: list[dict[str, Any]]
     versions: dict[str, str]
     parts: Mapping[tuple[str, str], LayerStatistics]
@@ -69,16 +74,17 @@ def write(state: State, path: str | PathLike[str], *, overwrite: bool = False) -
     """
     path_of(path, "path", "the file to write")
     check_file(path, FORMAT, overwrite=overwrite)
+    newer = {field: state.kinds[field] for field in NEWER if state.kinds[field]}
     about = {
         "format": FORMAT,
-        "version": VERSION if state.outputs else 2,
+        "version": VERSION if newer else 2,
         "model": state.model.to_json(),
         "gates": state.gates,
-        "pairs": state.pairs,
+        "pairs": state.kinds["pairs"],
         "data": state.data,
         "versions": state.versions,
         "parts": _layers(state),
-        **({"outputs": True} if state.outputs else {}),
+        **newer,
     }
     text = json.dumps(about, sort_keys=True)
     write_file(path, _serialised(state, {"reap": text}), overwrite=overwrite)
@@ -90,7 +96,8 @@ def read(path: str | PathLike[str]) -> State:
     header = _header(path)
     about = _about(path, header.metadata)
     model = ModelInfo.from_json(about["model"], transformers=about["versions"].get("transformers"))
-    pairs, outputs = about["pairs"], about.get("outputs", False)
+    kinds = {"pairs": about["pairs"]} | {field: about.get(field, NEWER[field]()) for field in NEWER}
+    check_coalitions(kinds["coalitions"])
     places = [
         (domain, f"{number}/{name}", model.layer(name))
         for number, (domain, names) in enumerate(sorted(about["parts"].items()))
@@ -99,7 +106,12 @@ def read(path: str | PathLike[str]) -> State:
     # Shapes come first: nothing is read or allocated on the word of a file that contradicts itself.
     found = {name: (entry.dtype, entry.shape) for name, entry in header.tensors.items()}
     shapes = {
-        prefix: _shapes(layer, pairs, _widths(found, prefix) if outputs else {})
+        prefix: _shapes(
+            layer,
+            kinds["pairs"],
+            _widths(found, prefix) if kinds["outputs"] else {},
+            _varying(found, prefix, layer, kinds),
+        )
         for _, prefix, layer in places
     }
     expected = {
@@ -122,15 +134,18 @@ def read(path: str | PathLike[str]) -> State:
         for field, (dtype, shape) in shapes[prefix].items():
             offset = header.data + header.tensors[f"{prefix}/{field}"].start
             part[field] = LazyRows(file, offset, shape, DTYPES[dtype])
-        fault = _contradiction(part, layer)
-        if outputs and "output_sums" not in part and part["tokens"][:].any():
+        fault = _contradiction(part, layer, kinds["coalitions"])
+        if kinds["outputs"] and "output_sums" not in part and part["tokens"][:].any():
             fault = "it has tokens, and no sums of outputs"
         if fault:
             raise ReapError(f"{path} is damaged: domain {domain}, layer {layer.name}: {fault}")
         parts[domain, layer.name] = LayerStatistics.from_tensors(
-            part, name=layer.name, gates=about["gates"], outputs=outputs
+            part,
+            name=layer.name,
+            gates=about["gates"],
+            **{field: kinds[field] for field in NEWER},
         )
-    return State(model, about["gates"], pairs, outputs, about["data"], about["versions"], parts)
+    return State(model, about["gates"], kinds, about["data"], about["versions"], parts)
 
 
 def read_data(path: str | PathLike[str]) -> list[dict[str, Any]]:
@@ -152,9 +167,10 @@ def digest(state: State) -> str:
     """Hex SHA-256 of model, gates and every exact sum."""
     model = state.model.to_json()
     model.pop("transformers", None)  # says of no number how it came about
-    about = [model, state.gates, state.pairs, _layers(state)]
-    if state.outputs:
-        about.append("outputs")
+    about = [model, state.gates, state.kinds["pairs"], _layers(state)]
+    newer = {field: state.kinds[field] for field in NEWER if state.kinds[field]}
+    # As what has outputs alone was hashed before there was more.
+    about += ["outputs"] if newer == {"outputs": True} else [newer] if newer else []
     hashed = hashlib.sha256(json.dumps(about, sort_keys=True).encode())
     for piece in _serialised(state, {}):
         hashed.update(piece)
@@ -179,7 +195,10 @@ def _serialised(state: State, metadata: dict[str, str]) -> Iterator[bytes | memo
         (order.index(dtype), f"{number[domain]}/{layer}/{field}", shape, (domain, layer), field)
         for domain, layer in state.parts
         for field, (dtype, shape) in _shapes(
-            infos[layer], state.pairs, state.parts[domain, layer].widths
+            infos[layer],
+            state.kinds["pairs"],
+            state.parts[domain, layer].widths,
+            state.parts[domain, layer].varying,
         ).items()
     )
     yield encode_header({name: (order[i], shape) for i, name, shape, *_ in found}, metadata)
@@ -200,8 +219,9 @@ def _about(path: Path, metadata: dict[str, str]) -> dict[str, Any]:
             f"{path} has format version {about.get('version')!r}: "
             f"this program reads up to version {VERSION}"
         )
-    for field, kind in (_KINDS | ({"outputs": bool} if "outputs" in about else {})).items():
-        if not isinstance(about.get(field), kind):
+    newer = {field: kind for field, kind in NEWER.items() if field in about}
+    for field, kind in (_KINDS | newer).items():
+        if not isinstance(about.get(field), kind) or (kind is int and about[field] is True):
             raise ReapError(f"{path}: metadata field {field!r} must be a JSON {kind.__name__}")
     if not all(isinstance(spec, dict) for spec in about["data"]):
         raise ReapError(f"{path}: metadata field 'data' must be a list of objects")
@@ -226,8 +246,31 @@ def _widths(found: Mapping[str, tuple[str, tuple[int, ...]]], prefix: str) -> di
     return {field: entry[1][-1] for field, entry in named.items() if entry and entry[1]}
 
 
+def _varying(
+    found: Mapping[str, tuple[str, tuple[int, ...]]],
+    prefix: str,
+    layer: LayerInfo,
+    kinds: Mapping[str, Any],
+) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """What a file must have of a layer's coalitions and logits, as far as it has them: how many
+    sets there are is theirs to say, and logits may be unknown."""
+    shapes: dict[str, tuple[str, tuple[int, ...]]] = {}
+    if kinds["logits"] and f"{prefix}/{logitsums.FIELD}" in found:
+        shapes[logitsums.FIELD] = ("I64", (logitsums.cells(layer.num_experts), 2))
+    if kinds["coalitions"]:
+        _, stored = found.get(f"{prefix}/{setcounts.FIELDS[0]}", ("", ()))
+        N, width = stored if len(stored) == 2 else (0, 0)
+        N, width = min(N, kinds["coalitions"]), min(width, layer.top_k)
+        sizes = ("I32", (N, width)), ("I64", (N,)), ("I64", (2,))
+        shapes |= dict(zip(setcounts.FIELDS, sizes, strict=True))
+    return shapes
+
+
 def _shapes(
-    layer: LayerInfo, pairs: bool, widths: Mapping[str, int]
+    layer: LayerInfo,
+    pairs: bool,
+    widths: Mapping[str, int],
+    varying: Mapping[str, tuple[str, tuple[int, ...]]],
 ) -> dict[str, tuple[str, tuple[int, ...]]]:
     E = layer.num_experts
     shapes: dict[str, tuple[str, tuple[int, ...]]] = {
@@ -240,16 +283,16 @@ def _shapes(
     if pairs:
         shapes["pair_count"] = ("I64", (E * (E - 1) // 2,))
         shapes["pair_sums"] = ("I32", (E * (E - 1) // 2, LIMBS))
-    return shapes
+    return shapes | dict(varying)
 
 
 def _show(entry: tuple[str, tuple[int, ...]] | None) -> str:
     return "absent" if entry is None else f"{entry[0]} {list(entry[1])}"
 
 
-def _contradiction(stored: Mapping[str, LazyRows], layer: LayerInfo) -> str | None:
+def _contradiction(stored: Mapping[str, LazyRows], layer: LayerInfo, coalitions: int) -> str | None:
     """What in the numbers cannot come from any tokens, or None."""
-    many = (*PAIRS, *slotsums.FIELDS)
+    many = (*PAIRS, *slotsums.FIELDS, *setcounts.FIELDS, logitsums.FIELD)
     state = {field: rows[:] for field, rows in stored.items() if field not in many}
     tokens, count, peak = int(state["tokens"]), state["count"], state["peak"]
     slots = tokens * layer.top_k
@@ -275,6 +318,13 @@ def _contradiction(stored: Mapping[str, LazyRows], layer: LayerInfo) -> str | No
         fault = _contradiction_of_vectors(stored, field, unrouted) if field in stored else None
         if fault:
             return fault
+    if coalitions:
+        sets = {field: stored[field][:] for field in setcounts.FIELDS}
+        limits = layer.num_experts, coalitions, tokens, layer.top_k
+        if fault := setcounts.contradiction(sets, *limits):
+            return fault
+    if logitsums.FIELD in stored and (fault := logitsums.contradiction(stored, tokens)):
+        return fault
     return (
         _contradiction_of_pairs(stored, slots * (layer.top_k - 1) // 2)
         if PAIRS[0] in stored

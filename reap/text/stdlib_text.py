@@ -55,7 +55,7 @@ def names(domain: str, *, held_out: bool, seed: int = 0) -> list[str]:
     found = [name for name in found if is_held_out(name) == held_out]
     if not found:
         raise ReapError(f"this Python has no standard library sources in {root}: give local text")
-    return sorted(found, key=lambda name: _digest(f"{seed}/{name}"))
+    return sorted(found, key=lambda name: digest(f"{seed}/{name}"))
 
 
 def read(name: str, domain: str) -> str:
@@ -71,7 +71,7 @@ def read(name: str, domain: str) -> str:
 
 def is_held_out(name: str) -> bool:
     """Which side of the split a file (its path below the library's root, with /) is on."""
-    return _digest(name) % HELD_OUT_ONE_IN == 0
+    return digest(name) % HELD_OUT_ONE_IN == 0
 
 
 def split_source(source: str) -> tuple[str, str]:
@@ -149,5 +149,5 @@ def _topics() -> dict[str, str]:
         return {}
 
 
-def _digest(name: str) -> int:
+def digest(name: str) -> int:
     return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big")

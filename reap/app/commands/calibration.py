@@ -18,6 +18,7 @@ from reap.app.arguments import (
     Overwrite,
     StopOptions,
     TextOptions,
+    TraceOptions,
     grouped,
 )
 from reap.app.console import legible, print_json, reports_errors
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from reap.model.info import ModelInfo
     from reap.runs.stability import Stable
     from reap.statistics.stats import Statistics
+    from reap.statistics.trace import Trace
 
 
 @reports_errors
@@ -41,6 +43,7 @@ def calibrate(
     measuring: MeasureOptions,
     loading: LoadOptions,
     stopping: StopOptions,
+    tracing: TraceOptions,
     shard: Annotated[
         str | None,
         typer.Option(metavar="I/N", help="only share I, from 0 to N-1, of N; combine adds all"),
@@ -56,14 +59,24 @@ def calibrate(
 
     def check(inputs: Sequence[str | Path]) -> None:
         check_file(out, STATISTICS, overwrite=overwrite, inputs=inputs)
+        tracing.check(out, overwrite, inputs)
 
     until = stopping.until()
+
+    traces: list[Trace] = []
 
     def accept(found: ModelInfo) -> None:
         if until is not None:
             until.check(found)
+        trace = tracing.begin(found, overwrite)
+        traces.extend([] if trace is None else [trace])
 
     with together(shard) as all_of_us:
+        if tracing.trace is not None and all_of_us.share is not None:
+            raise ReapError(
+                "--trace is of the first tokens of a run in one process, and this process has a "
+                "share of them: leave one of them out"
+            )
         if until is not None and all_of_us.share is not None and all_of_us.ranks is None:
             raise ReapError(
                 "--until-stable looks at all batches, and shards do not know of each other: leave "
@@ -72,7 +85,7 @@ def calibrate(
         loading = replace(loading, device=all_of_us.device(loading.device))
         folder = find_model(model, text, measuring, loading, check)
         options = text, measuring, loading
-        with measured(model, folder, *options, out, accept, until, all_of_us) as found:
+        with measured(model, folder, *options, out, accept, until, all_of_us, traces) as found:
             stats, notes = found
             saved = save_statistics(stats, out, overwrite, notes) if all_of_us.writes else None
     if saved is not None and json:
@@ -112,11 +125,12 @@ def measured(
     accept: Callable[[ModelInfo], None],
     until: Stable | None = None,
     all_of_us: Together | None = None,
+    traces: Sequence[Trace] = (),
 ) -> Iterator[tuple[Statistics, list[str]]]:
     """The statistics of the text, and notes on it, to be written to `out`. Until the end of the
     `with` what was measured is kept beside it, for the same command to go on from. `accept` hears
     of the model as early as can be, and may refuse it. With `until` it may end before the text. The
-    work is shared with `all_of_us`."""
+    work is shared with `all_of_us`. `traces`: the trace that `accept` began, if any."""
     from reap.model.identity import describe, describe_folder
     from reap.model.load import find_device
     from reap.runs.calibration import calibrate as run
@@ -132,13 +146,14 @@ def measured(
         found = describe_folder(folder)  # without experts it is refused here too
         accept(found)
         domains = {source.domain for source in text.sources()}
-        check_disk(out, statistics_size(found, measuring.pairs, len(domains), measuring.outputs))
+        check_disk(out, statistics_size(found, domains=len(domains), **measuring.kinds))
     partial = Partial(us.partial_file(out))
     sources = text.sources()
     rows = rows_of(folder, text, sources, trust, us.share)
     partial.refuse_other(rows.describe())
+    partial.refuse_trace(next(iter(traces), None))
     modes = [f"gates {measuring.gates}", "pairs" if measuring.pairs else None]
-    modes += ["outputs" if measuring.outputs else None]
+    modes += [name for name in ("outputs", "coalitions", "logits") if measuring.kinds[name]]
     modes += ["deterministic" if measuring.deterministic else None]
     if until is not None:
         until.check_text(rows)
@@ -168,8 +183,8 @@ def measured(
         with reported("calibrating", lambda: rows.expected_here, "tokens") as advance:
             options: dict[str, Any] = {
                 "gates": measuring.gates,
-                "pairs": measuring.pairs,
-                "outputs": measuring.outputs,
+                **measuring.kinds,
+                "trace": next(iter(traces), None),
                 "backend": measuring.backend,
                 "deterministic": measuring.deterministic,
                 "mtp": head or False,

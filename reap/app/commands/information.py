@@ -19,6 +19,7 @@ from reap.files.outputs import (
     RECORDS,
     REPORT,
     STATISTICS,
+    TRACE,
     format_of,
 )
 from reap.files.units import sized
@@ -31,11 +32,13 @@ if TYPE_CHECKING:
 def info(
     path: Annotated[
         str,
-        typer.Argument(metavar="PATH", help="statistics, a plan, a model's folder or hub id"),
+        typer.Argument(
+            metavar="PATH", help="statistics, a plan, a trace, a model's folder, a hub id"
+        ),
     ],
     json: Json = False,
 ) -> None:
-    """Say what PATH is: statistics, a plan, a model or a pruned one, and what is in it."""
+    """Say what PATH is: statistics, a plan, a trace, a model or a pruned one, and what is in it."""
     found = _told(path)
     if json:
         print_json(found)
@@ -53,6 +56,8 @@ def _told(path: str) -> dict[str, Any]:
         return _statistics(file)
     if form == PLAN:
         return _plan(file)
+    if form == TRACE:
+        return _trace(file)
     if form == MERGE:
         return _merge(file)
     if form == REPORT:
@@ -66,7 +71,7 @@ def _told(path: str) -> dict[str, Any]:
     kind = kind_of(file)
     if kind in ("weights of a model", "a model's config"):
         raise ReapError(f"{path} is {kind}: give its folder, {file.absolute().parent}")
-    raise ReapError(f"{path} is not ours: neither statistics nor a plan or merge")
+    raise ReapError(f"{path} is not ours: neither statistics nor a plan, merge or trace")
 
 
 def _statistics(file: Path) -> dict[str, Any]:
@@ -92,13 +97,19 @@ def _statistics(file: Path) -> dict[str, Any]:
         **({"ended": ended} if ended else {}),
         "domains": stats.domain_tokens,
         "gates": stats.gates,
-        "pairs": stats.pairs,
-        "outputs": stats.outputs,
+        **stats.kinds,
         "data": [
             source.get("spec") for entry in stats.data for source in entries(entry.get("sources"))
         ],
         "versions": stats.versions,
     }
+
+
+def _trace(file: Path) -> dict[str, Any]:
+    from reap.statistics.trace import read_about
+
+    model, gates, tokens = read_about(file)
+    return {"kind": "trace", **_model(model), "tokens": tokens, "gates": gates}
 
 
 def _plan(file: Path) -> dict[str, Any]:

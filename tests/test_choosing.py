@@ -103,6 +103,14 @@ def test_statistics_without_outputs_say_how_to_record_them() -> None:
             r"finite numbers \[6,6\] for layer a",
         ),
         (
+            {"groups": 3, "method": "m-smoe", "similarity": {"a": [[1.0]]}},
+            r"a tensor of finite numbers \[6,6\] for layer a",
+        ),
+        (
+            {"groups": 3, "method": "m-smoe", "similarity": [torch.eye(6)]},
+            r"a tensor of finite numbers \[6,6\] for layer a",
+        ),
+        (
             {"groups": 3, "method": "m-smoe", "similarity": {"a": torch.full((6, 6), torch.nan)}},
             r"finite numbers \[6,6\] for layer a",
         ),

@@ -110,6 +110,10 @@ def test_files_that_are_not_there(tmp_path):
     (tmp_path / "list").write_text("\n")
     assert "names no file of statistics" in refused("combine", f"@{tmp_path}/list", *out)
     assert "x.st" in refused("combine", tmp_path / "x.st", *out)
+    (tmp_path / "p.json").write_text('{"format": "reap-plan"}')
+    assert "p.json is a plan, it holds no statistics" in refused(
+        "combine", tmp_path / "p.json", *out
+    )
 
 
 @pytest.mark.parametrize("count", [64, pytest.param(10_000, marks=pytest.mark.slow)])

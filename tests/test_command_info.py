@@ -2,6 +2,8 @@
 
 from commandline import MODEL, invoke, refused, run_json
 
+from reap.statistics.stats import Statistics
+
 
 def test_info_says_what_a_path_is(work):
     pruned = work / "pruned"
@@ -26,3 +28,12 @@ def test_info_says_what_a_path_is(work):
         assert refused("info", MODEL / name).endswith(f": give its folder, {MODEL}")
     assert "neither statistics nor a plan" in refused("info", work / "a.txt")
     assert "no config.json" in refused("info", work / "empty")
+
+
+def test_text_that_statistics_describe_oddly(work, tmp_path):
+    """Whoever wrote the file: what is not as `reap calibrate` writes it is left out."""
+    stats = Statistics.load(work / "one.st")
+    for place, sources in enumerate((7, [3, {"spec": "a"}], {})):
+        stats.data = [{"sources": sources}]
+        stats.save(tmp_path / str(place))
+        assert run_json("info", tmp_path / str(place))["data"] == (["a"] if place == 1 else [])

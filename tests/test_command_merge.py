@@ -89,3 +89,13 @@ def test_decompose(folder: Path) -> None:
     code, out, err = invoke("decompose", MODEL, *text)
     assert code == 0 and "mean weights" in out and next(iter(found)) in out
     assert err.startswith("reap: decomposing: ")
+
+
+def test_sums_of_outputs_are_a_difference(folder: Path) -> None:
+    found = run_json("diff", folder / "with", folder / "without")
+    assert [one["what"] for one in found["differences"]] == ["outputs"] and not found["same"]
+
+
+def test_decompose_says_where_no_pair_was_chosen(folder: Path) -> None:
+    code, out, _ = invoke("decompose", MODEL, "--data", folder / "a.txt", *FEW, "--least", 10**6)
+    assert code == 0 and "in 4 of 4 layers no pair of experts was chosen by 1,000,000 of" in out

@@ -38,7 +38,7 @@ def test_report(w: Path) -> None:
     assert made["out"] == str(w / "out.html") and made["bytes"] == (w / "out.html").stat().st_size
     assert made["figures"][:2] == ["heatmap-a", "heatmap-b"] and "cost" in made["figures"]
     assert len(made["files"]) == 2 * len(made["figures"])
-    assert "On held-out text half costs least, +0.5 nats per token." in made["findings"]
+    assert "On held-out text half costs +0.5 nats per token." in made["findings"]
     assert "exists: choose another name or pass --overwrite" in refused(*given)
     code, out, err = invoke(*given, "--overwrite")
     assert code == 0 and not err

@@ -124,3 +124,15 @@ def test_debug_shows_the_traceback(work):
     result = CliRunner().invoke(app, ["--debug", "score", str(work / "none.st")])
     assert result.exit_code != 0 and result.exception is not None
     assert "none.st" in str(result.exception)
+
+
+def test_names_stay_on_their_line(work, capsys):
+    """Of files and domains, which may hold anything: line ends, escapes, other directions."""
+    print_table("title", ["name", "n"], [["a\nb\x1b[31m\u202e", "1"]])
+    assert capsys.readouterr().out.splitlines()[-1] == "a b\ufffd[31m\ufffd  1"
+    odd = work / "odd\n\x1b[31m.st"
+    odd.write_bytes((work / "one.st").read_bytes())
+    code, out, _ = invoke("diff", odd, work / "two.st")
+    assert code == 0 and "\x1b" not in out
+    code, _, err = invoke("info", work / "no\x1b[31m")
+    assert code == 2 and "\x1b" not in err and "no\ufffd[31m" in err

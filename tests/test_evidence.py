@@ -145,3 +145,16 @@ def test_findings_say_what_is_so() -> None:
     said = told(seen, costs)
     assert "b costs least, +0.25 nats per token; a most, +0.5" in said
     assert not math.isnan(seen.criteria.chance)
+
+
+def test_a_plan_against_the_scores_is_told() -> None:
+    """It keeps what these statistics would drop, which is not how sure it is."""
+    stats = madeup(2, 8, tokens=20_000, domains=("code",))
+    scores = gather(stats, {}).first.scores
+    wrong = {
+        layer.name: tuple(sorted(each.argsort().tolist()[:6]))
+        for layer, each in zip(stats.model.layers, scores, strict=True)
+    }
+    said = told(gather(stats, {"wrong": Plan(stats.model, "reap", 0, wrong)}))
+    assert "in 2 of 2 layers it keeps an expert that scores at least 2 standard errors less" in said
+    assert "standard errors apart" not in said

@@ -99,8 +99,9 @@ def test_spread_of_nothing_but_zeros() -> None:
     svg_of(figures.spread(LIGHT, ["0"], scores([1.0, 2.0]), [set()], "score"))
 
 
-def test_certainty_shows_infinity_at_the_edge_and_no_nan() -> None:
-    gaps = {"a": [1.0, NAN, math.inf], "b": [-50.0, 3.0, -math.inf]}
+@pytest.mark.parametrize("wide", [True, False])
+def test_certainty_shows_infinity_at_the_edge_and_no_nan(wide: bool) -> None:
+    gaps = {"a": [1.0, NAN, math.inf], "b": [-50.0 if wide else 0.0, 3.0, -math.inf]}
     axes: Any = figures.certainty(DARK, ["0", "1", "2"], gaps, 2.0).axes[0]
     svg_of(axes.figure)
     points = [line for line in axes.lines if len(line.get_xdata()) == 3]
@@ -132,3 +133,17 @@ def test_coselection_and_the_rest_are_drawn() -> None:
     svg_of(cost)
     points = [np.asarray(line.get_xdata()).tolist() for line in cost.axes[0].lines[:2]]
     assert points[0] == [0.1, 0.2] and math.isnan(points[1][0]) and points[1][1] == -0.1
+
+
+@pytest.mark.filterwarnings("error")
+def test_legends_name_what_matplotlib_would_hide() -> None:
+    table = torch.ones(1, 2, dtype=torch.float64)
+    odd = ["_hidden", ""]
+    drawn = (
+        comparisons.composition(LIGHT, ["a", "b"], [3, 1], [0, 1], odd),
+        comparisons.costs(LIGHT, ["p"], odd, {"loss": table}),
+        figures.certainty(LIGHT, ["0"], {name: [1.0] for name in odd}, 2.0),
+    )
+    for figure in drawn:
+        (legend,) = figure.legends
+        assert [text.get_text().strip() for text in legend.get_texts()] == odd

@@ -53,7 +53,7 @@ BAD: dict[str, tuple[Any, str]] = {
     "failed": ({"error": "no\nsuch model"}, "is of an evaluation that failed: no such model"),
     "no domains": ({"a": {}}, "'a' has no domains"),
     "a number": ({"a": 3}, "'a' has no domains"),
-    "a plan": ({"format": "reap-plan", "layers": {}}, "'format' has no domains"),
+    "a plan": ({"format": "reap-plan", "layers": {}}, "is a plan, not an evaluation"),
     "no loss": ({"a": {"code": {"tokens": 3}}}, "'code' of 'a' lacks tokens and loss"),
     "mixed": ({"a": ONE, "b": {"tokens": 1, "loss": 2.0}}, "'tokens' of 'b' lacks"),
 }
@@ -75,3 +75,23 @@ def test_what_is_no_file(tmp_path: Path) -> None:
         read_costs(tmp_path / "none")
     with pytest.raises(ReapError, match="evaluation is a int"):
         read_costs(3)  # type: ignore[arg-type]
+
+
+def test_numbers_that_nothing_has() -> None:
+    """Integers of JSON have no end; a float's do."""
+    huge = 10**400
+    (cost,) = costs_of({"a": {"b": {"tokens": 5, "loss": huge, "kl": -huge}}})
+    assert math.isnan(cost.loss) and math.isnan(cost.kl)
+    for tokens in (huge, -1, True):
+        with pytest.raises(ReapError, match="lacks tokens and loss"):
+            costs_of({"a": {"b": {"tokens": tokens, "loss": 1.0}}})
+
+
+def test_names_that_look_alike_stay_apart() -> None:
+    """A file's name may be longer than what is shown, and differ in the middle, or in a tab."""
+    names = ["x" * 200 + middle + "y" * 200 for middle in "AB"]
+    found = {name: {"a b": ONE["code"], "a\tb": ONE["code"]} for name in names}
+    costs = costs_of(found)
+    plans, domains, shown = tables(costs)
+    assert len(costs) == 4 and len(plans) == 2 and domains == ["a b", "a b (2)"]
+    assert all(table.shape == (2, 2) and not table.isnan().any() for table in shown.values())

@@ -188,6 +188,8 @@ def test_plans_are_named(tmp_path: Path, quick: None) -> None:
         written(tmp_path, stats, [one, one])
     with pytest.raises(ReapError, match="give a list of files, or plans by name"):
         written(tmp_path, stats, str(one))
+    with pytest.raises(ReapError, match="plans is None: give a list of files"):
+        written(tmp_path, stats, None)
     with pytest.raises(ReapError, match="is statistics, not a plan"):
         stats.save(tmp_path / "stats")
         written(tmp_path, stats, [tmp_path / "stats"])
@@ -200,3 +202,52 @@ def test_sixty_layers_of_384_experts(tmp_path: Path) -> None:
     start = time.process_time()
     assert len(written(tmp_path, stats)) < 5_000_000
     assert time.process_time() - start < 10
+
+
+def test_no_plan_is_lost_for_its_name(tmp_path: Path, quick: None) -> None:
+    """Names are shortened in the middle, where these two differ."""
+    stats = madeup(2)
+    names = ["x" * 40 + middle + "y" * 40 for middle in "AB"]
+    plans = {name: make_plan(stats, keep=keep) for name, keep in zip(names, (4, 6), strict=True)}
+    text = written(tmp_path, stats, plans)
+    assert text.count("<h3>A: x") == text.count("<h3>B: x") == 1 and "(2)</h3>" in text
+    assert "heatmap-b" in text
+
+
+def test_figures_are_those_of_one_report(
+    tmp_path: Path, quick: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stats, folder, out = madeup(2), tmp_path / "figures", tmp_path / "a.html"
+    plans = {name: make_plan(stats, keep=keep) for name, keep in (("a", 4), ("b", 6))}
+    write_report(stats, plans, out, figures=folder)
+    both = sorted(path.name for path in folder.iterdir())
+    assert "heatmap-b.svg" in both
+
+    def stop(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(page.style, "save", stop)
+        with pytest.raises(KeyboardInterrupt):
+            write_report(stats, path=out, figures=folder, overwrite=True)
+        with pytest.raises(KeyboardInterrupt):
+            write_report(stats, path=tmp_path / "b.html", figures=tmp_path / "new")
+    assert sorted(path.name for path in folder.iterdir()) == both
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.html", "figures"]
+    made = write_report(stats, {"a": plans["a"]}, out, figures=folder, overwrite=True)
+    assert sorted(folder.iterdir()) == made.files
+    assert not (folder / "heatmap-b.svg").exists()
+
+
+def test_the_page_is_apart_from_the_figures(
+    tmp_path: Path, quick: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "figures"
+    folder.mkdir()
+    for out, figures in ((folder / "a.html", folder), (tmp_path / "b", tmp_path / "b")):
+        with pytest.raises(ReapError, match="is or lies in .*, the folder of figures"):
+            write_report(madeup(2), path=out, figures=figures)
+    monkeypatch.chdir(folder)
+    with pytest.raises(ReapError, match="the folder that we are in"):
+        write_report(madeup(2), path=tmp_path / "c.html", figures=".")
+    assert not list(folder.iterdir()) and [p.name for p in tmp_path.iterdir()] == ["figures"]

@@ -50,3 +50,12 @@ def test_anything_else_is_left_out() -> None:
     assert unnamed.spec == "unnamed" and unnamed.tokens is named.tokens is None
     assert len(named.spec) <= 120 and "\n" not in named.spec and named.weight is None
     assert runs([]) == []
+
+
+def test_numbers_that_nothing_has() -> None:
+    huge = 10**400
+    source = {"spec": "s", "tokens": huge, "counted": -1, "weight": huge, "rows": True}
+    (run,) = runs([{"tokens": huge, "seq_len": huge, "counted": huge, "sources": [source]}])
+    (read,) = run.sources
+    assert not run.facts and read.tokens is read.counted is read.weight is read.counts["rows"]
+    assert read.tokens is None

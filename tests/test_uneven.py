@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -94,6 +96,21 @@ def test_others_refuse_it(folders: tuple[Path, Path, Plan]) -> None:
             auto.from_pretrained(out)
     config = json.loads((out / "config.json").read_text())
     assert config["architectures"] == ["ReapExpertsPerLayer"]
+
+
+def test_its_tokenizer_loads_without_a_word(tmp_path: Path) -> None:
+    """transformers looks at the model's type, of which it would warn."""
+    base = Path(__file__).parent.parent / "models" / "tiny-qwen3-moe"
+    prune(base, uneven(some_plan(base, 12)), tmp_path / "out")
+    program = "import sys; from pathlib import Path; from reap.model.load import load_tokenizer\n"
+    program += "print(load_tokenizer(Path(sys.argv[1]))('words')['input_ids'])"
+    told = [
+        subprocess.run(
+            [sys.executable, "-c", program, folder], capture_output=True, text=True, check=True
+        )
+        for folder in (base, tmp_path / "out")
+    ]
+    assert told[0].stdout == told[1].stdout and told[1].stderr == ""
 
 
 def test_record_card_and_verification(folders: tuple[Path, Path, Plan]) -> None:

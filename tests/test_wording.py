@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from reap.report.wording import counted, letter, number, plain, ranges, share, signed
+from reap.report.wording import counted, distinct, letter, number, plain, ranges, share, signed
 
 
 @given(st.text())
@@ -53,3 +53,19 @@ def test_others() -> None:
     assert ranges([0, 1, 2, 5, 7, 8]) == "0 to 2, 5, 7, 8" and ranges([]) == "none"
     assert ranges([0, 2, 4, 5, 6], most=2) == "0, 2, 3 more"
     assert [letter(n) for n in (0, 25, 26, 701, 702)] == ["A", "Z", "AA", "ZZ", "AAA"]
+
+
+@given(st.lists(st.text(max_size=4)))
+def test_distinct_names_stay_apart(names: list[str]) -> None:
+    shown = distinct(names, 3)
+    assert len(shown) == len(set(shown)) == len(names)
+
+
+def test_distinct() -> None:
+    assert distinct(["a", "b"]) == ["a", "b"]
+    assert distinct(["a b", "a\nb", "a b (2)", "a\tb"]) == [
+        "a b",
+        "a b (2)",
+        "a b (2) (2)",
+        "a b (3)",
+    ]

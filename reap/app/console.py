@@ -16,6 +16,7 @@ import typer
 from typer.core import TyperGroup
 
 from reap.errors import INTERRUPTED, ReapError, die_of
+from reap.report.wording import plain
 
 USER_ERROR, OUR_ERROR = 2, 1
 SHOW_AFTER_SECONDS = 2.0
@@ -110,7 +111,12 @@ class Commands(TyperGroup):
 def say(line: str) -> None:
     """A line on stderr. That nobody can read it is no reason to end."""
     with suppress(OSError):
-        typer.echo(f"reap: {line}", err=True)
+        typer.echo(f"reap: {legible(line)}", err=True)
+
+
+def legible(text: str) -> str:
+    """`text` on one line, without what would move a cursor or turn letters round."""
+    return text if text.isprintable() else plain(text, len(text))
 
 
 @contextmanager
@@ -205,7 +211,7 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]
     """
     from rich.cells import cell_len
 
-    lines = [columns, *rows]
+    lines = [columns, *([legible(cell) for cell in row] for row in rows)]
     widths = [max(map(cell_len, column)) for column in zip(*lines, strict=True)]
     lines.insert(1, ["-" * width for width in widths])
     shown = [title]

@@ -24,7 +24,6 @@ from reap.checkpoint.guards import (
     recorded_files,
 )
 from reap.checkpoint.operation import Layout, Operation, layout_of, operate, own_tensors
-from reap.checkpoint.publish import staged
 from reap.checkpoint.writing import (
     Check,
     copy_others,
@@ -36,6 +35,7 @@ from reap.errors import ReapError
 from reap.files.folder import CONFIG, Folder, open_folder
 from reap.files.outputs import RECORD, check_folder
 from reap.files.paths import path_of
+from reap.files.publish import staged
 from reap.files.safefile import Tensor, span
 from reap.files.units import sized
 from reap.model import compat

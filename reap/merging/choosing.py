@@ -127,9 +127,15 @@ def _alike(layer: LayerStatistics, similarity: Mapping[str, Tensor] | None) -> n
             "(`reap group --model MODEL`)"
         )
     E = layer.num_experts
-    given = similarity.get(layer.name)
-    if given is None or tuple(given.shape) != (E, E) or not bool(given.isfinite().all()):
-        raise ReapError(f"similarity must have finite numbers [{E},{E}] for layer {layer.name}")
+    given = similarity.get(layer.name) if isinstance(similarity, Mapping) else None
+    if (
+        not isinstance(given, Tensor)
+        or tuple(given.shape) != (E, E)
+        or not bool(given.isfinite().all())
+    ):
+        raise ReapError(
+            f"similarity must have a tensor of finite numbers [{E},{E}] for layer {layer.name}"
+        )
     return given.double().cpu().numpy()
 
 

@@ -18,13 +18,13 @@ from typing import Any, NamedTuple
 from reap.checkpoint import card
 from reap.checkpoint.guards import check_same_model, check_space, described, recorded_files
 from reap.checkpoint.operation import Layout, Operation, layout_of, own_tensors
-from reap.checkpoint.publish import staged
 from reap.checkpoint.removal import MtpLayers
 from reap.checkpoint.writing import Check, copy_others, write_json, write_shards, write_text
 from reap.errors import ReapError
 from reap.files.folder import CONFIG, Folder, open_folder
 from reap.files.outputs import MERGED, RECORD, check_folder
 from reap.files.paths import path_of
+from reap.files.publish import staged
 from reap.files.safefile import Tensor
 from reap.files.units import sized
 from reap.merging import mergecard

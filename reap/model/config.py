@@ -72,6 +72,12 @@ def read_config(folder: Path, *, trust_remote_code: bool = False) -> Any:
         raise ReapError(f"{folder}/config.json is not usable: {first_line(error)}") from error
 
 
+def is_uneven(folder: Path) -> bool:
+    """Whether its config.json, if it has one, is of layers with different numbers of experts."""
+    path = folder / "config.json"
+    return path.is_file() and bool(counts_in(read_json(path)))
+
+
 def row_length(folder: Path, asked: int | None, *, trust_remote_code: bool = False) -> int:
     """Tokens per row: what was asked for, else 2,048 or the model's limit where that is lower.
 

@@ -280,9 +280,9 @@ def _move(model: nn.Module, device: torch.device) -> None:
             if not weight.is_meta:
                 weight.data = weight.data.to(device)
         for module in model.modules():
-            for name, value in module._buffers.items():
-                if value is not None and not value.is_meta:
-                    module._buffers[name] = value.to(device)
+            for name, value in list(module.named_buffers(recurse=False, remove_duplicate=False)):
+                if not value.is_meta:
+                    setattr(module, name, value.to(device))
 
 
 def _places(model: nn.Module) -> list[str]:

@@ -19,7 +19,14 @@ from reap.files.folder import Folder, open_folder
 from reap.files.paths import path_of
 from reap.files.safefile import check_is_here
 from reap.model import compat
-from reap.model.config import config_for, model_classes, not_run, read_config, text_config
+from reap.model.config import (
+    config_for,
+    is_uneven,
+    model_classes,
+    not_run,
+    read_config,
+    text_config,
+)
 from reap.model.experts import pretrained
 from reap.model.mtp import UnsupportedMtpError, find_mtp
 from reap.model.mtplayer import (
@@ -49,8 +56,13 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
     be run."""
     from transformers import AutoTokenizer
 
+    given = {}
+    if is_uneven(folder):  # of the model type in the file transformers knows nothing
+        given["config"] = read_config(folder, trust_remote_code=trust_remote_code)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(
+            folder, trust_remote_code=trust_remote_code, **given
+        )
     except Exception as error:
         denied = not_run(folder, "tokenizer", error)
         if denied:

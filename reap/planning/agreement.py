@@ -26,7 +26,8 @@ def rank_correlations(scores: Sequence[Tensor]) -> Tensor:
     ranks -= ranks.mean(1, keepdim=True)
     product = ranks @ ranks.T
     size = product.diagonal().sqrt()
-    return torch.where(product.diagonal() > 0, product / (size * size[:, None]), math.nan)
+    found = (product / (size * size[:, None])).clamp(-1, 1)
+    return torch.where(product.diagonal() > 0, found, math.nan)
 
 
 def overlap(first: Collection[int], second: Collection[int]) -> float:

@@ -94,7 +94,9 @@ def _statistics(
     one: Statistics, other: Statistics, bits: bool, criterion: str, ratio: Ratio
 ) -> Comparison:
     check_criterion(criterion)
-    found = [*_models(one.model, other.model), *_fields(one, other, ("gates", "pairs", "tokens"))]
+    found = [*_models(one.model, other.model)]
+    found += _fields(one, other, ("gates", "tokens"))
+    found += _items("", one.kinds, other.kinds)
     found += _items("tokens of domain", one.domain_tokens, other.domain_tokens)
     found += _texts(one.data, other.data)
     found += _items("", one.versions, other.versions)
@@ -119,7 +121,7 @@ def _plans(one: Plan, other: Plan, bits: bool) -> Comparison:
     found = [*_models(one.model, other.model), *_fields(one, other, ("criterion", "seed"))]
     found += _items("", one.options, other.options)
     mine, theirs = dict(one.calibration), dict(other.calibration)
-    data = [_entries(each.pop("data", None)) for each in (mine, theirs)]
+    data = [entries(each.pop("data", None)) for each in (mine, theirs)]
     found += _items("calibration", mine, theirs)
     found += _texts(*data)
     notes = one.model.notes(other.model)
@@ -188,7 +190,7 @@ def _texts(one: list[dict[str, Any]], other: list[dict[str, Any]]) -> Iterator[D
     """Field by field where both are of one calibration, but for sources of one alone; else the
     calibrations of one alone."""
     if len(one) == len(other) == 1:
-        specs = [[each.get("spec") for each in _entries(e.get("sources"))] for e in (*one, *other)]
+        specs = [[each.get("spec") for each in entries(e.get("sources"))] for e in (*one, *other)]
         both = [spec for spec in specs[0] if spec in specs[1]]
         mine, theirs = (_only(entry, both) for entry in (*one, *other))
         for what, a, b in joining.differences(mine, theirs):
@@ -206,17 +208,18 @@ def _texts(one: list[dict[str, Any]], other: list[dict[str, Any]]) -> Iterator[D
 
 def _only(entry: dict[str, Any], specs: list[Any]) -> dict[str, Any]:
     """The entry with no other sources than these."""
-    kept = [each for each in _entries(entry.get("sources")) if each.get("spec") in specs]
+    kept = [each for each in entries(entry.get("sources")) if each.get("spec") in specs]
     return {**entry, "sources": kept}
 
 
 def _named(entry: Mapping[str, Any]) -> str:
     sources = entry.get("sources")
-    specs = [str(each.get("spec")) for each in _entries(sources)]
+    specs = [str(each.get("spec")) for each in entries(sources)]
     return f"{', '.join(specs) or 'unnamed'}, {entry.get('tokens', 'unknown')} tokens"
 
 
-def _entries(value: Any) -> list[dict[str, Any]]:
+def entries(value: Any) -> list[dict[str, Any]]:
+    """The objects in a list; none of anything else."""
     return [each for each in value if isinstance(each, dict)] if isinstance(value, list) else []
 
 

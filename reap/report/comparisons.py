@@ -12,6 +12,7 @@ from torch import Tensor
 from reap.report.drawing import (
     LETTER,
     bottom_of,
+    entry,
     name_columns,
     name_rows,
     plain_numbers,
@@ -103,7 +104,7 @@ def composition(
             [tokens[at] for at in mine],
             height=0.62,
             color=theme.series[domain % len(theme.series)],
-            label=names[domain],
+            label=entry(names[domain]),
         )
     whole = sum(tokens)
     for at, amount in enumerate(tokens):
@@ -152,7 +153,7 @@ def costs(
                 marker=MARKERS[at % len(MARKERS)],
                 markersize=5.5,
                 color=theme.series[at % len(theme.series)],
-                label=domain if not number_of else None,
+                label=entry(domain) if not number_of else None,
             )
         axes.set_ylim(P - 0.5, -0.5)
         axes.set_xlabel(what)

@@ -34,6 +34,11 @@ def coloured(
     return pixels
 
 
+def entry(name: str) -> str:
+    """A name for a legend, from which matplotlib leaves out what is empty or begins with "_"."""
+    return name if name[:1] not in ("", "_") else f" {name}"
+
+
 def rgba(colour: str) -> list[int]:
     return [int(colour[i : i + 2], 16) for i in (1, 3, 5)] + [255]
 

@@ -25,7 +25,7 @@ from reap.planning.criteria import (
     observed,
 )
 from reap.planning.plan import Plan
-from reap.report.wording import plain
+from reap.report.wording import distinct, plain
 from reap.statistics.layerstats import LayerStatistics
 from reap.statistics.stats import Statistics
 
@@ -210,7 +210,7 @@ def _domains(stats: Statistics, layers: Sequence[Layer], cut: Cut) -> Agreement:
             sums = stats.layer(layers[at].info.name, domain)
             yield layer_scores(sums, cut.criterion, cut.plan.seed) if sums.tokens else None
 
-    names = [ALL_TEXT, *map(plain, stats.domains)]
+    names = distinct([ALL_TEXT, *stats.domains])
     return _agreement(layers, cut, names, scores)
 
 

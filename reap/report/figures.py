@@ -18,6 +18,7 @@ from reap.report.drawing import (
     bottom_of,
     boxes,
     coloured,
+    entry,
     name_columns,
     name_rows,
     plain_numbers,
@@ -162,10 +163,10 @@ def certainty(
             marker=MARKERS[at % len(MARKERS)],
             markersize=5,
             color=theme.series[at % len(theme.series)],
-            label=name,
+            label=entry(name),
         )
     axes.set_ylabel("gap at the cut, standard errors")
-    low = min([-sure, *known]) * 1.5
+    low = min([-sure, *known, *(-top for each in gaps.values() if -math.inf in each)]) * 1.5
     axes.set_xlim(-0.7, L - 0.3)
     axes.grid(axis="y")
     decades = [10.0**k for k in range(1, 1 + max(1, math.ceil(math.log10(top))))]

@@ -61,18 +61,23 @@ def _of_cut(at: int, cut: Cut, experts: int) -> Iterator[str]:
         f"{counted(experts, 'expert')} ({share(gone / experts)}) by {plain(cut.plan.criterion, 40)}"
     )
     known = [width for width in cut.gaps if not math.isnan(width)]
-    if not known:
-        yield f"{line}."
-    elif cut.unsure:
-        yield (
-            f"{line}; in {len(cut.unsure)} of {len(known)} layers the weakest kept and the "
-            f"strongest dropped are within {SURE:g} standard errors, and more text may swap them."
+    against = sum(width <= -SURE for width in known)
+    if cut.unsure:
+        line += (
+            f"; in {len(cut.unsure)} of {len(known)} layers the weakest kept and the strongest "
+            f"dropped are within {SURE:g} standard errors, and more text may swap them"
         )
-    else:
-        yield (
-            f"{line}; in every layer the weakest kept and the strongest dropped are at least "
-            f"{SURE:g} standard errors apart."
+    if against:
+        line += (
+            f"; in {against} of {len(known)} layers it keeps an expert that scores at least "
+            f"{SURE:g} standard errors less than one that it drops"
         )
+    if known and not against and not cut.unsure:
+        line += (
+            "; in every layer the weakest kept and the strongest dropped are at least "
+            f"{SURE:g} standard errors apart"
+        )
+    yield f"{line}."
 
 
 def _of_criteria(seen: Evidence) -> Iterator[str]:
@@ -94,7 +99,8 @@ def _of_costs(costs: Sequence[Cost]) -> Iterator[str]:
     whole = [cost for cost in costs if cost.domain == "total" and not math.isnan(cost.increase)]
     if whole:
         best, worst = (pick(whole, key=lambda cost: cost.increase) for pick in (min, max))
-        line = f"On held-out text {best.plan} costs least, {signed(best.increase)} nats per token"
+        least = " least," if len(whole) > 1 else ""
+        line = f"On held-out text {best.plan} costs{least} {signed(best.increase)} nats per token"
         if worst is not best:
             line += f"; {worst.plan} most, {signed(worst.increase)}"
         yield f"{line}."

@@ -14,9 +14,11 @@ import torch
 from torch import Tensor
 
 from reap.errors import ReapError
+from reap.files.kinds import kind_of
 from reap.files.paths import path_of
 from reap.files.safefile import read_json
-from reap.report.wording import plain
+from reap.report.texts import whole
+from reap.report.wording import distinct, plain
 
 NEXT = "give what `reap evaluate --json` printed"
 MEASURES = ("loss", "perplexity", "kl", "agreement", "teacher_loss")
@@ -44,6 +46,9 @@ class Cost:
 def read_costs(path: str | PathLike[str]) -> list[Cost]:
     """ReapError for a file of anything else."""
     path = path_of(path, "evaluation", "a file that `reap evaluate --json` wrote")
+    kind = kind_of(path)
+    if kind is not None:
+        raise ReapError(f"{path} is {kind}, not an evaluation: {NEXT}")
     return costs_of(read_json(path), str(path), path.stem)
 
 
@@ -54,18 +59,21 @@ def costs_of(found: Mapping[str, Any], where: str = "evaluation", name: str = ""
     if not found:
         raise ReapError(f"{where} evaluates nothing: {NEXT}")
     plans = {name or Path(where).stem: found} if all(map(_measured, found.values())) else found
+    each = (domains for domains in plans.values() if isinstance(domains, dict))
+    names = list(dict.fromkeys(domain for domains in each for domain in domains))
+    shown = dict(zip(names, distinct(names), strict=True))
     costs = []
-    for plan, domains in plans.items():
+    for plan, (given, domains) in zip(distinct(plans), plans.items(), strict=True):
         if not isinstance(domains, dict) or not domains:
-            raise ReapError(f"{where} is no evaluation: {plain(plan)!r} has no domains; {NEXT}")
+            raise ReapError(f"{where} is no evaluation: {plain(given)!r} has no domains; {NEXT}")
         for domain, measures in domains.items():
             if not _measured(measures):
                 raise ReapError(
-                    f"{where} is no evaluation: {plain(domain)!r} of {plain(plan)!r} lacks tokens "
+                    f"{where} is no evaluation: {plain(domain)!r} of {plain(given)!r} lacks tokens "
                     f"and loss; {NEXT}"
                 )
             values = {measure: _number(measures.get(measure)) for measure in MEASURES}
-            costs.append(Cost(plain(plan), plain(domain), measures["tokens"], **values))
+            costs.append(Cost(plan, shown[domain], measures["tokens"], **values))
     return costs
 
 
@@ -92,8 +100,11 @@ def tables(costs: list[Cost]) -> tuple[list[str], list[str], dict[str, Tensor]]:
 
 
 def _measured(value: Any) -> bool:
-    return isinstance(value, dict) and type(value.get("tokens")) is int and "loss" in value
+    return isinstance(value, dict) and whole(value.get("tokens")) is not None and "loss" in value
 
 
 def _number(value: Any) -> float:
-    return float(value) if type(value) in (int, float) else math.nan
+    try:
+        return float(value) if type(value) in (int, float) else math.nan
+    except OverflowError:  # of an integer
+        return math.nan

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import os
 from base64 import b64encode
 from collections.abc import Iterator, Mapping, Sequence
 from os import PathLike
@@ -17,6 +18,7 @@ from reap.errors import ReapError
 from reap.files.atomic import write_file
 from reap.files.outputs import REPORT, check_file
 from reap.files.paths import path_of
+from reap.files.publish import staged
 from reap.planning.agreement import overlap
 from reap.planning.criteria import extreme
 from reap.planning.plan import Plan
@@ -68,31 +70,32 @@ def write_report(
     check_file(path, REPORT, overwrite=overwrite, inputs=read)
     folder = None if figures is None else path_of(figures, "figures", "a folder")
     if folder is not None:
-        check_figures(folder, overwrite=overwrite)
+        folder = check_figures(folder, overwrite=overwrite)
+        if Path(os.path.realpath(path)).is_relative_to(folder):
+            raise ReapError(f"{path} is or lies in {figures}, the folder of figures: name another")
     loaded = {
-        wording.plain(name, 40): plan if isinstance(plan, Plan) else Plan.load(plan)
-        for name, plan in named.items()
+        name: plan if isinstance(plan, Plan) else Plan.load(plan)
+        for name, plan in zip(wording.distinct(named, 40), named.values(), strict=True)
     }
     costs = [] if evaluation is None else read_costs(evaluation)
     seen = gather(Statistics.of(stats), loaded, criterion=criterion, ratio=ratio)
     text, drawn, said = _rendered(seen, costs)
-    files = []
-    if folder is not None:
-        folder.mkdir(exist_ok=True)
-        for one in drawn:
-            files += style.save(one.draw, one.given, folder, one.name, overwrite=overwrite)
+    files = [] if folder is None else _save(drawn, folder, overwrite)
     content = text.encode()
     write_file(path, content, overwrite=overwrite)
     return ReportFiles(path, len(content), [one.name for one in drawn], files, said)
 
 
-def check_figures(folder: Path, *, overwrite: bool = False) -> None:
-    """ReapError unless figures may be written into `folder`: a new one, or an empty one, or with
-    `overwrite` one that holds nothing but figures of ours."""
+def check_figures(folder: Path, *, overwrite: bool = False) -> Path:
+    """The folder by its real name. ReapError unless figures may take its place: that of a new one,
+    or an empty one, or with `overwrite` one that holds nothing but figures of ours."""
+    real = Path(os.path.realpath(folder))
+    if Path.cwd().is_relative_to(real):
+        raise ReapError(f"{folder} is, or holds, the folder that we are in: name another")
     if not folder.parent.is_dir():
         raise ReapError(f"{folder.absolute().parent} does not exist: create the folder first")
     if not folder.exists():
-        return
+        return real
     if not folder.is_dir():
         raise ReapError(f"{folder} exists and is not a folder: choose another name")
     found = sorted(folder.iterdir())
@@ -104,6 +107,22 @@ def check_figures(folder: Path, *, overwrite: bool = False) -> None:
                 f"will not overwrite {folder}: {one.name} is no figure of ours: choose another "
                 "folder or move it away"
             )
+    return real
+
+
+def _save(drawn: Sequence[Drawing], folder: Path, overwrite: bool) -> list[Path]:
+    """Write the figures as all that is in `folder`, or leave it as it was."""
+
+    def accept(stage: Path) -> None:
+        check_figures(folder, overwrite=overwrite)  # again: somebody may have put something there
+
+    try:
+        with staged(folder, overwrite=folder.exists(), verify=accept) as stage:
+            for one in drawn:
+                style.save(one.draw, one.given, stage, one.name)
+    except OSError as error:
+        raise ReapError(f"cannot write {folder}: {error.strerror or error}") from error
+    return sorted(folder.iterdir())
 
 
 def _is_figure(path: Path) -> bool:
@@ -116,7 +135,7 @@ def _is_figure(path: Path) -> bool:
 def _named(paths: Sequence[str | PathLike[str]]) -> dict[str, str | PathLike[str]]:
     """Files by their stem, or as they are given where two have the same. ReapError for one that
     comes twice."""
-    if isinstance(paths, str | PathLike):
+    if isinstance(paths, str | PathLike) or not isinstance(paths, Sequence):
         raise ReapError(f"plans is {paths}: give a list of files, or plans by name")
     given = [path_of(path, "plans", "files of plans") for path in paths]
     stems = [path.stem for path in given]

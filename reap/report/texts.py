@@ -46,16 +46,16 @@ def _facts(entry: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     shards = shards_said(dict(entry))
     if shards:
         yield "only", shards
-    tokens, counted = entry.get("tokens"), entry.get("counted")
-    if type(tokens) is int:
+    tokens, counted = whole(entry.get("tokens")), whole(entry.get("counted"))
+    if tokens is not None:
         yield "tokens", f"{tokens:,}"
-    if type(counted) is int and counted != tokens:
+    if counted is not None and counted != tokens:
         yield "counted", f"{counted:,}"
     if entry.get("count") is not None:
         yield "which tokens count", plain(said(entry["count"]))
     for name in ("seq_len", "batch_size", "max_tokens", "max_tokens_per_source", "seed"):
-        if type(entry.get(name)) is int:
-            yield name.replace("_", " "), f"{entry[name]:,}"
+        if (value := whole(entry.get(name))) is not None:
+            yield name.replace("_", " "), f"{value:,}"
     if type(entry.get("packing")) is bool:
         yield "rows", "packed" if entry["packing"] else "a sample each"
     if "ended" in entry:
@@ -74,13 +74,14 @@ def _sources(entry: Mapping[str, Any]) -> Iterator[Source]:
         yield Source(
             plain(source.get("spec", "unnamed")),
             plain(source.get("domain", "")),
-            _whole(source.get("tokens")),
-            _whole(source.get("counted")),
-            float(weight) if isinstance(weight, int | float) else None,
-            {name: _whole(source.get(name)) for name in _COUNTS},
+            whole(source.get("tokens")),
+            whole(source.get("counted")),
+            weight if type(weight) is float else whole(weight),
+            {name: whole(source.get(name)) for name in _COUNTS},
             plain(source.get("sha256", ""), 64),
         )
 
 
-def _whole(value: Any) -> int | None:
-    return value if type(value) is int else None
+def whole(value: Any) -> int | None:
+    """A number of tokens or rows, as far as there can be so many; None for anything else."""
+    return value if type(value) is int and 0 <= value < 2**63 else None

@@ -25,6 +25,19 @@ def plain(text: Any, limit: int = LONG) -> str:
     return f"{shown[: limit - 1 - half]}\N{HORIZONTAL ELLIPSIS}{shown[-half:]}"
 
 
+def distinct(names: Iterable[Any], limit: int = LONG) -> list[str]:
+    """`plain` of each name; what would then look like one before it is numbered."""
+    found: dict[str, None] = {}
+    for name in names:
+        shown = short = plain(name, limit)
+        number_of = 1
+        while shown in found:
+            number_of += 1
+            shown = f"{short} ({number_of})"
+        found[shown] = None
+    return list(found)
+
+
 def number(value: float | None, digits: int = 3) -> str:
     """With so many significant digits; a dash for what there is not."""
     if value is None or math.isnan(value):

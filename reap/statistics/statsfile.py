@@ -24,7 +24,7 @@ from reap.files.atomic import write_file
 from reap.files.kinds import kind_of
 from reap.files.outputs import STATISTICS, check_file
 from reap.files.paths import path_of
-from reap.files.safefile import OpenFile, encode_header, parse_json, read_header
+from reap.files.safefile import Header, OpenFile, encode_header, parse_json, read_header
 from reap.model.info import LayerInfo, ModelInfo
 from reap.statistics import logitsums, setcounts, slotsums
 from reap.statistics.exact import LIMBS
@@ -93,12 +93,7 @@ def write(state: State, path: str | PathLike[str], *, overwrite: bool = False) -
 def read(path: str | PathLike[str]) -> State:
     """What `write` wrote. ReapError for anything else, or for damage that can be seen."""
     path = path_of(path, "path", "a file of statistics")
-    kind = kind_of(path)
-    if kind not in (None, "statistics", "weights of a model"):
-        raise ReapError(
-            f"{path} is {kind}, it holds no statistics: give a file that `reap calibrate` wrote"
-        )
-    header = read_header(path)
+    header = _header(path)
     about = _about(path, header.metadata)
     model = ModelInfo.from_json(about["model"], transformers=about["versions"].get("transformers"))
     kinds = {"pairs": about["pairs"]} | {field: about.get(field, NEWER[field]()) for field in NEWER}
@@ -155,7 +150,17 @@ def read(path: str | PathLike[str]) -> State:
 
 def read_data(path: str | PathLike[str]) -> list[dict[str, Any]]:
     """The data entries of a file alone; ReapError as for `read`, without a look at the sums."""
-    return _about(Path(path), read_header(Path(path)).metadata)["data"]
+    return _about(Path(path), _header(Path(path)).metadata)["data"]
+
+
+def _header(path: Path) -> Header:
+    """ReapError for a file of another kind, by its name."""
+    kind = kind_of(path)
+    if kind not in (None, "statistics", "weights of a model"):
+        raise ReapError(
+            f"{path} is {kind}, it holds no statistics: give a file that `reap calibrate` wrote"
+        )
+    return read_header(path)
 
 
 def digest(state: State) -> str:

@@ -21,7 +21,7 @@ from reap.app.arguments import (
     TraceOptions,
     grouped,
 )
-from reap.app.console import print_json, reports_errors
+from reap.app.console import legible, print_json, reports_errors
 from reap.app.longruns import announce, read_on, reported, rows_of, shape_of, verdict, where
 from reap.app.together import Together, together
 from reap.errors import ReapError
@@ -227,7 +227,7 @@ def save_statistics(
 
 def tell_statistics(saved: dict[str, Any]) -> None:
     """Of what `save_statistics` returns."""
-    domains = ", ".join(saved["domains"])
+    domains = legible(", ".join(saved["domains"]))
     typer.echo(
         f"{saved['out']}: {saved['tokens']:,} tokens through {saved['layers']} MoE layers, "
         f"domains {domains}"

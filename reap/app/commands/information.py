@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from reap.app.arguments import Json
-from reap.app.console import print_json, reports_errors
+from reap.app.console import legible, print_json, reports_errors
 from reap.errors import ReapError
 from reap.files.kinds import kind_of
 from reap.files.outputs import (
@@ -44,7 +44,7 @@ def info(
         print_json(found)
         return
     for name, value in found.items():
-        typer.echo(f"{name.replace('_', ' '):12} {_shown(name, value)}")
+        typer.echo(f"{name.replace('_', ' '):12} {legible(_shown(name, value))}")
 
 
 def _told(path: str) -> dict[str, Any]:
@@ -75,6 +75,7 @@ def _told(path: str) -> dict[str, Any]:
 
 
 def _statistics(file: Path) -> dict[str, Any]:
+    from reap.planning.differences import entries
     from reap.statistics.joining import shards_said
     from reap.statistics.stats import Statistics
     from reap.text.counted import said
@@ -97,7 +98,9 @@ def _statistics(file: Path) -> dict[str, Any]:
         "domains": stats.domain_tokens,
         "gates": stats.gates,
         **stats.kinds,
-        "data": [source.get("spec") for entry in stats.data for source in entry.get("sources", ())],
+        "data": [
+            source.get("spec") for entry in stats.data for source in entries(entry.get("sources"))
+        ],
         "versions": stats.versions,
     }
 

@@ -161,6 +161,13 @@ def decompose(
         print_json({name: layer.to_json() for name, layer in found.items()})
     else:
         print_table(f"{folder} (mean squared change of a layer's output)", *_table(found))
+        without = [layer for layer in found.values() if not layer.pairs]
+        if without:
+            typer.echo(
+                f"note: in {len(without)} of {len(found)} layers no pair of experts was chosen by "
+                f"{least:,} of the tokens measured, {max(layer.tokens for layer in without):,} at "
+                "most: give more text and --tokens, or a lower --least"
+            )
     for note in rows.notes():
         typer.echo(note, err=json)
 

@@ -71,7 +71,9 @@ def test_words_that_there_are_not(arguments: tuple[str, str], message: str) -> N
 
 
 def test_what_one_scope_has() -> None:
-    check_scope("layer", "mean", total=None)
+    check_scope("layer", None, total=None)
+    with pytest.raises(ReapError, match="normalize is of one budget"):
+        check_scope("layer", "mean")
     check_scope("global", "mean", total=3)
     with pytest.raises(ReapError, match="total is of one budget for all layers"):
         check_scope("layer", "mean", total=3)

@@ -50,6 +50,7 @@ def test_rules_and_multiples(work, tmp_path):
         (("--scope", "both", "--keep", 8), "scope is 'both'"),
         (("--scope", "global", "--keep", 8, "--normalize", "max"), "normalize is 'max'"),
         (("--keep", 8, "--min-per-layer", 4), "min_per_layer is of one budget for all layers"),
+        (("--keep", 8, "--normalize", "raw"), "normalize is of one budget for all layers"),
     ],
 )
 def test_budgets_that_cannot_be_met(options, message, work, tmp_path):

@@ -110,5 +110,8 @@ def test_what_is_no_pair(tmp_path: Path) -> None:
             compare(one, other)  # type: ignore[arg-type]
     with pytest.raises(ReapError, match="ratio is 2"):
         compare(stats, stats, ratio=2)
+    plan = make_plan(stats, ratio=0.5)
+    with pytest.raises(ReapError, match="criterion and ratio are of two statistics"):
+        compare(plan, plan, criterion="reap")
     with pytest.raises(ReapError, match="criterion is 'best'"):
         compare(stats, stats, criterion="best")

@@ -287,8 +287,9 @@ class CutOptions:
         typer.Option(help="layer: equally many stay in each; global: one budget for all layers"),
     ] = "layer"
     normalize: Annotated[
-        str, typer.Option(help="scores of layers are compared raw, by their mean or their share")
-    ] = "mean"
+        str | None,
+        typer.Option(help="with --scope global: compare scores of layers raw, by mean or by share"),
+    ] = None
     total: Annotated[
         int | None, typer.Option(min=1, help="experts to keep in all layers, with --scope global")
     ] = None

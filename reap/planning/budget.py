@@ -30,13 +30,14 @@ SCOPES = ("layer", "global")
 NORMALIZE = ("raw", "mean", "share")
 
 
-def check_scope(scope: str, normalize: str, **across: int | None) -> None:
+def check_scope(scope: str, normalize: str | None, **across: int | None) -> None:
     """ReapError for a scope or rule that there is not, and for what only one scope has."""
     if scope not in SCOPES:
         raise ReapError(f"scope is {scope!r}: it must be one of {', '.join(SCOPES)}")
-    if normalize not in NORMALIZE:
+    if normalize is not None and normalize not in NORMALIZE:
         raise ReapError(f"normalize is {normalize!r}: it must be one of {', '.join(NORMALIZE)}")
-    odd = next((name for name, value in across.items() if value is not None), None)
+    given: dict[str, object] = {**across, "normalize": normalize}
+    odd = next((name for name, value in given.items() if value is not None), None)
     if scope == "layer" and odd:
         raise ReapError(f"{odd} is of one budget for all layers: ask for the scope global too")
 

@@ -23,6 +23,7 @@ from reap.statistics.stats import Statistics
 
 _PIECE = 1 << 20
 STATISTICS, PLANS = "statistics", "plans"
+CRITERION, RATIO = "reap", "0.5"  # by which statistics are compared where nothing is said
 
 
 @dataclass(frozen=True)
@@ -73,19 +74,27 @@ Comparable = Statistics | Plan | str | PathLike[str]
 
 
 def compare(
-    first: Comparable, second: Comparable, *, criterion: str = "reap", ratio: Ratio = 0.5
+    first: Comparable,
+    second: Comparable,
+    *,
+    criterion: str | None = None,
+    ratio: Ratio | None = None,
 ) -> Comparison:
     """How two statistics differ, or two plans; also files of them.
 
-    Statistics are compared by the experts that `criterion` drops at `ratio`, plans by those that
-    they drop. ReapError for anything else, for one of each, and for a ratio that a router could not
-    do with.
+    Statistics are compared by the experts that `criterion` ("reap") drops at `ratio` (0.5), plans
+    by those that they drop, so that neither is for them. ReapError for anything else, for one of
+    each, and for a ratio that a router could not do with.
     """
     one, other = _loaded(first, "first"), _loaded(second, "second")
     bits = _same_bytes(first, second)
     if isinstance(one, Statistics) and isinstance(other, Statistics):
-        return _statistics(one, other, bits, criterion, ratio)
+        return _statistics(
+            one, other, bits, criterion or CRITERION, RATIO if ratio is None else ratio
+        )
     if isinstance(one, Plan) and isinstance(other, Plan):
+        if criterion is not None or ratio is not None:
+            raise ReapError("criterion and ratio are of two statistics: plans have their own")
         return _plans(one, other, bits)
     raise ReapError("one is a plan and the other statistics: give two of a kind")
 

@@ -225,7 +225,7 @@ def make_plan(
     protect_super_experts: bool = False,
     seed: int = 0,
     scope: str = "layer",
-    normalize: str = "mean",
+    normalize: str | None = None,
     total: int | None = None,
     min_per_layer: int | None = None,
 ) -> Plan:
@@ -239,8 +239,8 @@ def make_plan(
     With scope="global" layers keep different numbers, out of one budget: `ratio` is of all experts,
     `keep` an average per layer, `total` the number of all, and every layer keeps at least
     `min_per_layer` and what its router picks. `normalize` makes scores of layers comparable: "raw",
-    "mean" or "share" (`reap.planning.budget`). A checkpoint pruned so is loaded by
-    `reap.load_model`, and by few servers.
+    "mean" (unless said otherwise) or "share" (`reap.planning.budget`). A checkpoint pruned so is
+    loaded by `reap.load_model`, and by few servers.
 
     ReapError, naming the nearest ratio that works, when a layer's router could not pick its top_k,
     the rounding exceeds E, groups do not divide `keep`, or more experts are protected than kept.
@@ -265,14 +265,15 @@ def make_plan(
         except ReapError as error:
             raise ReapError(f"layer {layer.name}: {error}") from error
     if counts is None:
-        comparable, ordered = normalized(scores, normalize), {}
+        rule = normalize or "mean"
+        comparable, ordered = normalized(scores, rule), {}
         for layer in layers:
             order = staying(layer, ranked[layer.name], protected.get(layer.name, ()))
             ordered[layer.name] = comparable[layer.name][order].tolist()
         counts = global_counts(
             layers, ordered, **size, total=total, least=min_per_layer, protected=protected
         )
-        across |= {"scope": scope, "normalize": normalize}
+        across |= {"scope": scope, "normalize": rule}
     kept = {
         layer.name: select(layer, ranked[layer.name], count, protected.get(layer.name, ()))
         for layer, count in zip(layers, counts, strict=True)
@@ -308,7 +309,7 @@ def trial_plan(
     keep: int | None = None,
     multiple_of: int = 1,
     scope: str = "layer",
-    normalize: str = "mean",
+    normalize: str | None = None,
     total: int | None = None,
     min_per_layer: int | None = None,
 ) -> Plan:

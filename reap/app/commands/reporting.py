@@ -71,9 +71,12 @@ def diff(
     first: Annotated[Path, typer.Argument(metavar="A", help="statistics, or a plan")],
     second: Annotated[Path, typer.Argument(metavar="B", help="another of the same kind")],
     ratio: Annotated[
-        float, typer.Option(help="of statistics: the experts that this drops are compared")
-    ] = 0.5,
-    criterion: Criterion = "reap",
+        float | None,
+        typer.Option(help="of statistics: the experts that this drops are compared; 0.5"),
+    ] = None,
+    criterion: Annotated[
+        str | None, typer.Option(help="of statistics: by which they are ranked; reap")
+    ] = None,
     json: Json = False,
 ) -> None:
     """Say how two statistics differ, or two plans: model, text and options, and layer by layer the
@@ -81,9 +84,10 @@ def diff(
 
     The exit code is 0 whether they differ or not; with --json, `equal_bits` and `same` tell.
     """
-    from reap.planning.differences import compare
+    from reap.planning.differences import CRITERION, RATIO, compare
 
-    found = compare(first, second, criterion=criterion, ratio=str(ratio))
+    asked = None if ratio is None else str(ratio)
+    found = compare(first, second, criterion=criterion, ratio=asked)
     if json:
         print_json(found.to_json())
         return
@@ -97,7 +101,7 @@ def diff(
         typer.echo("the files differ, and say the same of model, text and options")
     for note in found.notes:
         typer.echo(f"note: {note}")
-    _tell_layers(found, f"{criterion} at {ratio}")
+    _tell_layers(found, f"{criterion or CRITERION} at {asked or RATIO}")
 
 
 def _tell_layers(found: Comparison, how: str) -> None:

@@ -20,7 +20,7 @@ BY_RELEASE := $(patsubst %,tests/test_%.py,calibration compat config experts fol
 # the stages of `make gpu`, which wait.
 COMPILED := $(patsubst %,--ignore-glob=tests/test_%.py,'cuda*' 'simt*' 'gpu*' bench cpu_portability cpu_stops fragments triton triton_offline)
 
-.PHONY: demo experiments test test-quick test-slow test-oldest test-versions test-whole-oldest test-python310 \
+.PHONY: demo experiments test test-quick test-slow test-others test-oldest test-versions test-whole-oldest test-python310 \
 	sanitize lint docs release-check bench gpu gpu-sanitize clean
 
 demo: $(VENV)/installed
@@ -40,6 +40,10 @@ test-quick: $(VENV)/installed
 # One after the other and with all threads: some measure time or memory.
 test-slow: $(VENV)/installed
 	$(BIN)/python -m pytest -m slow
+
+# Other people's programs on what we write, in .venv-others, which this fills with the versions that were tried.
+test-others: $(VENV)/installed .venv-others/installed
+	REAP_OTHERS=$(abspath .venv-others/bin/python) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow tests/test_other_programs.py
 
 # What depends on transformers, on the oldest release: `make test` has the newest.
 test-oldest: $(VENV)/installed
@@ -115,5 +119,12 @@ $(VENV)/transformers-%/installed: $(VENV)/installed
 	$(BIN)/python -m pip install --quiet --target $(@D) --constraint $(@D)/constraints.txt transformers==$*
 	touch $@
 
+# torch comes first: without what only GPUs need, where the index has such a build. It runs the native kernels of VENV.
+.venv-others/installed: requirements-others.txt $(VENV)/installed
+	test -x .venv-others/bin/python || $(BIN)/python -m venv .venv-others
+	.venv-others/bin/python -m pip install --quiet --constraint constraints.txt torch
+	.venv-others/bin/python -m pip install --quiet --only-binary :all: --requirement requirements-others.txt
+	touch $@
+
 clean:
-	rm -rf .venv .venv-3.10 build dist out *.egg-info
+	rm -rf .venv .venv-3.10 .venv-others build dist out *.egg-info

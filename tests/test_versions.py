@@ -57,3 +57,15 @@ def test_types_that_came_later_are_in_the_table() -> None:
     text = (ROOT / "CONTRIBUTING.md").read_text()
     for model_type, release in SINCE.items():
         assert f"| transformers {release} | {model_type} " in text
+
+
+def test_what_was_tried_is_in_the_table() -> None:
+    page = (ROOT / "docs" / "versions.md").read_text()
+    for first, last in TESTED.values():
+        assert f" {first}" in page and f" {last}" in page
+    pins = re.findall(
+        r"^([\w-]+)\S*==([\w.]+)", (ROOT / "requirements-others.txt").read_text(), re.M
+    )
+    assert pins
+    for package, release in pins:
+        assert package == "greenlet" or release in page, f"{package} {release}"

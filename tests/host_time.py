@@ -27,6 +27,7 @@ import tiny
 import torch
 
 import reap
+from reap.observation.measure import Measured
 from reap.statistics.layerstats import LayerStatistics
 from reap_kernels import Saliency, cpu, moe_saliency, ops
 from reap_kernels.contract import make_call
@@ -88,8 +89,9 @@ def observe(repeats: int) -> Times:
     slots = inputs["input_ids"].numel(), model.config.num_experts_per_tok
     hidden = torch.ones(slots[0], model.config.hidden_size)
     result = Saliency(hidden, torch.ones(slots), torch.ones(slots))
-    no_op = mock.patch("reap.observation.measure.fused", lambda *_, **__: result)
-    no_statistics = mock.patch.object(reap.Statistics, "update", lambda *_: None)
+    measured = Measured(*result)
+    no_op = mock.patch("reap.observation.measure.fused", lambda *_, **__: measured)
+    no_statistics = mock.patch.object(reap.Statistics, "update", lambda *_, **__: None)
 
     def run() -> None:
         model.model(**inputs)

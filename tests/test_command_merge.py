@@ -41,7 +41,7 @@ def test_from_statistics_to_a_model(folder: Path, tmp_path: Path) -> None:
     about = run_json("info", out)
     assert about["kind"] == "merged model" and about["method"] == "hc-smoe"
     assert run_json("info", plan)["kind"] == "merge"
-    assert json.loads((out / "reap.json").read_text())["command"].startswith("reap ")
+    assert json.loads((out / "reap.json").read_text())["command"].split()[0] == "reap"
 
     ids = torch.arange(20)[None] + 40
     model = load_model(MODEL)

@@ -184,15 +184,19 @@ def test_hands_over_a_layer_a_workspace_and_a_stream():
     result = cuda.execute(fake, call, chip, 77)
     assert given["stream"] == 77 and given["workspace"] % 64 == 0
     x, up, down = call.hidden_states, call.gate_up_proj, call.down_proj
-    assert given["numbers"] == (
-        *(call.T, call.K, call.E, call.H, call.I, 70, 80, True, False),
-        *(x.data_ptr(), call.H),
-        *(up.data_ptr(), call.R * call.H, call.H, 1, 0, 0, 0),
-        *(down.data_ptr(), call.H * call.I, call.I, 1, 0, 0, 0),
-        *(call.top_k_index.data_ptr(), True, call.top_k_weights.data_ptr(), 72),
-        *(tensor.data_ptr() for tensor in result),
-        *(0, False, False, *chip),
-        *call.activation[1:],
+    assert (
+        given["numbers"]
+        == (
+            *(call.T, call.K, call.E, call.H, call.I, 70, 80, True, False),
+            *(x.data_ptr(), call.H),
+            *(up.data_ptr(), call.R * call.H, call.H, 1, 0, 0, 0),
+            *(down.data_ptr(), call.H * call.I, call.I, 1, 0, 0, 0),
+            *(call.top_k_index.data_ptr(), True, call.top_k_weights.data_ptr(), 72),
+            *(tensor.data_ptr() for tensor in result),
+            *(0, 0, 0),  # no sums
+            *(0, False, False, *chip),
+            *call.activation[1:],
+        )
     )
     assert [r.shape for r in result] == [(33, 97), (33, 3), (33, 3)]
 

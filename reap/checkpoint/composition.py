@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
+from reap.files.units import runs_of
+
 
 def calibration_lines(calibration: Mapping[str, Any]) -> list[str]:
     """The sources with their tokens and shares of all; [] where the statistics name none. What a
@@ -36,12 +38,7 @@ def _sources(data: Any) -> Iterator[tuple[str, str, int]]:
 
 def ids(numbers: Iterable[int]) -> str:
     """Ascending ids with runs joined, like "1, 3-5"."""
-    runs: list[list[int]] = []
-    for one in numbers:
-        if runs and one == runs[-1][1] + 1:
-            runs[-1][1] = one
-        else:
-            runs.append([one, one])
+    runs = runs_of(numbers)
     return ", ".join(f"{low}" if low == high else f"{low}-{high}" for low, high in runs)
 
 

@@ -1,4 +1,6 @@
-"""Sizes as people read them."""
+"""Sizes and numbers as people read them."""
+
+from collections.abc import Iterable
 
 
 def sized(count: int) -> str:
@@ -7,3 +9,14 @@ def sized(count: int) -> str:
         if count >= scale:
             return f"{count / scale:.2f} {unit}"
     return f"{count} bytes"
+
+
+def runs_of(numbers: Iterable[int]) -> list[tuple[int, int]]:
+    """Ascending numbers as runs: the first and the last number of each."""
+    runs: list[tuple[int, int]] = []
+    for one in numbers:
+        if runs and one == runs[-1][1] + 1:
+            runs[-1] = runs[-1][0], one
+        else:
+            runs.append((one, one))
+    return runs

@@ -81,14 +81,7 @@ def make_merge(
             "scope": scope,
             "weights": "count",
         },
-        calibration={
-            "tokens": stats.tokens,
-            "domains": stats.domain_tokens,
-            "gates": stats.gates,
-            "data": stats.data,
-            "statistics": stats.digest(),
-            "versions": stats.versions,
-        },
+        calibration=stats.origin(),
     )
 
 

@@ -291,14 +291,7 @@ def make_plan(
             "protect_super_experts": protect_super_experts,
             "protected": {name: list(experts) for name, experts in protected.items()},
         },
-        calibration={
-            "tokens": stats.tokens,
-            "domains": stats.domain_tokens,
-            "gates": stats.gates,
-            "data": stats.data,
-            "statistics": stats.digest(),
-            "versions": stats.versions,
-        },
+        calibration=stats.origin(),
     )
 
 

@@ -8,6 +8,8 @@ import unicodedata
 from collections.abc import Iterable
 from typing import Any
 
+from reap.files.units import runs_of
+
 LONG = 120
 _CONTROLS = {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"}  # of Unicode: what has no shape of its own
 
@@ -68,12 +70,7 @@ def counted(amount: int, noun: str) -> str:
 
 def ranges(numbers: Iterable[int], most: int = 40) -> str:
     """Ascending numbers with runs joined, like "1, 3 to 5"; of many the first runs."""
-    runs: list[list[int]] = []
-    for one in numbers:
-        if runs and one == runs[-1][1] + 1:
-            runs[-1][1] = one
-        else:
-            runs.append([one, one])
+    runs = runs_of(numbers)
     shown = [
         str(low) if low == high else f"{low}{', ' if high == low + 1 else ' to '}{high}"
         for low, high in runs[:most]

@@ -90,6 +90,17 @@ class Statistics:
         """`tokens` of every domain."""
         return {domain: self._most_tokens((domain,)) for domain in self.domains}
 
+    def origin(self) -> dict[str, Any]:
+        """What is recorded of these statistics where a choice was made by them, as JSON."""
+        return {
+            "tokens": self.tokens,
+            "domains": self.domain_tokens,
+            "gates": self.gates,
+            "data": self.data,
+            "statistics": self.digest(),
+            "versions": self.versions,
+        }
+
     @contextmanager
     def domain(self, name: str) -> Iterator[None]:
         """Updates inside the `with` go to domain `name`."""

@@ -5,6 +5,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 TRITON := "triton==3.9.0; platform_system == 'Linux' and platform_machine == 'x86_64'"
 NATIVE := $(shell find csrc -type f 2>/dev/null)
+FORMATTED = $(shell find csrc tests bench -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 # The supported transformers are written in reap/versions.py. VENV has the newest, which constraints.txt pins.
 OLDEST = $(shell $(BIN)/python -c 'from reap.versions import TESTED; print(TESTED["transformers"][0])')
 # One process per core, which takes tests from others when it has none left (JOBS=1: one in all). One thread in each: the models are tiny, and threads that wait for one another cost more than they save.
@@ -78,6 +79,7 @@ sanitize: $(VENV)/installed
 lint: $(VENV)/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run -Werror $(FORMATTED)
 	$(BIN)/mypy
 
 # The site in out/site; a link to nowhere, or a public name that is gone, is an error.

@@ -47,12 +47,9 @@ struct Bf16 {
 using Bf16 = Fp32;  // without bf16 arithmetic a bf16 kernel computes in fp32
 #endif
 
-double now() {
-    return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
-}
+double now() { return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count(); }
 
-template <class Op>
-double flops_of_one_thread(double seconds) {
+template <class Op> double flops_of_one_thread(double seconds) {
     Vector sums[kSums] = {}, a = {}, b = {};
     asm volatile("" : "+" IN_REGISTER(a), "+" IN_REGISTER(b));  // unknown to the compiler, zero in fact
     double flops = 0, start = now(), elapsed = 0;
@@ -81,8 +78,7 @@ double bytes_of_one_thread(const char* data, size_t bytes) {
     return bytes / (now() - start);
 }
 
-template <class Body>
-double sum_over_threads(int threads, Body body) {
+template <class Body> double sum_over_threads(int threads, Body body) {
     std::vector<double> rates(threads);
     std::vector<std::thread> pool;
     for (int t = 0; t < threads; ++t) pool.emplace_back([&, t] { rates[t] = body(t); });
@@ -95,9 +91,8 @@ double sum_over_threads(int threads, Body body) {
 
 // FLOP/s of all threads together.
 extern "C" double fma_peak(int bf16, int threads, double seconds) {
-    return sum_over_threads(threads, [=](int) {
-        return bf16 ? flops_of_one_thread<Bf16>(seconds) : flops_of_one_thread<Fp32>(seconds);
-    });
+    return sum_over_threads(
+        threads, [=](int) { return bf16 ? flops_of_one_thread<Bf16>(seconds) : flops_of_one_thread<Fp32>(seconds); });
 }
 
 // Bytes/s of all threads together, each reading its own part of `data` once.

@@ -40,10 +40,8 @@ private:
         require(left.size() >= sizeof number);
         std::memcpy(&number, left.data(), sizeof number);
         left.remove_prefix(sizeof number);
-        if constexpr (std::is_pointer_v<T>)
-            field = reinterpret_cast<T>(static_cast<uintptr_t>(number));
-        else
-            field = static_cast<T>(number);
+        if constexpr (std::is_pointer_v<T>) field = reinterpret_cast<T>(static_cast<uintptr_t>(number));
+        else field = static_cast<T>(number);
     }
 };
 
@@ -51,7 +49,8 @@ private:
 inline Layer read_layer(std::string_view bytes) {
     Layer layer{};
     Numbers(bytes)
-        .read(layer.T, layer.K, layer.E, layer.H, layer.I, layer.dtype, layer.activation, layer.gated, layer.interleaved)
+        .read(layer.T, layer.K, layer.E, layer.H, layer.I, layer.dtype, layer.activation, layer.gated,
+              layer.interleaved)
         .read(layer.hidden, layer.hidden_stride)
         .read(layer.gate_up)
         .read(layer.down)

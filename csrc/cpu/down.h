@@ -62,7 +62,8 @@ static void add_output(const Job& job, int64_t b, int64_t column, int offset, in
         const int height = count - row < W ? count - row : W;
         alignas(64) float bias[W] = {};
         if (layer.down.bias)
-            for (int i = 0; i < height; ++i) store_first(bias + i, bias_of<D>(layer.down, block.expert, column + offset + row + i), 1);
+            for (int i = 0; i < height; ++i)
+                store_first(bias + i, bias_of<D>(layer.down, block.expert, column + offset + row + i), 1);
         vf sums[2][W];
         if constexpr (Sums)
             for (int i = 0; i < 2 * W; ++i) sums[i / W][i % W] = set1(0.0f);
@@ -81,7 +82,8 @@ static void add_output(const Job& job, int64_t b, int64_t column, int offset, in
                     peak = max_abs(peak, x);
                 }
                 if constexpr (Sums)
-                    for (int s = 0; s < 2; ++s) sums[s][i] = add_weighted(sums[s][i], load(lanes.summed.weight[s] + lane), x);
+                    for (int s = 0; s < 2; ++s)
+                        sums[s][i] = add_weighted(sums[s][i], load(lanes.summed.weight[s] + lane), x);
                 y[i] = mul(x, gate);
             }
             store(lanes.square + lane, square);
@@ -121,7 +123,7 @@ template <Dtype D> static void down(const Job& job, int64_t b, int64_t slab, cha
         const Group group = plain_group(column + offset, count);
         prefetch_sums(block, offset, count, lanes);
         const float* c = k_lanes ? multiply_k_lanes<D>(layer.down, matrix, group, layer.I, rows, tiling, scratch)
-                             : multiply_packed<D>(layer.down, matrix, group, layer.I, tokens, tiling, scratch);
+                                 : multiply_packed<D>(layer.down, matrix, group, layer.I, tokens, tiling, scratch);
         if (offset == 0) wait_until(job.next_block + slab, b);
         if (job.block_sums) add_output<D, true, true>(job, b, column, offset, count, c, lanes);
         else if (job.partials) add_output<D, true, false>(job, b, column, offset, count, c, lanes);

@@ -13,8 +13,8 @@ namespace REAP_ISA {
 // Rows of inner as they come out of C: bias, activation, and the product with `up` if there is one.
 template <Dtype D, Activation Act> struct Activated {
     const Layer& layer;
-    int64_t expert, first;   // row of inner that row 0 of C belongs to
-    const float* c;          // [GROUP, ld]
+    int64_t expert, first;  // row of inner that row 0 of C belongs to
+    const float* c;         // [GROUP, ld]
     int ld;
 
     vf operator()(int row, int lane) const {
@@ -71,7 +71,8 @@ static void write_inner(const Job& job, const Block& block, int64_t first, int c
     else write_for_token_lanes<D>(rows, tiling, count, inner);
 }
 
-template <Dtype D> static void write_inner(const Job& job, const Block& block, int64_t first, int count, const float* c) {
+template <Dtype D>
+static void write_inner(const Job& job, const Block& block, int64_t first, int count, const float* c) {
     switch (job.layer.activation) {
         case Activation::silu: return write_inner<D, Activation::silu>(job, block, first, count, c);
         case Activation::gelu: return write_inner<D, Activation::gelu>(job, block, first, count, c);
@@ -103,7 +104,7 @@ template <Dtype D> static void gate_up(const Job& job, int64_t b, int64_t part, 
         const Group group = layer.gated ? gated_group(layer, i, count) : plain_group(i, count);
         const Tokens tokens = {scratch.tokens, false};
         const float* c = k_lanes ? multiply_k_lanes<D>(layer.gate_up, matrix, group, layer.H, rows, tiling, scratch)
-                             : multiply_packed<D>(layer.gate_up, matrix, group, layer.H, tokens, tiling, scratch);
+                                 : multiply_packed<D>(layer.gate_up, matrix, group, layer.H, tokens, tiling, scratch);
         write_inner<D>(job, block, i, count, c);
         if (job.block_sums) sum_inner<D>(job, b, lanes, i, count);
     }

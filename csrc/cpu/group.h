@@ -8,10 +8,10 @@ namespace REAP_ISA {
 // Which rows of a projection form a group. They have positions 0 .. GROUP-1 in it; half h is made of
 // the positions start[h] + j * stride for j < height, and its products go to the rows h * second + j of C.
 struct Group {
-    int64_t row[2];          // output rows at position 0 and, if there are two spans, at GROUP / 2
-    int spans, count;        // spans of consecutive rows; rows in each
+    int64_t row[2];    // output rows at position 0 and, if there are two spans, at GROUP / 2
+    int spans, count;  // spans of consecutive rows; rows in each
     int start[2], stride, height, second;
-    int rows_ahead;          // from here to the same row of the group that follows
+    int rows_ahead;  // from here to the same row of the group that follows
 };
 
 static inline Group gated_group(const Layer& layer, int64_t i, int height) {  // C: gate rows, then up rows
@@ -32,9 +32,9 @@ struct Tokens {
 };
 
 struct Scratch {
-    char* tokens;            // packed operand of a block
-    float* weights;          // packed weights [GROUP, piece_steps]
-    float* sums[2];          // C, double-buffered [GROUP, BLOCK_TOKENS]
+    char* tokens;    // packed operand of a block
+    float* weights;  // packed weights [GROUP, piece_steps]
+    float* sums[2];  // C, double-buffered [GROUP, BLOCK_TOKENS]
 };
 
 template <Dtype D> static int64_t token_steps(const Layer& layer) {
@@ -43,7 +43,8 @@ template <Dtype D> static int64_t token_steps(const Layer& layer) {
 }
 
 template <Dtype D> static size_t scratch_bytes(const Layer& layer) {
-    return static_cast<size_t>(4 * (token_steps<D>(layer) * BLOCK_TOKENS + GROUP * piece_steps<D> + 2 * GROUP * BLOCK_TOKENS));
+    return static_cast<size_t>(
+        4 * (token_steps<D>(layer) * BLOCK_TOKENS + GROUP * piece_steps<D> + 2 * GROUP * BLOCK_TOKENS));
 }
 
 template <Dtype D> static Scratch carve(char* memory) {
@@ -59,7 +60,8 @@ static inline int64_t row_of(const Group& group, int position) {
 
 // The group's weights for the steps from `step` on: where they lie, or a packed copy of that piece.
 template <Dtype D>
-static Rows find_rows(const Weights& w, const char* matrix, const Group& group, int64_t k_size, int64_t step, int64_t num_steps, float* packed) {
+static Rows find_rows(const Weights& w, const char* matrix, const Group& group, int64_t k_size, int64_t step,
+                      int64_t num_steps, float* packed) {
     const int64_t row_bytes = w.row_stride * Number<D>::size, k_bytes = w.k_stride * Number<D>::size;
     const char* piece = matrix + step * per_step<D> * k_bytes;
     if (native<D> && w.k_stride == 1) {
@@ -68,7 +70,8 @@ static Rows find_rows(const Weights& w, const char* matrix, const Group& group, 
         // After this piece of k comes the next one, and after the last one the next group.
         const bool more = (step + num_steps) * per_step<D> < k_size;
         const int64_t ahead = more ? num_steps * 4 : group.rows_ahead * row_bytes - step * 4;
-        return {{half0, half1}, group.stride * row_bytes, 4, group.height, group.second, {half0 + ahead, half1 + ahead}};
+        return {{half0, half1}, group.stride * row_bytes,      4, group.height,
+                group.second,   {half0 + ahead, half1 + ahead}};
     }
 
     const bool k_major = w.k_stride == 1;
@@ -83,13 +86,17 @@ static Rows find_rows(const Weights& w, const char* matrix, const Group& group, 
     }
     const char* base = reinterpret_cast<const char*>(packed);
     return {{base + group.start[0] * row_step * 4, base + group.start[1] * row_step * 4},
-            group.stride * row_step * 4, k_major ? 4 : GROUP * 4, group.height, group.second, {base, base}};
+            group.stride * row_step * 4,
+            k_major ? 4 : GROUP * 4,
+            group.height,
+            group.second,
+            {base, base}};
 }
 
 // Returns C, [GROUP, lanes of the block]. Tokens are in the SIMD lanes.
 template <Dtype D>
-static const float* multiply_token_lanes(const Weights& w, const char* matrix, const Group& group, int64_t k_size, const Tokens& tokens,
-                                   const Tiling& tiling, const Scratch& scratch) {
+static const float* multiply_token_lanes(const Weights& w, const char* matrix, const Group& group, int64_t k_size,
+                                         const Tokens& tokens, const Tiling& tiling, const Scratch& scratch) {
     constexpr bool dot = Number<D>::dot;
     const int64_t all_steps = steps<D>(k_size);
     const bool in_place = native<D> && w.k_stride == 1;

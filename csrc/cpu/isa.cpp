@@ -13,10 +13,18 @@
 
 namespace reap {
 
-namespace avx512_bf16 { extern const Kernels kernels[3]; }
-namespace avx512 { extern const Kernels kernels[3]; }
-namespace avx2 { extern const Kernels kernels[3]; }
-namespace portable { extern const Kernels kernels[3]; }
+namespace avx512_bf16 {
+extern const Kernels kernels[3];
+}
+namespace avx512 {
+extern const Kernels kernels[3];
+}
+namespace avx2 {
+extern const Kernels kernels[3];
+}
+namespace portable {
+extern const Kernels kernels[3];
+}
 
 namespace {
 
@@ -40,7 +48,8 @@ bool has_avx512() {
 bool has_avx512_bf16() { return has_avx512() && __builtin_cpu_supports("avx512bf16"); }
 #endif
 
-const Isa ISAS[] = {  // best first
+// Best first.
+const Isa ISAS[] = {
 #ifdef REAP_AVX512_BF16
     {"avx512_bf16", avx512_bf16::kernels, has_avx512_bf16},
 #endif

@@ -1,4 +1,5 @@
-// A group of K-major weight rows times a few tokens: k is in the SIMD lanes, weights and tokens are read where they lie.
+// A group of K-major weight rows times a few tokens: k is in the SIMD lanes, weights and tokens are read where they
+// lie.
 //
 // With tokens in the lanes, most lanes would be empty here; and at this size it is memory that limits: every
 // weight is read once, and as fast as it comes.
@@ -19,7 +20,8 @@ template <Dtype D> static void find_tokens(const Layer& layer, const int32_t* sl
 }
 
 template <Dtype D, int R, int N>
-static void multiply_k_lanes_tile(const char* w, int64_t row_bytes, const char* const* tokens, int64_t k_size, float* c, int64_t c_stride) {
+static void multiply_k_lanes_tile(const char* w, int64_t row_bytes, const char* const* tokens, int64_t k_size, float* c,
+                                  int64_t c_stride) {
     vf sums[R * N];
 #pragma GCC unroll 16
     for (int i = 0; i < R * N; ++i) sums[i] = set1(0.0f);
@@ -31,7 +33,8 @@ static void multiply_k_lanes_tile(const char* w, int64_t row_bytes, const char* 
         for (int r = 0; r < R; ++r) {
             const vf weight = load_steps<D>(w + r * row_bytes, k, size);
 #pragma GCC unroll 4
-            for (int t = 0; t < N; ++t) sums[r * N + t] = multiply_add<Number<D>::dot>(weight, token[t], sums[r * N + t]);
+            for (int t = 0; t < N; ++t)
+                sums[r * N + t] = multiply_add<Number<D>::dot>(weight, token[t], sums[r * N + t]);
         }
     };
     constexpr int each = W * per_step<D>;
@@ -56,12 +59,15 @@ static void multiply_k_lanes_tile(const char* w, int64_t row_bytes, const char* 
 }
 
 template <Dtype D, int R>
-static void multiply_k_lanes_rows(const char* w, int64_t row_bytes, const char* const* tokens, int n, int64_t k_size, float* c, int64_t c_stride) {
+static void multiply_k_lanes_rows(const char* w, int64_t row_bytes, const char* const* tokens, int n, int64_t k_size,
+                                  float* c, int64_t c_stride) {
     for (int t = 0; t < n; t += MAX_V) {
         switch (n - t < MAX_V ? n - t : MAX_V) {
             case 1: multiply_k_lanes_tile<D, R, 1>(w, row_bytes, tokens + t, k_size, c + t, c_stride); break;
             case 2: multiply_k_lanes_tile<D, R, 2>(w, row_bytes, tokens + t, k_size, c + t, c_stride); break;
-            case 3: multiply_k_lanes_tile<D, R, MAX_V < 3 ? 1 : 3>(w, row_bytes, tokens + t, k_size, c + t, c_stride); break;
+            case 3:
+                multiply_k_lanes_tile < D, R, MAX_V<3 ? 1 : 3>(w, row_bytes, tokens + t, k_size, c + t, c_stride);
+                break;
             default: multiply_k_lanes_tile<D, R, MAX_V>(w, row_bytes, tokens + t, k_size, c + t, c_stride);
         }
     }
@@ -69,8 +75,8 @@ static void multiply_k_lanes_rows(const char* w, int64_t row_bytes, const char* 
 
 // Returns C, [GROUP, lanes of the block].
 template <Dtype D>
-static const float* multiply_k_lanes(const Weights& w, const char* matrix, const Group& group, int64_t k_size, const char* const* tokens,
-                                 const Tiling& tiling, const Scratch& scratch) {
+static const float* multiply_k_lanes(const Weights& w, const char* matrix, const Group& group, int64_t k_size,
+                                     const char* const* tokens, const Tiling& tiling, const Scratch& scratch) {
     const int64_t row_bytes = w.row_stride * Number<D>::size;
     const int lanes = tiling.lanes();
     for (int half = 0; half < 2; ++half) {
@@ -79,9 +85,11 @@ static const float* multiply_k_lanes(const Weights& w, const char* matrix, const
         float* c = scratch.sums[0] + half * group.second * lanes;
         int row = 0;
         for (; row + K_LANES_ROWS <= group.height; row += K_LANES_ROWS)
-            multiply_k_lanes_rows<D, K_LANES_ROWS>(rows + row * stride, stride, tokens, tiling.tokens, k_size, c + row * lanes, lanes);
+            multiply_k_lanes_rows<D, K_LANES_ROWS>(rows + row * stride, stride, tokens, tiling.tokens, k_size,
+                                                   c + row * lanes, lanes);
         for (; row < group.height; ++row)
-            multiply_k_lanes_rows<D, 1>(rows + row * stride, stride, tokens, tiling.tokens, k_size, c + row * lanes, lanes);
+            multiply_k_lanes_rows<D, 1>(rows + row * stride, stride, tokens, tiling.tokens, k_size, c + row * lanes,
+                                        lanes);
     }
     return scratch.sums[0];
 }

@@ -11,7 +11,8 @@ namespace reap {
 namespace REAP_ISA {
 
 extern const Kernels kernels[3];
-const Kernels kernels[3] = {  // in the order of Dtype
+// In the order of Dtype.
+const Kernels kernels[3] = {
     {scratch_bytes<Dtype::bf16>, gate_up<Dtype::bf16>, down<Dtype::bf16>, finish<Dtype::bf16>},
     {scratch_bytes<Dtype::f16>, gate_up<Dtype::f16>, down<Dtype::f16>, finish<Dtype::f16>},
     {scratch_bytes<Dtype::f32>, gate_up<Dtype::f32>, down<Dtype::f32>, finish<Dtype::f32>},

@@ -18,7 +18,7 @@ namespace reap {
 namespace {
 
 constexpr size_t LINE = 64;
-constexpr int64_t AHEAD = 8;         // blocks per thread that gate_up runs ahead of down
+constexpr int64_t AHEAD = 8;  // blocks per thread that gate_up runs ahead of down
 constexpr size_t PAGE = 4096, LARGE = 8 << 20;
 
 // Fresh memory costs a fault per page, and the sums are visited in all of theirs for every expert. Only advice, so
@@ -38,7 +38,7 @@ struct Free {
 
 // All memory of a call, in one zeroed allocation: pieces are first counted, then handed out.
 class Arena {
-  public:
+public:
     // The address of a piece, aligned to a cache line; null while counting.
     template <class T> T* take(size_t count) {
         char* const piece = base_ ? base_ + used_ : nullptr;
@@ -56,7 +56,7 @@ class Arena {
     }
     size_t bytes() const { return bytes_; }
 
-  private:
+private:
     std::unique_ptr<void, Free> memory_;
     char* base_ = nullptr;
     size_t used_ = 0, bytes_ = 0;
@@ -67,9 +67,9 @@ struct Run {
     const Kernels* kernels;
     Arena arena;
     Routing routing;
-    bool all_fit;            // inner has a row for every slot
-    int64_t row_bytes;       // of inner
-    char* scratch;           // one piece per thread
+    bool all_fit;       // inner has a row for every slot
+    int64_t row_bytes;  // of inner
+    char* scratch;      // one piece per thread
     size_t scratch_bytes;
     std::atomic<int64_t> next{0};
 };
@@ -179,7 +179,8 @@ void clear(void* context, int member) {
     const Run& run = *static_cast<Run*>(context);
     const Layer& layer = run.job.layer;
     const int64_t cells = layer.T * layer.H, first = cells * member / layer.threads;
-    std::memset(run.job.sums + first, 0, static_cast<size_t>(cells * (member + 1) / layer.threads - first) * sizeof(float));
+    std::memset(run.job.sums + first, 0,
+                static_cast<size_t>(cells * (member + 1) / layer.threads - first) * sizeof(float));
 }
 
 void finish(void* context, int member) {

@@ -8,12 +8,12 @@ namespace REAP_ISA {
 // A group of weight rows in two halves of equal height (gate and up; or top and bottom, which share
 // a row if their number is odd), so that a register tile needs two base pointers and one stride.
 struct Rows {
-    const char* half[2];     // first step of each half's first row
-    int64_t row_stride;      // bytes
-    int64_t step_stride;     // bytes
-    int height;              // rows per half
-    int second;              // row of C where the second half begins
-    const char* next[2];     // what each half will want after its last row
+    const char* half[2];  // first step of each half's first row
+    int64_t row_stride;   // bytes
+    int64_t step_stride;  // bytes
+    int height;           // rows per half
+    int second;           // row of C where the second half begins
+    const char* next[2];  // what each half will want after its last row
 };
 
 constexpr int LINE_STEPS = 16;  // steps in a cache line of weights
@@ -21,16 +21,16 @@ constexpr int LINE_STEPS = 16;  // steps in a cache line of weights
 static inline void prefetch(const char* p) { __builtin_prefetch(p, 0, 2); }
 
 struct Tile {
-    const char *w0, *w1;     // weights of both halves
+    const char *w0, *w1;        // weights of both halves
     const char *next0, *next1;  // weights of the tile after this one
     int64_t row_stride, step_stride;
-    const char* tokens;      // packed operand [steps, V * W]
-    int64_t token_stride;    // bytes from step to step
+    const char* tokens;    // packed operand [steps, V * W]
+    int64_t token_stride;  // bytes from step to step
     int64_t steps;
-    bool half_step;          // one more step, of which the weights have only the first bf16
-    float *c0, *c1;          // fp32 [RH, ...] of both halves
+    bool half_step;  // one more step, of which the weights have only the first bf16
+    float *c0, *c1;  // fp32 [RH, ...] of both halves
     int64_t c_stride;
-    int64_t previous;        // where the sums over earlier k lie, in floats from c0 and c1; 0: nowhere
+    int64_t previous;  // where the sums over earlier k lie, in floats from c0 and c1; 0: nowhere
 };
 
 // V token vectors side by side. Of the last one, half a register is enough where no more tokens are in it (Low).
@@ -84,7 +84,8 @@ static inline void multiply_step(const char* weight, const Strip<V, Low>& token,
 
 // The next tile's weights are fetched into the second-level cache meanwhile: they come from memory, in more and
 // shorter streams than hardware prefetchers follow.
-template <bool Dot, int RH, int V, bool Low> static inline void accumulate(Strip<V, Low> (&sums)[2 * RH], const Tile& tile) {
+template <bool Dot, int RH, int V, bool Low>
+static inline void accumulate(Strip<V, Low> (&sums)[2 * RH], const Tile& tile) {
     const char *w0 = tile.w0, *w1 = tile.w1, *tokens = tile.tokens;
     const int64_t row_stride = tile.row_stride, step_stride = tile.step_stride, token_stride = tile.token_stride;
     const int64_t to_next0 = tile.next0 - tile.w0, to_next1 = tile.next1 - tile.w1;
@@ -114,7 +115,8 @@ template <bool Dot, int RH, int V, bool Low> static void multiply_tile(const Til
     for (int r = 0; r < 2 * RH; ++r) sums[r] = fill_strip<V, Low>(0.0f);
     accumulate<Dot, RH>(sums, tile);
     if (tile.half_step) {
-        const auto token = load_strip<V, Low>(reinterpret_cast<const float*>(tile.tokens + tile.steps * tile.token_stride));
+        const auto token =
+            load_strip<V, Low>(reinterpret_cast<const float*>(tile.tokens + tile.steps * tile.token_stride));
         const int64_t end = tile.steps * tile.step_stride;
 #pragma GCC unroll 16
         for (int r = 0; r < 2 * RH; ++r) {
@@ -164,8 +166,8 @@ template <bool Dot> static void multiply_rows(const Rows& rows, const Tile& tile
     switch (V) {
         case 1: return multiply_columns<Dot, 1>(rows, tile, low);
         case 2: return multiply_columns<Dot, 2>(rows, tile, low);
-        case 3: return multiply_columns<Dot, MAX_V < 3 ? 1 : 3>(rows, tile, low);
-        case 4: return multiply_columns<Dot, MAX_V < 4 ? 1 : 4>(rows, tile, low);
+        case 3: return multiply_columns<Dot, (MAX_V < 3 ? 1 : 3)>(rows, tile, low);
+        case 4: return multiply_columns<Dot, (MAX_V < 4 ? 1 : 4)>(rows, tile, low);
         default: __builtin_unreachable();
     }
 }

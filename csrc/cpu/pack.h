@@ -22,7 +22,8 @@ template <Dtype D> static inline vf load_steps(const char* row, int64_t k, int64
 
 // The rows of a block's tokens -> tile by tile [steps, lanes of the tile]. Lanes beyond the last token repeat it:
 // they are computed and dropped.
-template <Dtype D> static void pack_tokens(const Layer& layer, const int32_t* slots, const Tiling& tiling, char* packed) {
+template <Dtype D>
+static void pack_tokens(const Layer& layer, const int32_t* slots, const Tiling& tiling, char* packed) {
     const int64_t num_steps = steps<D>(layer.H);
     for (int tile = 0; tile < tiling.tiles; ++tile) {
         const int lanes = tiling.size(tile) * W;
@@ -63,7 +64,9 @@ template <Dtype D> static inline void prefetch_mn_major(const char* w, int64_t k
 // One step of `n` rows of MN-major weights, in the lanes; with `k_rest` of 1, the second bf16 is not there.
 template <Dtype D> static inline vf load_mn_major(const char* w, int64_t k_bytes, int64_t k_rest, int n) {
     if constexpr (!Number<D>::dot) return Number<D>::load(w, n);
-    else return pair(Number<D>::load_narrow(w, n), k_rest > 1 ? Number<D>::load_narrow(w + k_bytes, n) : Number<D>::load_narrow(w, 0));
+    else
+        return pair(Number<D>::load_narrow(w, n),
+                    k_rest > 1 ? Number<D>::load_narrow(w + k_bytes, n) : Number<D>::load_narrow(w, 0));
 }
 
 // `count` rows by `num_steps` steps of MN-major weights -> [steps, GROUP].
@@ -82,7 +85,8 @@ static void pack_mn_major(const char* w, int64_t k_bytes, int count, int64_t k_r
 
 // The same for any strides, element by element.
 template <Dtype D>
-static void pack_strided(const char* w, int64_t row_bytes, int64_t k_bytes, int count, int64_t k_rest, int64_t num_steps, float* packed) {
+static void pack_strided(const char* w, int64_t row_bytes, int64_t k_bytes, int count, int64_t k_rest,
+                         int64_t num_steps, float* packed) {
     for (int64_t step = 0; step < num_steps; ++step)
         for (int row = 0; row < count; ++row) {
             const char* p = w + row * row_bytes + step * per_step<D> * k_bytes;
@@ -104,7 +108,8 @@ static void pack_k_major(const char* w, int64_t row_bytes, int count, int64_t nu
     for (int row = 0; row < count; ++row)
         for (int64_t k = 0; k < num_steps; k += W) {
             const int n = static_cast<int>(num_steps - k < W ? num_steps - k : W);
-            store_first(packed + row * piece_steps<D> + k, Number<D>::load(w + row * row_bytes + k * Number<D>::size, n), n);
+            store_first(packed + row * piece_steps<D> + k,
+                        Number<D>::load(w + row * row_bytes + k * Number<D>::size, n), n);
         }
 }
 

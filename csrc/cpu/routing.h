@@ -7,9 +7,9 @@
 namespace reap {
 
 struct Routing {
-    int32_t* order;      // sorted position -> slot; slots without expert are not in it [S]
-    Block* blocks;       // ascending by expert [most_blocks(layer)]
-    int64_t* offsets;    // zeros, for the sort: expert -> next free sorted position [E+1]
+    int32_t* order;    // sorted position -> slot; slots without expert are not in it [S]
+    Block* blocks;     // ascending by expert [most_blocks(layer)]
+    int64_t* offsets;  // zeros, for the sort: expert -> next free sorted position [E+1]
 };
 
 // A bound on the number of blocks.

@@ -11,21 +11,23 @@ constexpr int ROW_LANES_VECTORS = 3;  // of rows in a register tile, or 1,
 constexpr int ROW_LANES_TILE = 4;     // by up to so many tokens
 
 struct RowLanes {
-    const char* weights;     // first row at k = 0
-    int64_t k_bytes;         // from k to k + 1
-    const char* tokens;      // packed operand [steps, lanes]
-    int64_t token_stride;    // bytes from step to step
+    const char* weights;   // first row at k = 0
+    int64_t k_bytes;       // from k to k + 1
+    const char* tokens;    // packed operand [steps, lanes]
+    int64_t token_stride;  // bytes from step to step
     int64_t k_size;
 };
 
 // R vectors of rows, `count` lanes of the last one, from k on, times N tokens.
 template <Dtype D, int R, int N>
-static inline void add_row_lanes(const char* w, int64_t k_bytes, int64_t k_rest, int count, const char* tokens, vf (&sums)[R][N]) {
+static inline void add_row_lanes(const char* w, int64_t k_bytes, int64_t k_rest, int count, const char* tokens,
+                                 vf (&sums)[R][N]) {
 #pragma GCC unroll 4
     for (int r = 0; r < R; ++r) {
         const vf weight = load_mn_major<D>(w + r * W * Number<D>::size, k_bytes, k_rest, r + 1 < R ? W : count);
 #pragma GCC unroll 4
-        for (int t = 0; t < N; ++t) sums[r][t] = multiply_add<Number<D>::dot>(weight, broadcast_step(tokens + t * 4), sums[r][t]);
+        for (int t = 0; t < N; ++t)
+            sums[r][t] = multiply_add<Number<D>::dot>(weight, broadcast_step(tokens + t * 4), sums[r][t]);
     }
 }
 
@@ -56,7 +58,8 @@ template <Dtype D, int R, int N> static void multiply_row_lanes_tile(RowLanes ti
         }
 }
 
-template <Dtype D, int R> static void multiply_row_lanes_vectors(const RowLanes& tile, int rows, int tokens, float* out) {
+template <Dtype D, int R>
+static void multiply_row_lanes_vectors(const RowLanes& tile, int rows, int tokens, float* out) {
     switch (tokens) {
         case 1: return multiply_row_lanes_tile<D, R, 1>(tile, rows, out);
         case 2: return multiply_row_lanes_tile<D, R, 2>(tile, rows, out);
@@ -68,8 +71,8 @@ template <Dtype D, int R> static void multiply_row_lanes_vectors(const RowLanes&
 
 // Returns C, [GROUP, lanes of the block], from packed tokens.
 template <Dtype D>
-static const float* multiply_row_lanes(const Weights& w, const char* matrix, const Group& group, int64_t k_size, const Tokens& tokens,
-                                    const Tiling& tiling, const Scratch& scratch) {
+static const float* multiply_row_lanes(const Weights& w, const char* matrix, const Group& group, int64_t k_size,
+                                       const Tokens& tokens, const Tiling& tiling, const Scratch& scratch) {
     static_assert(ROW_LANES_TOKENS <= MAX_V * W, "the tokens are one tile");
     const int64_t token_stride = 4 * (tokens.exact ? tiling.tokens : tiling.lanes());
     for (int span = 0; span < group.spans; ++span) {
@@ -79,14 +82,16 @@ static const float* multiply_row_lanes(const Weights& w, const char* matrix, con
             const int rows = group.count - row < wide ? group.count - row : wide;
             for (int t = 0; t < tiling.tokens; t += ROW_LANES_TILE) {
                 const int n = tiling.tokens - t < ROW_LANES_TILE ? tiling.tokens - t : ROW_LANES_TILE;
-                const RowLanes tile = {weights + row * Number<D>::size, w.k_stride * Number<D>::size, tokens.data + t * 4, token_stride, k_size};
+                const RowLanes tile = {weights + row * Number<D>::size, w.k_stride * Number<D>::size,
+                                       tokens.data + t * 4, token_stride, k_size};
                 float out[ROW_LANES_VECTORS * W * ROW_LANES_TILE];
                 if (wide == W) multiply_row_lanes_vectors<D, 1>(tile, rows, n, out);
                 else multiply_row_lanes_vectors<D, ROW_LANES_VECTORS>(tile, rows, n, out);
                 for (int i = 0; i < rows; ++i) {
                     const int position = span * (GROUP / 2) + row + i;
                     const int to = group.stride == 2 ? position % 2 * group.second + position / 2 : position;
-                    memcpy(scratch.sums[0] + to * tiling.lanes() + t, out + i * n, sizeof(float) * static_cast<size_t>(n));
+                    memcpy(scratch.sums[0] + to * tiling.lanes() + t, out + i * n,
+                           sizeof(float) * static_cast<size_t>(n));
                 }
             }
         }
@@ -96,8 +101,8 @@ static const float* multiply_row_lanes(const Weights& w, const char* matrix, con
 
 // C from packed tokens, by the way that suits the layout and the number of tokens.
 template <Dtype D>
-static const float* multiply_packed(const Weights& w, const char* matrix, const Group& group, int64_t k_size, const Tokens& tokens,
-                                    const Tiling& tiling, const Scratch& scratch) {
+static const float* multiply_packed(const Weights& w, const char* matrix, const Group& group, int64_t k_size,
+                                    const Tokens& tokens, const Tiling& tiling, const Scratch& scratch) {
     const bool row_lanes = w.k_stride != 1 && w.row_stride == 1 && tiling.tokens <= ROW_LANES_TOKENS;
     return row_lanes ? multiply_row_lanes<D>(w, matrix, group, k_size, tokens, tiling, scratch)
                      : multiply_token_lanes<D>(w, matrix, group, k_size, tokens, tiling, scratch);

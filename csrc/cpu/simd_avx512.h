@@ -44,7 +44,7 @@ static inline vf abs(vf x) { return _mm512_abs_ps(x); }
 static inline vf max_abs(vf a, vf b) { return _mm512_range_ps(a, b, 0x0b); }  // max(|a|, |b|); drops NaN
 static inline vf round(vf x) { return _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 static inline vf scale(vf x, vf n) { return _mm512_scalef_ps(x, n); }  // x * 2^n
-static inline vf if_less(vf a, vf b, vf x, vf y) {                    // a < b ? x : y
+static inline vf if_less(vf a, vf b, vf x, vf y) {                     // a < b ? x : y
     return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(a, b, _CMP_LT_OQ), y, x);
 }
 static inline float reduce_add(vf x) { return _mm512_reduce_add_ps(x); }
@@ -88,7 +88,9 @@ static inline vh dot(vh sum, vh a, vh b) {
 // dot with the four bytes at p in every lane, as one instruction: a broadcast of its own costs half as much as the
 // multiplication, which shows where it serves only one, and GCC 12 does not fold it in.
 static inline vf dot_broadcast(vf sum, vf a, const char* p) {
-    struct __attribute__((packed, may_alias)) Bytes { char bytes[4]; };
+    struct __attribute__((packed, may_alias)) Bytes {
+        char bytes[4];
+    };
     asm("vdpbf16ps %2%{1to16%}, %1, %0" : "+v"(sum) : "v"(a), "m"(*reinterpret_cast<const Bytes*>(p)));
     return sum;
 }

@@ -18,10 +18,16 @@ constexpr int rows_per_half(int V) { return V == 2 ? 3 : 6; }  // 12 accumulator
 typedef float vf __attribute__((vector_size(16)));
 typedef int32_t vi __attribute__((vector_size(16)));
 typedef uint32_t vu __attribute__((vector_size(16)));
-struct v16 { uint16_t lane[W]; };
+struct v16 {
+    uint16_t lane[W];
+};
 
 static inline vf set1(float x) { return vf{x, x, x, x}; }
-static inline vf load(const float* p) { vf x; memcpy(&x, p, sizeof(x)); return x; }
+static inline vf load(const float* p) {
+    vf x;
+    memcpy(&x, p, sizeof(x));
+    return x;
+}
 
 constexpr bool HAS_LOW = false;  // half a register takes as long as a whole one
 using vh = vf;
@@ -34,7 +40,9 @@ static inline vf load_first(const float* p, int n) {
     return x;
 }
 static inline void store(float* p, vf x) { memcpy(p, &x, sizeof(x)); }
-static inline void store_first(float* p, vf x, int n) { memcpy(p, &x, sizeof(float) * static_cast<size_t>(n < W ? n : W)); }
+static inline void store_first(float* p, vf x, int n) {
+    memcpy(p, &x, sizeof(float) * static_cast<size_t>(n < W ? n : W));
+}
 
 static inline vf add(vf a, vf b) { return a + b; }
 static inline vf sub(vf a, vf b) { return a - b; }
@@ -48,7 +56,7 @@ static inline vu everywhere(uint32_t bits) { return vu{bits, bits, bits, bits}; 
 static inline vf max(vf a, vf b) { return a > b ? a : b; }
 static inline vf min(vf a, vf b) { return a < b ? a : b; }
 static inline vf abs(vf x) { return from_bits(to_bits(x) & 0x7fffffff); }
-static inline vf max_abs(vf a, vf b) { return max(a, abs(b)); }  // a >= 0; drops NaN
+static inline vf max_abs(vf a, vf b) { return max(a, abs(b)); }       // a >= 0; drops NaN
 static inline vf round(vf x) { return (x + 0x1.8p23f) - 0x1.8p23f; }  // |x| < 2^22: the adder rounds
 static inline vf scale(vf x, vf n) {  // x * 2^n, in two steps because 2^n alone may not fit
     const vi whole = __builtin_convertvector(n == n ? n : set1(0.0f), vi), half = whole >> 1;

@@ -21,7 +21,8 @@ static void fill_sum_lanes(const Job& job, const Block& block, SumLanes& lanes) 
     const int64_t slots = job.layer.T * job.layer.K;
     memset(&lanes, 0, sizeof(lanes));
     for (int lane = 0; lane < block.tokens; ++lane)
-        for (int i = 0; i < 2; ++i) lanes.weight[i][lane] = job.layer.sum_weights[i * slots + job.order[block.first + lane]];
+        for (int i = 0; i < 2; ++i)
+            lanes.weight[i][lane] = job.layer.sum_weights[i * slots + job.order[block.first + lane]];
 }
 
 static inline vf add_weighted(vf sum, vf weight, vf x) {
@@ -29,11 +30,14 @@ static inline vf add_weighted(vf sum, vf weight, vf x) {
 }
 
 // Where gate_up leaves the sums of a block's inner rows [2, inner_width].
-static inline float* block_sums_of(const Job& job, int64_t b) { return job.block_sums + b % job.buffers * 2 * job.inner_width; }
+static inline float* block_sums_of(const Job& job, int64_t b) {
+    return job.block_sums + b % job.buffers * 2 * job.inner_width;
+}
 
 // Rows of inner from `first` on that lie tile by tile [steps, tokens of the tile].
 template <Dtype D>
-static void sum_token_lanes(const Job& job, const Tiling& tiling, const SumLanes& lanes, const char* inner, int64_t first, int count, float* sums) {
+static void sum_token_lanes(const Job& job, const Tiling& tiling, const SumLanes& lanes, const char* inner,
+                            int64_t first, int count, float* sums) {
     constexpr int cell = Number<D>::size * per_step<D>;
     for (int tile = 0; tile < tiling.tiles; ++tile) {
         const int tokens = tiling.tokens_in(tile), begin = tiling.begin(tile) * W;
@@ -66,7 +70,8 @@ static void sum_token_lanes(const Job& job, const Tiling& tiling, const SumLanes
 
 // The same of rows that lie as [tokens, inner_width].
 template <Dtype D>
-static void sum_k_lanes(const Job& job, int tokens, const SumLanes& lanes, const char* inner, int64_t first, int count, float* sums) {
+static void sum_k_lanes(const Job& job, int tokens, const SumLanes& lanes, const char* inner, int64_t first, int count,
+                        float* sums) {
     for (int row = 0; row < count; row += W) {
         const int n = count - row < W ? count - row : W;
         vf sum[2] = {set1(0.0f), set1(0.0f)};
@@ -101,7 +106,8 @@ static void add_channel_sums(const Job& job, int64_t b) {
     const Layer& layer = job.layer;
     for (int i = 0; i < 2; ++i) {
         float* const result = layer.channel_sums + (i * layer.E + job.blocks[b].expert) * layer.I;
-        add_block(job, b, block_sums_of(job, b) + i * job.inner_width, static_cast<int>(layer.I), job.running + i * layer.I, result);
+        add_block(job, b, block_sums_of(job, b) + i * job.inner_width, static_cast<int>(layer.I),
+                  job.running + i * layer.I, result);
     }
 }
 

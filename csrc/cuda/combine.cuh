@@ -31,17 +31,17 @@ struct Gates {
 struct Combine {
     Global<const int32_t> order;  // sorted position -> slot [S]
     Gates gates;
-    Global<float> combined;       // [T, pitch], or the slab [S, pitch]
-    Global<float2> partials;      // 64 columns, sorted position -> sum of y^2, max |y| [ceil(H / 64), S]
-    int64_t pitch;                // a multiple of 8, past whose real columns anything may be written
+    Global<float> combined;   // [T, pitch], or the slab [S, pitch]
+    Global<float2> partials;  // 64 columns, sorted position -> sum of y^2, max |y| [ceil(H / 64), S]
+    int64_t pitch;            // a multiple of 8, past whose real columns anything may be written
     int K, S, H;
-    int first_column;             // of the slab
+    int first_column;  // of the slab
     bool deterministic;
 };
 
 // A row's place in the output and its gate.
 struct Target {
-    int row;     // of `combined`: a token, or a slot
+    int row;  // of `combined`: a token, or a slot
     float gate;
 };
 

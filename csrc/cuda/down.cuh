@@ -15,8 +15,7 @@ template <class T> struct DownArgs {
     int I, inner_pitch;
 };
 
-template <class T, int ROWS, Layout LAYOUT>
-__global__ void __launch_bounds__(THREADS) down_kernel(DownArgs<T> args) {
+template <class T, int ROWS, Layout LAYOUT> __global__ void __launch_bounds__(THREADS) down_kernel(DownArgs<T> args) {
     wait_for_launch_before();
     Tile tile;
     if (!locate(tile, args.routing, blockIdx.x, args.walk, ROWS)) return;

@@ -11,17 +11,17 @@ namespace reap::cuda {
 constexpr int FINISH_THREADS = 128;
 
 template <class T> struct FinishArgs {
-    Global<const float> combined;    // [T, pitch], or the slab [S, pitch]
-    Global<const float2> partials;   // sum of y^2, max |y| [parts, S]
-    Ids ids;                         // [S]
-    Global<const int32_t> order;     // sorted position -> slot [S]
-    Global<const int32_t> offsets;   // [E] ends the slots that have an expert [E+1]
-    Global<T> out;                   // [T, H]
-    Global<float> norms, peaks;      // [S]
+    Global<const float> combined;   // [T, pitch], or the slab [S, pitch]
+    Global<const float2> partials;  // sum of y^2, max |y| [parts, S]
+    Ids ids;                        // [S]
+    Global<const int32_t> order;    // sorted position -> slot [S]
+    Global<const int32_t> offsets;  // [E] ends the slots that have an expert [E+1]
+    Global<T> out;                  // [T, H]
+    Global<float> norms, peaks;     // [S]
     int64_t pitch;
     int tokens, K, E, H, S;
-    int parts;                       // 0: leave norms and peaks alone
-    int first_column, last_column;   // of the slab
+    int parts;                      // 0: leave norms and peaks alone
+    int first_column, last_column;  // of the slab
     bool deterministic;
 };
 
@@ -65,8 +65,7 @@ template <class T> __global__ void __launch_bounds__(FINISH_THREADS) finish_kern
         const int n = args.first_column + column;
         const Global<T> cell = args.out + (int64_t(block) * args.H + n);
         if (args.H % 4 == 0) {
-            store_global(cast<uint2>(cell),
-                         uint2{narrow2<T>(y.x, y.y), narrow2<T>(y.z, y.w)});
+            store_global(cast<uint2>(cell), uint2{narrow2<T>(y.x, y.y), narrow2<T>(y.z, y.w)});
         } else {
             const float each[4] = {y.x, y.y, y.z, y.w};
 #pragma unroll

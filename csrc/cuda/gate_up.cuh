@@ -17,14 +17,14 @@ enum class Pairing : int { none, halves, neighbours };  // where gate and up are
 template <class T> struct GateUpArgs {
     Global<const T> hidden;  // [T, H]
     int64_t hidden_stride;
-    Projection<T> weights;   // rows R, k H
-    Global<T> inner;         // [S, pitch], elements past I are 0
+    Projection<T> weights;  // rows R, k H
+    Global<T> inner;        // [S, pitch], elements past I are 0
     Routing routing;
     Gate gate;
     Pairing pairing;
     Walk walk;
     int K, H, I, pitch;
-    int tiles;               // a bound; blocks from there on have shares of the zeros
+    int tiles;  // a bound; blocks from there on have shares of the zeros
     Zero zero;
 };
 
@@ -57,8 +57,9 @@ __device__ __forceinline__ void store_inner(const GateUpArgs<T>& args, const Sta
         for (int k = 0; k < 8; ++k)  // columns past the last repeat it
             if (n + k >= args.I) y[k] = 0.0f;
         if (is_real(first + row, end) && n < args.pitch)
-            store_global(cast<uint4>(args.inner + (int64_t(first + row) * args.pitch + n)),
-                         uint4{narrow2<T>(y[0], y[1]), narrow2<T>(y[2], y[3]), narrow2<T>(y[4], y[5]), narrow2<T>(y[6], y[7])});
+            store_global(
+                cast<uint4>(args.inner + (int64_t(first + row) * args.pitch + n)),
+                uint4{narrow2<T>(y[0], y[1]), narrow2<T>(y[2], y[3]), narrow2<T>(y[4], y[5]), narrow2<T>(y[6], y[7])});
     }
 }
 
@@ -79,10 +80,8 @@ __global__ void __launch_bounds__(THREADS) gate_up_kernel(GateUpArgs<T> args) {
 
     const auto x_row = [&](int i) { return gathered_row(args, tile, i); };
     auto a = [&] {
-        if constexpr (LAYOUT == Layout::any)
-            return StridedSlice<T, ROWS>(args.hidden, args.H, 1, x_row);
-        else
-            return KMajorSlice<T, ROWS>(args.hidden, args.H, x_row);
+        if constexpr (LAYOUT == Layout::any) return StridedSlice<T, ROWS>(args.hidden, args.H, 1, x_row);
+        else return KMajorSlice<T, ROWS>(args.hidden, args.H, x_row);
     }();
     auto b = weight_slices<T, LAYOUT>(args.weights, tile.expert, column, args.H);
 

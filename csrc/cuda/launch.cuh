@@ -1,5 +1,6 @@
 // One layer as launches: route, or count, scan and place if there are many slots; gate_up; where
-// sums over slots are asked for, sum and project; down, finish; in deterministic mode down and finish once per slab. On the host, for any launcher:
+// sums over slots are asked for, sum and project; down, finish; in deterministic mode down and finish once per slab. On
+// the host, for any launcher:
 //
 //     launch("name of the kernel", kernel, blocks, threads, bytes of shared memory, arguments)
 #pragma once
@@ -17,8 +18,8 @@
 
 namespace reap::cuda {
 
-constexpr int ANY_ROWS = 64;  // of tiles whose operands come through registers
-constexpr int WITHOUT_ASKING = 48 << 10;  // bytes of shared memory that a kernel always has
+constexpr int ANY_ROWS = 64;                          // of tiles whose operands come through registers
+constexpr int WITHOUT_ASKING = 48 << 10;              // bytes of shared memory that a kernel always has
 constexpr int WGMMA_ROWS = 128, WGMMA_COLUMNS = 256;  // of the tiles of sm90/
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -42,19 +43,19 @@ inline Layout layout_of(const Weights& w, int64_t rows, int64_t half, int64_t k)
 // How a layer is cut: everything that the host decides.
 struct Plan {
     int64_t slots;
-    bool one_block;           // sorts all slots
-    int64_t chunk, chunks;    // slots per warp that sorts them, and the number of such warps
-    int64_t rows;             // of gate_up_proj
-    int tile_rows;            // of both GEMMs, which share one table of row tiles
+    bool one_block;         // sorts all slots
+    int64_t chunk, chunks;  // slots per warp that sorts them, and the number of such warps
+    int64_t rows;           // of gate_up_proj
+    int tile_rows;          // of both GEMMs, which share one table of row tiles
     int tile_columns;
-    int64_t row_tiles;        // a bound
+    int64_t row_tiles;  // a bound
     Layout gate_up, down;
-    int64_t inner_pitch;      // elements
-    int64_t slab;             // columns of the output at a time
-    int64_t walked;           // of its column tiles, those that down does before others
-    int64_t pitch;            // of `combined` [elements]
+    int64_t inner_pitch;  // elements
+    int64_t slab;         // columns of the output at a time
+    int64_t walked;       // of its column tiles, those that down does before others
+    int64_t pitch;        // of `combined` [elements]
     int64_t combined_rows;
-    int64_t parts;            // partials per slot
+    int64_t parts;  // partials per slot
 };
 
 // Bytes that pass the cache while down adds to the output, `columns` columns at a time: the weights; inner,
@@ -65,13 +66,11 @@ inline double bytes_of_down(const Layer& layer, const Plan& plan, int64_t column
     const double rows = double(plan.slots) / layer.E;
     const double stream = 2.0 * layer.I * (rows + columns), sums = 4.0 * layer.T * columns;
     const double away = std::max(0.0, 1 - rows / layer.T);  // chance that an expert is none of a token's
-    int64_t passed = 0;  // experts, the most whose bytes are all in the cache
+    int64_t passed = 0;                                     // experts, the most whose bytes are all in the cache
     for (int64_t high = layer.E; passed < high;) {
         const int64_t middle = (passed + high + 1) / 2;
-        if (middle * stream + sums * (1 - std::pow(away, middle)) < layer.cache_bytes)
-            passed = middle;
-        else
-            high = middle - 1;
+        if (middle * stream + sums * (1 - std::pow(away, middle)) < layer.cache_bytes) passed = middle;
+        else high = middle - 1;
     }
     const double missed = std::pow(away, passed);
     return 2.0 * layer.E * layer.I * layer.H + ceil_div(layer.H, columns) * 2.0 * plan.slots * layer.I +
@@ -165,8 +164,14 @@ inline size_t workspace_size(const Layer& layer) {
 }
 
 template <class T> Projection<T> projection(const Weights& w, Columns columns) {
-    return {reinterpret_cast<const T*>(w.data), reinterpret_cast<const T*>(w.bias), w.expert_stride, w.row_stride,
-            w.k_stride, w.bias_expert_stride, w.bias_row_stride, columns};
+    return {reinterpret_cast<const T*>(w.data),
+            reinterpret_cast<const T*>(w.bias),
+            w.expert_stride,
+            w.row_stride,
+            w.k_stride,
+            w.bias_expert_stride,
+            w.bias_row_stride,
+            columns};
 }
 
 // Row tiles of an expert side by side: at least as many as make the blocks that run at a time, two
@@ -209,7 +214,8 @@ template <class T> struct Launches {
         args.counters = work.counters, args.launches = counters_of(layer, plan);
         args.tile_rows = plan.tile_rows;
         const int shared = (layer.E + 1) * sizeof(int32_t);
-        if (plan.one_block) return launch("route", route_kernel, 1, plan.chunks * WARP, (plan.chunks + 1) * shared, args);
+        if (plan.one_block)
+            return launch("route", route_kernel, 1, plan.chunks * WARP, (plan.chunks + 1) * shared, args);
         launch("count", count_kernel, plan.chunks, WARP, shared, args);
         launch("scan", scan_kernel, layer.E + 1, WARP, 0, args);
         launch("place", place_kernel, std::max(plan.chunks, layer.E), WARP, shared, args);
@@ -240,7 +246,8 @@ template <class T> struct Launches {
         const GateUpArgs<T> args = gate_up_args();
         const int64_t shares = ceil_div(args.zero.count, THREADS * ZERO_STEPS);
         with_constants(plan.gate_up, plan.tile_rows, [&](auto layout, auto rows) {
-            launch("gate_up", gate_up_kernel<T, rows(), layout()>, args.tiles + shares, THREADS, Ring<rows()>::BYTES, args);
+            launch("gate_up", gate_up_kernel<T, rows(), layout()>, args.tiles + shares, THREADS, Ring<rows()>::BYTES,
+                   args);
         });
     }
 
@@ -306,7 +313,8 @@ template <class T> struct Launches {
         args.parts = last_column == layer.H ? plan.parts : 0;
         args.first_column = first_column, args.last_column = last_column;
         args.deterministic = layer.deterministic;
-        launch("finish", finish_kernel<T>, std::max(layer.T, ceil_div(plan.slots, FINISH_THREADS)), FINISH_THREADS, 0, args);
+        launch("finish", finish_kernel<T>, std::max(layer.T, ceil_div(plan.slots, FINISH_THREADS)), FINISH_THREADS, 0,
+               args);
     }
 
     // Of column tiles, `slab` of them at a time, whose rows have `depth` elements.
@@ -340,10 +348,8 @@ template <class Launches, class Launcher> void run(Launcher& launch, const Layer
 // Needs T > 0, a 16-bit dtype, norms and peaks, at most MAX_EXPERTS experts and 2^30 slots, and a
 // workspace of workspace_size(layer) bytes, 256-byte aligned.
 template <class Launcher> void run_layer(Launcher& launch, const Layer& layer, char* workspace) {
-    if (layer.dtype == Dtype::bf16)
-        run<Launches<bf16>>(launch, layer, workspace);
-    else
-        run<Launches<f16>>(launch, layer, workspace);
+    if (layer.dtype == Dtype::bf16) run<Launches<bf16>>(launch, layer, workspace);
+    else run<Launches<f16>>(launch, layer, workspace);
 }
 
 }  // namespace reap::cuda

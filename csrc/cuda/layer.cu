@@ -37,10 +37,8 @@ size_t workspace_bytes(const Layer& layer) { return workspace_size(layer); }
 void run_layer(const Layer& layer, void* workspace, void* stream) {
     check(cudaSetDevice(layer.device), "cudaSetDevice");
     StreamLauncher launch{static_cast<cudaStream_t>(stream), layer.sm >= 90};
-    if (layer.wgmma)
-        sm90::run_layer(launch, layer, static_cast<char*>(workspace));
-    else
-        run_layer(launch, layer, static_cast<char*>(workspace));
+    if (layer.wgmma) sm90::run_layer(launch, layer, static_cast<char*>(workspace));
+    else run_layer(launch, layer, static_cast<char*>(workspace));
 }
 
 int device_count() {

@@ -57,16 +57,12 @@ __device__ __forceinline__ float swish(float x, const Gate& gate) { return x * s
 template <int N> __device__ __forceinline__ void activate(float (&x)[N], const Gate& gate) {
     switch (gate.activation) {
         case Activation::silu:
-        case Activation::swiglu_clamped:
-            return map(x, [&](float v) { return swish(v, gate); });
-        case Activation::gelu:
-            return map(x, [](float v) { return 0.5f * v * (1.0f + erff(0.70710678f * v)); });
+        case Activation::swiglu_clamped: return map(x, [&](float v) { return swish(v, gate); });
+        case Activation::gelu: return map(x, [](float v) { return 0.5f * v * (1.0f + erff(0.70710678f * v)); });
         case Activation::gelu_tanh:  // (1 + tanh z) / 2 = sigmoid(2 z)
             return map(x, [](float v) { return v * sigmoid(1.59576912f * v * (1.0f + 0.044715f * v * v)); });
-        case Activation::relu:
-            return map(x, [](float v) { return max_nan(v, 0.0f); });
-        case Activation::relu2:
-            return map(x, [](float v) { return max_nan(v, 0.0f) * max_nan(v, 0.0f); });
+        case Activation::relu: return map(x, [](float v) { return max_nan(v, 0.0f); });
+        case Activation::relu2: return map(x, [](float v) { return max_nan(v, 0.0f) * max_nan(v, 0.0f); });
     }
 }
 

@@ -84,7 +84,8 @@ __device__ __forceinline__ void ldmatrix_x4_trans(uint32_t (&r)[4], Shared<const
                  : "memory");
 }
 
-// "Matrix Fragments for mma.m16n8k16 with floating point type": d += a b, row-major a [16, 16], column-major b [16, 8], d fp32 [16, 8].
+// "Matrix Fragments for mma.m16n8k16 with floating point type": d += a b, row-major a [16, 16], column-major b [16, 8],
+// d fp32 [16, 8].
 template <class T>
 __device__ __forceinline__ void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1);
 
@@ -129,8 +130,8 @@ __device__ __forceinline__ constexpr bool has_red_add4() {
 }
 __device__ __forceinline__ void red_add4(Global<float> p, float4 x) {
 #if __CUDA_ARCH__ >= 900
-    asm volatile("red.relaxed.gpu.global.add.v4.f32 [%0], {%1, %2, %3, %4};\n" ::"l"(p), "f"(x.x), "f"(x.y),
-                 "f"(x.z), "f"(x.w)
+    asm volatile("red.relaxed.gpu.global.add.v4.f32 [%0], {%1, %2, %3, %4};\n" ::"l"(p), "f"(x.x), "f"(x.y), "f"(x.z),
+                 "f"(x.w)
                  : "memory");
 #else
     asm volatile("trap;\n");

@@ -16,10 +16,10 @@ namespace reap::cuda {
 
 constexpr int WARP = 32;
 constexpr unsigned ALL_LANES = 0xffffffffu;
-constexpr int CHUNK = 512;             // slots per warp, where a warp is a block
-constexpr int ROUTE_CHUNK = 128;       // at most, where all warps are one block
-constexpr int ROUTE_WARPS = 32;        // of that block, at most
-constexpr int MAX_EXPERTS = 1 << 12;   // a warp counts them in shared memory
+constexpr int CHUNK = 512;            // slots per warp, where a warp is a block
+constexpr int ROUTE_CHUNK = 128;      // at most, where all warps are one block
+constexpr int ROUTE_WARPS = 32;       // of that block, at most
+constexpr int MAX_EXPERTS = 1 << 12;  // a warp counts them in shared memory
 
 // Where the grouped GEMMs find their rows. A slot is token * K + k.
 struct Routing {
@@ -42,10 +42,10 @@ struct Ids {
 
 struct RoutingArgs {
     Ids ids;
-    Global<int32_t> counts;                                 // expert, chunk -> slots, then slots before [E+1, chunks]
-    Global<int32_t> totals;                                 // expert (E: none) -> slots [E+1]
+    Global<int32_t> counts;                                   // expert, chunk -> slots, then slots before [E+1, chunks]
+    Global<int32_t> totals;                                   // expert (E: none) -> slots [E+1]
     Global<int32_t> order, offsets, first_tile, tile_expert;  // as in Routing
-    Global<int32_t> counters;                               // of tiles that were taken; becomes 0 [launches]
+    Global<int32_t> counters;                                 // of tiles that were taken; becomes 0 [launches]
     int E, S, chunk, chunks;
     int tile_rows;
     int launches;
@@ -181,11 +181,11 @@ __global__ void __launch_bounds__(WARP) place_kernel(RoutingArgs args) {
 }
 
 // Block: all chunks, one per warp.
-__global__ void __launch_bounds__(ROUTE_WARPS * WARP) route_kernel(RoutingArgs args) {
+__global__ void __launch_bounds__(ROUTE_WARPS* WARP) route_kernel(RoutingArgs args) {
     wait_for_launch_before();
     const int warp = threadIdx.x / WARP;
-    const Shared<int32_t> starts = cast<int32_t>(shared_memory());           // [E+1]
-    const Shared<int32_t> counts = starts + (args.E + 1);                    // [chunks, E+1]
+    const Shared<int32_t> starts = cast<int32_t>(shared_memory());  // [E+1]
+    const Shared<int32_t> counts = starts + (args.E + 1);           // [chunks, E+1]
     const Shared<int32_t> mine = counts + warp * (args.E + 1);
     count_chunk(args, warp, mine);
     __syncthreads();

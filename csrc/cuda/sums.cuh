@@ -3,9 +3,9 @@
 //     inner [S, pitch], w [2, S]  ->  channels [2, E, I] = sum of w h, and sums of w and of |w| [2, 2, E]
 //     W [E, H, I], b [E, H]       ->  outputs [2, E, H] = W channels + b (sum of w)
 //
-// The down projection is linear, so that sums of outputs are its image of the sums of inner rows: the GEMMs know nothing
-// of them, and their price is inner and the weights read once more. Sums are fp32 over PIECE rows, fp64 over these, in
-// one order. What weighs 0 is left out, whatever it is.
+// The down projection is linear, so that sums of outputs are its image of the sums of inner rows: the GEMMs know
+// nothing of them, and their price is inner and the weights read once more. Sums are fp32 over PIECE rows, fp64 over
+// these, in one order. What weighs 0 is left out, whatever it is.
 #pragma once
 #include "tiles.cuh"
 
@@ -13,30 +13,30 @@ namespace reap::cuda {
 
 constexpr int SUM_WARPS = 8;
 constexpr int SUM_THREADS = SUM_WARPS * WARP;
-constexpr int SUM_COLUMNS = 2 * WARP;            // of a block: two per lane
-constexpr int SUM_KINDS = 4;                     // what a lane sums: its two columns, w and |w|
-constexpr int PIECE = 16;                        // rows
+constexpr int SUM_COLUMNS = 2 * WARP;  // of a block: two per lane
+constexpr int SUM_KINDS = 4;           // what a lane sums: its two columns, w and |w|
+constexpr int PIECE = 16;              // rows
 constexpr int SUM_BYTES = 2 * SUM_KINDS * SUM_THREADS * int(sizeof(double));
-constexpr int PROJECT_ROWS = 4;                  // of the weights, that a warp multiplies at a time
-static_assert(SUM_WARPS == 2 * SUM_KINDS);       // a warp for each total
+constexpr int PROJECT_ROWS = 4;             // of the weights, that a warp multiplies at a time
+static_assert(SUM_WARPS == 2 * SUM_KINDS);  // a warp for each total
 
 template <class T> struct SumArgs {
-    Global<const T> inner;         // [S, pitch]
-    Global<const int32_t> order;   // sorted position -> slot [S]
-    Global<const int32_t> offsets; // expert -> first sorted position [E+1]
-    Global<const float> weights;   // [2, S]
-    Global<float> channels;        // [2, E, I]
-    Global<float> totals;          // sums of w, then of |w| [2, 2, E]
+    Global<const T> inner;          // [S, pitch]
+    Global<const int32_t> order;    // sorted position -> slot [S]
+    Global<const int32_t> offsets;  // expert -> first sorted position [E+1]
+    Global<const float> weights;    // [2, S]
+    Global<float> channels;         // [2, E, I]
+    Global<float> totals;           // sums of w, then of |w| [2, 2, E]
     int E, I, S, pitch;
-    int blocks;                    // per expert
+    int blocks;  // per expert
 };
 
 template <class T> struct ProjectArgs {
     Global<const float> channels, totals;
-    Projection<T> weights;         // rows H, k I
-    Global<float> outputs;         // [2, E, H]
+    Projection<T> weights;  // rows H, k I
+    Global<float> outputs;  // [2, E, H]
     int E, H, I;
-    int blocks;                    // per expert
+    int blocks;  // per expert
 };
 
 // Two 16-bit numbers of a register.
@@ -65,7 +65,8 @@ template <class T> __global__ void __launch_bounds__(SUM_THREADS) sum_kernel(Sum
             const int slot = load_global(args.order + position);
             float2 x{0.0f, 0.0f};
             if (column < args.I)
-                x = unpack<T>(load_global(cast<const uint32_t>(args.inner + (int64_t(position) * args.pitch + column))));
+                x = unpack<T>(
+                    load_global(cast<const uint32_t>(args.inner + (int64_t(position) * args.pitch + column))));
 #pragma unroll
             for (int i = 0; i < 2; ++i) {
                 const float weight = load_global(args.weights + (int64_t(i) * args.S + slot));
@@ -76,7 +77,8 @@ template <class T> __global__ void __launch_bounds__(SUM_THREADS) sum_kernel(Sum
             }
         }
 #pragma unroll
-        for (int i = 0; i < 2 * SUM_KINDS; ++i) sums[i / SUM_KINDS][i % SUM_KINDS] += piece[i / SUM_KINDS][i % SUM_KINDS];
+        for (int i = 0; i < 2 * SUM_KINDS; ++i)
+            sums[i / SUM_KINDS][i % SUM_KINDS] += piece[i / SUM_KINDS][i % SUM_KINDS];
     }
     const Shared<double> all = cast<double>(shared_memory());  // [2, SUM_KINDS, SUM_WARPS, WARP]
 #pragma unroll
@@ -90,7 +92,8 @@ template <class T> __global__ void __launch_bounds__(SUM_THREADS) sum_kernel(Sum
         if (block == 0 && lane_id() == 0)
             store_global(args.totals + (2 * sum + kind - 2) * args.E + expert, static_cast<float>(total));
     } else if (column + kind < args.I) {
-        store_global(args.channels + ((int64_t(sum) * args.E + expert) * args.I + column + kind), static_cast<float>(total));
+        store_global(args.channels + ((int64_t(sum) * args.E + expert) * args.I + column + kind),
+                     static_cast<float>(total));
     }
 }
 
@@ -165,10 +168,8 @@ template <class T> __device__ __forceinline__ void project_any(const ProjectArgs
 template <class T, bool K_MAJOR> __global__ void __launch_bounds__(SUM_THREADS) project_kernel(ProjectArgs<T> args) {
     wait_for_launch_before();
     const int expert = blockIdx.x / args.blocks, block = blockIdx.x % args.blocks;
-    if constexpr (K_MAJOR)
-        project_k_major(args, expert, block);
-    else
-        project_any(args, expert, block);
+    if constexpr (K_MAJOR) project_k_major(args, expert, block);
+    else project_any(args, expert, block);
 }
 
 }  // namespace reap::cuda

@@ -15,17 +15,17 @@
 
 namespace reap::cuda {
 
-constexpr int COLUMNS = 128;                       // of a tile
-constexpr int TILE_K = 64;                         // elements of k in a slice
+constexpr int COLUMNS = 128;  // of a tile
+constexpr int TILE_K = 64;    // elements of k in a slice
 constexpr int THREADS = 128;
 constexpr int WARP_COLUMNS = COLUMNS / 2;
-constexpr int COLUMN_TILES = WARP_COLUMNS / 8;     // mma tiles side by side in a warp
+constexpr int COLUMN_TILES = WARP_COLUMNS / 8;  // mma tiles side by side in a warp
 constexpr int ROW_BYTES = 128;
 constexpr int CHUNK_BYTES = 16;
 constexpr int CHUNK_ELEMENTS = 8;
 constexpr int ROW_CHUNKS = ROW_BYTES / CHUNK_BYTES;
-constexpr int COPY_ROWS = THREADS / ROW_CHUNKS;    // rows that the block copies at a time
-constexpr int PANEL_COLUMNS = ROW_BYTES / 2;       // of MN-major weights
+constexpr int COPY_ROWS = THREADS / ROW_CHUNKS;  // rows that the block copies at a time
+constexpr int PANEL_COLUMNS = ROW_BYTES / 2;     // of MN-major weights
 
 // 96 KB at most, so that every chip from sm_80 runs every tile.
 template <int ROWS> struct Ring {
@@ -125,12 +125,13 @@ __device__ __forceinline__ int copy_chunk() { return threadIdx.x % ROW_CHUNKS; }
 
 // Copies slices of K-major operands with cp.async. Offsets in chunks reach 64 GB.
 template <class T, int ROWS> struct KMajorSlice {
-    Global<const char> base;             // advances slice by slice
-    uint32_t offset[ROWS / COPY_ROWS];   // of this thread's chunks [16 bytes]
-    int left;                            // elements of k from this thread's chunk on, a multiple of 8
+    Global<const char> base;            // advances slice by slice
+    uint32_t offset[ROWS / COPY_ROWS];  // of this thread's chunks [16 bytes]
+    int left;                           // elements of k from this thread's chunk on, a multiple of 8
 
     // row(i): the element where tile row i starts, counted from `data` and a multiple of 8.
-    template <class Row> __device__ __forceinline__ KMajorSlice(Global<const T> data, int depth, Row row)
+    template <class Row>
+    __device__ __forceinline__ KMajorSlice(Global<const T> data, int depth, Row row)
         : base(cast<const char>(data)), left(depth - copy_chunk() * CHUNK_ELEMENTS) {
 #pragma unroll
         for (int i = 0; i < ROWS / COPY_ROWS; ++i)
@@ -159,9 +160,9 @@ template <class T, int ROWS> struct KMajorSlice {
 template <class T> struct MNMajorSlice {
     static constexpr int PANEL_CHUNKS = TILE_K / COPY_ROWS;  // of a thread in one panel
     Global<const char> base;
-    int64_t advance;                        // bytes from slice to slice
-    uint32_t offset[2 * PANEL_CHUNKS];      // of this thread's chunks [16 bytes]
-    int left;                               // values of k from this thread's first on
+    int64_t advance;                    // bytes from slice to slice
+    uint32_t offset[2 * PANEL_CHUNKS];  // of this thread's chunks [16 bytes]
+    int left;                           // values of k from this thread's first on
 
     __device__ __forceinline__ MNMajorSlice(const Projection<T>& weights, Global<const T> data, int depth, int column)
         : base(cast<const char>(data)),
@@ -224,12 +225,9 @@ template <class T, Layout LAYOUT>
 __device__ __forceinline__ auto weight_slices(const Projection<T>& weights, int expert, int column, int depth) {
     const Global<const T> data = weights.data + expert * weights.expert_stride;
     const auto row = [&](int i) { return weights.columns.weight_row(column + i, 1) * weights.row_stride; };
-    if constexpr (LAYOUT == Layout::k_major)
-        return KMajorSlice<T, COLUMNS>(data, depth, row);
-    else if constexpr (LAYOUT == Layout::mn_major)
-        return MNMajorSlice<T>(weights, data, depth, column);
-    else
-        return StridedSlice<T, COLUMNS>(data, depth, weights.k_stride, row);
+    if constexpr (LAYOUT == Layout::k_major) return KMajorSlice<T, COLUMNS>(data, depth, row);
+    else if constexpr (LAYOUT == Layout::mn_major) return MNMajorSlice<T>(weights, data, depth, column);
+    else return StridedSlice<T, COLUMNS>(data, depth, weights.k_stride, row);
 }
 
 // The accumulators start from the bias, or from 0.
@@ -269,8 +267,7 @@ __device__ __forceinline__ void multiply_slice(Accumulators<ROWS>& acc, Shared<c
         for (int j = 0; j < COLUMN_TILES / 2; ++j)
             if constexpr (B_MN_MAJOR)
                 ldmatrix_x4_trans(right[j], panel + chunk_offset(lane % 16, 2 * j + lane / 16) + k * BELOW);
-            else
-                ldmatrix_x4(right[j], b + chunk_offset(b_row, 2 * k + b_chunk) + j * BELOW);
+            else ldmatrix_x4(right[j], b + chunk_offset(b_row, 2 * k + b_chunk) + j * BELOW);
         if (k == 0) meanwhile();
 #pragma unroll
         for (int i = 0; i < ROWS / 32; ++i)

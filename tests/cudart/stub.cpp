@@ -29,23 +29,23 @@ struct Launch {
     size_t shared, allowed;  // dynamic shared memory asked for; and what the kernel's attribute lets it have
     uintptr_t stream;
     int device;
-    bool overlapped;         // with the end of the launch before
-    std::string arguments;   // the bytes of the kernel's only parameter
+    bool overlapped;        // with the end of the launch before
+    std::string arguments;  // the bytes of the kernel's only parameter
 };
 
 struct Map {
     int type, interleave, swizzle, promotion, fill;
     uintptr_t address;
-    std::vector<uint64_t> sizes, strides;    // fastest first; strides in bytes, without the first
+    std::vector<uint64_t> sizes, strides;  // fastest first; strides in bytes, without the first
     std::vector<unsigned> box, steps;
 };
 
 struct Settings {
-    std::string fails;             // a function of the runtime, or "launch"
-    int at = 1;                    // which of its calls
-    int error = 0;                 // cudaError_t, or CUresult of cuTensorMapEncodeTiled
-    bool encodes = true;           // whether the driver has cuTensorMapEncodeTiled
-    bool records = true;           // false: every call succeeds at once, to measure what is around it
+    std::string fails;                        // a function of the runtime, or "launch"
+    int at = 1;                               // which of its calls
+    int error = 0;                            // cudaError_t, or CUresult of cuTensorMapEncodeTiled
+    bool encodes = true;                      // whether the driver has cuTensorMapEncodeTiled
+    bool records = true;                      // false: every call succeeds at once, to measure what is around it
     std::map<std::string, size_t> arguments;  // kernel, without template arguments -> bytes of its parameter
 };
 
@@ -115,8 +115,16 @@ CUresult encode(CUtensorMap* map, CUtensorMapDataType type, cuuint32_t rank, voi
         if (const int error = failure("cuTensorMapEncodeTiled")) return static_cast<CUresult>(error);
     *map = CUtensorMap{};
     map->opaque[0] = all.maps.size();  // by which a test knows it among a launch's arguments
-    all.maps.push_back({type, interleave, swizzle, promotion, fill, reinterpret_cast<uintptr_t>(address),
-                        {sizes, sizes + rank}, {strides, strides + rank - 1}, {box, box + rank}, {steps, steps + rank}});
+    all.maps.push_back({type,
+                        interleave,
+                        swizzle,
+                        promotion,
+                        fill,
+                        reinterpret_cast<uintptr_t>(address),
+                        {sizes, sizes + rank},
+                        {strides, strides + rank - 1},
+                        {box, box + rank},
+                        {steps, steps + rank}});
     return CUDA_SUCCESS;
 }
 
@@ -132,7 +140,8 @@ void** __cudaRegisterFatBinary(void*) {
 void __cudaRegisterFatBinaryEnd(void**) {}
 void __cudaUnregisterFatBinary(void**) {}
 char __cudaInitModule(void**) { return 1; }
-void __cudaRegisterFunction(void**, const char* host, char*, const char* name, int, uint3*, uint3*, dim3*, dim3*, int*) {
+void __cudaRegisterFunction(void**, const char* host, char*, const char* name, int, uint3*, uint3*, dim3*, dim3*,
+                            int*) {
     runtime().kernels[host] = demangled(name);
 }
 unsigned __cudaPushCallConfiguration(dim3 grid, dim3 block, size_t shared, cudaStream_t stream) {
@@ -166,10 +175,15 @@ cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t* how, const void* host,
     for (unsigned i = 0; i < how->numAttrs; ++i)
         overlapped |= how->attrs[i].id == cudaLaunchAttributeProgrammaticStreamSerialization &&
                       how->attrs[i].val.programmaticStreamSerializationAllowed;
-    all.launches.push_back({name, {how->gridDim.x, how->gridDim.y, how->gridDim.z},
-                            {how->blockDim.x, how->blockDim.y, how->blockDim.z}, how->dynamicSmemBytes,
+    all.launches.push_back({name,
+                            {how->gridDim.x, how->gridDim.y, how->gridDim.z},
+                            {how->blockDim.x, how->blockDim.y, how->blockDim.z},
+                            how->dynamicSmemBytes,
                             allowed == all.allowed.end() ? WITHOUT_ASKING : allowed->second,
-                            reinterpret_cast<uintptr_t>(how->stream), device, overlapped, copied});
+                            reinterpret_cast<uintptr_t>(how->stream),
+                            device,
+                            overlapped,
+                            copied});
     return cudaSuccess;
 }
 
@@ -249,9 +263,9 @@ PYBIND11_MODULE(recorder, m) {
             all.calls.clear(), all.launches.clear(), all.order.clear(), all.allowed.clear();
             device = 0, last = cudaSuccess;
         },
-        "Forgets what was recorded but for maps, and says what fails from now on.", py::kw_only(), py::arg("fails") = "",
-        py::arg("at") = 1, py::arg("error") = 0, py::arg("encodes") = true, py::arg("records") = true,
-        py::arg("arguments") = std::map<std::string, size_t>());
+        "Forgets what was recorded but for maps, and says what fails from now on.", py::kw_only(),
+        py::arg("fails") = "", py::arg("at") = 1, py::arg("error") = 0, py::arg("encodes") = true,
+        py::arg("records") = true, py::arg("arguments") = std::map<std::string, size_t>());
     m.def("launches", [] { return runtime().launches; });
     m.def("map", [](size_t number) { return runtime().maps.at(number); });
     m.def("order", [] { return runtime().order; }, "Names of all functions that were called, in order.");

@@ -1,7 +1,7 @@
-// Calls of the CPU engine, compiled with -finstrument-functions, whose threads stop for a while where a function begins or
-// ends, by chance: the others run ahead as far as the engine lets them. Exits with 1 once a result has other bits than one
-// thread's, with 0 after argv[1] stops without; a call that never ends is killed by SIGPROF. argv[2] is the wait that is out
-// of order.
+// Calls of the CPU engine, compiled with -finstrument-functions, whose threads stop for a while where a function begins
+// or ends, by chance: the others run ahead as far as the engine lets them. Exits with 1 once a result has other bits
+// than one thread's, with 0 after argv[1] stops without; a call that never ends is killed by SIGPROF. argv[2] is the
+// wait that is out of order.
 #include <sys/time.h>
 #include <time.h>
 
@@ -22,12 +22,16 @@ constexpr int THREADS = 2, ONE_IN = 20;
 constexpr long STOPPED = 1500000;  // nanoseconds
 
 struct Result {
-    std::vector<float> out = std::vector<float>(T * H), norms = std::vector<float>(T * K), peaks = std::vector<float>(T * K);
-    bool operator==(const Result& other) const { return out == other.out && norms == other.norms && peaks == other.peaks; }
+    std::vector<float> out = std::vector<float>(T * H), norms = std::vector<float>(T * K),
+                       peaks = std::vector<float>(T * K);
+    bool operator==(const Result& other) const {
+        return out == other.out && norms == other.norms && peaks == other.peaks;
+    }
 };
 
 struct Inputs {
-    std::vector<float> hidden = values(T * H), gate_up = values(E * 2 * I * H), down = values(E * H * I), gates = values(T * K);
+    std::vector<float> hidden = values(T * H), gate_up = values(E * 2 * I * H), down = values(E * H * I),
+                       gates = values(T * K);
     std::vector<int64_t> experts = other();
 
     static std::vector<int64_t> other() {  // than another slot of the token has
@@ -80,7 +84,9 @@ __attribute__((no_instrument_function)) void __cyg_profile_func_enter(void*, voi
     const timespec time = {0, STOPPED};
     nanosleep(&time, nullptr);
 }
-__attribute__((no_instrument_function)) void __cyg_profile_func_exit(void*, void*) { __cyg_profile_func_enter(nullptr, nullptr); }
+__attribute__((no_instrument_function)) void __cyg_profile_func_exit(void*, void*) {
+    __cyg_profile_func_enter(nullptr, nullptr);
+}
 }
 
 int main(int, char** arguments) {

@@ -28,14 +28,14 @@ struct GlobalAccess {
 };
 
 struct Options {
-    uint64_t seed = 0;                  // of the order of blocks, warps and lanes
-    bool eager = false;                 // cp.async copies when issued; else when waited for
-    bool profile = false;               // count wavefronts of shared memory (slow)
-    int sm = 90;                        // compute capability of the chip
-    bool overlapped = false;            // a launch may start before the one before it is over
-    size_t shared_limit = 232448;       // bytes of dynamic shared memory that a block may have
-    uint64_t access_limit = 1u << 31;   // accesses and collectives of one block's lanes
-    std::function<void(const GlobalAccess&)> watch = nullptr;   // is told of each, in order
+    uint64_t seed = 0;                                         // of the order of blocks, warps and lanes
+    bool eager = false;                                        // cp.async copies when issued; else when waited for
+    bool profile = false;                                      // count wavefronts of shared memory (slow)
+    int sm = 90;                                               // compute capability of the chip
+    bool overlapped = false;                                   // a launch may start before the one before it is over
+    size_t shared_limit = 232448;                              // bytes of dynamic shared memory that a block may have
+    uint64_t access_limit = 1u << 31;                          // accesses and collectives of one block's lanes
+    std::function<void(const GlobalAccess&)> watch = nullptr;  // is told of each, in order
 };
 
 class Random {
@@ -46,8 +46,7 @@ public:
         return state;
     }
     uint32_t below(uint32_t n) { return static_cast<uint32_t>((next() >> 32) * n >> 32); }
-    template <typename T>
-    void shuffle(T* items, uint32_t n) {
+    template <typename T> void shuffle(T* items, uint32_t n) {
         for (uint32_t i = n; i > 1; --i) std::swap(items[i - 1], items[below(i)]);
     }
 
@@ -60,24 +59,24 @@ struct Warp;
 
 // A cp.async that was issued and not waited for.
 struct Copy {
-    size_t offset;          // in shared memory
-    const char* source;     // of 16 bytes; null: zeros
+    size_t offset;       // in shared memory
+    const char* source;  // of 16 bytes; null: zeros
     uint32_t group;
     Site site;
 };
 
 // A bulk copy to global memory whose source was not waited for.
 struct BulkCopy {
-    std::function<void()> work;   // to do; null: done
+    std::function<void()> work;  // to do; null: done
     uint32_t group, number;
     Site site;
 };
 
 // What a lane waits for.
 struct Wait {
-    const char* what = nullptr;   // null: it can run
+    const char* what = nullptr;  // null: it can run
     Site site;
-    unsigned mask = 0;            // of a warp collective; 0: something else
+    unsigned mask = 0;  // of a warp collective; 0: something else
     void* arguments = nullptr;
     const std::function<bool()>* condition = nullptr;
 };
@@ -86,28 +85,28 @@ struct Lane {
     Fiber fiber;
     Block* block;
     Warp* warp;
-    uint32_t lane;                // in its warp
-    uint3 index;                  // threadIdx
+    uint32_t lane;  // in its warp
+    uint3 index;    // threadIdx
     View view;
     Wait wait;
-    bool waited;                  // for the launch before
-    std::vector<Copy> copies;     // oldest first
-    uint32_t group = 0;           // of cp.async: the one that is open
-    uint64_t started = 0;         // of all its cp.async; the last of them are `copies`
-    uint64_t signalled = 0;       // up to here an mbarrier was told of them
-    std::vector<BulkCopy> bulk;   // oldest first
-    uint32_t bulk_group = 0;      // the one that is open
+    bool waited;                 // for the launch before
+    std::vector<Copy> copies;    // oldest first
+    uint32_t group = 0;          // of cp.async: the one that is open
+    uint64_t started = 0;        // of all its cp.async; the last of them are `copies`
+    uint64_t signalled = 0;      // up to here an mbarrier was told of them
+    std::vector<BulkCopy> bulk;  // oldest first
+    uint32_t bulk_group = 0;     // the one that is open
     uint32_t bulk_started = 0;
-    int bulk_engine = -1;         // the number of what reads for them; -1: none yet
+    int bulk_engine = -1;  // the number of what reads for them; -1: none yet
 
     unsigned bit() const { return 1u << lane; }
 };
 
 struct Warp {
     Lane* lanes[32];
-    unsigned exist = 0, exited = 0, gathered = 0;   // a bit per lane
-    unsigned ready = 0;                             // a bit per place in `order`
-    uint8_t order[32], place[32];                   // place -> lane, lane -> place
+    unsigned exist = 0, exited = 0, gathered = 0;  // a bit per lane
+    unsigned ready = 0;                            // a bit per place in `order`
+    uint8_t order[32], place[32];                  // place -> lane, lane -> place
     Requests requests;
 };
 
@@ -130,7 +129,9 @@ public:
     char* const shared;
 
     Block(const Options& options, Counters& counters)
-        : options(options), counters(counters), shared_shadow(options.shared_limit, false),
+        : options(options),
+          counters(counters),
+          shared_shadow(options.shared_limit, false),
           shared(static_cast<char*>(std::aligned_alloc(1024, (options.shared_limit | 1023) + 1))),
           random(options.seed) {}
     ~Block() { std::free(shared); }
@@ -171,9 +172,9 @@ public:
 
     // Work of engines other than lanes, done one by one when no lane can run.
     std::vector<std::function<void()>> background;
-    std::map<const int32_t*, int32_t> counters_at_launch;   // that atom_add has seen
-    std::map<const int32_t*, uint32_t> turns;               // of this block at them
-    std::shared_ptr<void> extension;   // what a chip's own instructions remember about this block
+    std::map<const int32_t*, int32_t> counters_at_launch;  // that atom_add has seen
+    std::map<const int32_t*, uint32_t> turns;              // of this block at them
+    std::shared_ptr<void> extension;                       // what a chip's own instructions remember about this block
 
 private:
     static void lane_main();
@@ -183,8 +184,7 @@ private:
     void exit_lane();
     void complete(Barrier& barrier);
     void order_engines();
-    void complete_gather(Site site, unsigned mask,
-                         void (*collective)(Warp&, unsigned, void* const*));
+    void complete_gather(Site site, unsigned mask, void (*collective)(Warp&, unsigned, void* const*));
     std::string block_name() const;
     [[noreturn]] void stuck() const;
 

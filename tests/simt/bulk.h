@@ -31,7 +31,8 @@ inline void check_source(Shared<const char> from, size_t bytes, Site site) {
             fail(Kind::race, at, "not ordered after " + block.describe(*other));
         if (shadow.in_flight(at)) fail(Kind::copy_in_flight, at, "that a copy still owns");
         if (!shadow.valid(at, 16)) fail(Kind::uninitialised, at, "that nobody wrote");
-        if (!hopper().shows(writer, me)) fail(Kind::proxy, at, "without a fence after the write by " + block.describe(writer));
+        if (!hopper().shows(writer, me))
+            fail(Kind::proxy, at, "without a fence after the write by " + block.describe(writer));
     }
 }
 
@@ -67,8 +68,7 @@ inline void bulk_add(Global<float> to, Shared<float> from, int bytes, Site site 
 }
 
 // "cp.async.bulk", from shared to global memory
-template <typename T>
-void bulk_store(Global<T> to, Shared<T> from, int bytes, Site site = Site::here()) {
+template <typename T> void bulk_store(Global<T> to, Shared<T> from, int bytes, Site site = Site::here()) {
     detail::start_bulk(Use::store, to, from, bytes, site,
                        [](T* target, const char* source, size_t size) { std::memcpy(target, source, size); });
 }

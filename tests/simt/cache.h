@@ -14,12 +14,12 @@ namespace simt {
 struct Access {
     uint64_t address;
     uint32_t bytes;
-    bool reads, writes;   // an atomic does both
+    bool reads, writes;  // an atomic does both
 };
 
 class Cache {
 public:
-    uint64_t fetched = 0, written = 0;   // bytes
+    uint64_t fetched = 0, written = 0;  // bytes
 
     explicit Cache(uint64_t bytes) : room(bytes / SECTOR) {}
 
@@ -57,13 +57,13 @@ private:
     }
 
     const uint64_t room;
-    std::list<Entry> order;   // newest first
+    std::list<Entry> order;  // newest first
     std::unordered_map<uint64_t, std::list<Entry>::iterator> where;
 };
 
 // The blocks of one launch, `together` at a time.
 inline void replay(Cache& cache, const std::vector<std::vector<Access>>& blocks, size_t together) {
-    constexpr size_t TURN = 64;   // requests of a block before the next one's
+    constexpr size_t TURN = 64;  // requests of a block before the next one's
     struct Place {
         size_t block, done;
     };

@@ -14,7 +14,7 @@
 namespace simt {
 
 struct Traffic {
-    uint64_t read = 0, written = 0, atomics = 0;   // bytes that lanes asked for
+    uint64_t read = 0, written = 0, atomics = 0;  // bytes that lanes asked for
 };
 
 // One line's accesses to shared memory. A warp's request takes as many wavefronts as its busiest
@@ -26,12 +26,12 @@ struct SharedUse {
 
 struct Counters {
     uint64_t launches = 0, blocks = 0, mma = 0;
-    std::map<std::string, Traffic> global;     // by buffer
-    std::map<std::string, SharedUse> shared;   // by "file:line"; only with Options::profile
+    std::map<std::string, Traffic> global;    // by buffer
+    std::map<std::string, SharedUse> shared;  // by "file:line"; only with Options::profile
 };
 
 constexpr uint32_t ABSENT = ~0u;
-using Offsets = std::array<uint32_t, 32>;   // of a warp's lanes; ABSENT where a lane has no part
+using Offsets = std::array<uint32_t, 32>;  // of a warp's lanes; ABSENT where a lane has no part
 
 // A request of 8 bytes a lane is served by half warps, of 16 by quarters; 32 banks of 4 bytes.
 inline void count_request(SharedUse& use, const Offsets& offsets, uint32_t bytes) {

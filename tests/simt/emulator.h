@@ -22,8 +22,7 @@ public:
     Options options;
     Counters counters;
 
-    explicit Emulator(Options wanted = {})
-        : options(wanted), block(options, counters), random(~wanted.seed) {
+    explicit Emulator(Options wanted = {}) : options(wanted), block(options, counters), random(~wanted.seed) {
         std::swap(known_buffers, outer);
     }
     ~Emulator() { known_buffers = outer; }
@@ -37,32 +36,24 @@ public:
         const auto begin = reinterpret_cast<uintptr_t>(address);
         const uintptr_t shadow_begin = begin / CHUNK * CHUNK;
         Shadow* shadow = nullptr;
-        if (writable || !initialised)
-            shadow = &shadows.emplace_back(begin + bytes - shadow_begin, initialised);
-        buffers.add({name, begin, begin + bytes, writable, shadow, shadow_begin,
-                     &counters.global[name]});
+        if (writable || !initialised) shadow = &shadows.emplace_back(begin + bytes - shadow_begin, initialised);
+        buffers.add({name, begin, begin + bytes, writable, shadow, shadow_begin, &counters.global[name]});
     }
 
     template <typename... Parameters, typename... Arguments>
-    void launch(void (*kernel)(Parameters...), dim3 grid, dim3 size, size_t shared_bytes,
-                Arguments&&... arguments) {
+    void launch(void (*kernel)(Parameters...), dim3 grid, dim3 size, size_t shared_bytes, Arguments&&... arguments) {
         check(grid, size, shared_bytes);
         // Kernels get copies of their parameters, each lane its own.
-        const std::tuple<std::decay_t<Parameters>...> parameters(
-            std::forward<Arguments>(arguments)...);
+        const std::tuple<std::decay_t<Parameters>...> parameters(std::forward<Arguments>(arguments)...);
         run(grid, size, shared_bytes, [&] { std::apply(kernel, parameters); });
     }
 
 private:
     void check(dim3 grid, dim3 size, size_t shared_bytes) const {
-        const auto refuse = [](const std::string& what) {
-            throw Fault(Kind::launch, Site(), "", "", what);
-        };
+        const auto refuse = [](const std::string& what) { throw Fault(Kind::launch, Site(), "", "", what); };
         const uint64_t threads = uint64_t{size.x} * size.y * size.z;
-        if (threads == 0 || threads > MAX_THREADS)
-            refuse("a block of " + std::to_string(threads) + " threads");
-        if (grid.x == 0 || grid.y == 0 || grid.z == 0 || grid.x > 0x7fffffff || grid.y > 65535 ||
-            grid.z > 65535)
+        if (threads == 0 || threads > MAX_THREADS) refuse("a block of " + std::to_string(threads) + " threads");
+        if (grid.x == 0 || grid.y == 0 || grid.z == 0 || grid.x > 0x7fffffff || grid.y > 65535 || grid.z > 65535)
             refuse("a grid of " + std::to_string(grid.x) + " x " + std::to_string(grid.y) + " x " +
                    std::to_string(grid.z) + " blocks");
         if (shared_bytes > options.shared_limit)
@@ -77,8 +68,7 @@ private:
         block.configure(grid, size, shared_bytes, next_block);
         ++counters.launches;
         for (uint64_t i : order) {
-            const uint3 index{static_cast<unsigned>(i % grid.x),
-                              static_cast<unsigned>(i / grid.x % grid.y),
+            const uint3 index{static_cast<unsigned>(i % grid.x), static_cast<unsigned>(i / grid.x % grid.y),
                               static_cast<unsigned>(i / grid.x / grid.y)};
             ++counters.blocks;
             block.run(index, next_block++, kernel);
@@ -86,7 +76,7 @@ private:
     }
 
     Buffers buffers;
-    Buffers* outer = &buffers;   // of the emulator that was in use before this one
+    Buffers* outer = &buffers;  // of the emulator that was in use before this one
     std::deque<Shadow> shadows;
     Block block;
     Random random;

@@ -9,15 +9,23 @@
 
 __global__ void idle(Args) {}
 
-struct Launch { unsigned blocks, threads; size_t shared_bytes; };
+struct Launch {
+    unsigned blocks, threads;
+    size_t shared_bytes;
+};
 
 struct Case {
     const char* name;
-    void (*kernels[2])(Args);   // healthy, broken
+    void (*kernels[2])(Args);  // healthy, broken
     Launch launches[2];
 };
 
-#define CASE(kernel, ...) {#kernel, {kernel<false>, kernel<true>}, {{__VA_ARGS__}, {__VA_ARGS__}}}
+#define CASE(kernel, ...) \
+    { \
+        #kernel, {kernel<false>, kernel<true>}, { \
+            {__VA_ARGS__}, { __VA_ARGS__ } \
+        } \
+    }
 const Case cases[] = {
     CASE(missing_barrier, 1, 64, 256),
     CASE(missing_syncwarp, 1, 64, 256),
@@ -90,20 +98,17 @@ void run(const Case& test, bool broken, uint64_t seed, bool eager) {
     std::string kind = "clean", what;
     try {
         const auto [blocks, threads, bytes] = test.launches[broken];
-        emulator.launch(test.kernels[broken], blocks, threads, bytes,
-                        Args{in.data(), out.data(), scratch.data()});
+        emulator.launch(test.kernels[broken], blocks, threads, bytes, Args{in.data(), out.data(), scratch.data()});
     } catch (const simt::Fault& fault) {
         kind = name(fault.kind);
         what = fault.site.text();
-        for (const std::string& word : {fault.address, fault.lanes, std::string(fault.what())})
-            what += "\t" + word;
+        for (const std::string& word : {fault.address, fault.lanes, std::string(fault.what())}) what += "\t" + word;
     }
     double sum = 0;
     for (float x : out) sum += x;
     const auto& to = emulator.counters.global["out"];
-    std::printf("%s\t%d\t%d\t%s\t%g\t%d\t%d\t%d\t%s\t%s\n", test.name, broken,
-                static_cast<int>(seed), eager ? "eager" : "lazy", sum,
-                static_cast<int>(emulator.counters.global["in"].read),
+    std::printf("%s\t%d\t%d\t%s\t%g\t%d\t%d\t%d\t%s\t%s\n", test.name, broken, static_cast<int>(seed),
+                eager ? "eager" : "lazy", sum, static_cast<int>(emulator.counters.global["in"].read),
                 static_cast<int>(to.written), static_cast<int>(to.atomics), kind.c_str(),
                 what.empty() ? "\t\t\t" : what.c_str());
 }

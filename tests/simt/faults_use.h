@@ -5,14 +5,14 @@
 
 template <bool broken> __global__ void global_out_of_bounds(Args a) {
     const unsigned i = blockIdx.x * 64 + threadIdx.x + (broken ? 1 : 0);
-    const float x = load_global(a.in + i);                                //! global_out_of_bounds
+    const float x = load_global(a.in + i);  //! global_out_of_bounds
     store_global(a.out + i - (broken ? 1 : 0), x);
 }
 
 template <bool broken> __global__ void global_before_start(Args a) {
     const int t = static_cast<int>(threadIdx.x);
     const float x = load_global(a.in + t);
-    store_global(a.out + t - (broken ? 1 : 0), x);                        //! global_before_start
+    store_global(a.out + t - (broken ? 1 : 0), x);  //! global_before_start
 }
 
 template <bool broken> __global__ void slice_out_of_bounds(Args a) {
@@ -20,25 +20,25 @@ template <bool broken> __global__ void slice_out_of_bounds(Args a) {
     const auto second = slice<float>(a.scratch, 256, 64, "second");
     const unsigned t = threadIdx.x;
     store_global(second + t, load_global(a.in + t));
-    store_global(first + t + (broken ? 1 : 0), 1.0f);                     //! slice_out_of_bounds
+    store_global(first + t + (broken ? 1 : 0), 1.0f);  //! slice_out_of_bounds
 }
 
 template <bool broken> __global__ void shared_out_of_bounds(Args a) {
     const unsigned t = threadIdx.x;
     const auto shared = cast<float>(shared_memory()) + (broken ? 1 : 0);
-    store_shared(shared + t * 8 + 7, load_global(a.in + t));              //! shared_out_of_bounds
+    store_shared(shared + t * 8 + 7, load_global(a.in + t));  //! shared_out_of_bounds
 }
 
 template <bool broken> __global__ void shared_before_start(Args a) {
     const auto shared = cast<float>(shared_memory());
     const int t = static_cast<int>(threadIdx.x);
-    store_shared(shared + t - (broken ? 1 : 0), load_global(a.in + t));   //! shared_before_start
+    store_shared(shared + t - (broken ? 1 : 0), load_global(a.in + t));  //! shared_before_start
 }
 
 template <bool broken> __global__ void misaligned_vector(Args a) {
     const unsigned t = threadIdx.x;
     const auto from = cast<const float4>(a.in + (broken ? 2 : 4)) + t % 8;
-    const auto x = load_global(from);                                     //! misaligned_vector
+    const auto x = load_global(from);  //! misaligned_vector
     store_global(a.out + t, x.x);
 }
 
@@ -46,13 +46,13 @@ template <bool broken> __global__ void misaligned_vector(Args a) {
 template <bool broken> __global__ void launch_not_waited_for(Args a) {
     const unsigned t = threadIdx.x;
     if (!broken || t % 32 != 5) wait_for_launch_before();
-    store_global(a.out + t, load_global(a.in + t));                       //! launch_not_waited_for
+    store_global(a.out + t, load_global(a.in + t));  //! launch_not_waited_for
 }
 
 // On an sm_80, as all kernels here.
 template <bool broken> __global__ void newer_instruction(Args a) {
     const unsigned t = threadIdx.x;
-    if (broken) red_add4(a.out + t * 4, float4{1, 1, 1, 1});              //! newer_instruction
+    if (broken) red_add4(a.out + t * 4, float4{1, 1, 1, 1});  //! newer_instruction
     else red_add(a.out + t, 1.0f);
 }
 
@@ -62,17 +62,15 @@ template <bool broken> __global__ void misaligned_row(Args a) {
     store_shared(cast<float2>(shared) + t, float2{});
     __syncthreads();
     uint32_t r[4];
-    ldmatrix_x4(r, shared + t % 16 * 16 + (broken ? 8 : 0));              //! misaligned_row
+    ldmatrix_x4(r, shared + t % 16 * 16 + (broken ? 8 : 0));  //! misaligned_row
     store_global(a.out + t, static_cast<float>(r[0]));
 }
 
 template <bool broken> __global__ void divergent_collective(Args a) {
     const unsigned t = threadIdx.x;
     float x = load_global(a.in + t);
-    if (broken && t % 32 >= 16)
-        x += __shfl_xor_sync(0xffffffff, x, 1);                           //! divergent_collective
-    else
-        x += __shfl_xor_sync(0xffffffff, x, 1);                           //! divergent_collective
+    if (broken && t % 32 >= 16) x += __shfl_xor_sync(0xffffffff, x, 1);  //! divergent_collective
+    else x += __shfl_xor_sync(0xffffffff, x, 1);                         //! divergent_collective
     store_global(a.out + t, x);
 }
 
@@ -84,16 +82,16 @@ template <bool broken> __global__ void divergent_mask(Args a) {
 
 template <bool broken> __global__ void divergent_barrier(Args a) {
     const unsigned t = threadIdx.x;
-    if (broken && t % 2) __syncthreads();                                 //! divergent_barrier
-    else __syncthreads();                                                 //! divergent_barrier
+    if (broken && t % 2) __syncthreads();  //! divergent_barrier
+    else __syncthreads();                  //! divergent_barrier
     store_global(a.out + t, 1.0f);
 }
 
 template <bool broken> __global__ void collective_and_barrier(Args a) {
     const unsigned t = threadIdx.x;
-    if (broken && t == 5) __syncthreads();                                //! collective_and_barrier
-    __syncwarp();                                                         //! collective_and_barrier
-    if (!broken || t != 5) __syncthreads();                               //! collective_and_barrier
+    if (broken && t == 5) __syncthreads();   //! collective_and_barrier
+    __syncwarp();                            //! collective_and_barrier
+    if (!broken || t != 5) __syncthreads();  //! collective_and_barrier
     store_global(a.out + t, 1.0f);
 }
 
@@ -101,28 +99,28 @@ template <bool broken> __global__ void shuffle_from_outsider(Args a) {
     const unsigned t = threadIdx.x;
     if (t % 32 < 16) {
         const float x = load_global(a.in + t);
-        const float y = __shfl_xor_sync(0xffff, x, broken ? 16 : 8);      //! shuffle_from_outsider
+        const float y = __shfl_xor_sync(0xffff, x, broken ? 16 : 8);  //! shuffle_from_outsider
         store_global(a.out + t, y);
     }
 }
 
 template <bool broken> __global__ void outside_its_mask(Args a) {
     const unsigned t = threadIdx.x, mask = broken ? 0x0fffffff : 0xffffffff;
-    const unsigned votes = __ballot_sync(mask, t % 2);                    //! outside_its_mask
+    const unsigned votes = __ballot_sync(mask, t % 2);  //! outside_its_mask
     store_global(a.out + t, static_cast<float>(votes));
 }
 
 template <bool broken> __global__ void two_on_a_line(Args a) {
     const unsigned t = threadIdx.x;
     const bool down = broken && t % 2;
-    const bool any = down ? __any_sync(~0u, 1) : __all_sync(~0u, 1);      //! two_on_a_line
+    const bool any = down ? __any_sync(~0u, 1) : __all_sync(~0u, 1);  //! two_on_a_line
     store_global(a.out + t, any);
 }
 
 template <bool broken> __global__ void exited_lane(Args a) {
     const unsigned t = threadIdx.x;
     if (broken && t == 40) return;
-    if (t == 40 || t == 41) __syncwarp(0x300);                            //! exited_lane
+    if (t == 40 || t == 41) __syncwarp(0x300);  //! exited_lane
     __syncthreads();
     store_global(a.out + t, 1.0f);
 }
@@ -130,23 +128,23 @@ template <bool broken> __global__ void exited_lane(Args a) {
 // 40 threads: the second warp has 8 lanes.
 template <bool broken> __global__ void partial_warp(Args a) {
     const unsigned t = threadIdx.x, mask = broken || t < 32 ? 0xffffffff : 0xff;
-    store_global(a.out + t, __shfl_xor_sync(mask, 1.0f, 2));              //! partial_warp
+    store_global(a.out + t, __shfl_xor_sync(mask, 1.0f, 2));  //! partial_warp
 }
 
 template <bool broken> __global__ void barrier_counts(Args a) {
-    named_barrier(1, broken && threadIdx.x < 32 ? 96 : 64);               //! barrier_counts
+    named_barrier(1, broken && threadIdx.x < 32 ? 96 : 64);  //! barrier_counts
     store_global(a.out + threadIdx.x, 1.0f);
 }
 
 template <bool broken> __global__ void barrier_after_exit(Args a) {
     if (broken && threadIdx.x >= 32) return;
-    __syncthreads();                                                      //! barrier_after_exit
+    __syncthreads();  //! barrier_after_exit
     store_global(a.out + threadIdx.x, 1.0f);
 }
 
 template <bool broken> __global__ void deadlock(Args a) {
     const bool first = threadIdx.x < 32;
-    named_barrier(broken && first ? 2 : 1, 64);                           //! deadlock
+    named_barrier(broken && first ? 2 : 1, 64);  //! deadlock
     named_barrier(broken && first ? 1 : 2, 64);
     store_global(a.out + threadIdx.x, 1.0f);
 }
@@ -157,7 +155,7 @@ template <bool broken> __global__ void uninitialised_shared(Args a) {
     const unsigned t = threadIdx.x;
     if (!broken || t != 7 || blockIdx.x != 2) store_shared(shared + t, 0.0f);
     __syncthreads();
-    const float x = load_shared(shared + (t + 1) % 64);                   //! uninitialised_shared
+    const float x = load_shared(shared + (t + 1) % 64);  //! uninitialised_shared
     store_global(a.out + blockIdx.x * 64 + t, x);
 }
 
@@ -166,13 +164,13 @@ template <bool broken> __global__ void uninitialised_global(Args a) {
     const unsigned t = threadIdx.x;
     if (!broken && t < 32) store_global(cast<float2>(sums) + t, float2{});
     __syncthreads();
-    if (t < 32) add_two(sums + t * 2, 1.0f, 2.0f);                        //! uninitialised_global
+    if (t < 32) add_two(sums + t * 2, 1.0f, 2.0f);  //! uninitialised_global
 }
 
 template <bool broken> __global__ void misaligned_copy(Args a) {
     const unsigned t = threadIdx.x;
     const auto from = cast<const char>(a.in) + t * 16 + (broken ? 4 : 0);
-    cp_async16(shared_memory() + t * 16, from, t < 63);                   //! misaligned_copy
+    cp_async16(shared_memory() + t * 16, from, t < 63);  //! misaligned_copy
     cp_async_commit();
     cp_async_wait<0>();
     store_global(a.out + t, load_shared(cast<float>(shared_memory()) + t * 4));
@@ -180,11 +178,11 @@ template <bool broken> __global__ void misaligned_copy(Args a) {
 
 template <bool broken> __global__ void store_to_input(Args a) {
     const auto in = const_cast<float*>(a.in.unchecked());
-    store_global(broken ? Global<float>(in) : a.out, 1.0f);               //! store_to_input
+    store_global(broken ? Global<float>(in) : a.out, 1.0f);  //! store_to_input
 }
 
 template <bool broken> __global__ void trap(Args a) {
-    trap_unless(!broken || load_global(a.in + threadIdx.x) < 63);         //! trap
+    trap_unless(!broken || load_global(a.in + threadIdx.x) < 63);  //! trap
 }
 
 template <bool broken> __global__ void runaway(Args a) {
@@ -193,5 +191,5 @@ template <bool broken> __global__ void runaway(Args a) {
 
 template <bool broken> __global__ void runaway_votes(Args a) {
     const float x = load_global(a.in + threadIdx.x);
-    while (__any_sync(0xffffffff, broken || x < 0)) continue;             //! runaway_votes
+    while (__any_sync(0xffffffff, broken || x < 0)) continue;  //! runaway_votes
 }

@@ -68,8 +68,8 @@ private:
 class Stacks {
 public:
     explicit Stacks(size_t count) : count(count) {
-        void* memory = mmap(nullptr, count * stride, PROT_READ | PROT_WRITE,
-                            MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+        void* memory =
+            mmap(nullptr, count * stride, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
         if (memory == MAP_FAILED) throw std::bad_alloc();
         base = static_cast<char*>(memory);
         for (size_t i = 0; i < count; ++i) mprotect(base + i * stride, page, PROT_NONE);

@@ -10,14 +10,10 @@
 namespace simt {
 
 // "setmaxnreg": registers are plenty here.
-template <int COUNT>
-void release_registers() {
+template <int COUNT> void release_registers() {
     static_assert(COUNT % 8 == 0 && COUNT >= 24 && COUNT <= 256, "what setmaxnreg takes");
 }
-template <int COUNT>
-void acquire_registers() {
-    release_registers<COUNT>();
-}
+template <int COUNT> void acquire_registers() { release_registers<COUNT>(); }
 
 }  // namespace simt
 

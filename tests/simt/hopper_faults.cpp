@@ -10,17 +10,18 @@
 using namespace reap::cuda;
 
 struct Args {
-    Global<const char> in;     // 8 rows of 64 bf16, all 1
-    Global<float> out;         // 128 floats, zeros
-    TensorMap map, beyond;     // of `in`, boxes of 8 rows; the same with 9 rows in the tensor
+    Global<const char> in;  // 8 rows of 64 bf16, all 1
+    Global<float> out;      // 128 floats, zeros
+    TensorMap map, beyond;  // of `in`, boxes of 8 rows; the same with 9 rows in the tensor
 };
 
-constexpr int BOX = 1024, BARRIERS = 40 << 10;   // bytes of a box, where the mbarriers are
+constexpr int BOX = 1024, BARRIERS = 40 << 10;  // bytes of a box, where the mbarriers are
 const int origin[2] = {0, 0};
 
 inline Shared<uint64_t> barrier(int n) { return cast<uint64_t>(shared_memory() + BARRIERS) + n; }
 inline void wait(Shared<uint64_t> mbarrier, uint32_t parity, simt::Site site = simt::Site::here()) {
-    while (!mbarrier_try_wait(mbarrier, parity, site)) {}
+    while (!mbarrier_try_wait(mbarrier, parity, site)) {
+    }
 }
 inline void make(int n, int arrivals) {
     if (threadIdx.x == 0) {
@@ -29,8 +30,8 @@ inline void make(int n, int arrivals) {
     }
     __syncthreads();
 }
-inline float first_of(Shared<char> box) {   // of this thread's chunk
-    const uint4 chunk = load_shared(cast<uint4>(box) + threadIdx.x % 64);   //! wrong_phase
+inline float first_of(Shared<char> box) {                                  // of this thread's chunk
+    const uint4 chunk = load_shared(cast<uint4>(box) + threadIdx.x % 64);  //! wrong_phase
     return simt::bf16_to_float(static_cast<uint16_t>(chunk.x));
 }
 inline void put(Args& a, float value) { store_global(a.out + threadIdx.x, value); }
@@ -43,25 +44,25 @@ template <bool broken> __global__ void never_made(Args) {
         else mbarrier_init(barrier(0), 32);
     }
     __syncthreads();
-    mbarrier_arrive(barrier(0));                                   //! never_made
+    mbarrier_arrive(barrier(0));  //! never_made
 }
 
 template <bool broken> __global__ void made_twice(Args) {
     make(1, 32);
-    if (threadIdx.x == 0) mbarrier_init(barrier(broken ? 0 : 1), 32);   //! made_twice
+    if (threadIdx.x == 0) mbarrier_init(barrier(broken ? 0 : 1), 32);  //! made_twice
 }
 
 template <bool broken> __global__ void arrival_too_many(Args) {
     make(1, 1);
     if (threadIdx.x != 0) return;
     mbarrier_arrive_expect(barrier(0), broken ? 16 : 0);
-    mbarrier_arrive(barrier(0));                                   //! arrival_too_many
+    mbarrier_arrive(barrier(0));  //! arrival_too_many
 }
 
 template <bool broken> __global__ void arrival_too_few(Args) {
     make(1, 32);
     if (!broken || threadIdx.x != 7) mbarrier_arrive(barrier(0));
-    wait(barrier(0), 0);                                           //! arrival_too_few
+    wait(barrier(0), 0);  //! arrival_too_few
 }
 
 template <bool broken> __global__ void bytes_that_never_come(Args a) {
@@ -70,7 +71,7 @@ template <bool broken> __global__ void bytes_that_never_come(Args a) {
         mbarrier_arrive_expect(barrier(0), BOX + (broken ? 16 : 0));
         tma_load(shared_memory(), a.map, barrier(0), origin);
     }
-    wait(barrier(0), 0);                                           //! bytes_that_never_come
+    wait(barrier(0), 0);  //! bytes_that_never_come
 }
 
 template <bool broken> __global__ void wrong_phase(Args a) {
@@ -78,7 +79,7 @@ template <bool broken> __global__ void wrong_phase(Args a) {
     make(1, 1);
     if (threadIdx.x == 0) {
         mbarrier_arrive_expect(barrier(0), BOX);
-        tma_load(shared_memory(), a.map, barrier(0), origin);      //! wrong_phase
+        tma_load(shared_memory(), a.map, barrier(0), origin);  //! wrong_phase
     }
     wait(barrier(0), broken);
     put(a, first_of(shared_memory()));
@@ -87,7 +88,7 @@ template <bool broken> __global__ void wrong_phase(Args a) {
 template <bool broken> __global__ void no_wait_for_others(Args a) {
     store_shared(cast<float>(shared_memory()) + threadIdx.x, 0.0f);
     make(1, 32);
-    store_shared(cast<float>(shared_memory()) + threadIdx.x, 1.0f);              //! no_wait_for_others
+    store_shared(cast<float>(shared_memory()) + threadIdx.x, 1.0f);  //! no_wait_for_others
     mbarrier_arrive(barrier(0));
     if (!broken) wait(barrier(0), 0);
     put(a, load_shared(cast<float>(shared_memory()) + (threadIdx.x + 1) % 32));  //! no_wait_for_others
@@ -100,12 +101,12 @@ template <bool broken> __global__ void elected_arrival(Args a) {
     store_shared(shared + t, 0.0f);
     make(1, 1);
     if (t < 32) {
-        store_shared(shared + t, 1.0f);                            //! elected_arrival
+        store_shared(shared + t, 1.0f);  //! elected_arrival
         if (!broken) __syncwarp();
         if (t == 0) mbarrier_arrive(barrier(0));
     } else {
         wait(barrier(0), 0);
-        put(a, load_shared(shared + (t - 32)));                    //! elected_arrival
+        put(a, load_shared(shared + (t - 32)));  //! elected_arrival
     }
 }
 
@@ -116,12 +117,12 @@ template <bool broken> __global__ void elected_wait(Args a) {
     store_shared(shared + t, 0.0f);
     make(1, 32);
     if (t < 32) {
-        store_shared(shared + t, 1.0f);                            //! elected_wait
+        store_shared(shared + t, 1.0f);  //! elected_wait
         mbarrier_arrive(barrier(0));
     } else {
         if (t == 32) wait(barrier(0), 0);
         if (!broken) __syncwarp();
-        put(a, load_shared(shared + (t - 32)));                    //! elected_wait
+        put(a, load_shared(shared + (t - 32)));  //! elected_wait
     }
 }
 
@@ -133,7 +134,7 @@ template <bool broken> __global__ void barrier_not_shown(Args a) {
     __syncthreads();
     if (threadIdx.x == 0) {
         mbarrier_arrive_expect(barrier(0), BOX);
-        tma_load(shared_memory(), a.map, barrier(0), origin);      //! barrier_not_shown
+        tma_load(shared_memory(), a.map, barrier(0), origin);  //! barrier_not_shown
     }
     wait(barrier(0), 0);
 }
@@ -142,7 +143,7 @@ template <bool broken> __global__ void box_misaligned(Args a) {
     make(1, 1);
     if (threadIdx.x == 0) {
         mbarrier_arrive_expect(barrier(0), BOX);
-        tma_load(shared_memory() + (broken ? 64 : 128), a.map, barrier(0), origin);   //! box_misaligned
+        tma_load(shared_memory() + (broken ? 64 : 128), a.map, barrier(0), origin);  //! box_misaligned
     }
     wait(barrier(0), 0);
 }
@@ -151,7 +152,7 @@ template <bool broken> __global__ void box_past_shared(Args a) {
     make(1, 1);
     if (threadIdx.x == 0) {
         mbarrier_arrive_expect(barrier(0), BOX);
-        tma_load(shared_memory() + (broken ? 41 << 10 : 39 << 10), a.map, barrier(0), origin);   //! box_past_shared
+        tma_load(shared_memory() + (broken ? 41 << 10 : 39 << 10), a.map, barrier(0), origin);  //! box_past_shared
     }
     wait(barrier(0), 0);
 }
@@ -161,7 +162,7 @@ template <bool broken> __global__ void tensor_past_buffer(Args a) {
     if (threadIdx.x == 0) {
         const int at[2] = {0, 4};
         mbarrier_arrive_expect(barrier(0), BOX);
-        tma_load(shared_memory(), broken ? a.beyond : a.map, barrier(0), at);   //! tensor_past_buffer
+        tma_load(shared_memory(), broken ? a.beyond : a.map, barrier(0), at);  //! tensor_past_buffer
     }
     wait(barrier(0), 0);
 }
@@ -171,7 +172,7 @@ template <bool broken> __global__ void box_over_box(Args a) {
     if (threadIdx.x == 0) {
         mbarrier_arrive_expect(barrier(0), 2 * BOX);
         tma_load(shared_memory(), a.map, barrier(0), origin);
-        tma_load(shared_memory() + (broken ? BOX / 2 : BOX), a.map, barrier(0), origin);   //! box_over_box
+        tma_load(shared_memory() + (broken ? BOX / 2 : BOX), a.map, barrier(0), origin);  //! box_over_box
     }
     wait(barrier(0), 0);
 }
@@ -187,7 +188,7 @@ template <bool broken> __global__ void box_over_readers(Args a) {
     if (!broken) __syncthreads();
     if (threadIdx.x == 0) {
         mbarrier_arrive_expect(barrier(1), BOX);
-        tma_load(shared_memory(), a.map, barrier(1), origin);      //! box_over_readers
+        tma_load(shared_memory(), a.map, barrier(1), origin);  //! box_over_readers
     }
     wait(barrier(1), 0);
 }
@@ -206,23 +207,23 @@ template <bool broken> __global__ void box_after_the_end(Args a) {
 template <bool broken> __global__ void signal_before_copy(Args a) {
     make(1, 64);
     if (broken) cp_async_mbarrier_arrive(barrier(0));
-    cp_async16(shared_memory() + threadIdx.x * 16, a.in + threadIdx.x * 16, true);   //! signal_before_copy
+    cp_async16(shared_memory() + threadIdx.x * 16, a.in + threadIdx.x * 16, true);  //! signal_before_copy
     if (!broken) cp_async_mbarrier_arrive(barrier(0));
     wait(barrier(0), 0);
-    const uint4 chunk = load_shared(cast<uint4>(shared_memory()) + (threadIdx.x + 1) % 64);   //! signal_before_copy
+    const uint4 chunk = load_shared(cast<uint4>(shared_memory()) + (threadIdx.x + 1) % 64);  //! signal_before_copy
     put(a, simt::bf16_to_float(static_cast<uint16_t>(chunk.x)));
 }
 
 template <bool broken> __global__ void thread_ends_first(Args a) {
     make(1, 64);
-    cp_async16(shared_memory() + threadIdx.x * 16, a.in + threadIdx.x * 16, true);   //! thread_ends_first
+    cp_async16(shared_memory() + threadIdx.x * 16, a.in + threadIdx.x * 16, true);  //! thread_ends_first
     cp_async_mbarrier_arrive(barrier(0));
     if (!broken || threadIdx.x >= 32) wait(barrier(0), 0);
 }
 
 // --- wgmma ---
 
-constexpr int A = 0, B = 8 << 10;   // [64, 64] and [256, 64] bf16, all 1
+constexpr int A = 0, B = 8 << 10;  // [64, 64] and [256, 64] bf16, all 1
 
 inline uint64_t rows_at(int offset) { return uint64_t{1} << 62 | uint64_t{64} << 32 | offset >> 4; }
 
@@ -239,7 +240,7 @@ template <bool before, bool after> void multiply_after(Args& a) {
     __syncthreads();
     float d[4][8][4];
     wgmma_fence();
-    wgmma_m64n256k16<bf16, false>(d, rows_at(A), rows_at(B), false);   //! unfenced_stores early_fence
+    wgmma_m64n256k16<bf16, false>(d, rows_at(A), rows_at(B), false);  //! unfenced_stores early_fence
     wgmma_commit();
     wgmma_wait<0>();
     put(a, d[0][0][0]);
@@ -250,14 +251,13 @@ template <bool broken> __global__ void early_fence(Args a) { multiply_after<brok
 // The operands by cp.async: who waits for them fences.
 template <bool broken> __global__ void unfenced_copies(Args a) {
     make(1, 128);
-    for (int i = threadIdx.x; i < 2560; i += blockDim.x)
-        cp_async16(shared_memory() + i * 16, a.in + i % 64 * 16, true);
+    for (int i = threadIdx.x; i < 2560; i += blockDim.x) cp_async16(shared_memory() + i * 16, a.in + i % 64 * 16, true);
     cp_async_mbarrier_arrive(barrier(0));
     wait(barrier(0), 0);
     if (!broken) fence_proxy_async();
     float d[4][8][4];
     wgmma_fence();
-    wgmma_m64n256k16<bf16, false>(d, rows_at(A), rows_at(B), false);   //! unfenced_copies
+    wgmma_m64n256k16<bf16, false>(d, rows_at(A), rows_at(B), false);  //! unfenced_copies
     wgmma_commit();
     wgmma_wait<0>();
     put(a, d[0][0][0]);
@@ -274,15 +274,18 @@ template <Mistake mistake> void multiply_twice(Args& a) {
     const uint64_t left = mistake == no_swizzle ? rows_at(A) << 2 >> 2 : rows_at(odd ? A + 32 : A);
     float d[4][8][4] = {};
     if (mistake != no_fence) wgmma_fence();
-    wgmma_m64n256k16<bf16, false>(d, left, rows_at(mistake == past_b ? B + 2048 : B), false);   //! missing_wgmma_fence lanes_differ warps_differ no_swizzle_mode unwritten_operand
+    wgmma_m64n256k16<bf16, false>(
+        d, left, rows_at(mistake == past_b ? B + 2048 : B),
+        false);  //! missing_wgmma_fence lanes_differ warps_differ no_swizzle_mode unwritten_operand
     wgmma_commit();
     if (mistake == touch) d[3][7][3] = 0;
-    wgmma_m64n256k16<bf16, false>(d, rows_at(A + 32), rows_at(B + 32), true);   //! touched_in_flight
+    wgmma_m64n256k16<bf16, false>(d, rows_at(A + 32), rows_at(B + 32), true);  //! touched_in_flight
     wgmma_commit();
     if (mistake == short_wait) wgmma_wait<1>();
     else if (mistake != no_wait) wgmma_wait<0>();
     __syncthreads();
-    if (threadIdx.x == 0) store_shared(cast<float>(shared_memory() + (B + 32)), 2.0f);   //! missing_wgmma_wait short_wgmma_wait
+    if (threadIdx.x == 0)
+        store_shared(cast<float>(shared_memory() + (B + 32)), 2.0f);  //! missing_wgmma_wait short_wgmma_wait
     put(a, d[3][7][3]);
 }
 template <bool broken> __global__ void missing_wgmma_fence(Args a) { multiply_twice<broken ? no_fence : none>(a); }
@@ -304,7 +307,7 @@ template <bool broken> __global__ void released_too_soon(Args a) {
         if (threadIdx.x != 128) return;
         wait(barrier(0), 0);
         mbarrier_arrive_expect(barrier(1), BOX);
-        tma_load(shared_memory(), a.map, barrier(1), origin);   //! released_too_soon
+        tma_load(shared_memory(), a.map, barrier(1), origin);  //! released_too_soon
         return;
     }
     float d[4][8][4];
@@ -328,15 +331,25 @@ template <bool broken> __global__ void half_a_warpgroup(Args a) {
     wgmma_fence();
     wgmma_m64n256k16<bf16, false>(d, rows_at(A), rows_at(B), false);
     wgmma_commit();
-    wgmma_wait<0>();                                               //! half_a_warpgroup
+    wgmma_wait<0>();  //! half_a_warpgroup
     put(a, d[0][0][0]);
 }
 
 // --- bulk copies to global memory ---
 
 enum Slip {
-    fine, no_proxy_fence, no_meeting, no_read_wait, no_return, half_a_chunk, odd_source, odd_target,
-    past_target, past_source, to_input, from_nothing
+    fine,
+    no_proxy_fence,
+    no_meeting,
+    no_read_wait,
+    no_return,
+    half_a_chunk,
+    odd_source,
+    odd_target,
+    past_target,
+    past_source,
+    to_input,
+    from_nothing
 };
 
 // Lane i writes 16 bytes of ones, and adds those of the next lane to its own of `out`; twice, in the same
@@ -350,11 +363,14 @@ template <Slip slip> void add_twice(Args& a) {
     if (slip == past_target) target = target + 228;
     if (slip == to_input) target = reinterpret_cast<float*>(const_cast<char*>(a.in.unchecked()));
     for (int round = 0; round < 2; ++round) {
-        if (slip != from_nothing || threadIdx.x % 2) store_shared(mine, float4{1, 1, 1, 1});   //! bulk_unmet bulk_overwritten bulk_met_too_late
+        if (slip != from_nothing || threadIdx.x % 2)
+            store_shared(mine, float4{1, 1, 1, 1});  //! bulk_unmet bulk_overwritten bulk_met_too_late
         if (slip != no_proxy_fence) fence_proxy_async();
         if (slip != no_meeting || round == 0) __syncwarp();
         const Shared<float> from(source);
-        bulk_add(target, from, bytes);   //! bulk_unfenced bulk_unmet bulk_met_too_late bulk_half_a_chunk bulk_odd_source bulk_odd_target bulk_past_target bulk_past_source bulk_to_input bulk_from_nothing
+        bulk_add(target, from,
+                 bytes);  //! bulk_unfenced bulk_unmet bulk_met_too_late bulk_half_a_chunk bulk_odd_source
+                          //! bulk_odd_target bulk_past_target bulk_past_source bulk_to_input bulk_from_nothing
         bulk_commit();
         if (slip != no_read_wait || round == 1) bulk_wait_read();
         if (slip != no_return) __syncwarp();
@@ -376,7 +392,8 @@ template <bool broken> __global__ void bulk_from_nothing(Args a) { add_twice<bro
 template <bool commits, bool waits> void copy_once(Args& a) {
     store_shared(cast<float4>(shared_memory()) + threadIdx.x, float4{1, 1, 1, 1});
     fence_proxy_async();
-    bulk_store(a.out + 4 * threadIdx.x, cast<float>(shared_memory()) + 4 * threadIdx.x, 16);   //! bulk_not_committed bulk_not_waited
+    bulk_store(a.out + 4 * threadIdx.x, cast<float>(shared_memory()) + 4 * threadIdx.x,
+               16);  //! bulk_not_committed bulk_not_waited
     if (commits) bulk_commit();
     if (waits) bulk_wait_read();
 }
@@ -385,7 +402,7 @@ template <bool broken> __global__ void bulk_not_waited(Args a) { copy_once<true,
 
 struct Case {
     const char* name;
-    void (*kernels[2])(Args);   // healthy, broken
+    void (*kernels[2])(Args);  // healthy, broken
     unsigned threads;
 };
 
@@ -447,21 +464,18 @@ void run(const Case& test, bool broken, uint64_t seed, bool eager) {
     emulator.add_buffer("in", in, sizeof(in), false);
     emulator.add_buffer("out", out.data(), out.size() * sizeof(float), true);
     const Global<const char> data = reinterpret_cast<const char*>(in);
-    const auto map = [&](int64_t rows) {
-        return make_tensor_map(TensorBox{data, 2, {64, rows}, {1, 64}, {64, 8}});
-    };
+    const auto map = [&](int64_t rows) { return make_tensor_map(TensorBox{data, 2, {64, rows}, {1, 64}, {64, 8}}); };
     std::string kind = "clean", what = "\t";
     try {
-        emulator.launch(test.kernels[broken], 1, test.threads, BARRIERS + 1024,
-                        Args{data, out.data(), map(8), map(9)});
+        emulator.launch(test.kernels[broken], 1, test.threads, BARRIERS + 1024, Args{data, out.data(), map(8), map(9)});
     } catch (const simt::Fault& fault) {
         kind = name(fault.kind);
         what = fault.site.text() + "\t" + fault.what();
     }
     double sum = 0;
     for (float x : out) sum += x;
-    std::printf("%s\t%d\t%d\t%s\t%g\t%s\t%s\n", test.name, broken, static_cast<int>(seed),
-                eager ? "eager" : "lazy", sum, kind.c_str(), what.c_str());
+    std::printf("%s\t%d\t%d\t%s\t%g\t%s\t%s\n", test.name, broken, static_cast<int>(seed), eager ? "eager" : "lazy",
+                sum, kind.c_str(), what.c_str());
 }
 
 int main() {

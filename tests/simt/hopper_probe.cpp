@@ -12,14 +12,12 @@
 
 using namespace reap::cuda;
 
-template <typename T>
-std::vector<T> read(size_t count) {
+template <typename T> std::vector<T> read(size_t count) {
     std::vector<T> items(count);
     if (std::fread(items.data(), sizeof(T), count, stdin) != count) throw std::runtime_error("short input");
     return items;
 }
-template <typename T>
-void write(const std::vector<T>& items) {
+template <typename T> void write(const std::vector<T>& items) {
     std::fwrite(items.data(), sizeof(T), items.size(), stdout);
 }
 
@@ -40,7 +38,8 @@ template <int RANK> __global__ void load_box(Box args) {
         tma_load(shared_memory(), args.map, barrier, at);
     }
     __syncthreads();
-    while (!mbarrier_try_wait(barrier, 0)) {}
+    while (!mbarrier_try_wait(barrier, 0)) {
+    }
     for (int i = threadIdx.x; i < args.bytes / 16; i += 32)
         store_global(args.image + i, load_shared(cast<uint4>(shared_memory()) + i));
 }

@@ -18,12 +18,12 @@ namespace simt {
 
 struct Mbarrier {
     uint32_t expected = 0, pending = 0;
-    int64_t bytes = 0;             // announced and not copied yet; below 0: copied, not announced
-    uint32_t phase = 0;            // the one that is going on, from 0
-    uint32_t maker = 0;            // thread
-    bool shown = false;            // to TMA, by a fence of the maker
-    uint32_t engine = 0;           // stamps of TMA; the next one: of cp.async
-    View arrivals, released;       // what is known of this phase, and of those that are over
+    int64_t bytes = 0;        // announced and not copied yet; below 0: copied, not announced
+    uint32_t phase = 0;       // the one that is going on, from 0
+    uint32_t maker = 0;       // thread
+    bool shown = false;       // to TMA, by a fence of the maker
+    uint32_t engine = 0;      // stamps of TMA; the next one: of cp.async
+    View arrivals, released;  // what is known of this phase, and of those that are over
 
     void complete_if_done(Block& block) {
         if (pending != 0 || bytes != 0) return;
@@ -34,14 +34,14 @@ struct Mbarrier {
         arrivals.engines[engine + 1].fill(phase);
         released.join(arrivals, 0, block.threads);
         arrivals = View();
-        arrivals.thread = MAX_ENGINES + MAX_THREADS;   // nobody
+        arrivals.thread = MAX_ENGINES + MAX_THREADS;  // nobody
     }
 };
 
 // What a thread's fences have shown.
 struct Fences {
-    std::vector<uint32_t> times;   // of its own earlier writes
-    View last;                     // of the writes that it knew of at its last fence
+    std::vector<uint32_t> times;  // of its own earlier writes
+    View last;                    // of the writes that it knew of at its last fence
     bool any = false;
 };
 
@@ -49,16 +49,16 @@ struct Engine {
     bool async_proxy;
 };
 
-struct WarpMultiplier;   // wgmma.h
+struct WarpMultiplier;  // wgmma.h
 struct GroupMultiplier;
 
 // What Hopper's instructions remember about a block.
 struct Hopper {
-    std::map<int64_t, Mbarrier> mbarriers;   // by offset in shared memory
-    std::vector<Fences> fences;              // by thread
+    std::map<int64_t, Mbarrier> mbarriers;  // by offset in shared memory
+    std::vector<Fences> fences;             // by thread
     std::vector<Engine> engines;
     std::map<uint32_t, std::shared_ptr<WarpMultiplier>> warps;
-    std::map<uint32_t, std::shared_ptr<GroupMultiplier>> groups;   // of four warps
+    std::map<uint32_t, std::shared_ptr<GroupMultiplier>> groups;  // of four warps
 
     explicit Hopper(uint32_t threads) : fences(threads) {}
 
@@ -103,16 +103,14 @@ inline Mbarrier& mbarrier(Shared<uint64_t> barrier, Site site) {
     check_shared<Use::load>(barrier.offset(), 8, *running, site);
     const auto found = hopper().mbarriers.find(barrier.offset());
     if (found == hopper().mbarriers.end())
-        here().fail(Kind::mbarrier, site, *running, shared_address(barrier.offset()),
-                    "no mbarrier was made here");
+        here().fail(Kind::mbarrier, site, *running, shared_address(barrier.offset()), "no mbarrier was made here");
     return found->second;
 }
 
 inline void arrive(Mbarrier& mbarrier, Block& block, const Lane& lane, Site site) {
     if (mbarrier.pending == 0)
         block.fail(Kind::mbarrier, site, lane, "",
-                   "more than the " + std::to_string(mbarrier.expected) +
-                       " arrivals that a phase expects");
+                   "more than the " + std::to_string(mbarrier.expected) + " arrivals that a phase expects");
     --mbarrier.pending;
     mbarrier.complete_if_done(block);
 }
@@ -137,8 +135,7 @@ inline void mbarrier_init(Shared<uint64_t> barrier, int arrivals, Site site = Si
 
 // "membar / fence": .proxy.async, and .mbarrier_init, which is one for mbarriers alone.
 inline void fence_mbarrier_init() {
-    for (auto& [offset, mbarrier] : hopper().mbarriers)
-        mbarrier.shown |= mbarrier.maker == running->view.thread;
+    for (auto& [offset, mbarrier] : hopper().mbarriers) mbarrier.shown |= mbarrier.maker == running->view.thread;
 }
 inline void fence_proxy_async() {
     fence_mbarrier_init();
@@ -170,7 +167,7 @@ inline void cp_async_mbarrier_arrive(Shared<uint64_t> barrier, Site site = Site:
     Block& block = *me.block;
     Mbarrier& mbarrier = detail::mbarrier(barrier, site);
     const Stamp now = detail::engine_stamp(mbarrier.engine + 1, mbarrier.phase + 1, site);
-    const auto first = [&me] { return me.started - me.copies.size(); };   // before the oldest
+    const auto first = [&me] { return me.started - me.copies.size(); };  // before the oldest
     for (uint64_t i = std::max(first(), me.signalled); i < me.started; ++i)
         block.shared_shadow.touch<&Cell::note_write>(me.copies[i - first()].offset, 16, me.view, now);
     me.signalled = me.started;

@@ -23,8 +23,8 @@ namespace {
 
 struct Settings {
     simt::Options options;
-    size_t cache_bytes = 0;    // of the modelled L2 cache; 0: none
-    size_t together = 1;       // blocks that run at a time, for that model
+    size_t cache_bytes = 0;  // of the modelled L2 cache; 0: none
+    size_t together = 1;     // blocks that run at a time, for that model
 };
 thread_local Settings settings;
 thread_local py::dict* counted = nullptr;
@@ -68,7 +68,7 @@ struct Launcher {
     simt::Emulator& emulator;
     simt::Cache* cache;
     std::vector<std::string> names;
-    std::vector<uint64_t> fetched, written;   // bytes past the cache up to the end of each launch
+    std::vector<uint64_t> fetched, written;  // bytes past the cache up to the end of each launch
 
     template <class Args>
     void operator()(const char* name, void (*kernel)(Args), int64_t blocks, int threads, int shared_bytes, Args args) {
@@ -76,8 +76,8 @@ struct Launcher {
         std::vector<std::vector<simt::Access>> seen(cache ? blocks : 0);
         if (cache)
             emulator.options.watch = [&](const simt::GlobalAccess& access) {
-                seen[access.block.x].push_back({access.address, access.bytes, access.use != simt::Use::store,
-                                                access.use != simt::Use::load});
+                seen[access.block.x].push_back(
+                    {access.address, access.bytes, access.use != simt::Use::store, access.use != simt::Use::load});
             };
         emulator.launch(kernel, blocks, threads, shared_bytes, args);
         if (!cache) return;
@@ -114,10 +114,8 @@ py::dict run(const Layer& layer, char* workspace) {
     Launcher launcher{emulator, settings.cache_bytes ? &cache : nullptr, {}, {}, {}};
     {
         py::gil_scoped_release release;
-        if (layer.wgmma)
-            cuda::sm90::run_layer(launcher, layer, workspace);
-        else
-            cuda::run_layer(launcher, layer, workspace);
+        if (layer.wgmma) cuda::sm90::run_layer(launcher, layer, workspace);
+        else cuda::run_layer(launcher, layer, workspace);
         cache.write_back();
         if (launcher.cache) launcher.written.back() = cache.written;
     }
@@ -144,8 +142,8 @@ PYBIND11_MODULE(MODULE, m) {
             cuda::mutant = mutant;
         },
         py::kw_only(), py::arg("seed") = 0, py::arg("eager") = false, py::arg("profile") = false,
-        py::arg("shared_limit") = 99 << 10, py::arg("access_limit") = 1 << 24,
-        py::arg("cache_bytes") = 0, py::arg("together") = 1, py::arg("mutant") = 0);
+        py::arg("shared_limit") = 99 << 10, py::arg("access_limit") = 1 << 24, py::arg("cache_bytes") = 0,
+        py::arg("together") = 1, py::arg("mutant") = 0);
     m.def(
         "workspace_bytes", [](std::string_view layer) { return cuda::workspace_size(read_layer(layer)); },
         py::arg("layer"));

@@ -16,15 +16,15 @@ namespace simt {
 
 // Who a stamp names: a thread of the block, or several.
 constexpr uint32_t MAX_THREADS = 1024;
-constexpr uint32_t SEVERAL_IN_WARP = 1024;   // + warp
-constexpr uint32_t SEVERAL_WARPS = 1056;     // atomic additions that a barrier of all ends,
-constexpr uint32_t SEVERAL_BLOCKS = 1057;    // and those that the launch's end does
-constexpr uint32_t ENGINES = 1058;           // + number: what works beside the threads, see View
+constexpr uint32_t SEVERAL_IN_WARP = 1024;  // + warp
+constexpr uint32_t SEVERAL_WARPS = 1056;    // atomic additions that a barrier of all ends,
+constexpr uint32_t SEVERAL_BLOCKS = 1057;   // and those that the launch's end does
+constexpr uint32_t ENGINES = 1058;          // + number: what works beside the threads, see View
 constexpr uint32_t MAX_ENGINES = 2048 - ENGINES;
 
 struct Stamp {
-    uint64_t block : 26;    // counts all blocks that ran; 0 is "never"
-    uint64_t time : 26;     // synchronisations that the block had seen
+    uint64_t block : 26;  // counts all blocks that ran; 0 is "never"
+    uint64_t time : 26;   // synchronisations that the block had seen
     uint64_t thread : 11;
     uint64_t atomic : 1;
     Site site;
@@ -34,8 +34,8 @@ struct Stamp {
 
 // What one thread knows to be over.
 struct View {
-    uint32_t block = 0;           // this block
-    uint32_t first_block = 0;     // of this launch
+    uint32_t block = 0;        // this block
+    uint32_t first_block = 0;  // of this launch
     uint32_t thread = 0;
     uint32_t everyone = 0;        // times up to here are over for the whole block
     uint32_t my_warp = 0;         // ... and up to here for this thread's warp
@@ -98,7 +98,7 @@ using Crowd = std::array<Stamp, 32>;
 // reads since. Lanes of one warp are merged, as they are where __syncwarp or a barrier follows.
 struct Cell {
     Stamp write, read[2];
-    int32_t crowd = -1;   // index of its Crowd
+    int32_t crowd = -1;  // index of its Crowd
 
     // Each returns the access that races with this one, or null after taking note of this one.
     const Stamp* note_read(const View& view, const Stamp& now, std::vector<Crowd>& crowds) {
@@ -151,8 +151,7 @@ private:
             return true;
         }
         const bool lane = reader.thread < MAX_THREADS && reader.thread / 32 == view.warp();
-        if (reader.block != now.block || !(lane || reader.thread == SEVERAL_IN_WARP + view.warp()))
-            return false;
+        if (reader.block != now.block || !(lane || reader.thread == SEVERAL_IN_WARP + view.warp())) return false;
         reader = now;
         reader.thread = SEVERAL_IN_WARP + view.warp();
         return true;

@@ -11,16 +11,15 @@
 
 using namespace reap::cuda;
 
-template <typename T, size_t n>
-void read(T (&items)[n]) {
+template <typename T, size_t n> void read(T (&items)[n]) {
     if (std::fread(items, sizeof(T), n, stdin) != n) throw std::runtime_error("short input");
 }
-template <typename T, size_t n>
-void write(const T (&items)[n]) {
-    std::fwrite(items, sizeof(T), n, stdout);
-}
+template <typename T, size_t n> void write(const T (&items)[n]) { std::fwrite(items, sizeof(T), n, stdout); }
 
-struct Mma { Global<const uint32_t> a, b; Global<float> d; };
+struct Mma {
+    Global<const uint32_t> a, b;
+    Global<float> d;
+};
 
 template <typename T> __global__ void multiply(Mma args) {
     const unsigned lane = threadIdx.x;
@@ -33,7 +32,11 @@ template <typename T> __global__ void multiply(Mma args) {
     for (unsigned i = 0; i < 4; ++i) store_global(args.d + lane * 4 + i, d[i]);
 }
 
-struct Load { Global<const uint4> image; Global<const int> rows; Global<uint32_t> registers; };
+struct Load {
+    Global<const uint4> image;
+    Global<const int> rows;
+    Global<uint32_t> registers;
+};
 
 template <bool transposed> __global__ void load(Load args) {
     const unsigned lane = threadIdx.x;
@@ -47,7 +50,10 @@ template <bool transposed> __global__ void load(Load args) {
     for (unsigned i = 0; i < 4; ++i) store_global(args.registers + lane * 4 + i, r[i]);
 }
 
-struct Product { Global<const uint4> a, b; Global<float> d; };
+struct Product {
+    Global<const uint4> a, b;
+    Global<float> d;
+};
 
 // Both operands through shared memory, rows of 32 bytes, as the fragments of the engine are loaded.
 template <bool k_rows> __global__ void product(Product args) {
@@ -70,7 +76,10 @@ template <bool k_rows> __global__ void product(Product args) {
     }
 }
 
-struct Exchange { Global<const uint32_t> values; Global<uint32_t> results; };
+struct Exchange {
+    Global<const uint32_t> values;
+    Global<uint32_t> results;
+};
 
 __global__ void exchange(Exchange args) {
     const unsigned lane = threadIdx.x, all = 0xffffffff;
@@ -88,8 +97,7 @@ __global__ void exchange(Exchange args) {
 }
 
 template <typename T> __global__ void loads(Global<const int> offsets) {
-    for (unsigned i = threadIdx.x; i < 1024; i += 32)
-        store_shared(cast<uint4>(shared_memory()) + i, uint4{});
+    for (unsigned i = threadIdx.x; i < 1024; i += 32) store_shared(cast<uint4>(shared_memory()) + i, uint4{});
     __syncwarp();
     load_shared(cast<T>(shared_memory() + load_global(offsets + threadIdx.x)));
 }
@@ -105,8 +113,7 @@ void run_wavefronts(const std::string& bytes) {
     emulator.launch(kernel, 1, 32, 16384, offsets);
     for (const auto& [site, use] : emulator.counters.shared)
         if (use.what == "load")
-            std::printf("%u %u\n", static_cast<unsigned>(use.wavefronts),
-                        static_cast<unsigned>(use.conflicts));
+            std::printf("%u %u\n", static_cast<unsigned>(use.wavefronts), static_cast<unsigned>(use.conflicts));
 }
 
 int main(int count, char** arguments) {
@@ -128,8 +135,7 @@ int main(int count, char** arguments) {
         int rows[32];
         uint32_t registers[128];
         buffer("image", image), buffer("rows", rows), buffer("registers", registers, true);
-        emulator.launch(variant == "trans" ? load<true> : load<false>, 1, 32, 2048,
-                        Load{image, rows, registers});
+        emulator.launch(variant == "trans" ? load<true> : load<false>, 1, 32, 2048, Load{image, rows, registers});
         write(registers);
     } else if (mode == "warp") {
         uint32_t values[32], results[224];
@@ -140,8 +146,7 @@ int main(int count, char** arguments) {
         uint4 a[32], b[32];
         float d[256];
         buffer("a", a), buffer("b", b), buffer("out", d, true);
-        emulator.launch(variant == "KN" ? product<true> : product<false>, 1, 32, 1024,
-                        Product{a, b, d});
+        emulator.launch(variant == "KN" ? product<true> : product<false>, 1, 32, 1024, Product{a, b, d});
         write(d);
     }
 }

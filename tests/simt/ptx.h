@@ -17,14 +17,12 @@ inline void finish_copy(Block& block, const Copy& copy) {
     else std::memset(block.shared + copy.offset, 0, 16);
 }
 
-inline void cp_async16(Shared<char> to, Global<const char> from, bool real,
-                       Site site = Site::here()) {
+inline void cp_async16(Shared<char> to, Global<const char> from, bool real, Site site = Site::here()) {
     Lane& me = *running;
     Block& block = *me.block;
     if (real) detail::check_global<Use::load>(from, 16, site);
     detail::check_shared<Use::store>(to.offset(), 16, me, site);
-    if (block.options.profile)
-        me.warp->requests.add(me.lane, site, "cp.async", static_cast<uint32_t>(to.offset()), 16);
+    if (block.options.profile) me.warp->requests.add(me.lane, site, "cp.async", static_cast<uint32_t>(to.offset()), 16);
     const auto offset = static_cast<size_t>(to.offset());
     me.copies.push_back({offset, real ? from.unchecked() : nullptr, me.group, site});
     ++me.started;
@@ -37,8 +35,7 @@ inline void cp_async16(Shared<char> to, Global<const char> from, bool real,
 inline void cp_async_commit() { ++running->group; }
 
 // "cp.async.wait_group": all but the N newest groups.
-template <int N>
-void cp_async_wait(Site site = Site::here()) {
+template <int N> void cp_async_wait(Site site = Site::here()) {
     Lane& me = *running;
     Block& block = *me.block;
     size_t done = 0;
@@ -57,8 +54,7 @@ struct LoadMatrix {
     uint32_t* registers;
 };
 
-template <bool transposed>
-void load_matrices(Warp& warp, unsigned, void* const* all) {
+template <bool transposed> void load_matrices(Warp& warp, unsigned, void* const* all) {
     Block& block = here();
     Offsets offsets;
     uint16_t matrix[4][8][8];
@@ -102,14 +98,12 @@ struct MultiplyAdd {
     uint32_t b[2];
 };
 
-template <typename T>
-float widen(uint32_t bits) {
+template <typename T> float widen(uint32_t bits) {
     if constexpr (std::is_same_v<T, __half>) return half_to_float(static_cast<uint16_t>(bits));
     else return bf16_to_float(static_cast<uint16_t>(bits));
 }
 
-template <typename T>
-void multiply_add(Warp&, unsigned, void* const* all) {
+template <typename T> void multiply_add(Warp&, unsigned, void* const* all) {
     typedef float Four __attribute__((vector_size(16)));
     float a[16][16];
     alignas(16) float b[16][8], d[16][8];
@@ -142,8 +136,7 @@ void multiply_add(Warp&, unsigned, void* const* all) {
 }
 
 template <typename T>
-void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1,
-                  Site site = Site::here()) {
+void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, Site site = Site::here()) {
     MultiplyAdd mine{d, a, {b0, b1}};
     gather("mma.m16n8k16", site, FULL, mine, multiply_add<T>);
 }
@@ -166,8 +159,7 @@ inline int atom_add(Global<int32_t> p, int x, Site site = Site::here()) {
 
 inline bool has_red_add4() { return here().options.sm >= 90; }
 inline void red_add4(Global<float> p, float4 x, Site site = Site::here()) {
-    if (!has_red_add4())
-        here().fail(Kind::launch, site, *running, "", "red of a vector on a chip older than sm_90");
+    if (!has_red_add4()) here().fail(Kind::launch, site, *running, "", "red of a vector on a chip older than sm_90");
     detail::check_global<Use::atomic>(p, 16, site);
     float* const to = p.unchecked();
     to[0] += x.x, to[1] += x.y, to[2] += x.z, to[3] += x.w;

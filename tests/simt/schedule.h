@@ -74,7 +74,7 @@ inline void Block::lane_main() {
         block.failure = std::current_exception();
     }
     me.fiber.switch_to(*next);
-    std::abort();   // nobody switches to a lane that is over
+    std::abort();  // nobody switches to a lane that is over
 }
 
 inline void Block::exit_lane() {
@@ -142,8 +142,7 @@ inline void Block::gather(const char* what, Site site, unsigned mask, void* argu
     Lane& me = *running;
     Warp& warp = *me.warp;
     count_step(site);
-    if (!(mask & me.bit()))
-        fail(Kind::divergence, site, me, "", std::string(what) + " by a lane outside its mask");
+    if (!(mask & me.bit())) fail(Kind::divergence, site, me, "", std::string(what) + " by a lane outside its mask");
     if (mask & (warp.exited | ~warp.exist))
         fail(Kind::exited_lane, site, me, "",
              std::string(what) + " with a lane in its mask that returned or never was");
@@ -154,8 +153,7 @@ inline void Block::gather(const char* what, Site site, unsigned mask, void* argu
 }
 
 // Run by the last lane to come, for all.
-inline void Block::complete_gather(Site site, unsigned mask,
-                                   void (*collective)(Warp&, unsigned, void* const*)) {
+inline void Block::complete_gather(Site site, unsigned mask, void (*collective)(Warp&, unsigned, void* const*)) {
     Lane& me = *running;
     Warp& warp = *me.warp;
     const char* const what = me.wait.what;
@@ -165,8 +163,8 @@ inline void Block::complete_gather(Site site, unsigned mask,
         const Wait& wait = warp.lanes[i]->wait;
         if (wait.site != site || wait.mask != mask || wait.what != what)
             fail(Kind::divergence, site, me, "",
-                 std::string(what) + " while " + describe(*warp.lanes[i]) + " is at " + wait.what +
-                     " of " + wait.site.text());
+                 std::string(what) + " while " + describe(*warp.lanes[i]) + " is at " + wait.what + " of " +
+                     wait.site.text());
         all[i] = wait.arguments;
     }
     if (options.profile) warp.requests.flush(counters);
@@ -194,8 +192,8 @@ inline void Block::barrier(uint32_t id, uint32_t count, const char* what, Site s
         const bool same_warp = first.warp == me.warp;
         if (barrier.expected != count || ((id == 0 || same_warp) && first.wait.site != site))
             fail(Kind::divergence, site, me, "",
-                 std::string(what) + " while " + describe(first) + " is at " + first.wait.what +
-                     " of " + first.wait.site.text());
+                 std::string(what) + " while " + describe(first) + " is at " + first.wait.what + " of " +
+                     first.wait.site.text());
     }
     barrier.expected = count;
     barrier.arrived.push_back(&me);
@@ -255,21 +253,19 @@ inline void Block::order_warp(Warp& warp, unsigned mask) {
 }
 
 inline std::string Block::block_name() const {
-    return "block (" + std::to_string(index.x) + ", " + std::to_string(index.y) + ", " +
-           std::to_string(index.z) + ")";
+    return "block (" + std::to_string(index.x) + ", " + std::to_string(index.y) + ", " + std::to_string(index.z) + ")";
 }
 
 inline std::string Block::describe(const Lane& lane) const {
     const uint32_t t = lane.view.thread;
-    return block_name() + " thread " + std::to_string(t) + " (warp " + std::to_string(t / 32) +
-           " lane " + std::to_string(t % 32) + ")";
+    return block_name() + " thread " + std::to_string(t) + " (warp " + std::to_string(t / 32) + " lane " +
+           std::to_string(t % 32) + ")";
 }
 
 inline std::string Block::describe(const Stamp& stamp) const {
     std::string who;
     if (stamp.thread < MAX_THREADS) who = "thread " + std::to_string(stamp.thread);
-    else if (stamp.thread < SEVERAL_WARPS)
-        who = "lanes of warp " + std::to_string(stamp.thread - SEVERAL_IN_WARP);
+    else if (stamp.thread < SEVERAL_WARPS) who = "lanes of warp " + std::to_string(stamp.thread - SEVERAL_IN_WARP);
     else if (stamp.thread >= ENGINES) who = "an engine, started";
     else who = "several warps";
     if (stamp.block != running->view.block) who += " of another block";
@@ -288,9 +284,8 @@ inline void Block::stuck() const {
     std::string who;
     std::map<const Warp*, Site> places;
     for (const auto& [place, group] : groups) {
-        who += std::string(who.empty() ? "" : "; ") + place.first + " of " + place.second.text() +
-               " holds " + std::to_string(group.size()) + " threads, first " +
-               std::to_string(group.front()->view.thread);
+        who += std::string(who.empty() ? "" : "; ") + place.first + " of " + place.second.text() + " holds " +
+               std::to_string(group.size()) + " threads, first " + std::to_string(group.front()->view.thread);
         for (const Lane* lane : group) {
             const auto [at, fresh] = places.emplace(lane->warp, place.second);
             diverged |= !fresh && at->second != place.second;
@@ -298,9 +293,7 @@ inline void Block::stuck() const {
     }
     const auto& [place, group] = *groups.begin();
     const bool conditions = group.front()->wait.condition != nullptr;
-    const Kind kind = diverged               ? Kind::divergence
-                      : gone && !conditions ? Kind::exited_lane
-                                            : Kind::deadlock;
+    const Kind kind = diverged ? Kind::divergence : gone && !conditions ? Kind::exited_lane : Kind::deadlock;
     if (gone) who += "; " + std::to_string(threads - live) + " threads returned";
     fail(kind, place.second, *group.front(), "", who);
 }

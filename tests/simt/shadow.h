@@ -15,8 +15,7 @@ constexpr size_t CHUNK = 16, GRANULE = 2;
 
 class Shadow {
 public:
-    Shadow(size_t bytes, bool initialised)
-        : chunks((bytes + CHUNK - 1) / CHUNK, Chunk{initialised}) {}
+    Shadow(size_t bytes, bool initialised) : chunks((bytes + CHUNK - 1) / CHUNK, Chunk{initialised}) {}
 
     // An access is 2 to 16 bytes, aligned to its size: it lies in one chunk.
     bool valid(size_t offset, size_t bytes) const {
@@ -33,8 +32,7 @@ public:
 
     // The racing access, or null; `note` is one of Cell's.
     using Note = const Stamp* (Cell::*)(const View&, const Stamp&, std::vector<Crowd>&);
-    template <Note note>
-    const Stamp* touch(size_t offset, size_t bytes, const View& view, const Stamp& now) {
+    template <Note note> const Stamp* touch(size_t offset, size_t bytes, const View& view, const Stamp& now) {
         Chunk& chunk = chunks[offset / CHUNK];
         if (bytes == CHUNK && chunk.split < 0) return (chunk.whole.*note)(view, now, crowds);
         if (chunk.split < 0) split(chunk);
@@ -49,8 +47,7 @@ public:
     const Stamp& writer(size_t offset) const {
         const Chunk& chunk = chunks[offset / CHUNK];
         const size_t piece = offset % CHUNK / GRANULE;
-        return chunk.split < 0 ? chunk.whole.write
-                               : pieces[static_cast<size_t>(chunk.split)][piece].write;
+        return chunk.split < 0 ? chunk.whole.write : pieces[static_cast<size_t>(chunk.split)][piece].write;
     }
 
     // As new, for the next block.
@@ -62,16 +59,14 @@ public:
 
 private:
     struct Chunk {
-        uint16_t valid;             // a bit per byte
+        uint16_t valid;  // a bit per byte
         bool in_flight = false;
-        int32_t split = -1;         // index of its pieces
+        int32_t split = -1;  // index of its pieces
         Cell whole;
         explicit Chunk(bool valid) : valid(valid ? 0xffff : 0) {}
     };
 
-    static unsigned bits(size_t offset, size_t bytes) {
-        return ((1u << bytes) - 1) << offset % CHUNK;
-    }
+    static unsigned bits(size_t offset, size_t bytes) { return ((1u << bytes) - 1) << offset % CHUNK; }
     void split(Chunk& chunk) {
         chunk.split = static_cast<int32_t>(pieces.size());
         pieces.emplace_back();

@@ -10,12 +10,11 @@ namespace simt {
 struct TensorMap {
     Global<const char> data;
     int rank = 0;
-    int64_t sizes[5], strides[5], box[5];   // fastest first; strides in bytes
+    int64_t sizes[5], strides[5], box[5];  // fastest first; strides in bytes
 };
 
 // What the driver would refuse, and a stride of 0, which its documentation does not mention.
-template <typename Box>
-TensorMap make_tensor_map(const Box& tensor) {
+template <typename Box> TensorMap make_tensor_map(const Box& tensor) {
     const auto refuse = [](const std::string& what) {
         throw Fault(Kind::launch, Site(), "", "", "a tensor map " + what);
     };
@@ -37,10 +36,7 @@ TensorMap make_tensor_map(const Box& tensor) {
 }
 
 // None is kept: a buffer is known only as long as its emulator.
-template <typename Box>
-TensorMap kept_tensor_map(const Box& tensor) {
-    return make_tensor_map(tensor);
-}
+template <typename Box> TensorMap kept_tensor_map(const Box& tensor) { return make_tensor_map(tensor); }
 
 namespace detail {
 

@@ -13,18 +13,32 @@
 #define __launch_bounds__(...)
 #define __align__(n) alignas(n)
 
-struct uint3 { unsigned x, y, z; };
+struct uint3 {
+    unsigned x, y, z;
+};
 struct dim3 {
     unsigned x, y, z;
     constexpr dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
 };
 
-struct alignas(8) float2 { float x, y; };
-struct alignas(16) float4 { float x, y, z, w; };
-struct alignas(8) int2 { int x, y; };
-struct alignas(16) int4 { int x, y, z, w; };
-struct alignas(8) uint2 { unsigned x, y; };
-struct alignas(16) uint4 { unsigned x, y, z, w; };
+struct alignas(8) float2 {
+    float x, y;
+};
+struct alignas(16) float4 {
+    float x, y, z, w;
+};
+struct alignas(8) int2 {
+    int x, y;
+};
+struct alignas(16) int4 {
+    int x, y, z, w;
+};
+struct alignas(8) uint2 {
+    unsigned x, y;
+};
+struct alignas(16) uint4 {
+    unsigned x, y, z, w;
+};
 constexpr float2 make_float2(float x, float y) { return {x, y}; }
 constexpr float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 constexpr int2 make_int2(int x, int y) { return {x, y}; }
@@ -34,8 +48,7 @@ constexpr uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { ret
 
 namespace simt {
 
-template <typename To, typename From>
-To bit_cast(const From& from) {
+template <typename To, typename From> To bit_cast(const From& from) {
     static_assert(sizeof(To) == sizeof(From), "bit_cast between sizes");
     To to;
     std::memcpy(&to, &from, sizeof(To));
@@ -72,10 +85,18 @@ inline uint16_t float_to_half(float value) {
 
 }  // namespace simt
 
-struct __nv_bfloat16 { uint16_t bits; };
-struct __half { uint16_t bits; };
-struct alignas(4) __nv_bfloat162 { __nv_bfloat16 x, y; };
-struct alignas(4) __half2 { __half x, y; };
+struct __nv_bfloat16 {
+    uint16_t bits;
+};
+struct __half {
+    uint16_t bits;
+};
+struct alignas(4) __nv_bfloat162 {
+    __nv_bfloat16 x, y;
+};
+struct alignas(4) __half2 {
+    __half x, y;
+};
 using nv_bfloat16 = __nv_bfloat16;
 using half = __half;
 
@@ -85,15 +106,11 @@ inline __nv_bfloat16 __float2bfloat16(float v) { return __float2bfloat16_rn(v); 
 inline __nv_bfloat162 __floats2bfloat162_rn(float x, float y) {
     return {__float2bfloat16_rn(x), __float2bfloat16_rn(y)};
 }
-inline float2 __bfloat1622float2(__nv_bfloat162 v) {
-    return {__bfloat162float(v.x), __bfloat162float(v.y)};
-}
+inline float2 __bfloat1622float2(__nv_bfloat162 v) { return {__bfloat162float(v.x), __bfloat162float(v.y)}; }
 inline float __half2float(__half v) { return simt::half_to_float(v.bits); }
 inline __half __float2half_rn(float v) { return {simt::float_to_half(v)}; }
 inline __half __float2half(float v) { return __float2half_rn(v); }
-inline __half2 __floats2half2_rn(float x, float y) {
-    return {__float2half_rn(x), __float2half_rn(y)};
-}
+inline __half2 __floats2half2_rn(float x, float y) { return {__float2half_rn(x), __float2half_rn(y)}; }
 inline float2 __half22float2(__half2 v) { return {__half2float(v.x), __half2float(v.y)}; }
 
 inline unsigned __float_as_uint(float v) { return simt::bit_cast<unsigned>(v); }
@@ -107,7 +124,7 @@ inline int __clz(int v) { return v == 0 ? 32 : __builtin_clz(static_cast<unsigne
 
 template <typename T> constexpr T min(T a, T b) { return b < a ? b : a; }
 template <typename T> constexpr T max(T a, T b) { return a < b ? b : a; }
-inline float min(float a, float b) { return fminf(a, b); }   // as on the device: NaN loses
+inline float min(float a, float b) { return fminf(a, b); }  // as on the device: NaN loses
 inline float max(float a, float b) { return fmaxf(a, b); }
 inline float rsqrtf(float v) { return 1.0f / sqrtf(v); }
 inline float __fdividef(float a, float b) { return a / b; }

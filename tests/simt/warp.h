@@ -14,16 +14,14 @@ void gather(const char* what, Site site, unsigned mask, Arguments& mine,
     here().gather(what, site, mask, &mine, collective);
 }
 
-template <typename T>
-struct Shuffle {
+template <typename T> struct Shuffle {
     T value, result;
     int source;
 };
 
 inline int my_lane() { return static_cast<int>(running->lane); }
 
-template <typename T>
-T shuffle(const char* what, Site site, unsigned mask, T value, int source) {
+template <typename T> T shuffle(const char* what, Site site, unsigned mask, T value, int source) {
     static_assert(sizeof(T) == 4 || sizeof(T) == 8, "shuffles move 4 or 8 bytes");
     Shuffle<T> mine{value, value, source};
     gather(what, site, mask, mine, [](Warp& warp, unsigned mask, void* const* all) {
@@ -32,9 +30,9 @@ T shuffle(const char* what, Site site, unsigned mask, T value, int source) {
             auto& to = *static_cast<Shuffle<T>*>(all[i]);
             if (!(mask & 1u << to.source)) {
                 const Wait& wait = warp.lanes[i]->wait;
-                here().fail(Kind::divergence, wait.site, *warp.lanes[i], "",
-                            std::string(wait.what) + " from lane " + std::to_string(to.source) +
-                                ", which takes no part");
+                here().fail(
+                    Kind::divergence, wait.site, *warp.lanes[i], "",
+                    std::string(wait.what) + " from lane " + std::to_string(to.source) + ", which takes no part");
             }
             to.result = static_cast<Shuffle<T>*>(all[to.source])->value;
         }
@@ -82,9 +80,7 @@ inline void __syncwarp(unsigned mask = simt::FULL, simt::Site site = simt::Site:
     // CUDA's default names all lanes; those that a last, partial warp lacks are not meant.
     mask &= simt::running->warp->exist;
     simt::Vote nothing{};
-    const auto order = [](simt::Warp& warp, unsigned mask, void* const*) {
-        simt::here().order_warp(warp, mask);
-    };
+    const auto order = [](simt::Warp& warp, unsigned mask, void* const*) { simt::here().order_warp(warp, mask); };
     simt::gather("__syncwarp", site, mask, nothing, +order);
 }
 
@@ -95,26 +91,22 @@ T __shfl_sync(unsigned mask, T v, int lane, int width = 32, simt::Site site = si
     return simt::shuffle("__shfl_sync", site, mask, v, first | (lane & (width - 1)));
 }
 template <typename T>
-T __shfl_xor_sync(unsigned mask, T v, int bits, int width = 32,
-                  simt::Site site = simt::Site::here()) {
+T __shfl_xor_sync(unsigned mask, T v, int bits, int width = 32, simt::Site site = simt::Site::here()) {
     const int me = simt::my_lane(), first = me & -width, from = me ^ bits;
     return simt::shuffle("__shfl_xor_sync", site, mask, v, from < first + width ? from : me);
 }
 template <typename T>
-T __shfl_up_sync(unsigned mask, T v, unsigned delta, int width = 32,
-                 simt::Site site = simt::Site::here()) {
+T __shfl_up_sync(unsigned mask, T v, unsigned delta, int width = 32, simt::Site site = simt::Site::here()) {
     const int me = simt::my_lane(), first = me & -width, from = me - static_cast<int>(delta);
     return simt::shuffle("__shfl_up_sync", site, mask, v, from >= first ? from : me);
 }
 template <typename T>
-T __shfl_down_sync(unsigned mask, T v, unsigned delta, int width = 32,
-                   simt::Site site = simt::Site::here()) {
+T __shfl_down_sync(unsigned mask, T v, unsigned delta, int width = 32, simt::Site site = simt::Site::here()) {
     const int me = simt::my_lane(), first = me & -width, from = me + static_cast<int>(delta);
     return simt::shuffle("__shfl_down_sync", site, mask, v, from < first + width ? from : me);
 }
 
-inline unsigned __ballot_sync(unsigned mask, int predicate,
-                              simt::Site site = simt::Site::here()) {
+inline unsigned __ballot_sync(unsigned mask, int predicate, simt::Site site = simt::Site::here()) {
     return simt::ballot("__ballot_sync", site, mask, predicate != 0);
 }
 inline int __any_sync(unsigned mask, int predicate, simt::Site site = simt::Site::here()) {
@@ -123,8 +115,7 @@ inline int __any_sync(unsigned mask, int predicate, simt::Site site = simt::Site
 inline int __all_sync(unsigned mask, int predicate, simt::Site site = simt::Site::here()) {
     return simt::ballot("__all_sync", site, mask, predicate != 0) == mask;
 }
-template <typename T>
-unsigned __match_any_sync(unsigned mask, T value, simt::Site site = simt::Site::here()) {
+template <typename T> unsigned __match_any_sync(unsigned mask, T value, simt::Site site = simt::Site::here()) {
     uint64_t bits = 0;
     std::memcpy(&bits, &value, sizeof(T));
     return simt::match("__match_any_sync", site, mask, bits);

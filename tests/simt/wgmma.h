@@ -24,9 +24,8 @@ struct Descriptor {
     // "Strides": atoms of 8 rows of 128 bytes, swizzled. Such a row holds 64 k of a K-major matrix, or
     // 64 rows or columns of an MN-major one.
     size_t element(unsigned mn, unsigned k, bool mn_major) const {
-        const size_t at = mn_major
-                              ? mn / 64 * leading() + k / 8 * stride() + k % 8 * 128 + mn % 64 * 2
-                              : mn / 8 * stride() + mn % 8 * 128 + k * 2;
+        const size_t at = mn_major ? mn / 64 * leading() + k / 8 * stride() + k % 8 * 128 + mn % 64 * 2
+                                   : mn / 8 * stride() + mn % 8 * 128 + k * 2;
         return (start() + at) ^ ((start() + at) >> 7 & 7) << 4;
     }
 };
@@ -41,8 +40,8 @@ struct WgmmaArguments {
 };
 
 struct Operation {
-    uint32_t number;            // in its warpgroup, from 1
-    uint32_t group;             // of commits
+    uint32_t number;  // in its warpgroup, from 1
+    uint32_t group;   // of commits
     WgmmaArguments arguments;
     bool b_mn_major;
     float (*widen)(uint32_t);
@@ -53,15 +52,13 @@ struct Operation {
 struct Flight {
     float* registers[32];
     float value[16][256];
-    uint32_t operations = 0;    // to do
+    uint32_t operations = 0;  // to do
 
     static constexpr uint32_t POISON = 0x7fc5dead;
-    template <typename Visit>
-    void each(Visit visit) {
+    template <typename Visit> void each(Visit visit) {
         for (unsigned lane = 0; lane < 32; ++lane)
             for (unsigned i = 0; i < 128; ++i)
-                visit(registers[lane][i],
-                      value[lane / 4 + i % 4 / 2 * 8][i / 4 * 8 + lane % 4 * 2 + i % 2]);
+                visit(registers[lane][i], value[lane / 4 + i % 4 / 2 * 8][i / 4 * 8 + lane % 4 * 2 + i % 2]);
     }
 };
 
@@ -79,7 +76,7 @@ struct GroupMultiplier {
     std::vector<WgmmaArguments> issued;
     struct Fetched {
         uint32_t number, uses;
-        std::vector<float> b;   // [16, 256]
+        std::vector<float> b;  // [16, 256]
     };
     std::deque<Fetched> fetched;
 };
@@ -114,8 +111,7 @@ inline void check_operand(size_t at, const Stamp& now, Site site) {
         fail(Kind::race, "not ordered after " + block.describe(*other));
     if (shadow.in_flight(at)) fail(Kind::copy_in_flight, "that a copy still owns");
     if (!shadow.valid(at, 16)) fail(Kind::uninitialised, "that nobody wrote");
-    if (!hopper().shows(writer, me))
-        fail(Kind::proxy, "without a fence after the write by " + block.describe(writer));
+    if (!hopper().shows(writer, me)) fail(Kind::proxy, "without a fence after the write by " + block.describe(writer));
 }
 
 inline void check_operands(const Operation& op, Site site) {
@@ -175,8 +171,7 @@ inline size_t take_off(WarpMultiplier& warp, void* const* all, bool add, Site si
         });
         return number;
     }
-    if (!warp.fenced)
-        here().fail(Kind::registers, site, *running, "", "wgmma on accumulators without wgmma.fence");
+    if (!warp.fenced) here().fail(Kind::registers, site, *running, "", "wgmma on accumulators without wgmma.fence");
     Flight& flight = warp.flights[warp.next_flight];
     for (unsigned i = 0; i < 32; ++i) flight.registers[i] = mine(i);
     flight.each([&](float& held, float& value) {
@@ -186,8 +181,7 @@ inline size_t take_off(WarpMultiplier& warp, void* const* all, bool add, Site si
     return warp.next_flight++;
 }
 
-template <typename T, bool B_MN_MAJOR>
-void start_wgmma(Warp&, unsigned, void* const* all) {
+template <typename T, bool B_MN_MAJOR> void start_wgmma(Warp&, unsigned, void* const* all) {
     const Site site = running->wait.site;
     WarpMultiplier& warp = warp_multiplier();
     GroupMultiplier& group = group_multiplier();
@@ -198,7 +192,8 @@ void start_wgmma(Warp&, unsigned, void* const* all) {
     if (running->view.warp() / 4 * 128 + 128 > here().threads)
         here().fail(Kind::divergence, site, *running, "", "wgmma by less than four warps");
     if (!arguments.a.supported() || !arguments.b.supported())
-        here().fail(Kind::launch, site, *running, "", "a descriptor without the 128-byte swizzle, or with a base offset");
+        here().fail(Kind::launch, site, *running, "",
+                    "a descriptor without the 128-byte swizzle, or with a base offset");
     if (warp.issued == group.issued.size()) group.issued.push_back(arguments);
     else if (!(group.issued[warp.issued] == arguments))
         here().fail(Kind::divergence, site, *running, "", "warps of a wgmma with different operands");
@@ -207,11 +202,10 @@ void start_wgmma(Warp&, unsigned, void* const* all) {
     ++warp.flights[flight].operations;
     check_operands(warp.operations.back(), site);
     if (here().options.eager) multiply(warp.operations.back(), warp.flights[flight]);
-    here().counters.mma += 32;   // of m16n8k16
+    here().counters.mma += 32;  // of m16n8k16
 }
 
-template <int PENDING>
-void finish_wgmmas(Warp& lanes, unsigned, void* const*) {
+template <int PENDING> void finish_wgmmas(Warp& lanes, unsigned, void* const*) {
     WarpMultiplier& warp = warp_multiplier();
     uint32_t done = 0;
     for (; !warp.operations.empty() && warp.operations.front().group + PENDING < warp.group;
@@ -258,8 +252,7 @@ inline void wgmma_commit(Site site = Site::here()) {
 }
 
 // "wgmma.wait_group": all but the newest groups. Nothing is done before all four warps have come.
-template <int PENDING>
-void wgmma_wait(Site site = Site::here()) {
+template <int PENDING> void wgmma_wait(Site site = Site::here()) {
     uint32_t last = 0;
     for (const Operation& op : detail::warp_multiplier().operations)
         if (op.group + PENDING < detail::warp_multiplier().group) last = op.number;

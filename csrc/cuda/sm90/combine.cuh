@@ -58,10 +58,8 @@ __device__ __forceinline__ void combine_strip(float (&strip)[BOX / 8][4], const 
     const Global<float> target = rows.target + (column - args.first_column);
     if (lane_id() < STRIP_ROWS && is_real(first + lane_id(), end)) {
         const Shared<float> row = staged.row(lane_id());
-        if (args.deterministic)
-            bulk_store(target, row, bytes);
-        else
-            bulk_add(target, row, bytes);
+        if (args.deterministic) bulk_store(target, row, bytes);
+        else bulk_add(target, row, bytes);
     }
     bulk_commit();
 }

@@ -13,8 +13,7 @@ template <class T> struct Down {
 };
 
 // By one thread.
-template <class T, bool B_MN_MAJOR>
-__device__ __forceinline__ void load_down(const Down<T>& down, const Ring& ring) {
+template <class T, bool B_MN_MAJOR> __device__ __forceinline__ void load_down(const Down<T>& down, const Ring& ring) {
     const DownArgs<T>& args = down.args;
     PipelineState state;
     Tile tile;

@@ -35,7 +35,7 @@ __device__ __forceinline__ void stage_inner(const Accumulators& acc, Pairing pai
             for (int s = 0; s < 2; ++s)
 #pragma unroll
                 for (int j = 0; j < 8; ++j) {
-                    const float(&g)[4] = acc[s][j], (&u)[4] = acc[s + 2][j];
+                    const float (&g)[4] = acc[s][j], (&u)[4] = acc[s + 2][j];
                     store_shared(cast<uint32_t>(row + (s * BOX + j * 8 + fragment_column())),
                                  narrow2<T>(gated_swish(g[low], u[low], gate), gated_swish(g[high], u[high], gate)));
                 }
@@ -68,8 +68,7 @@ __device__ __forceinline__ void result_strip(float (&strip)[BOX / 8][4], const A
 #pragma unroll
     for (int j = 0; j < 8; ++j)
 #pragma unroll
-        for (int c = 0; c < 4; ++c)
-            strip[j][c] = halves ? acc[j % 2 * 2 + s / 2][s % 2 * 4 + j / 2][c] : acc[s][j][c];
+        for (int c = 0; c < 4; ++c) strip[j][c] = halves ? acc[j % 2 * 2 + s / 2][s % 2 * 4 + j / 2][c] : acc[s][j][c];
 }
 
 // All of it for a warp: from result column `column` on.

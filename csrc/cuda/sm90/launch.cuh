@@ -35,8 +35,8 @@ template <class T> struct Launches : cuda::Launches<T> {
     Launches(const Layer& layer, Global<char> memory) : cuda::Launches<T>(layer, memory) {
         const int64_t halves = layer.gated && !layer.interleaved ? 2 : 1;
         up = kept_tensor_map(weight_box(layer.gate_up, layer.E, halves, plan.rows / halves, layer.H));
-        inner = make_tensor_map(TensorBox{cast<const char>(work.inner), 2, {layer.I, plan.slots}, {1, plan.inner_pitch},
-                                          {TILE_K, GROUP_ROWS}});
+        inner = make_tensor_map(TensorBox{
+            cast<const char>(work.inner), 2, {layer.I, plan.slots}, {1, plan.inner_pitch}, {TILE_K, GROUP_ROWS}});
         down_weights = kept_tensor_map(weight_box(layer.down, layer.E, 1, layer.H, layer.I));
     }
 
@@ -60,10 +60,8 @@ template <class T> struct Launches : cuda::Launches<T> {
 };
 
 template <class Launcher> void run_layer(Launcher& launch, const Layer& layer, char* workspace) {
-    if (layer.dtype == Dtype::bf16)
-        run<Launches<bf16>>(launch, layer, workspace);
-    else
-        run<Launches<f16>>(launch, layer, workspace);
+    if (layer.dtype == Dtype::bf16) run<Launches<bf16>>(launch, layer, workspace);
+    else run<Launches<f16>>(launch, layer, workspace);
 }
 
 }  // namespace reap::cuda::sm90

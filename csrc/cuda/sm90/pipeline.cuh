@@ -20,22 +20,22 @@ namespace reap::cuda::sm90 {
 
 constexpr int TILE_ROWS = 128;
 constexpr int TILE_COLUMNS = 256;
-constexpr int BOX = 64;                                    // columns
+constexpr int BOX = 64;  // columns
 constexpr int BOX_BYTES = BOX * ROW_BYTES;
-constexpr int GROUP_BYTES = 8 * ROW_BYTES;                 // the swizzle's period
+constexpr int GROUP_BYTES = 8 * ROW_BYTES;  // the swizzle's period
 constexpr int A_BYTES = TILE_ROWS * ROW_BYTES;
-constexpr int GROUP_ROWS = TILE_ROWS / 2;                  // of a warpgroup that multiplies
+constexpr int GROUP_ROWS = TILE_ROWS / 2;  // of a warpgroup that multiplies
 constexpr int B_BYTES = TILE_COLUMNS * ROW_BYTES;
 constexpr int STAGE_BYTES = A_BYTES + B_BYTES;
 constexpr int STAGES = 4;
 constexpr int RING_BYTES = STAGES * (STAGE_BYTES + 2 * sizeof(uint64_t) + sizeof(int4)) + 2 * sizeof(int4);
 
-constexpr int STAGED_AT = (RING_BYTES + 127) / 128 * 128;   // results of the consumer warps, on their way out
+constexpr int STAGED_AT = (RING_BYTES + 127) / 128 * 128;  // results of the consumer warps, on their way out
 
-constexpr int STRIP_ROWS = 16;                             // of a tile's, in one warp
+constexpr int STRIP_ROWS = 16;  // of a tile's, in one warp
 constexpr int WARPGROUP = 4 * WARP;
-constexpr int CONSUMERS = 2;                               // warpgroups, of 64 rows each
-constexpr int BLOCK = WARPGROUP * (1 + CONSUMERS);         // threads, the producer's first
+constexpr int CONSUMERS = 2;                        // warpgroups, of 64 rows each
+constexpr int BLOCK = WARPGROUP * (1 + CONSUMERS);  // threads, the producer's first
 // Together 504 of the 512 registers that an SM has for a lane of each warp in a row of four.
 constexpr int PRODUCER_REGISTERS = 40;
 constexpr int CONSUMER_REGISTERS = 232;
@@ -57,10 +57,10 @@ struct PipelineState {
 };
 
 struct Ring {
-    Shared<char> stages;                                   // A, B of each
-    Shared<uint64_t> full, empty;                          // [STAGES]
-    Shared<int4> tiles;                                    // of the stages: a Tile; expert -1 after the last [STAGES]
-    Shared<int> taken;                                     // numbers of the producer's next tiles [2]
+    Shared<char> stages;           // A, B of each
+    Shared<uint64_t> full, empty;  // [STAGES]
+    Shared<int4> tiles;            // of the stages: a Tile; expert -1 after the last [STAGES]
+    Shared<int> taken;             // numbers of the producer's next tiles [2]
 
     __device__ __forceinline__ Shared<char> a(int stage) const { return stages + stage * STAGE_BYTES; }
     __device__ __forceinline__ Shared<char> b(int stage) const { return a(stage) + A_BYTES; }
@@ -144,7 +144,7 @@ __device__ __forceinline__ uint64_t descriptor(Shared<char> tile) {
 // which wgmma does not see without a fence; what TMA wrote it sees as it is.
 template <class T, bool B_MN_MAJOR, bool GATHERED>
 __device__ __forceinline__ void multiply(Accumulators& acc, const Ring& ring, PipelineState& state, int slices) {
-    constexpr int A_NEXT = 16 * 2 / 16;                    // 16 k further along the rows, in 16 bytes
+    constexpr int A_NEXT = 16 * 2 / 16;  // 16 k further along the rows, in 16 bytes
     constexpr int B_NEXT = B_MN_MAJOR ? 16 * ROW_BYTES / 16 : A_NEXT;
     const int group = threadIdx.x / WARPGROUP - 1;
     const bool leader = lane_id() == 0;
@@ -179,9 +179,7 @@ __device__ __forceinline__ void pass_over(const Ring& ring, PipelineState& state
 
 // This warp's number among the consumers'. From a shuffle, so that addresses made of it are not kept in
 // registers during the main loop.
-__device__ __forceinline__ int consumer_warp() {
-    return __shfl_sync(ALL_LANES, (threadIdx.x - WARPGROUP) / WARP, 0);
-}
+__device__ __forceinline__ int consumer_warp() { return __shfl_sync(ALL_LANES, (threadIdx.x - WARPGROUP) / WARP, 0); }
 
 // Whether the tile has rows of this warpgroup: the last one of an expert may have 64 or fewer. Those
 // of the other are then neither loaded nor multiplied.

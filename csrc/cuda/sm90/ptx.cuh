@@ -20,8 +20,8 @@ struct TensorBox {
     Global<const char> data;  // 16-byte aligned
     int rank;                 // 2 to 4
     int64_t sizes[4];
-    int64_t strides[4];       // elements; the first is 1, the others multiples of 8
-    int box[4];               // the first is 64
+    int64_t strides[4];  // elements; the first is 1, the others multiples of 8
+    int box[4];          // the first is 64
 };
 
 }  // namespace reap::cuda
@@ -68,13 +68,11 @@ inline TensorMap make_tensor_map(const TensorBox& tensor) {
     }
     TensorMap map;
     const CUresult error =
-        encode(&map, CU_TENSOR_MAP_DATA_TYPE_UINT16, tensor.rank, const_cast<char*>(tensor.data),
-               sizes, strides + 1, box, every, CU_TENSOR_MAP_INTERLEAVE_NONE,
-               CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
-               CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+        encode(&map, CU_TENSOR_MAP_DATA_TYPE_UINT16, tensor.rank, const_cast<char*>(tensor.data), sizes, strides + 1,
+               box, every, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+               CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
     if (error != CUDA_SUCCESS)
-        throw std::runtime_error("cuTensorMapEncodeTiled fails with CUresult " +
-                                 std::to_string(error));
+        throw std::runtime_error("cuTensorMapEncodeTiled fails with CUresult " + std::to_string(error));
     return map;
 }
 
@@ -84,8 +82,20 @@ inline TensorMap kept_tensor_map(const TensorBox& tensor) {
     constexpr size_t MOST = 1024;
     thread_local std::map<std::array<int64_t, 14>, TensorMap> kept;
     const auto& [data, rank, sizes, strides, box] = tensor;
-    const std::array<int64_t, 14> key{reinterpret_cast<int64_t>(data), rank, sizes[0], sizes[1], sizes[2], sizes[3],
-                                      strides[0], strides[1], strides[2], strides[3], box[0], box[1], box[2], box[3]};
+    const std::array<int64_t, 14> key{reinterpret_cast<int64_t>(data),
+                                      rank,
+                                      sizes[0],
+                                      sizes[1],
+                                      sizes[2],
+                                      sizes[3],
+                                      strides[0],
+                                      strides[1],
+                                      strides[2],
+                                      strides[3],
+                                      box[0],
+                                      box[1],
+                                      box[2],
+                                      box[3]};
     if (const auto found = kept.find(key); found != kept.end()) return found->second;
     if (kept.size() == MOST) kept.clear();
     return kept[key] = make_tensor_map(tensor);
@@ -93,31 +103,24 @@ inline TensorMap kept_tensor_map(const TensorBox& tensor) {
 
 // "mbarrier.init": the phase completes at `arrivals` arrivals and when no bytes are awaited.
 __device__ __forceinline__ void mbarrier_init(Shared<uint64_t> barrier, int arrivals) {
-    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)),
-                 "r"(arrivals)
-                 : "memory");
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(arrivals) : "memory");
 }
 
 // "mbarrier.arrive": release of what this thread wrote, to those who wait.
 __device__ __forceinline__ void mbarrier_arrive(Shared<uint64_t> barrier) {
-    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier))
-                 : "memory");
+    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier)) : "memory");
 }
 
 // "mbarrier.arrive", form with .expect_tx: awaits `bytes` more from TMA, and arrives.
 __device__ __forceinline__ void mbarrier_arrive_expect(Shared<uint64_t> barrier, int bytes) {
-    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(
-                     shared_address(barrier)),
-                 "r"(bytes)
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(bytes)
                  : "memory");
 }
 
 // "cp.async.mbarrier.arrive": arrives once all earlier cp.async of this thread have landed. With
 // .noinc the arrival is one of those that the barrier was initialised with.
 __device__ __forceinline__ void cp_async_mbarrier_arrive(Shared<uint64_t> barrier) {
-    asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(
-                     shared_address(barrier))
-                 : "memory");
+    asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(shared_address(barrier)) : "memory");
 }
 
 // "mbarrier.try_wait": whether the phase of this parity is over; suspends a while until it is.
@@ -137,9 +140,7 @@ __device__ __forceinline__ bool mbarrier_try_wait(Shared<uint64_t> barrier, uint
 
 // "membar/fence": orders this thread's view of shared memory before what wgmma and TMA do with it.
 // Data written by st.shared or cp.async needs one on its way to wgmma.
-__device__ __forceinline__ void fence_proxy_async() {
-    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-}
+__device__ __forceinline__ void fence_proxy_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
 // "membar/fence": makes initialised mbarriers visible to TMA.
 __device__ __forceinline__ void fence_mbarrier_init() {
@@ -154,8 +155,8 @@ __device__ __forceinline__ void named_barrier(int id, int threads) {
 // "cp.async.bulk.tensor": the box of the map at these coordinates (fastest first) into shared
 // memory; elements outside of the tensor become zeros and count as bytes of the barrier as well.
 template <int RANK>
-__device__ __forceinline__ void tma_load(Shared<char> to, const TensorMap& map,
-                                         Shared<uint64_t> barrier, const int (&at)[RANK]) {
+__device__ __forceinline__ void tma_load(Shared<char> to, const TensorMap& map, Shared<uint64_t> barrier,
+                                         const int (&at)[RANK]) {
     static_assert(RANK >= 2 && RANK <= 4);
     const auto address = reinterpret_cast<uint64_t>(&map);
     if constexpr (RANK == 2)
@@ -174,8 +175,7 @@ __device__ __forceinline__ void tma_load(Shared<char> to, const TensorMap& map,
         asm volatile(
             "cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes"
             " [%0], [%1, {%3, %4, %5, %6}], [%2];" ::"r"(shared_address(to)),
-            "l"(address), "r"(shared_address(barrier)), "r"(at[0]), "r"(at[1]), "r"(at[2]),
-            "r"(at[3])
+            "l"(address), "r"(shared_address(barrier)), "r"(at[0]), "r"(at[1]), "r"(at[2]), "r"(at[3])
             : "memory");
 }
 
@@ -188,10 +188,9 @@ __device__ __forceinline__ void bulk_add(Global<float> to, Shared<float> from, i
 }
 
 // "cp.async.bulk": the same, but a copy.
-template <class T>
-__device__ __forceinline__ void bulk_store(Global<T> to, Shared<T> from, int bytes) {
-    asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(to),
-                 "r"(shared_address(from)), "r"(bytes)
+template <class T> __device__ __forceinline__ void bulk_store(Global<T> to, Shared<T> from, int bytes) {
+    asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(to), "r"(shared_address(from)),
+                 "r"(bytes)
                  : "memory");
 }
 
@@ -199,33 +198,24 @@ __device__ __forceinline__ void bulk_store(Global<T> to, Shared<T> from, int byt
 __device__ __forceinline__ void bulk_commit() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
 
 // "cp.async.bulk.wait_group" with .read: until all groups of this thread have read their sources.
-__device__ __forceinline__ void bulk_wait_read() {
-    asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
-}
+__device__ __forceinline__ void bulk_wait_read() { asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory"); }
 
 // "setmaxnreg": gives back registers, or takes them, to have COUNT per thread of the warpgroup.
-template <int COUNT>
-__device__ __forceinline__ void release_registers() {
+template <int COUNT> __device__ __forceinline__ void release_registers() {
     asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(COUNT));
 }
-template <int COUNT>
-__device__ __forceinline__ void acquire_registers() {
+template <int COUNT> __device__ __forceinline__ void acquire_registers() {
     asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(COUNT));
 }
 
 // "wgmma.fence": before the first wgmma, and between other accesses to its registers and a wgmma.
-__device__ __forceinline__ void wgmma_fence() {
-    asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
-}
+__device__ __forceinline__ void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 
 // "wgmma.commit_group": the wgmmas since the last one become a group.
-__device__ __forceinline__ void wgmma_commit() {
-    asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
-}
+__device__ __forceinline__ void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 
 // "wgmma.wait_group": at most PENDING groups of this warpgroup are still at work.
-template <int PENDING>
-__device__ __forceinline__ void wgmma_wait() {
+template <int PENDING> __device__ __forceinline__ void wgmma_wait() {
     asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(PENDING) : "memory");
 }
 
@@ -235,31 +225,30 @@ __device__ __forceinline__ void wgmma_wait() {
 #define REAP_D1(s, j) "+f"(d[s][j][0]), "+f"(d[s][j][1]), "+f"(d[s][j][2]), "+f"(d[s][j][3])
 #define REAP_D4(s, j) REAP_D1(s, j), REAP_D1(s, j + 1), REAP_D1(s, j + 2), REAP_D1(s, j + 3)
 #define REAP_D8(s) REAP_D4(s, 0), REAP_D4(s, 4)
-#define REAP_WGMMA(TYPE)                                                                                \
-    asm volatile(                                                                                       \
-        "{\n"                                                                                           \
-        ".reg .pred add;\n"                                                                             \
-        "setp.ne.b32 add, %131, 0;\n"                                                                      \
-        "wgmma.mma_async.sync.aligned.m64n256k16.f32." TYPE "." TYPE " {"                               \
-        "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, "         \
-        "%19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, "         \
-        "%36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, "         \
-        "%53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63, %64, %65, %66, %67, %68, %69, "         \
-        "%70, %71, %72, %73, %74, %75, %76, %77, %78, %79, %80, %81, %82, %83, %84, %85, %86, "         \
-        "%87, %88, %89, %90, %91, %92, %93, %94, %95, %96, %97, %98, %99, %100, %101, %102, "           \
-        "%103, %104, %105, %106, %107, %108, %109, %110, %111, %112, %113, %114, %115, %116, "          \
-        "%117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127}, "                           \
-        "%128, %129, add, 1, 1, 0, %130;\n"                                                             \
-        "}"                                                                                             \
-        : REAP_D8(0), REAP_D8(1), REAP_D8(2), REAP_D8(3)                                                \
+#define REAP_WGMMA(TYPE) \
+    asm volatile( \
+        "{\n" \
+        ".reg .pred add;\n" \
+        "setp.ne.b32 add, %131, 0;\n" \
+        "wgmma.mma_async.sync.aligned.m64n256k16.f32." TYPE "." TYPE \
+        " {" \
+        "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, " \
+        "%19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, " \
+        "%36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, " \
+        "%53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63, %64, %65, %66, %67, %68, %69, " \
+        "%70, %71, %72, %73, %74, %75, %76, %77, %78, %79, %80, %81, %82, %83, %84, %85, %86, " \
+        "%87, %88, %89, %90, %91, %92, %93, %94, %95, %96, %97, %98, %99, %100, %101, %102, " \
+        "%103, %104, %105, %106, %107, %108, %109, %110, %111, %112, %113, %114, %115, %116, " \
+        "%117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127}, " \
+        "%128, %129, add, 1, 1, 0, %130;\n" \
+        "}" \
+        : REAP_D8(0), REAP_D8(1), REAP_D8(2), REAP_D8(3) \
         : "l"(a), "l"(b), "n"(static_cast<int>(B_MN_MAJOR)), "r"(static_cast<int>(add)))
 
 template <class T, bool B_MN_MAJOR>
 __device__ __forceinline__ void wgmma_m64n256k16(float (&d)[4][8][4], uint64_t a, uint64_t b, bool add) {
-    if constexpr (std::is_same_v<T, bf16>)
-        REAP_WGMMA("bf16");
-    else
-        REAP_WGMMA("f16");
+    if constexpr (std::is_same_v<T, bf16>) REAP_WGMMA("bf16");
+    else REAP_WGMMA("f16");
 }
 #undef REAP_WGMMA
 #undef REAP_D8

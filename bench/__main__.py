@@ -67,6 +67,10 @@ def main(
     llmcompressor_python: Annotated[
         Path | None, typer.Option(help="a python that has llmcompressor, for `calibrate`")
     ] = None,
+    official_repository: Annotated[
+        Path | None,
+        typer.Option(help="a checkout of CerebrasResearch/reap with a .venv, for `calibrate`"),
+    ] = None,
 ) -> None:
     """Measure this engine beside its peers on this machine."""
     if quick and smoke:
@@ -87,6 +91,7 @@ def main(
         "gigabytes": gigabytes,
         "limit": limit,
         "llmcompressor": llmcompressor_python,
+        "official": official_repository,
         "scratch": out / "scratch",
         "say": lambda line: console.print(line, highlight=False, markup=False),
     }

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 import reap
-from bench import gate, inputs, llmcompressor, memory, peers
+from bench import gate, inputs, memory, peers, theirs
 from bench.layer import backends_here
 from bench.measure import TORCH, Settings, interleave, rows
 from bench.row import Row
@@ -74,8 +74,8 @@ def run(settings: Settings) -> Iterator[Row]:
         if size is None:
             settings.say(f"calibrate: skips {dtype}, one layer does not fit in memory")
             continue
-        theirs = llmcompressor.run(settings, size.config, dtype, size.length, size.rows)
-        yield from _model(size, dtype, settings, theirs)
+        others = theirs.run(settings, size.config, dtype, size.length, size.rows)
+        yield from _model(size, dtype, settings, others)
 
 
 def fitted(dtype: str, settings: Settings) -> Size | None:
@@ -99,7 +99,7 @@ def fitted(dtype: str, settings: Settings) -> Size | None:
 
 @torch.inference_mode()
 def _model(
-    size: Size, dtype: str, settings: Settings, theirs: llmcompressor.Result | None
+    size: Size, dtype: str, settings: Settings, others: list[theirs.Result]
 ) -> Iterator[Row]:
     model = build(size, TORCH[dtype], settings.device)
     g = torch.Generator().manual_seed(0)
@@ -124,11 +124,13 @@ def _model(
         found[name], extra[name] = memory.peak_extra(call, settings.device)
     _check(found, dtype)
     samples = interleave(calls, None, settings, wall=True)
-    if theirs is not None:
-        samples.ms |= theirs.ms
+    for other in others:
+        samples.ms |= other.ms
     shape = str(size)
     for row in rows("calibrate", (dtype, shape, size.rows * size.length), samples, extra=extra):
-        yield theirs.stamp(row) if theirs is not None else row
+        for other in others:
+            row = other.stamp(row)
+        yield row
 
 
 def build(size: Size, dtype: torch.dtype, device: str = "cpu") -> nn.Module:

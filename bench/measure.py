@@ -39,7 +39,8 @@ class Settings:
     routings: tuple[str, ...] = ("uniform",)  # of `layer`: see inputs.ROUTINGS
     device: str = "cpu"  # cpu or cuda
     scratch: Path = Path("out/bench/scratch")
-    llmcompressor: Path | None = None
+    llmcompressor: Path | None = None  # a python that has it
+    official: Path | None = None  # a checkout with an environment in .venv
     say: Callable[[str], None] = field(default=print)
 
     @property

@@ -171,7 +171,8 @@ class MeasureOptions:
         """ReapError for what can be told before there is a model."""
         from reap.errors import ReapError
         from reap.observation.patch import check_backend
-        from reap.statistics.layerstats import check_coalitions, check_gates
+        from reap.statistics.gates import check_gates
+        from reap.statistics.setcounts import check_coalitions
 
         check_gates(self.gates)
         check_coalitions(self.coalitions)

@@ -19,20 +19,20 @@ from torch import Tensor
 
 from reap.errors import ReapError
 from reap.statistics.exact import ExactSum, in_range
+from reap.statistics.gates import check_gates, read_gates
 from reap.statistics.lazyrows import LazyRows
 from reap.statistics.logitsums import FIELD as LOGITS
 from reap.statistics.logitsums import LogitSums, cells
 from reap.statistics.pairs import Pairs
 from reap.statistics.setcounts import FIELDS as SETS
-from reap.statistics.setcounts import Coalitions, SetCounts
+from reap.statistics.setcounts import Coalitions, SetCounts, check_coalitions
+from reap.statistics.slots import check_slots
 from reap.statistics.slotsums import SlotSums
 from reap_kernels import triton
 
 SUMS = ("gate_sum", "norm_sum", "norm_sq_sum", "weighted_sum", "weighted_sq_sum")
 PAIRS = ("pair_count", "pair_sums")
 KINDS = ("pairs", "outputs", "coalitions", "logits")  # what is optional; of both, where two add up
-MOST_COALITIONS = 1 << 24
-GATES = ("applied", "renormalized")
 # Slots at a time. On a CPU few enough for torch to stay on one thread: beside a model's own
 # threads, waking others costs more than the sum. On a device few enough to bound temporaries.
 _CPU_SLOTS = 6_400
@@ -152,7 +152,7 @@ class LayerStatistics:
         ReapError for wrong shapes or dtypes, and for a gate, norm or peak that is NaN, infinite or
         too large (g*n >= 2**144): at once on a CPU, at the next read or `check` on other devices.
         """
-        self._check_arguments(top_k_index, top_k_weights, norms, peaks, mask)
+        check_slots(top_k_index, top_k_weights, norms, peaks, mask)
         if self._slot_sums is not None:
             if output_sums is None:
                 raise ReapError(
@@ -488,30 +488,6 @@ class LayerStatistics:
         first = SUMS.index(field) * self.num_experts
         return slice(first, first + self.num_experts)
 
-    def _check_arguments(
-        self,
-        top_k_index: Tensor,
-        top_k_weights: Tensor,
-        norms: Tensor,
-        peaks: Tensor,
-        mask: Tensor | None,
-    ) -> None:
-        if top_k_index.dim() != 2 or top_k_index.dtype not in (torch.int64, torch.int32):
-            raise ReapError(
-                f"top_k_index is {_describe(top_k_index)}: it must be [tokens, top_k] int64"
-            )
-        named = {"top_k_weights": top_k_weights, "norms": norms, "peaks": peaks}
-        for what, tensor in named.items():
-            if tensor.shape != top_k_index.shape or not tensor.is_floating_point():
-                raise ReapError(
-                    f"{what} is {_describe(tensor)}: it must be floating point and of "
-                    f"top_k_index's shape {list(top_k_index.shape)}"
-                )
-        if mask is not None and (mask.dtype != torch.bool or mask.shape != top_k_index.shape[:1]):
-            raise ReapError(
-                f"mask is {_describe(mask)}: it must be [{len(top_k_index)}] bool, True to count"
-            )
-
 
 def any_faults(parts: list[LayerStatistics]) -> bool:
     """Whether a slot could not be summed in any of these, which are on one device. Waits for it."""
@@ -523,33 +499,3 @@ def any_faults(parts: list[LayerStatistics]) -> bool:
     ]
     noted = [part._faults for part in parts] + faulty
     return bool(torch.cat(noted).any())
-
-
-def read_gates(weights: Tensor, gates: str) -> Tensor:
-    """The gates [T,K] fp64 of a router's weights that `gates` asks for."""
-    if gates == "applied":
-        return weights
-    # Column by column: a reduction's order could depend on the shape, and with it the bits.
-    total = torch.zeros_like(weights[:, 0])
-    for column in weights.unbind(1):
-        total = total + column
-    return torch.where(total[:, None] == 0, 0.0, weights / total[:, None])
-
-
-def check_gates(gates: str) -> None:
-    """ReapError for a way to read gates that there is not."""
-    if gates not in GATES:
-        raise ReapError(f"gates is {gates!r}: it must be one of {', '.join(GATES)}")
-
-
-def check_coalitions(coalitions: int) -> None:
-    """ReapError for what is no number of sets to keep."""
-    if type(coalitions) is not int or not 0 <= coalitions <= MOST_COALITIONS:
-        raise ReapError(
-            f"coalitions is {coalitions!r}: it must be how many sets of experts to keep per layer, "
-            f"a whole number of at most {MOST_COALITIONS:,}, or 0 for none"
-        )
-
-
-def _describe(tensor: Tensor) -> str:
-    return f"{list(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}"

@@ -20,12 +20,22 @@ from torch import Tensor
 from reap.errors import ReapError
 from reap.statistics.lazyrows import LazyRows
 
+MOST_COALITIONS = 1 << 24  # of a layer
 FIELDS = ("coalition_sets", "coalition_count", "coalition_about")  # of a file
 HASH_BITS = 32
 PENDING = 1 << 16  # rows at a time that are looked at together
 _GROUPS_AT_ONCE = 1 << 21
 _MOST_DENSE = 1 << 27  # cells of int64: 1 GB
 _LOW = (1 << HASH_BITS) - 1
+
+
+def check_coalitions(coalitions: int) -> None:
+    """ReapError for what is no number of sets to keep."""
+    if type(coalitions) is not int or not 0 <= coalitions <= MOST_COALITIONS:
+        raise ReapError(
+            f"coalitions is {coalitions!r}: it must be how many sets of experts to keep per layer, "
+            f"a whole number of at most {MOST_COALITIONS:,}, or 0 for none"
+        )
 
 
 @dataclass(frozen=True)

@@ -18,15 +18,10 @@ from reap import versions
 from reap.errors import ReapError
 from reap.model.info import LayerInfo, ModelInfo
 from reap.statistics import statsfile
+from reap.statistics.gates import check_gates, read_gates
 from reap.statistics.joining import joined
-from reap.statistics.layerstats import (
-    KINDS,
-    LayerStatistics,
-    any_faults,
-    check_coalitions,
-    check_gates,
-    read_gates,
-)
+from reap.statistics.layerstats import KINDS, LayerStatistics, any_faults
+from reap.statistics.setcounts import check_coalitions
 
 
 class Statistics:

@@ -30,8 +30,9 @@ from reap.statistics import logitsums, setcounts, slotsums
 from reap.statistics.exact import LIMBS
 from reap.statistics.fixed import contradiction
 from reap.statistics.joining import numbers_of
-from reap.statistics.layerstats import PAIRS, SUMS, LayerStatistics, check_coalitions
+from reap.statistics.layerstats import PAIRS, SUMS, LayerStatistics
 from reap.statistics.lazyrows import LazyRows
+from reap.statistics.setcounts import check_coalitions
 
 FORMAT = STATISTICS
 # Of statistics with outputs, coalitions or logits; others are written as 2, which older programs

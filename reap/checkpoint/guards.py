@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,6 +13,8 @@ from reap.checkpoint.writing import Check, checksum
 from reap.errors import ReapError
 from reap.files import atomic
 from reap.files.folder import Folder
+from reap.files.outputs import check_folder
+from reap.files.publish import staged
 from reap.files.units import sized
 from reap.model.config import NeedsCodeError
 from reap.model.identity import describe_folder, weights_fingerprint
@@ -37,6 +41,39 @@ def check_same_model(folder: Folder, model: ModelInfo, found: ModelInfo, what: s
     different = model.difference(found, to_prune=True)
     if different:
         raise ReapError(f"the {what} was made for another model than {folder.path}: {different}")
+
+
+def agreed(folder: Folder, model: ModelInfo, what: str, *, strict: bool) -> tuple[str, ...]:
+    """How the folder is not quite what `what` was made from, such as its precision. ReapError where
+    it is another model, and with `strict` for the first of these notes."""
+    found = described(folder, model)
+    check_same_model(folder, model, found, what)
+    notes = tuple(model.notes(found))
+    if strict and notes:
+        raise ReapError(f"{folder.path} is not strictly what the {what} was made from: {notes[0]}")
+    return notes
+
+
+@contextmanager
+def new_folder(
+    out: Path, source: Folder, *, overwrite: bool, verify: Callable[[Path], None] | None = None
+) -> Iterator[Path]:
+    """A hidden folder that becomes `out` when it is whole and `verify` accepts it. ReapError where
+    the disk refuses."""
+
+    def accept(stage: Path) -> None:
+        if verify is not None:
+            verify(stage)
+        # Again: it took a while, and somebody may have put something there.
+        check_folder(out, overwrite=overwrite, inputs=[source.path])
+
+    try:
+        with staged(out, overwrite=overwrite, verify=accept) as stage:
+            yield stage
+    except OSError as error:
+        raise ReapError(
+            f"cannot write {out}: {error.strerror or error}; nothing was changed there"
+        ) from error
 
 
 def check_space(out: Path, needed: int) -> None:

@@ -18,9 +18,10 @@ from typing import Any, NamedTuple
 from reap.checkpoint import card, counts
 from reap.checkpoint.blocks import find_blocks
 from reap.checkpoint.guards import (
+    agreed,
     check_same_model,
     check_space,
-    described,
+    new_folder,
     recorded_files,
 )
 from reap.checkpoint.operation import Layout, Operation, layout_of, operate, own_tensors
@@ -35,7 +36,6 @@ from reap.errors import ReapError
 from reap.files.folder import CONFIG, Folder, open_folder
 from reap.files.outputs import RECORD, check_folder
 from reap.files.paths import path_of
-from reap.files.publish import staged
 from reap.files.safefile import Tensor, span
 from reap.files.units import sized
 from reap.model import compat
@@ -133,27 +133,20 @@ def prune(
 
     def accept(stage: Path) -> None:
         _verify(open_folder(stage), operation, after)
-        # Again: it took a while, and somebody may have put something there.
-        check_folder(out, overwrite=overwrite, inputs=[folder.path])
 
     advance = progress or (lambda n: None)
     check = Check() if verify else None
-    try:
-        with staged(out, overwrite=overwrite, verify=accept) as stage:
-            write_shards(folder, layout, stage, advance, check)
-            write_json(stage / CONFIG, operation.config)
-            copied = tuple(name for name in folder.others if name not in operation.rewritten)
-            copy_others(replace(folder, others=copied), stage, advance, check)
-            for name, content in operation.rewritten.items():
-                write_json(stage / name, content)
-                advance(os.stat(folder.path / name).st_size)
-            record = card.record(folder, plan, operation, command, notes)
-            write_text(stage / "README.md", card.model_card(record, out.name, size))
-            write_json(stage / RECORD, {**record, "files": recorded_files(stage, check)})
-    except OSError as error:
-        raise ReapError(
-            f"cannot write {out}: {error.strerror or error}; nothing was changed there"
-        ) from error
+    with new_folder(out, folder, overwrite=overwrite, verify=accept) as stage:
+        write_shards(folder, layout, stage, advance, check)
+        write_json(stage / CONFIG, operation.config)
+        copied = tuple(name for name in folder.others if name not in operation.rewritten)
+        copy_others(replace(folder, others=copied), stage, advance, check)
+        for name, content in operation.rewritten.items():
+            write_json(stage / name, content)
+            advance(os.stat(folder.path / name).st_size)
+        record = card.record(folder, plan, operation, command, notes)
+        write_text(stage / "README.md", card.model_card(record, out.name, size))
+        write_json(stage / RECORD, {**record, "files": recorded_files(stage, check)})
     return PruneReport(
         out=out,
         bytes_before=ready.bytes_before,
@@ -227,11 +220,7 @@ def _prepared(
             "experts, or pass allow_copy=True"
         )
     operation = _operate(folder, plan)
-    found = described(folder, plan.model)
-    check_same_model(folder, plan.model, found, "plan")
-    notes = tuple(plan.model.notes(found))
-    if strict and notes:
-        raise ReapError(f"{folder.path} is not strictly what the plan was made from: {notes[0]}")
+    notes = agreed(folder, plan.model, "plan", strict=strict)
     before = {n: t for shard in folder.shards for n, t in own_tensors(folder, shard)}
     layout = layout_of(folder, operation)
     after = {

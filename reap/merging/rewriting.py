@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from reap.checkpoint import card
-from reap.checkpoint.guards import check_same_model, check_space, described, recorded_files
+from reap.checkpoint.guards import agreed, check_space, new_folder, recorded_files
 from reap.checkpoint.operation import Layout, Operation, layout_of, own_tensors
 from reap.checkpoint.removal import MtpLayers
 from reap.checkpoint.writing import Check, copy_others, write_json, write_shards, write_text
@@ -24,7 +24,6 @@ from reap.errors import ReapError
 from reap.files.folder import CONFIG, Folder, open_folder
 from reap.files.outputs import MERGED, RECORD, check_folder
 from reap.files.paths import path_of
-from reap.files.publish import staged
 from reap.files.safefile import Tensor
 from reap.files.units import sized
 from reap.merging import mergecard
@@ -115,12 +114,7 @@ def merge(
     plan = Merge.of(merge)
     ready = _prepared(model_dir, plan, out_dir, overwrite, strict)
     check = Check() if verify else None
-    try:
-        _write(ready, plan, overwrite, check, command, progress or (lambda n: None))
-    except OSError as error:
-        raise ReapError(
-            f"cannot write {ready.out}: {error.strerror or error}; nothing was changed there"
-        ) from error
+    _write(ready, plan, overwrite, check, command, progress or (lambda n: None))
     return MergeReport(
         out=ready.out,
         bytes=ready.size,
@@ -168,11 +162,7 @@ def _prepared(
             "groups"
         )
     folder = replace(folder, others=(CONFIG, *folder.others))  # it is copied like them
-    found = described(folder, plan.model)
-    check_same_model(folder, plan.model, found, "merge")
-    notes = tuple(plan.model.notes(found))
-    if strict and notes:
-        raise ReapError(f"{folder.path} is not strictly what the merge was made from: {notes[0]}")
+    notes = agreed(folder, plan.model, "merge", strict=strict)
     blending = blending_of(folder, plan)
     stored = {n: t for shard in folder.shards for n, t in own_tensors(folder, shard)}
     size = sum(tensor.nbytes for tensor in stored.values())
@@ -190,12 +180,7 @@ def _write(
     advance: Callable[[int], None],
 ) -> None:
     folder, out = ready.folder, ready.out
-
-    def accept(stage: Path) -> None:
-        # Again: it took a while, and somebody may have put something there.
-        check_folder(out, overwrite=overwrite, inputs=[folder.path])
-
-    with staged(out, overwrite=overwrite, verify=accept) as stage:
+    with new_folder(out, folder, overwrite=overwrite) as stage:
         means = stage / MEANS
         try:
             write_means(ready.blending, means, advance)

@@ -16,7 +16,7 @@ from reap.runs.generation import generate_texts
 from reap.runs.masking import masked
 
 
-@pytest.mark.parametrize("model_type", ["mixtral", "qwen3_vl_moe"])  # the flag is in two places
+@pytest.mark.parametrize("model_type", ["mixtral", "qwen3_omni_moe_thinker"])
 def test_of_the_configuration_it_is_off_and_said_so(model_type: str, caplog: Any) -> None:
     model = tiny_model(model_type)
     plan, ids = some_plan(Path(), 5, model=describe(model)), tiny_inputs(model)["input_ids"]
@@ -29,8 +29,8 @@ def test_of_the_configuration_it_is_off_and_said_so(model_type: str, caplog: Any
         for _ in range(2):
             found = model(input_ids=ids, labels=ids)
     assert torch.equal(found.logits, expected.logits) and found.loss == expected.loss
-    assert found.router_logits is None and caplog.text.count("is off while the model") == 1
-    assert config.output_router_logits and model(input_ids=ids).router_logits is not None
+    assert found.aux_loss is None and caplog.text.count("is off while the model") == 1
+    assert config.output_router_logits and model(input_ids=ids).aux_loss is not None
 
 
 def test_a_call_that_asks_for_it_is_refused() -> None:

@@ -13,9 +13,10 @@ JOBS ?= auto
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --maxprocesses 8 --dist worksteal
 ON_OLDEST = PYTHONPATH=$(abspath $(VENV))/transformers-$(OLDEST) $(PYTEST)
 ON_NEWEST = $(PYTEST)
-# What depends on the release: observing and loading models, and checkpoints that it writes and reads.
-BY_RELEASE := $(patsubst %,tests/test_%.py,calibration compat config experts following heads identity layers layerwise load \
-	measure mtp mtplayer padding patch pruning streaming surgery)
+# What depends on the release: observing, masking, merging and loading models, and checkpoints that it writes and reads.
+BY_RELEASE := $(patsubst %,tests/test_%.py,balancing calibration compat config experts following generation heads identity \
+	layers layerwise load masking measure mtp mtplayer padding patch pruning remote_code rewriting staging streaming surgery \
+	tying uneven unpacked witness)
 
 # What starts compilers or runs what they made (the emulator, mutants, other processors, all of Triton's interpreter), and
 # the stages of `make gpu`, which wait.

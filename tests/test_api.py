@@ -157,5 +157,10 @@ def test_the_library_speaks_of_arguments_and_the_command_of_options(files: Path)
         reap.Plan.load(files / "p.json").save(files / "p.json")
     assert as_flags(str(e.value)).endswith("or pass --overwrite")
     assert as_flags("try multiple_of=8, a=b, keep=12") == "try --multiple-of 8, a=b, --keep 12"
-    for name in ("data 'a.jsonl=0' or a=1", "in /runs/keep=8/seed=3", "keep=8.json exists"):
+    assert as_flags('is global: pass scope="global" too') == "is global: pass --scope global too"
+    assert (
+        as_flags("a smaller batch_size or seq_len, or") == "a smaller --batch-size or --seq-len, or"
+    )
+    names = "a=1", "in /runs/keep=8/seed=3", "keep=8.json exists", "batch_size.txt", "/a/seq_len"
+    for name in ("data 'a.jsonl=0' or a=1", *names):
         assert as_flags(name) == name

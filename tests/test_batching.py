@@ -370,6 +370,12 @@ def test_domain_override(here):
     assert [b.domain for b in batches(["a.txt"], TOKENIZER, domain="mine")] == ["mine"]
 
 
+def test_a_domain_has_a_name(here):
+    (here / "a.txt").write_text("abc")
+    with pytest.raises(ReapError, match="data 'a.txt': its domain is empty"):
+        batches(["a.txt"], TOKENIZER, domain="")
+
+
 def test_record_names_exactly_the_tokens_used(here):
     (here / "a.txt").write_text("abcdefgh" * 50)
 

@@ -75,7 +75,9 @@ def test_what_one_scope_has() -> None:
     with pytest.raises(ReapError, match="normalize is of one budget"):
         check_scope("layer", "mean")
     check_scope("global", "mean", total=3)
-    with pytest.raises(ReapError, match="total is of one budget for all layers"):
+    with pytest.raises(
+        ReapError, match='total is of one budget for all layers: pass scope="global" too'
+    ):
         check_scope("layer", "mean", total=3)
 
 

@@ -1,5 +1,6 @@
 """The command line as a whole: help, completion, and every mistake a user can make with it."""
 
+import inspect
 import os
 import re
 import subprocess
@@ -7,6 +8,9 @@ import sys
 
 import pytest
 from commandline import MODEL, invoke, refused
+
+from reap.app.cli import app
+from reap.errors import ReapError
 
 
 def test_help_does_not_import_torch():
@@ -94,6 +98,16 @@ MISTAKES = {
     "ratio and keep": ("plan {w}/one.st --ratio 0.5 --keep 8 --out {w}/x.json", "keep"),
     "ratio of all": ("plan {w}/one.st --ratio 1 --out {w}/x.json", "ratio"),
     "fewer than top-k": ("plan {w}/one.st --keep 1 --out {w}/x.json", "picks 2 per token"),
+    "verifying what was not pruned": ("verify {m}", "has no reap.json"),
+    "verifying it against itself": ("verify {m} --source {m}", "has no reap.json"),
+    "a revision of no source": ("verify {w}/pruned --source-revision a", "is of --source"),
+    "a revision of no teacher": (
+        "evaluate {m} --data {w}/a.txt --teacher-revision a",
+        "is of --teacher",
+    ),
+    "a revision of a file": ("info {w}/one.st --revision a", "a revision is of a hub id"),
+    "the domain of all": ("evaluate {m} --data {w}/a.txt --domain total", "sum over domains"),
+    "a domain without a name": ("calibrate {m} --data {w}/a.txt --domain= --out {w}/x", "--domain"),
     "not a plan": ("prune {m} {w}/a.txt {w}/x", "a.txt"),
     "statistics twice": (
         "combine {w}/one.st {w}/../{n}/one.st --out {w}/x.st",
@@ -138,3 +152,44 @@ def test_mistake_is_one_line(work, mistake):
     arguments = line.format(w=work, m=MODEL, n=work.name).split()
     assert named.format(w=work, m=MODEL) in refused(*arguments)
     assert sorted(path.name for path in work.iterdir()) == before
+
+
+HUB_IDS = {
+    "calibrate org/a --revision v1 --data {w}/a.txt --out {w}/x.st": [("org/a", "v1")],
+    "prune org/a {w}/plan.json {w}/x --revision v1": [("org/a", "v1")],
+    "group {w}/one.st --method m-smoe --ratio 0.5 --model org/a --revision v1 --out {w}/x": [
+        ("org/a", "v1")
+    ],
+    "evaluate org/a --revision v1 --teacher org/b --teacher-revision v2 --data {w}/a.txt": [
+        *(("org/a", "v1"), ("org/b", "v2"))
+    ],
+    "verify org/a --revision v1 --source org/b --source-revision v2": [
+        *(("org/b", "v2"), ("org/a", "v1"))
+    ],
+    "info org/a --revision v1": [("org/a", "v1")],
+}
+
+
+@pytest.mark.parametrize("line", HUB_IDS)
+def test_a_hub_id_may_have_a_revision(work, line, monkeypatch):
+    asked = []
+
+    def resolve(model, revision=None):
+        asked.append((model, revision))
+        if len(asked) == len(HUB_IDS[line]):
+            raise ReapError("enough")
+        return MODEL
+
+    monkeypatch.setattr("reap.files.hub.resolve_model", resolve)
+    assert refused(*line.format(w=work).split()).endswith("enough")
+    assert asked == HUB_IDS[line]
+
+
+def test_every_hub_id_has_a_revision():
+    """No command takes a model by its name alone, but for the folder that another wrote."""
+    for command in app.registered_commands:
+        assert command.callback is not None
+        names = inspect.signature(command.callback).parameters
+        owns = [name for name in ("teacher", "source") if name in names]
+        assert all(f"{name}_revision" in names for name in owns)
+        assert "revision" in names or "model" not in names

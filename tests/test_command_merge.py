@@ -50,9 +50,14 @@ def test_from_statistics_to_a_model(folder: Path, tmp_path: Path) -> None:
     assert torch.equal(load_model(out)(ids).logits, truth)
     lines = invoke("merge", MODEL, plan, tmp_path / "again")[1]
     assert "as large as the original" in lines
-    assert "different experts in each of" in invoke(
-        "group", folder / "with", "--groups", 3, "--out", tmp_path / "three.json"
-    )[1]  # fmt: skip
+    told = {
+        size: invoke("group", folder / "with", *size, "--out", tmp_path / f"{size[1]}.json")[1]
+        for size in (("--groups", 3), ("--groups", 1), ("--ratio", 1e-300))
+    }
+    three, one, none = told.values()
+    assert "3 different experts in each of 4 layers" in three and "note" not in three
+    assert "1 different expert in each of 4 layers" in one
+    assert "note: joins no experts: a model merged by it would be a copy" in none
 
 
 def test_m_smoe_reads_the_router_of_the_model(folder: Path, tmp_path: Path) -> None:
@@ -73,6 +78,9 @@ def test_what_is_refused(folder: Path, tmp_path: Path) -> None:
     )
     assert "reap group --model MODEL" in refused(
         "group", stats, "--ratio", 0.5, "--method", "m-smoe", *out
+    )
+    assert "--revision is of --model" in refused(
+        "group", folder / "with", "--ratio", 0.5, "--revision", "v1", *out
     )
     assert "is read: choose another place" in refused(
         "group", stats, "--ratio", 0.5, "--out", stats, "--overwrite"

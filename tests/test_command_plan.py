@@ -49,7 +49,11 @@ def test_rules_and_multiples(work, tmp_path):
         (("--scope", "global", "--total", 30, "--keep", 8), "exactly one of ratio, keep and total"),
         (("--scope", "both", "--keep", 8), "scope is 'both'"),
         (("--scope", "global", "--keep", 8, "--normalize", "max"), "normalize is 'max'"),
-        (("--keep", 8, "--min-per-layer", 4), "min_per_layer is of one budget for all layers"),
+        (
+            ("--keep", 8, "--min-per-layer", 4),
+            "--min-per-layer is of one budget for all layers: pass --scope global too",
+        ),
+        (("--total", 40), "total is of one budget for all layers: pass --scope global too"),
         (("--keep", 8, "--normalize", "raw"), "normalize is of one budget for all layers"),
     ],
 )

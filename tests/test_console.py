@@ -1,5 +1,6 @@
 """What every command prints: tables, errors, one JSON document, whatever its streams are."""
 
+import inspect
 import json
 import os
 import re
@@ -13,7 +14,7 @@ from commandline import MODEL, invoke
 from typer.testing import CliRunner
 
 from reap.app.cli import app
-from reap.app.console import print_table, reports_errors
+from reap.app.console import ARGUMENTS, NAMES, print_table, reports_errors
 
 
 def test_a_table_is_never_cut(monkeypatch, capsys):
@@ -136,3 +137,10 @@ def test_names_stay_on_their_line(work, capsys):
     assert code == 0 and "\x1b" not in out
     code, _, err = invoke("info", work / "no\x1b[31m")
     assert code == 2 and "\x1b" not in err and "no\ufffd[31m" in err
+
+
+def test_what_the_library_advises_is_an_option():
+    """Each argument that becomes a flag is the option of a command."""
+    commands = [inspect.signature(one.callback) for one in app.registered_commands if one.callback]
+    options = {name for command in commands for name in command.parameters}
+    assert options >= {*ARGUMENTS.split("|"), *NAMES.split("|")}

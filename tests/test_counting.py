@@ -69,3 +69,14 @@ def test_what_a_note_advises_works(groups: int) -> None:
             assert 0 < fewer < experts and count_fault(info, fewer) is None
             seen += 1
     assert seen
+
+
+@pytest.mark.parametrize("ratio", [5e-324, 1e-300, "1e-9", 1e-5, "0.0"])
+def test_a_ratio_of_no_expert_is_a_number(ratio: Any) -> None:
+    assert kept_counts([layer(8)], ratio=ratio) == [8]
+
+
+@pytest.mark.parametrize("ratio", [0.9999999, "0.99999999999999999"])
+def test_a_ratio_of_all_but_one_names_the_nearest(ratio: Any) -> None:
+    with pytest.raises(ReapError, match="cannot keep 1 of 8 .* works is keep 2 or ratio 0.8"):
+        kept_counts([layer(8)], ratio=ratio)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from madeup import madeup
 
 from reap.errors import ReapError
+from reap.model.structure import Structure
 from reap.planning.differences import Difference, compare
 from reap.planning.plan import make_plan
 from reap.statistics.stats import Statistics
@@ -115,3 +117,24 @@ def test_what_is_no_pair(tmp_path: Path) -> None:
         compare(plan, plan, criterion="reap")
     with pytest.raises(ReapError, match="criterion is 'best'"):
         compare(stats, stats, criterion="best")
+
+
+def test_what_a_file_of_an_earlier_version_holds() -> None:
+    """Its model has no structure, and perhaps another name of the module: sums are compared."""
+    one = madeup(layer_names=["a.layers.0.mlp", "a.layers.1.mlp"])
+    other = madeup(layer_names=["b.a.layers.0.mlp", "b.a.layers.1.mlp"])
+    other.model = replace(other.model, structure=Structure(config={"hidden_size": 8}))
+    found = compare(one, other)
+    assert one != other and one.same_sums(other) and found.same and not found.differences
+    changed = madeup(layer_names=["a.layers.0.mlp", "a.layers.1.mlp"], seed=1)
+    assert not compare(changed, other).same and not changed.same_sums(other)
+    with_pairs = madeup(layer_names=one.layers, pairs=True)
+    assert not one.same_sums(with_pairs) and not one.same_sums(madeup(3))
+
+
+def test_a_ratio_of_no_expert_compares_none() -> None:
+    found = compare(madeup(), madeup(seed=1), ratio=1e-9)
+    assert not found.layers and not found.same
+    assert found.notes == [
+        "layers are not compared: ratio 1e-09 drops no expert: give a larger one"
+    ]

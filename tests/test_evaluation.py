@@ -6,14 +6,16 @@ from typing import Any
 import pytest
 import torch
 from folders import some_plan
+from letters import Tokenizer
 from tiny import VOCAB, tiny_model
 
 from reap.errors import ReapError
 from reap.model.identity import describe
 from reap.planning.plan import Plan
 from reap.runs.evaluation import evaluate
+from reap.runs.generation import generate_texts
 from reap.runs.masking import masked
-from reap.text.batching import Batch
+from reap.text.batching import Batch, batches
 
 
 def batch(domain, *rows, length=None):
@@ -240,3 +242,20 @@ def test_plans_as_files_and_bad_ones(model, tmp_path):
         broken.lm_head.weight[3, 0] = math.nan
     with pytest.raises(ReapError, match="plan a, domain 'd': the loss is not finite"):
         evaluate(broken, data, plans={"a": plan})
+
+
+def test_the_name_of_the_sum_is_refused_before_anything_runs(model, tmp_path, monkeypatch):
+    (tmp_path / "total.txt").write_text("some words " * 50)
+    (tmp_path / "first.txt").write_text("other words " * 50)
+    ran = []
+    hook = model.register_forward_pre_hook(lambda *_: ran.append(1))
+    text = batches([str(tmp_path / f"{name}.txt") for name in ("first", "total")], Tokenizer())
+    try:
+        for given in (text, [batch("total", *rows(0, 5))]):
+            with pytest.raises(ReapError, match="domain 'total' is the name of the sum"):
+                evaluate(model, given)
+        with pytest.raises(ReapError, match="domain 'total' is the name of the sum"):
+            generate_texts(model, {"total": torch.ones(1, 3, dtype=torch.int64)}, 3)
+    finally:
+        hook.remove()
+    assert not ran

@@ -9,16 +9,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from commandline import invoke, run_json
 from folders import saved, some_plan
 from merges import some_merge
 
 from reap.checkpoint import evaluations
-from reap.checkpoint.evaluations import BEGIN, check_recordable, record_evaluation
+from reap.checkpoint.evaluations import BEGIN, check_recordable, record_evaluation, said
 from reap.checkpoint.pruning import prune
 from reap.checkpoint.verification import verify
 from reap.errors import ReapError
 from reap.merging.rewriting import merge
 from reap.model.identity import describe_folder
+from reap.report.measured import read_costs
 from reap.runs.generation import Generation
 
 TEXTS = Generation(texts=20, tokens=600, looped=0, ended=15, at_limit=5, distinct=0.5).to_json()
@@ -112,6 +114,31 @@ def test_a_later_one_takes_its_place(out: Path) -> None:
     record_evaluation(out, EVALUATION)
     assert (out / "README.md").read_text() == first
     verify(out)
+
+
+def test_it_is_told_of_a_folder(out: Path) -> None:
+    assert "evaluation" not in run_json("info", out)
+    record_evaluation(out, EVALUATION)
+    assert run_json("info", out)["evaluation"]["against"] == "org/base"
+    (line,) = [line for line in invoke("info", out)[1].splitlines() if "evaluation" in line[:10]]
+    assert line.split(None, 1)[1] == (
+        "code|x loss 3.5000, the original's 3.0000, KL 0.2500; "
+        "total loss 3.5000, the original's 3.0000, KL 0.2500; "
+        "total 20 texts, loop 5.0% (0.9% to 23.6%); quiz acc,none 0.5000 ± 0.2236"
+    )
+    assert said({"results": {"d": {"loss": 1.0}}}) == "d loss 1.0000"
+    for damaged in (None, 3, {}, {"results": [1]}, {"results": {"a": {"loss": "x"}}}):
+        assert said(damaged) == "damaged"
+
+
+def test_a_report_reads_it(out: Path) -> None:
+    with pytest.raises(ReapError, match="records no evaluation: `reap evaluate --card` writes one"):
+        read_costs(out)
+    record_evaluation(out, EVALUATION)
+    for given in (out, out / "reap.json"):
+        code, total = read_costs(given)
+        assert (code.plan, code.domain, code.increase) == (out.name, "code|x", 0.5)
+        assert total.kl == 0.25
 
 
 def test_a_merged_folder(job: Path, tmp_path: Path) -> None:

@@ -158,3 +158,8 @@ def test_a_plan_against_the_scores_is_told() -> None:
     said = told(gather(stats, {"wrong": Plan(stats.model, "reap", 0, wrong)}))
     assert "in 2 of 2 layers it keeps an expert that scores at least 2 standard errors less" in said
     assert "standard errors apart" not in said
+
+
+def test_a_cut_drops_something() -> None:
+    with pytest.raises(ReapError, match="ratio 1e-09 drops no expert: give a larger one"):
+        gather(madeup(), {}, ratio=1e-9)

@@ -111,7 +111,7 @@ def test_equal_experts_are_a_tie_only_when_asked() -> None:
             if watch.batch(run.stats):
                 break
         ended[tie] = watch.ended()
-    assert "4 experts in 1 layers could still swap" in ended[0.0]
+    assert "4 experts in 1 layer could still swap" in ended[0.0]
     assert ended[0.1].startswith("stable after ")
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -68,14 +70,28 @@ def test_another_source(job: Path, out: Path, tmp_path: Path) -> None:
 
 
 def test_a_model_that_was_not_pruned(job: Path, tmp_path: Path) -> None:
-    base = Path(shutil.copytree(job / "base", tmp_path / "base"))
-    found = verify(base)
+    for source in (None, job / "base"):
+        with pytest.raises(
+            ReapError, match=r"base has no reap\.json: it was not pruned .*`reap info`"
+        ):
+            verify(job / "base", source)
+
+
+def test_a_record_without_files(out: Path) -> None:
+    """Of the sizes alone there is nothing to compare; what a server has to know is still said."""
+    record = json.loads((out / "reap.json").read_text())
+    del record["files"]
+    (out / "reap.json").write_text(json.dumps(record))
+    found = verify(out)
     assert found.compared is None and "nothing to compare with" in str(found)
-    assert set(found.experts.values()) == {8} and found.expert_parallel == (1, 2, 4, 8)
-    with pytest.raises(ReapError, match=r"has no reap\.json"):
-        verify(base, job / "base")
-    edit_config(base, vocab_size=7)
-    assert "lm_head.weight has the wrong shape" in verify(base).problems
+    edit_config(out, vocab_size=7)
+    assert "lm_head.weight has the wrong shape" in verify(out).problems
+
+
+def test_one_is_no_plural(out: Path) -> None:
+    alone = replace(verify(out), expert_parallel=(1,), ignored=("x is not part of it",))
+    assert "expert parallel: 1 rank shares evenly" in str(alone)
+    assert "not loaded: 1 tensor, x is not part of it" in str(alone)
 
 
 def test_top_level_name() -> None:

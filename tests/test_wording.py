@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from reap.report.wording import counted, distinct, letter, number, plain, ranges, share, signed
+from reap.report.wording import distinct, letter, number, plain, ranges, share, signed
 
 
 @given(st.text())
@@ -49,7 +49,6 @@ def test_numbers(value: float | None, shown: str) -> None:
 def test_others() -> None:
     assert signed(0.25) == "+0.25" and signed(-2.0) == "\u22122" and signed(None) == "\u2013"
     assert share(0.256) == "26%" and share(None) == "\u2013"
-    assert counted(1, "expert") == "1 expert" and counted(2000, "expert") == "2,000 experts"
     assert ranges([0, 1, 2, 5, 7, 8]) == "0 to 2, 5, 7, 8" and ranges([]) == "none"
     assert ranges([0, 2, 4, 5, 6], most=2) == "0, 2, 3 more"
     assert [letter(n) for n in (0, 25, 26, 701, 702)] == ["A", "Z", "AA", "ZZ", "AAA"]

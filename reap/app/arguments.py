@@ -84,6 +84,8 @@ class TextOptions:
         """What --data names; ReapError where it names nothing."""
         from reap.text.sources import parse_spec
 
+        if self.domain == "":
+            raise ReapError("--domain is empty: give a name, or leave it out")
         return [parse_spec(spec) for spec in self.data]
 
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from reap.app.arguments import LoadOptions, TextOptions
 from reap.app.console import progress, say
+from reap.files.units import counted, sized
 
 if TYPE_CHECKING:
     from reap.text.batching import Batches
@@ -56,7 +57,6 @@ def where(folder: Path, load: LoadOptions, backend: str | None = None) -> str:
 
 def verdict(folder: Path, load: LoadOptions, streamed: str | None) -> str:
     """Which way the model in `folder` will run, and why (`why_streamed`)."""
-    from reap.files.units import sized
     from reap.model.load import find_device
     from reap.runs import memory
     from reap.runs.mode import whole
@@ -71,7 +71,9 @@ def verdict(folder: Path, load: LoadOptions, streamed: str | None) -> str:
 def shape_of(rows: Batches) -> str:
     """How much text, in which rows."""
     about = rows.describe()
-    tokens = "of unknown length" if rows.expected is None else f"about {rows.expected:,} tokens"
+    tokens = (
+        "of unknown length" if rows.expected is None else f"about {counted(rows.expected, 'token')}"
+    )
     return f"{tokens} in rows of {about['seq_len']:,}, {about['batch_size']} at a time"
 
 

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
     from reap.planning.plan import Plan
     from reap.runs.tasks import Tasks
+    from reap.text.sources import Source
 
 Results = dict[str, dict[str, Any]]  # domain -> measures, as JSON
 Found = dict[str, Results]  # by plan, "" without
@@ -29,6 +30,14 @@ class EvaluatedText(TextOptions):
     """Text that may be left out where there are tasks."""
 
     data: Data = field(default_factory=list)
+
+    def sources(self) -> list[Source]:
+        """Also ReapError for a domain that results have no place for."""
+        from reap.runs.evaluation import check_domains
+
+        found = super().sources()
+        check_domains([self.domain] if self.domain else [source.domain for source in found])
+        return found
 
 
 @dataclass(frozen=True)

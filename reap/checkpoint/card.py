@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from reap import versions
 from reap.checkpoint.composition import calibration_lines, ids
 from reap.files.outputs import PRUNED
-from reap.files.units import sized
+from reap.files.units import counted, sized
 from reap.model.compat import NAME_KEY
 from reap.model.uneven import counts_in
 
@@ -96,7 +96,7 @@ def model_card(record: Mapping[str, Any], name: str, size: int) -> str:
         for n, layer in layers.items()
     ]
     tokens = record["calibration"].get("tokens")
-    calibrated = f"{tokens:,} tokens" if isinstance(tokens, int) else "see `reap.json`"
+    calibrated = counted(tokens, "token") if isinstance(tokens, int) else "see `reap.json`"
     dropped = record["dropped_layers"]
     lines = [
         "---",
@@ -120,7 +120,7 @@ def model_card(record: Mapping[str, Any], name: str, size: int) -> str:
         "|---|---|",
         f"| criterion | `{record['criterion']}` |",
         f"| calibration | {calibrated} |",
-        f"| experts | {before:,} -> {after:,} over {len(layers)} layers |",
+        f"| experts | {before:,} -> {after:,} over {counted(len(layers), 'layer')} |",
         f"| weights | {sized(size)} |",
         f"| command | `{record['command'] or 'reap.prune (Python)'}` |",
         "",

@@ -19,6 +19,7 @@ from reap.files.lock import Lock
 from reap.files.outputs import RECORD, RECORDS
 from reap.files.paths import path_of
 from reap.files.safefile import read_json
+from reap.files.units import counted
 
 CARD = "README.md"
 BEGIN, END = "<!-- reap evaluate -->\n", "<!-- end of reap evaluate -->\n"
@@ -67,6 +68,27 @@ def record_evaluation(folder: str | os.PathLike[str], evaluation: Mapping[str, A
         _write(path / RECORD, _json(record))
     finally:
         lock.release()
+
+
+def said(evaluation: Any) -> str:
+    """What a record's evaluation measured, on one line."""
+    try:
+        return "; ".join(_said(evaluation["results"]))
+    except (AttributeError, KeyError, TypeError, ValueError):
+        return "damaged"
+
+
+def _said(results: Mapping[str, Any]) -> Iterator[str]:
+    for name, row in results.items():
+        if "loss" in row:
+            kl = row.get("kl")
+            original = f", the original's {_number(row.get('teacher_loss'))}, KL {_number(kl)}"
+            yield f"{name} loss {_number(row['loss'])}{'' if kl is None else original}"
+        if "generation" in row:
+            one = row["generation"]
+            yield f"{name} {counted(one['texts'], 'text')}, loop {_share(one['looped_share'])}"
+    for task, row in results.get("total", {}).get("tasks", {}).items():
+        yield from (f"{task} {measure} {with_error(row, measure)}" for measure in measures_of(row))
 
 
 def _read(folder: Path) -> tuple[dict[str, Any], str]:

@@ -17,6 +17,7 @@ from reap.files.folder import Folder, open_folder
 from reap.files.outputs import MERGED, RECORD, RECORDS
 from reap.files.paths import path_of
 from reap.files.safefile import read_json
+from reap.files.units import counted
 from reap.model.config import NeedsCodeError
 from reap.model.identity import describe_folder, mtp_of
 from reap.model.info import ModelInfo
@@ -55,20 +56,23 @@ class Verification:
         def numbers(values: Any) -> str:
             return ", ".join(map(str, sorted(set(values)))) or "unknown"
 
+        def ranks(values: Any) -> str:
+            return f"{numbers(values)} {'rank shares' if tuple(values) == (1,) else 'ranks share'}"
+
         told = f"the same as {self.compared}" if self.compared else "nothing to compare with"
         lines = [f"{self.folder}: {self.bytes:,} bytes read in {self.seconds:.1f} s, {told}"]
         if self.experts:
             lines.append(
-                f"experts per layer: {numbers(self.experts.values())} in {len(self.experts)} "
-                f"layers, top-k {numbers(self.top_k.values())}, "
+                f"experts per layer: {numbers(self.experts.values())} in "
+                f"{counted(len(self.experts), 'layer')}, top-k {numbers(self.top_k.values())}, "
                 f"router groups {numbers(self.groups.values())}"
             )
             if self.mtp:
                 lines.append(f"multi-token prediction: {self.mtp}, one of these layers")
-            lines.append(f"expert parallel: {numbers(self.expert_parallel)} ranks share evenly")
-        lines.append(f"tensor parallel: {numbers(self.tensor_parallel)} ranks share evenly")
+            lines.append(f"expert parallel: {ranks(self.expert_parallel)} evenly")
+        lines.append(f"tensor parallel: {ranks(self.tensor_parallel)} evenly")
         if self.ignored:
-            lines.append(f"{len(self.ignored)} tensors are not loaded: {self.ignored[0]}")
+            lines.append(f"not loaded: {counted(len(self.ignored), 'tensor')}, {self.ignored[0]}")
         if self.unchecked:
             lines.append(f"not checked by transformers: {self.unchecked}")
         return "\n".join(lines)
@@ -83,19 +87,20 @@ def verify(
     """Reads a model's folder back: headers, and every byte that there is something to hold against.
 
     That is `source`, the model that it was pruned from, or else the checksums that `prune` or
-    `merge` recorded. `progress(n)` hears of n more bytes read. ReapError for the first difference.
+    `merge` recorded. `progress(n)` hears of n more bytes read. ReapError for the first difference,
+    and for a folder that neither of them wrote.
     """
     started = time.monotonic()
     advance = progress or (lambda n: None)
     path_of(folder, "folder", "the folder of a pruned model")
     opened = open_folder(folder)
-    record = _record(opened.path)
-    compared, size = None, 0
-    if source is not None:
+    record = record_of(opened.path)
+    compared: str | None
+    if source is None:
+        compared, size = _recorded(opened.path, record, advance)
+    else:
         path_of(source, "source", "the folder of a model")
         compared, size = str(source), _compare(opened, record, open_folder(source), advance)
-    elif record is not None:
-        compared, size = _recorded(opened.path, record, advance)
     tensors = {n: (t.dtype, t.shape) for s in opened.shards for n, t in s.tensors.items()}
     unchecked, problems, info = None, set[str](), None
     try:
@@ -122,9 +127,13 @@ def verify(
     )
 
 
-def _record(folder: Path) -> dict[str, Any] | None:
+def record_of(folder: Path) -> dict[str, Any]:
+    """What `prune` or `merge` recorded in a folder of theirs; ReapError for another."""
     if not os.path.lexists(folder / RECORD):
-        return None
+        raise ReapError(
+            f"{folder} has no {RECORD}: it was not pruned or merged by reap, or is an incomplete "
+            "copy: copy that file too (`reap info` says what the model is)"
+        )
     record = read_json(folder / RECORD)
     if record.get("format") not in RECORDS:
         raise ReapError(f"{folder / RECORD} is no record of a pruned model")
@@ -160,13 +169,11 @@ def _recorded(
 
 def _compare(
     folder: Folder,
-    record: Mapping[str, Any] | None,
+    record: Mapping[str, Any],
     source: Folder,
     advance: Callable[[int], None],
 ) -> int:
     """Holds the weights against those of the base model: the bytes read."""
-    if record is None:
-        raise ReapError(f"{folder.path} has no {RECORD}: it does not say what was kept of its base")
     if record["format"] == MERGED:
         raise ReapError(
             f"{folder.path} was merged: its experts are means, of which its base has no bytes to "

@@ -11,6 +11,17 @@ def sized(count: int) -> str:
     return f"{count} bytes"
 
 
+def counted(amount: int, noun: str) -> str:
+    """Like "1 expert" and "2,000 experts"."""
+    return f"{amount:,} {noun}{'' if amount == 1 else 's'}"
+
+
+def spanned(amounts: Iterable[int], noun: str) -> str:
+    """The least and the most of them: "1 expert" where these are the same, or "1 to 4 experts"."""
+    low, high = min(found := list(amounts)), max(found)
+    return counted(high, noun) if low == high else f"{low:,} to {counted(high, noun)}"
+
+
 def runs_of(numbers: Iterable[int]) -> list[tuple[int, int]]:
     """Ascending numbers as runs: the first and the last number of each."""
     runs: list[tuple[int, int]] = []

@@ -8,7 +8,7 @@ from typing import Any
 
 from reap.checkpoint.card import use_lines
 from reap.checkpoint.composition import calibration_lines
-from reap.files.units import sized
+from reap.files.units import counted, sized
 
 
 def model_card(record: Mapping[str, Any], name: str, size: int) -> str:
@@ -17,7 +17,7 @@ def model_card(record: Mapping[str, Any], name: str, size: int) -> str:
     before = sum(layer["experts"] for layer in layers.values())
     after = sum(len(layer["groups"]) for layer in layers.values())
     tokens = record["calibration"].get("tokens")
-    calibrated = f"{tokens:,} tokens" if isinstance(tokens, int) else "see `reap.json`"
+    calibrated = counted(tokens, "token") if isinstance(tokens, int) else "see `reap.json`"
     base = record["base_model_name"]
     lines = [
         "---",
@@ -43,7 +43,7 @@ def model_card(record: Mapping[str, Any], name: str, size: int) -> str:
         "|---|---|",
         f"| method | `{record['method']}` |",
         f"| calibration | {calibrated} |",
-        f"| different experts | {before:,} -> {after:,} over {len(layers)} layers |",
+        f"| different experts | {before:,} -> {after:,} over {counted(len(layers), 'layer')} |",
         f"| weights | {sized(size)} |",
         f"| command | `{record['command'] or 'reap.merge (Python)'}` |",
         "",

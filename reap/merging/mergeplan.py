@@ -16,6 +16,7 @@ from reap.files.kinds import kind_of
 from reap.files.outputs import MERGE, check_file
 from reap.files.paths import path_of
 from reap.files.safefile import parse_json, read_json
+from reap.files.units import counted
 from reap.model.info import LayerInfo, ModelInfo
 
 VERSION = 1
@@ -68,7 +69,7 @@ class Merge:
         told = ", ".join(f"{experts} to {left}" for experts, left in sorted(counts))
         return (
             f"<Merge of {self.model.name} by {self.method}: {told} experts in "
-            f"{len(self.groups)} layers>"
+            f"{counted(len(self.groups), 'layer')}>"
         )
 
     def __reduce__(self) -> tuple[Any, ...]:

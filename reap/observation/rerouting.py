@@ -29,6 +29,7 @@ from reap.model import compat
 from reap.model.config import EXPERT_COUNT_KEYS
 from reap.model.experts import Experts, router_of
 from reap.model.routers import IN_ROUTER, ROUTER, SHARED, TAILED, TOKEN_TABLE, remapped
+from reap.observation.balancing import Unbalanced
 from reap.observation.modulelist import KeptExperts
 from reap.observation.patch import uncompiled
 
@@ -72,6 +73,7 @@ class Rerouting:
             for experts in found
             if len(kept[experts.name]) < counts[experts.name]
         ]
+        self._unbalanced = Unbalanced(model)
 
     @contextmanager
     def entered(self) -> Iterator[None]:
@@ -85,6 +87,8 @@ class Rerouting:
             undo.callback(_masked.difference_update, blocks)
             if self._layers and compat.is_compiled(self._model):
                 undo.enter_context(uncompiled())  # compiled code misses hooks that come after it
+            if self._layers:
+                self._unbalanced.enter(undo)
             for layer in self._layers:
                 layer.enter(undo)
             yield

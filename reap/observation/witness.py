@@ -117,7 +117,7 @@ class Witness:
                 "something took their place: change the model first and observe it then"
             )
         if idle:
-            log.warning("%d MoE layers were never called, such as %s", len(idle), idle[0])
+            log.warning("MoE layers never called: %d, such as %s", len(idle), idle[0])
         self._report_repeated()
 
     def _ran(self) -> bool:

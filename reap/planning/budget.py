@@ -39,7 +39,7 @@ def check_scope(scope: str, normalize: str | None, **across: int | None) -> None
     given: dict[str, object] = {**across, "normalize": normalize}
     odd = next((name for name, value in given.items() if value is not None), None)
     if scope == "layer" and odd:
-        raise ReapError(f"{odd} is of one budget for all layers: ask for the scope global too")
+        raise ReapError(f'{odd} is of one budget for all layers: pass scope="global" too')
 
 
 def normalized(scores: Mapping[str, Tensor], rule: str) -> dict[str, Tensor]:

@@ -43,7 +43,7 @@ def share_of(ratio: Ratio) -> Fraction:
     # A bounded exponent: the plan file of a stranger must not cost a billion digits.
     text = str(ratio)
     if re.fullmatch(
-        r"\d{1,40}/0*[1-9]\d{0,39}|(\d{1,40}|\d{0,40}\.\d{1,40})(e-?\d\d?)?", text, re.I
+        r"\d{1,40}/0*[1-9]\d{0,39}|(\d{1,40}|\d{0,40}\.\d{1,40})(e-?\d{1,3})?", text, re.I
     ):
         share = Fraction(text)
         if share < 1:

@@ -17,6 +17,7 @@ from reap.files.kinds import kind_of
 from reap.files.outputs import PLAN, check_file
 from reap.files.paths import path_of
 from reap.files.safefile import parse_json, read_json
+from reap.files.units import counted
 from reap.model.info import LayerInfo, ModelInfo
 from reap.planning.budget import check_scope, global_counts, normalized, staying
 from reap.planning.counting import (
@@ -72,7 +73,7 @@ class Plan:
         told = ", ".join(f"{kept} of {experts}" for experts, kept in sorted(counts))
         return (
             f"<Plan of {self.model.name} by {self.criterion}: keeps {told} experts in "
-            f"{len(self.kept)} layers>"
+            f"{counted(len(self.kept), 'layer')}>"
         )
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -343,8 +344,8 @@ def select(
             share = ratio_text(layer.num_experts - least, layer.num_experts)
             more = f"keep at least {least}, a ratio of {share}, or " if needed < size else ""
             raise ReapError(
-                f"layer {layer.name}: {needed} super experts are protected where {per_group} "
-                f"experts stay: {more}protect none"
+                f"layer {layer.name}: protects {counted(needed, 'super expert')} and keeps "
+                f"{counted(per_group, 'expert')}: {more}protect none"
             )
         kept.extend(members[:per_group])
     return tuple(sorted(kept))

@@ -152,6 +152,8 @@ def _own_plan(
 ) -> Plan:
     """What `make_plan` keeps, from layers that are summed already."""
     counts = kept_counts(stats.model.layers, ratio=ratio)
+    if counts == [layer.num_experts for layer in stats.model.layers]:
+        raise ReapError(f"ratio {ratio} drops no expert: give a larger one")
     kept = {}
     for layer, count in zip(layers, counts, strict=True):
         gone = dropped(layer.info, layer_scores(layer.sums, criterion), count)

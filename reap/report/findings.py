@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 
+from reap.files.units import counted
 from reap.report.cochosen import Cochosen
 from reap.report.evidence import FEW, SURE, Cut, Evidence
 from reap.report.measured import Cost
-from reap.report.wording import counted, letter, number, plain, share, signed
+from reap.report.wording import letter, number, plain, share, signed
 
 
 def findings(seen: Evidence, together: Cochosen | None, costs: Sequence[Cost]) -> Iterator[str]:

@@ -1,5 +1,5 @@
-"""What plans cost, as `reap evaluate --json` printed it: one model's {domain: measures}, or {plan:
-{domain: measures}}."""
+"""What plans cost, as `reap evaluate --json` printed it, {domain: measures} of one model or {plan:
+{domain: measures}}, or as `reap evaluate --card` recorded it in a pruned folder."""
 
 from __future__ import annotations
 
@@ -15,12 +15,13 @@ from torch import Tensor
 
 from reap.errors import ReapError
 from reap.files.kinds import kind_of
+from reap.files.outputs import KINDS, RECORD, RECORDS
 from reap.files.paths import path_of
 from reap.files.safefile import read_json
 from reap.report.texts import whole
 from reap.report.wording import distinct, plain
 
-NEXT = "give what `reap evaluate --json` printed"
+NEXT = "give what `reap evaluate --json` printed, or a folder that has it by --card"
 MEASURES = ("loss", "perplexity", "kl", "agreement", "teacher_loss")
 
 
@@ -44,8 +45,16 @@ class Cost:
 
 
 def read_costs(path: str | PathLike[str]) -> list[Cost]:
-    """ReapError for a file of anything else."""
+    """Also of a pruned or merged folder, or its record. ReapError for anything else, and for a
+    folder without an evaluation."""
     path = path_of(path, "evaluation", "a file that `reap evaluate --json` wrote")
+    record = path / RECORD if path.is_dir() else path
+    kind = kind_of(record)
+    if kind in map(KINDS.get, RECORDS):
+        evaluation = read_json(record).get("evaluation")
+        if not isinstance(evaluation, dict) or not isinstance(evaluation.get("results"), dict):
+            raise ReapError(f"{path} records no evaluation: `reap evaluate --card` writes one")
+        return costs_of(evaluation["results"], str(path), record.resolve().parent.name)
     kind = kind_of(path)
     if kind is not None:
         raise ReapError(f"{path} is {kind}, not an evaluation: {NEXT}")

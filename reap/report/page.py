@@ -19,6 +19,7 @@ from reap.files.atomic import write_file
 from reap.files.outputs import REPORT, check_file
 from reap.files.paths import path_of
 from reap.files.publish import staged
+from reap.files.units import counted
 from reap.planning.agreement import overlap
 from reap.planning.criteria import extreme
 from reap.planning.plan import Plan
@@ -58,8 +59,9 @@ def write_report(
     """Write a page of what statistics and plans of one model say, for people to look at.
 
     `plans` are files, or plans by name; without one the page shows the cut that `criterion` and
-    `ratio` make. `evaluation` is a file of what `reap evaluate --json` printed, `figures` a folder
-    that gets every figure as SVG and PNG. The page and an SVG are the same bits for the same input
+    `ratio` make. `evaluation` is a file of what `reap evaluate --json` printed or a pruned folder
+    in which `reap evaluate --card` recorded it, `figures` a folder that gets every figure as SVG
+    and PNG. The page and an SVG are the same bits for the same input
     and packages. ReapError for a plan of another model, for statistics of 0 tokens, where something
     is there already, and as `make_plan`.
     """
@@ -168,8 +170,9 @@ def _rendered(seen: Evidence, costs: Sequence[Cost]) -> tuple[str, list[Drawing]
     environment.globals.update(
         {
             name: getattr(wording, name)
-            for name in ("counted", "letter", "number", "plain", "ranges", "share", "signed")
-        }
+            for name in ("letter", "number", "plain", "ranges", "share", "signed")
+        },
+        counted=counted,
     )
     text = environment.get_template("page.html").render(
         format=REPORT,
@@ -259,7 +262,7 @@ def _expert_items(seen: Evidence, at: int) -> Iterator[str]:
             shown = f"<s>{shown}</s>"
         spread = "" if math.isnan(error) else f" ± {wording.number(error, 2)}"
         dropped = f"; dropped by {', '.join(gone)}" if gone else ""
-        yield f"<li>{shown}{spread}, {tokens:,} tokens{dropped}"
+        yield f"<li>{shown}{spread}, {counted(tokens, 'token')}{dropped}"
 
 
 def _super_experts(seen: Evidence) -> list[tuple[str, str]]:

@@ -63,11 +63,6 @@ def share(value: float | None) -> str:
     return f"{value:.0%}"
 
 
-def counted(amount: int, noun: str) -> str:
-    """Like "1 expert" and "2,000 experts"."""
-    return f"{amount:,} {noun}{'' if amount == 1 else 's'}"
-
-
 def ranges(numbers: Iterable[int], most: int = 40) -> str:
     """Ascending numbers with runs joined, like "1, 3 to 5"; of many the first runs."""
     runs = runs_of(numbers)

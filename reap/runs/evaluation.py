@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from reap.errors import ReapError
 from reap.planning.plan import Plan
 from reap.runs.masking import mask_of
-from reap.text.batching import Batch, batches_in, check_ids
+from reap.text.batching import Batch, Batches, batches_in, check_ids
 
 TOTAL = "total"
 _SUMS = 5
@@ -94,10 +94,11 @@ def evaluate(
     if plans is not None:
         students, reference = _masks(model, plans), model if teacher is None else teacher
     sums: dict[str, dict[str, Tensor]] = {name: {} for name in students}
+    if isinstance(batches, Batches):
+        check_domains(source["domain"] for source in batches.describe()["sources"])
     with _evaluating(model, reference):
         for batch in batches_in(batches):
-            if batch.domain == TOTAL:
-                raise ReapError(f"domain {TOTAL!r} is the name of the sum over domains: rename it")
+            check_domains([batch.domain])
             for name, added in _batch_sums(model, students, reference, batch):
                 if not added.isfinite().all():
                     raise ReapError(
@@ -109,6 +110,15 @@ def evaluate(
                 progress(batch.tokens)
     results = {name: _evaluations(rows, reference is not None) for name, rows in sums.items()}
     return results[""] if plans is None else results
+
+
+def check_domains(names: Iterable[str]) -> None:
+    """ReapError for one that results call something else."""
+    if TOTAL in names:
+        raise ReapError(
+            f"domain {TOTAL!r} is the name of the sum over domains: call the text otherwise (in "
+            "`reap evaluate` with --domain)"
+        )
 
 
 def _masks(model: Any, plans: Mapping[str, Plan | str | os.PathLike[str]]) -> Students:

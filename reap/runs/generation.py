@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from reap.errors import ReapError
+from reap.runs.evaluation import TOTAL, check_domains
 from reap.text.batching import Batch, check_ids
 
-TOTAL = "total"
 PERIOD, REPEATS, LEAST = 32, 4, 24  # tokens, times, tokens: what counts as a loop
 GRAM = 4
 AT_ONCE = 16
@@ -184,9 +184,8 @@ def generate_texts(
         if value < 1:
             raise ReapError(f"{name} is {value}: it has to be at least 1")
     check_temperature(temperature)
+    check_domains(prompts)
     for domain, rows in prompts.items():
-        if domain == TOTAL:
-            raise ReapError(f"domain {TOTAL!r} is the name of the sum over domains: rename it")
         check_length(model, rows.shape[1], new_tokens)
         check_ids(model, Batch(rows, torch.ones_like(rows), domain))
     ends = _ends(model)

@@ -40,8 +40,9 @@ def masked(
     Every router runs its own code on its tensors (weights, biases, correction biases, group counts,
     tables of tokens) cut to the experts kept, as in the pruned checkpoint, so choices and gates are
     the same bits; outputs are equal up to the rounding of the experts' kernels. Router logits that
-    the model returns are those of the experts kept. `plan` may be the file of one. `mtp`: the
-    model's multi-token-prediction layer, which is masked too if the plan speaks of it.
+    the base model returns are those of the experts kept; a model with a head, which would add an
+    auxiliary loss of them, returns none. `plan` may be the file of one. `mtp`: the model's
+    multi-token-prediction layer, which is masked too if the plan speaks of it.
 
     This is inference: routers carry no gradient inside. It works around and inside of `observe`
     (whose statistics have all experts, the dropped ones with no token), `calibrate` and `generate`,

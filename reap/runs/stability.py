@@ -31,6 +31,7 @@ import torch
 from torch import Tensor
 
 from reap.errors import ReapError
+from reap.files.units import counted
 from reap.model.info import LayerInfo, ModelInfo
 from reap.planning.confidence import (
     RATIOS,
@@ -180,7 +181,7 @@ class Watch:
             later = f" (and {more:,} more of its wave)" if more else ""
             return (
                 f"stable after {self._looked_at:,} batches{later}: {what} were the same at "
-                f"{self._same} looks, and {sure} none could swap"
+                f"{counted(self._same, 'look')}, and {sure} none could swap"
             )
         if not self._looks:
             return (
@@ -195,7 +196,8 @@ class Watch:
         if not self._open:
             return f"{what} were the same at {self._same} of {self._until.looks} looks ({when})"
         experts, layers = sum(self._open.values()), len(self._open)
-        return f"{sure} {experts} experts in {layers} layers could still swap ({when})"
+        could = f"{counted(experts, 'expert')} in {counted(layers, 'layer')} could still swap"
+        return f"{sure} {could} ({when})"
 
     def state(self) -> dict[str, Any]:
         """All that it remembers, as JSON."""

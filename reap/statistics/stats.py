@@ -16,6 +16,7 @@ from torch import Tensor
 
 from reap import versions
 from reap.errors import ReapError
+from reap.files.units import counted
 from reap.model.info import LayerInfo, ModelInfo
 from reap.statistics import statsfile
 from reap.statistics.gates import check_gates, read_gates
@@ -321,8 +322,8 @@ class Statistics:
     def __repr__(self) -> str:
         domains = ", ".join(self.domains) or "none"
         return (
-            f"<Statistics of {self.model.name}: {self.tokens:,} tokens through {len(self)} MoE "
-            f"layers, domains {domains}>"
+            f"<Statistics of {self.model.name}: {counted(self.tokens, 'token')} through "
+            f"{counted(len(self), 'MoE layer')}, domains {domains}>"
         )
 
     def __iter__(self) -> Iterator[str]:
@@ -339,10 +340,19 @@ class Statistics:
         """Whether model, gates and every exact sum are the same (not `data` and `versions`)."""
         if not isinstance(other, Statistics):
             return NotImplemented
-        alike = all(getattr(self, field) == getattr(other, field) for field in ("gates", *KINDS))
-        return alike and self.model == other.model and self._parts == other._parts
+        return self.model == other.model and self.same_sums(other)
 
     __hash__ = None  # type: ignore[assignment]
+
+    def same_sums(self, other: Statistics) -> bool:
+        """Whether gates and every exact sum are the same, layer by layer, whatever the layers are
+        called and whatever is known of the models."""
+        alike = all(getattr(self, field) == getattr(other, field) for field in ("gates", *KINDS))
+        if not alike or len(self) != len(other):
+            return False
+        mine = dict(zip(other.layers, self.layers, strict=True))
+        theirs = other._parts.items()
+        return self._parts == {(d, mine[name]): its.called(mine[name]) for (d, name), its in theirs}
 
     def save(self, path: str | PathLike[str], *, overwrite: bool = False) -> None:
         """Write one safetensors file, whole or not at all. ReapError if it exists or cannot be

@@ -145,6 +145,9 @@ def batches(
     if domain is not None:
         sources = [replace(source, domain=domain) for source in sources]
     for source in sources:
+        if not source.domain:
+            raise ReapError(f"data {source.spec!r}: its domain is empty: give it a name by domain")
+    for source in sources:
         if source.kind == "hub":
             require_datasets(source)
     check_distinct(sources, seed)

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from reap.errors import ReapError, first_line
+from reap.files.units import counted
 from reap.text.turns import apply, calls_in, listed, rendered, turn, unshown
 
 CONVERSATIONS = ("messages", "conversations", "conversation")
@@ -115,7 +116,7 @@ class Tally:
 
 
 def _rows(count: int) -> str:
-    return f"{count:,} row{'s' * (count != 1)}"
+    return counted(count, "row")
 
 
 def sample_text(

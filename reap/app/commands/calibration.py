@@ -26,6 +26,7 @@ from reap.app.longruns import announce, read_on, reported, rows_of, shape_of, ve
 from reap.app.together import Together, together
 from reap.errors import ReapError
 from reap.files.outputs import STATISTICS, check_file
+from reap.files.units import counted
 
 if TYPE_CHECKING:
     from reap.model.info import ModelInfo
@@ -229,8 +230,8 @@ def tell_statistics(saved: dict[str, Any]) -> None:
     """Of what `save_statistics` returns."""
     domains = legible(", ".join(saved["domains"]))
     typer.echo(
-        f"{saved['out']}: {saved['tokens']:,} tokens through {saved['layers']} MoE layers, "
-        f"domains {domains}"
+        f"{saved['out']}: {counted(saved['tokens'], 'token')} through "
+        f"{counted(saved['layers'], 'MoE layer')}, domains {domains}"
     )
     for note in (*saved["ended"], *saved["notes"]):
         typer.echo(note)

@@ -15,6 +15,7 @@ from reap.app.console import print_json, print_table, reports_errors
 from reap.app.longruns import announce, read_on, reported, rows_of, shape_of, where
 from reap.app.trials import EvaluatedText, Found, GenerateOptions, TaskOptions, Trials
 from reap.errors import ReapError
+from reap.files.units import counted
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -34,6 +35,9 @@ def evaluate(
     generating: GenerateOptions,
     asking: TaskOptions,
     teacher: Annotated[str | None, typer.Option(help="a model to compare with")] = None,
+    teacher_revision: Annotated[
+        str | None, typer.Option(help="branch, tag or commit of --teacher, where that is a hub id")
+    ] = None,
     plan: Annotated[
         list[Path] | None,
         typer.Option(help="as if MODEL was pruned by it, compared with MODEL; repeat for more"),
@@ -58,9 +62,11 @@ def evaluate(
     loading.check()
     plans = _plans(plan or [])
     _check_asked(text, asking, plans, card)
+    if teacher_revision is not None and teacher is None:
+        raise ReapError("--teacher-revision is of --teacher: give that too")
     sources = text.sources()
     folder = resolve_model(model, loading.revision)
-    original = resolve_model(teacher) if teacher else None
+    original = resolve_model(teacher, teacher_revision) if teacher else None
     if card:
         check_recordable(folder)
     _check_plans(folder, plans)
@@ -68,7 +74,7 @@ def evaluate(
         generating.check(each, text, loading.trust_remote_code)
     tasks = asking.load()
     rows = rows_of(folder, text, sources, loading.trust_remote_code) if sources else None
-    by = f"masked by {len(plans)} plan{'s' if len(plans) > 1 else ''}" if plans else None
+    by = f"masked by {counted(len(plans), 'plan')}" if plans else None
     against = f"against {teacher or 'the whole model'}" if teacher or plans else None
     shape = None if rows is None else shape_of(rows)
     announce("evaluating", model, by, against, where(folder, loading), shape, _more(tasks))

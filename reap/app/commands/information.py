@@ -36,10 +36,13 @@ def info(
             metavar="PATH", help="statistics, a plan, a trace, a model's folder, a hub id"
         ),
     ],
+    revision: Annotated[
+        str | None, typer.Option(help="branch, tag or commit of PATH, where that is a hub id")
+    ] = None,
     json: Json = False,
 ) -> None:
     """Say what PATH is: statistics, a plan, a trace, a model or a pruned one, and what is in it."""
-    found = _told(path)
+    found = _told(path, revision)
     if json:
         print_json(found)
         return
@@ -47,10 +50,12 @@ def info(
         typer.echo(f"{name.replace('_', ' '):12} {legible(_shown(name, value))}")
 
 
-def _told(path: str) -> dict[str, Any]:
+def _told(path: str, revision: str | None) -> dict[str, Any]:
     file = Path(path).expanduser()
     if not file.is_file():
-        return _folder(path)
+        return _folder(path, revision)
+    if revision is not None:
+        raise ReapError(f"{path} is a file here: a revision is of a hub id")
     form = format_of(file)
     if form == STATISTICS:
         return _statistics(file)
@@ -143,14 +148,14 @@ def _merge(file: Path) -> dict[str, Any]:
     }
 
 
-def _folder(name: str) -> dict[str, Any]:
+def _folder(name: str, revision: str | None = None) -> dict[str, Any]:
     from reap.files.folder import open_folder
     from reap.files.hub import resolve_model
     from reap.files.safefile import read_json
     from reap.model.identity import describe_folder, mtp_of
     from reap.model.unpacked import said_of_folder
 
-    opened = open_folder(resolve_model(name))
+    opened = open_folder(resolve_model(name, revision))
     ours = (opened.path / RECORD).is_file()
     record = read_json(opened.path / RECORD) if ours else {}
     merged = record.get("format") == MERGED
@@ -179,6 +184,7 @@ def _folder(name: str) -> dict[str, Any]:
             "domains": told.get("domains"),
             "versions": record.get("versions"),
             "command": record.get("command"),
+            **({"evaluation": record["evaluation"]} if "evaluation" in record else {}),
         }
     return found
 
@@ -196,6 +202,10 @@ def _model(model: ModelInfo) -> dict[str, Any]:
 def _shown(name: str, value: Any) -> str:
     if name == "weights":
         return sized(value)
+    if name == "evaluation":
+        from reap.checkpoint.evaluations import said
+
+        return said(value)
     if isinstance(value, dict):
         return ", ".join(f"{key} {_shown('', item)}" for key, item in value.items()) or "none"
     if isinstance(value, list):

@@ -25,7 +25,7 @@ from reap.app.arguments import (
 from reap.app.console import print_json, print_table, reports_errors
 from reap.app.longruns import announce, read_on, reported, rows_of, shape_of, where
 from reap.files.outputs import MERGE, check_file, check_folder
-from reap.files.units import sized
+from reap.files.units import counted, sized, spanned
 
 if TYPE_CHECKING:
     from reap.merging.decomposition import LayerErrors
@@ -46,6 +46,9 @@ def group(
     model: Annotated[
         str | None, typer.Option(help="of m-smoe: the model, whose routers say what is alike")
     ] = None,
+    revision: Annotated[
+        str | None, typer.Option(help="branch, tag or commit of --model, where that is a hub id")
+    ] = None,
     domain: Domains = None,
     overwrite: Overwrite = False,
     json: Json = False,
@@ -63,8 +66,10 @@ def group(
     check_file(out, MERGE, overwrite=overwrite, inputs=[stats, *filter(None, [model])])
     if model is not None and method != "m-smoe":
         raise ReapError("--model is of --method m-smoe: leave it out")
+    if revision is not None and model is None:
+        raise ReapError("--revision is of --model: give that too")
     loaded = load_statistics(stats, domain)
-    alike = router_similarity(resolve_model(model), loaded.model) if model else None
+    alike = router_similarity(resolve_model(model, revision), loaded.model) if model else None
     made = make_merge(loaded, method, ratio=ratio, groups=groups, scope=scope, similarity=alike)
     made.save(out, overwrite=overwrite)
     sizes = [len(one.experts) for of in made.groups.values() for one in of]
@@ -78,12 +83,13 @@ def group(
     if json:
         print_json(saved)
         return
-    counts = sorted(set(made.left.values()))
-    told = str(counts[0]) if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
     typer.echo(
-        f"{out}: {told} different experts in each of {len(made.left)} layers, {sizes.count(1)} of "
-        f"{len(sizes)} as they were, {max(sizes)} in the largest group"
+        f"{out}: {spanned(made.left.values(), 'different expert')} in each of "
+        f"{counted(len(made.left), 'layer')}, {sizes.count(1)} of {len(sizes)} as they were, "
+        f"{max(sizes)} in the largest group"
     )
+    if max(sizes) == 1:
+        typer.echo("note: joins no experts: a model merged by it would be a copy")
 
 
 @reports_errors

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -19,6 +18,7 @@ from reap.app.arguments import (
 )
 from reap.app.console import as_flags, print_json, reports_errors
 from reap.files.outputs import PLAN, check_file
+from reap.files.units import counted, spanned
 
 if TYPE_CHECKING:
     from reap.planning.plan import Plan
@@ -80,7 +80,8 @@ def tell_plan(saved: dict[str, Any]) -> None:
     """Of what `save_plan` returns."""
     kept, few = saved["kept"], saved["under_sampled"]
     typer.echo(
-        f"{saved['out']}: keeps {_span(kept.values())} experts in each of {len(kept)} layers, "
+        f"{saved['out']}: keeps {spanned(kept.values(), 'expert')} in each of "
+        f"{counted(len(kept), 'layer')}, "
         f"{saved['total']:,} in all"
     )
     unsure = [layer for layer, gap in saved["confidence"].items() if abs(gap) < SURE]
@@ -91,13 +92,8 @@ def tell_plan(saved: dict[str, Any]) -> None:
         )
     if few:
         typer.echo(
-            f"note: {sum(map(len, few.values()))} experts in {len(few)} layers saw too few tokens "
-            "to be judged: calibrate on more text"
+            f"note: {counted(sum(map(len, few.values())), 'expert')} in "
+            f"{counted(len(few), 'layer')} saw too few tokens to be judged: calibrate on more text"
         )
     for note in saved["notes"]:
         typer.echo(f"note: {note}")
-
-
-def _span(counts: Iterable[int]) -> str:
-    low, high = min(counts), max(counts)
-    return str(low) if low == high else f"{low} to {high}"

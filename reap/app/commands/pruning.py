@@ -79,15 +79,25 @@ def write_pruned(
 def verify(
     folder: Annotated[str, typer.Argument(metavar="OUT", help="the folder of a pruned model")],
     source: Annotated[str | None, typer.Option(help="the model that it was pruned from")] = None,
+    revision: Annotated[
+        str | None, typer.Option(help="branch, tag or commit of OUT, where that is a hub id")
+    ] = None,
+    source_revision: Annotated[
+        str | None, typer.Option(help="branch, tag or commit of --source, where that is a hub id")
+    ] = None,
     json: Json = False,
 ) -> None:
     """Read a pruned model back, compare it with MODEL or the checksums recorded, and say what a
     server needs to know."""
+    from reap.checkpoint.verification import record_of
     from reap.checkpoint.verification import verify as run
     from reap.files.hub import resolve_model
 
-    original = resolve_model(source) if source else None
-    path = resolve_model(folder)
+    if source_revision is not None and source is None:
+        raise ReapError("--source-revision is of --source: give that too")
+    original = resolve_model(source, source_revision) if source else None
+    path = resolve_model(folder, revision)
+    record_of(path)
     size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
     against = f"against {source}" if source else "by its checksums"
     announce("verifying", folder, against, f"{sized(size)} to read")

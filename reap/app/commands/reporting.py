@@ -9,7 +9,7 @@ import typer
 
 from reap.app.arguments import Criterion, Json, Overwrite, Stats
 from reap.app.console import print_json, print_table, reports_errors
-from reap.files.units import sized
+from reap.files.units import counted, sized
 from reap.model.layernames import short_names
 
 if TYPE_CHECKING:
@@ -26,7 +26,10 @@ def report(
     ] = None,
     out: Annotated[Path, typer.Option(help="the page to write")] = Path("report.html"),
     evaluation: Annotated[
-        Path | None, typer.Option(help="what `reap evaluate --json` printed of the plans")
+        Path | None,
+        typer.Option(
+            help="what `reap evaluate --json` printed of the plans, or a folder that has --card"
+        ),
     ] = None,
     figures: Annotated[
         Path | None, typer.Option(help="also a folder with every figure as SVG and PNG")
@@ -63,7 +66,7 @@ def report(
         return
     for finding in written.findings:
         typer.echo(finding)
-    typer.echo(f"{written.path}: {sized(written.size)}, {len(written.figures)} figures")
+    typer.echo(f"{written.path}: {sized(written.size)}, {counted(len(written.figures), 'figure')}")
 
 
 @reports_errors

@@ -9,6 +9,7 @@ import typer
 
 from reap.app.arguments import Criterion, Domains, Json, Seed, Stats, load_statistics
 from reap.app.console import print_json, print_table, reports_errors
+from reap.files.units import counted
 from reap.model.layernames import pattern, short_names
 
 if TYPE_CHECKING:
@@ -48,7 +49,7 @@ def score(
         }
         print_json({"criterion": criterion, "tokens": loaded.tokens, "layers": layers})
         return
-    title = f"{criterion}, {loaded.tokens:,} tokens; layer: {pattern(list(scores))}"
+    title = f"{criterion}, {counted(loaded.tokens, 'token')}; layer: {pattern(list(scores))}"
     if all:
         columns = ["layer", "expert", "score", "\u00b1", "tokens"]
         print_table(title, columns, list(_every(loaded, scores, criterion)))

@@ -33,6 +33,8 @@ FAULTS = {
     "box_after_the_end": ("copy_in_flight", 0),
     "signal_before_copy": ("race", 64),
     "thread_ends_first": ("copy_in_flight", 0),
+    "launch_loads_early": ("race", 64),
+    "hint_past_buffer": ("out_of_bounds", 0),
     "unfenced_stores": ("proxy", 2048),
     "early_fence": ("proxy", 2048),
     "unfenced_copies": ("proxy", 2048),

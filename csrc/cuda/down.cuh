@@ -37,6 +37,7 @@ __device__ __forceinline__ void down_tile(const DownArgs<T>& args, const Tile& t
 }
 
 template <class T, int ROWS, Layout LAYOUT> __global__ void __launch_bounds__(THREADS) down_kernel(DownArgs<T> args) {
+    let_next_launch_start();
     wait_for_launch_before();
     Tile tile;
     if (!locate(tile, args.routing, blockIdx.x, args.walk, ROWS)) return;

@@ -95,6 +95,7 @@ __device__ __forceinline__ void gate_up_tile(const GateUpArgs<T>& args, const Ti
 
 template <class T, int ROWS, Layout LAYOUT>
 __global__ void __launch_bounds__(THREADS) gate_up_kernel(GateUpArgs<T> args) {
+    let_next_launch_start();
     wait_for_launch_before();
     const int number = blockIdx.x;
     if (number >= args.tiles) return zero_share(args.zero, number - args.tiles, threadIdx.x, THREADS);

@@ -82,8 +82,15 @@ def runs():
 
 
 def marked_places(name):
-    lines = enumerate(SOURCE.read_text().splitlines(), 1)
-    return {f"{SOURCE.name}:{i}" for i, line in lines if name in line.partition("//!")[2].split()}
+    """Lines that end in the mark, or follow it."""
+    places, marked = set(), False
+    for i, line in enumerate(SOURCE.read_text().splitlines(), 1):
+        code, _, names = line.partition("//!")
+        marked |= name in names.split()
+        if marked and code.strip():
+            places.add(f"{SOURCE.name}:{i}")
+        marked &= not code.strip()
+    return places
 
 
 def test_every_kernel_has_an_expectation(runs):

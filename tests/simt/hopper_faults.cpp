@@ -1,6 +1,6 @@
 // Small kernels for Hopper with one planted fault each, and the same kernel without it. A line that
-// ends in `//! name` is one that the report of fault `name` may give. Prints one line per run: name,
-// broken, seed, mode, sum of `out`, kind ("clean" if none), place and message, by tabs.
+// ends in `//! name`, or follows a line of only that, is one that the report of fault `name` may give. Prints one line
+// per run: name, broken, seed, mode, sum of `out`, kind ("clean" if none), place and message, by tabs.
 #include <cstdio>
 #include <vector>
 
@@ -296,9 +296,8 @@ template <Mistake mistake> void multiply_twice(Args& a) {
     const uint64_t left = mistake == no_swizzle ? rows_at(A) << 2 >> 2 : rows_at(odd ? A + 32 : A);
     float d[4][8][4] = {};
     if (mistake != no_fence) wgmma_fence();
-    wgmma_m64n256k16<bf16, false>(
-        d, left, rows_at(mistake == past_b ? B + 2048 : B),
-        false);  //! missing_wgmma_fence lanes_differ warps_differ no_swizzle_mode unwritten_operand
+    //! missing_wgmma_fence lanes_differ warps_differ no_swizzle_mode unwritten_operand
+    wgmma_m64n256k16<bf16, false>(d, left, rows_at(mistake == past_b ? B + 2048 : B), false);
     wgmma_commit();
     if (mistake == touch) d[3][7][3] = 0;
     wgmma_m64n256k16<bf16, false>(d, rows_at(A + 32), rows_at(B + 32), true);  //! touched_in_flight
@@ -390,9 +389,9 @@ template <Slip slip> void add_twice(Args& a) {
         if (slip != no_proxy_fence) fence_proxy_async();
         if (slip != no_meeting || round == 0) __syncwarp();
         const Shared<float> from(source);
-        bulk_add(target, from,
-                 bytes);  //! bulk_unfenced bulk_unmet bulk_met_too_late bulk_half_a_chunk bulk_odd_source
-                          //! bulk_odd_target bulk_past_target bulk_past_source bulk_to_input bulk_from_nothing
+        //! bulk_unfenced bulk_unmet bulk_met_too_late bulk_half_a_chunk bulk_odd_source bulk_odd_target
+        //! bulk_past_target bulk_past_source bulk_to_input bulk_from_nothing
+        bulk_add(target, from, bytes);
         bulk_commit();
         if (slip != no_read_wait || round == 1) bulk_wait_read();
         if (slip != no_return) __syncwarp();
@@ -414,8 +413,8 @@ template <bool broken> __global__ void bulk_from_nothing(Args a) { add_twice<bro
 template <bool commits, bool waits> void copy_once(Args& a) {
     store_shared(cast<float4>(shared_memory()) + threadIdx.x, float4{1, 1, 1, 1});
     fence_proxy_async();
-    bulk_store(a.out + 4 * threadIdx.x, cast<float>(shared_memory()) + 4 * threadIdx.x,
-               16);  //! bulk_not_committed bulk_not_waited
+    //! bulk_not_committed bulk_not_waited
+    bulk_store(a.out + 4 * threadIdx.x, cast<float>(shared_memory()) + 4 * threadIdx.x, 16);
     if (commits) bulk_commit();
     if (waits) bulk_wait_read();
 }

@@ -59,6 +59,13 @@ def test_every_tile(case, dtype):
     check(cases.make(case, dtype), seed=7)
 
 
+def rows_multiplied(slots: int, rows: int) -> int:
+    """Of an expert, in tiles of `rows`."""
+    full, left = divmod(slots, rows)
+    sizes = (32, 64, 128) if rows == 128 else (rows,)
+    return full * rows + (left and min(size for size in sizes if size >= left))
+
+
 def test_tiles_are_those_that_the_cases_are_for():
     """By the instructions that were executed: 16 rows by 8 columns by 16 of k each."""
     for rows, sizes in ROWS.items():
@@ -66,12 +73,25 @@ def test_tiles_are_those_that_the_cases_are_for():
         inputs = cases.make(case, torch.bfloat16)
         emulated.run(inputs)
         _, counts = inputs["top_k_index"].unique(return_counts=True)
-        tiles = sum(-(-count // rows) for count in counts.tolist())
+        multiplied = sum(rows_multiplied(count, rows) for count in counts.tolist())
         assert max(counts) > rows
         up_tiles, up_steps = -(-2 * case.I // 128), -(-case.H // 64)
         down_tiles, down_steps = -(-case.H // 128), -(-case.I // 64)
-        work = tiles * (up_tiles * up_steps + down_tiles * down_steps)
-        assert emulated.counters()["mma"] == work * (rows // 16) * 16 * 4
+        work = multiplied * (up_tiles * up_steps + down_tiles * down_steps)
+        assert emulated.counters()["mma"] == work // 16 * 16 * 4
+
+
+@pytest.mark.parametrize("left", (1, 32, 33, 64, 65, 127, 128, 129))
+@pytest.mark.parametrize("transposed", (False, True))
+def test_what_an_expert_does_not_fill_is_not_multiplied(left, transposed):
+    """Of tiles of 128 rows: a quarter or a half where no more are left. The other expert has enough
+    rows for such tiles, and one in its last."""
+    case = Case("", T=left + 257, K=1, E=2, H=64, I=64, transposed=transposed)
+    inputs = cases.make(case, torch.bfloat16)
+    inputs["top_k_index"] = (torch.arange(case.T) < left).long().reshape(-1, 1)
+    check(inputs)
+    rows = rows_multiplied(left, 128) + 2 * 128 + 32
+    assert emulated.counters()["mma"] == rows // 16 * 16 * (64 // 16) * 2
 
 
 @settings(max_examples=60, deadline=None, derandomize=True)

@@ -84,16 +84,25 @@ def test_nothing_spills(kernels):
         assert not [opcode for opcode in found if opcode.startswith(("LDL", "STL"))], kernel.name
 
 
-def test_kernels_wait_for_the_launch_before(kernels, arch):
+def test_kernels_let_the_next_start_and_wait_for_the_launch_before(kernels, arch):
     """From sm_90 on, before anything in global memory is touched."""
     for kernel in kernels.values():
         code = sass.instructions(kernel.code)
         if kernel.name.startswith("sm90::") and arch != "sm_90a":
             continue  # these trap
         waits = [i for i, each in enumerate(code) if "ACQBULK" in each]
-        assert len(waits) == (arch != "sm_80"), kernel.name
+        # Those for Hopper in two branches, that begin where warps give registers back or take them.
+        branches = [i for i, each in enumerate(code) if "USETMAXREG" in each] or [0]
+        assert len(waits) == len(branches) * (arch != "sm_80"), kernel.name
         touching = re.compile(r"\b(?:LDG|STG|LDGSTS|RED|REDG|ATOM|ATOMG|UTMALDG|UBLK\w+)\b")
-        assert not any(touching.search(each) for each in code[: waits[0] if waits else 0])
+        before = [*code[: branches[0]]]
+        for start, wait in zip(branches, waits, strict=arch != "sm_80"):
+            before += code[start:wait]
+        assert not any(touching.search(each) for each in before), kernel.name
+        starts = [i for i, each in enumerate(code) if "PREEXIT" in each]
+        last = kernel.name.startswith("finish_kernel")
+        assert len(starts) == (arch != "sm_80" and not last), kernel.name
+        assert all(start < waits[0] for start in starts), kernel.name
 
 
 @pytest.mark.parametrize("dtype", HMMA)

@@ -34,10 +34,13 @@ def test_no_bank_conflict_anywhere(case):
     ids=str,
 )
 def test_launches(case, routing):
-    """Four, or six where the slots do not fit one block."""
+    """Four, or six where the slots do not fit one block; each lets the next one start beside it."""
     inputs = cases.make(case, torch.bfloat16)
     emulated.run(inputs)
-    assert emulated.counters()["launches"] == [*routing, "gate_up", "down", "finish"]
+    counted = emulated.counters()
+    assert counted["launches"] == [*routing, "gate_up", "down", "finish"]
+    # After the last comes a launch of others.
+    assert counted["early"] == [True] * (len(counted["early"]) - 1) + [False]
 
 
 H100 = {"cache": 50 << 20, "blocks": 264}  # bytes; two blocks on each of 132 processors

@@ -152,6 +152,21 @@ def test_what_an_expert_does_not_fill_is_not_multiplied(T, groups):
 
 
 @needs_emulator
+@pytest.mark.parametrize(("T", "deterministic"), [(8, False), (8, True), (260, False), (3, False)])
+def test_hints_are_for_what_a_block_loads_first(T, deterministic):
+    """Where all experts have as many slots, and none where some can have too few: for up to four
+    stages of four boxes of 8 KB each, of a block's first tile in gate_up and in down."""
+    inputs = cases.make(Case("even", T=T, K=1, E=2, H=392, I=136), torch.bfloat16)
+    inputs["top_k_index"] = torch.arange(T).remainder(2).reshape(T, 1)
+    run(inputs, deterministic=deterministic)
+    counted = emulated.counters()
+    slabs = counted["launches"].count("down")
+    assert slabs == (2 if deterministic else 1)
+    stages = 3 * 4 + 3 * 3 if not deterministic else 3 * 4 + 2 * 3 + 2 * 3
+    assert counted["hinted"] == counted["met"] == (T > 3) * stages * 4 * 8192
+
+
+@needs_emulator
 def test_a_nan_stays_in_its_token():
     inputs = cases.make(Case("one NaN", **SIZES), torch.bfloat16)
     plain = run(inputs)
@@ -179,6 +194,7 @@ RUNS = [
     Case("mutant", **DEEP),
     Case("mutant", interleaved=True, transposed=True, bias=True, **SIZES),
     Case("mutant, staged in fp32", activation="gelu", **SIZES),
+    Case("mutant, few slots", T=5, K=1, E=3, H=72, I=72),
     # The end is said with the stage that the last tile began with.
     Case("mutant, as many slices as stages", T=9, K=2, E=3, H=256, I=256),
 ]
@@ -196,6 +212,13 @@ def known(number: int) -> tuple[dict, tuple[cases.Saliency, cases.Saliency]]:
     return inputs, (cases.truth(inputs), cases.plain(inputs))
 
 
+@functools.cache
+def hinted(number: int) -> int:
+    """Bytes that hints are for, where nothing is out of order."""
+    run(known(number)[0])
+    return emulated.counters()["hinted"]
+
+
 def complaint(extension, mutant: int) -> str | None:
     for number, seed in product(range(len(RUNS)), range(4)):
         inputs, answers = known(number)
@@ -204,6 +227,8 @@ def complaint(extension, mutant: int) -> str | None:
             cases.assert_accurate(run(inputs, extension, **options), inputs, answers)
         except (extension.Fault, AssertionError) as error:
             return str(error)
+        if extension.counters()["hinted"] != hinted(number):
+            return "other hints"
     return None
 
 
@@ -220,7 +245,7 @@ def test_every_statement_that_waits_signals_or_fences_is_a_mutant():
         "wgmma_fence": 1, "wgmma_commit": 1, "wgmma_wait<1>": 1, "wgmma_wait<0>": 1,
         "mbarrier_arrive": 6, "mbarrier_arrive_expect": 2, "cp_async_mbarrier_arrive": 1,
         "__syncthreads": 1, "__syncwarp": 6, "bulk_wait_read": 4, "bulk_commit": 2,
-        "named_barrier": 1, "wait_for_launch_before": 2,
+        "named_barrier": 1, "wait_for_launch_before": 4,
     }.items()  # fmt: skip
 
 
@@ -264,6 +289,9 @@ def test_machine_code(name, layout, dtype):
     assert len(re.findall(r"UBLKCP\.G\.S", text)) == copied
     assert len(re.findall(r"UBLKRED\.G\.S\.ADD\.F32\.RN", text)) == added
     assert not re.search(r"\bREDG?\.", text)
+    # Hints before the wait: for four boxes at a time, and for the maps.
+    assert len(re.findall(r"UTMAPF\.L2\.4D", text)) == 4
+    assert len(re.findall(r"UTMACCTL\.PF", text)) == (2 if name == "down_kernel" else 1)
     assert len(re.findall(r"\bATOMG\.E\.ADD", text)) == 1  # the counter of tiles
     for instruction in ("SYNCS.EXCH", "SYNCS.PHASECHK.TRANS64.TRYWAIT", "SYNCS.ARRIVE.TRANS64",
                         "USETMAXREG.DEALLOC", "USETMAXREG.TRY_ALLOC"):  # fmt: skip

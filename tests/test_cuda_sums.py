@@ -59,6 +59,7 @@ def test_emulated(case, dtype, wgmma):
     again = run(inputs, weights, wgmma=wgmma, seed=2, eager=True)
     assert all(map(torch.equal, result[1:], again[1:])), "the order shows"
     launches = emulated.counters()["launches"]
+    assert emulated.counters()["early"] == [name != "finish" for name in launches]
     place = launches.index("gate_up")
     assert launches[place : place + 4] == ["gate_up", "sum", "project", "down"]
 

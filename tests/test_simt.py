@@ -78,6 +78,7 @@ FAULTS = {
     "misaligned_copy": ("misaligned", r"in \+ \d+", THREAD, 4 * 1953),
     "store_to_input": ("read_only", r"in \+ 0", ".* thread 0 .*", 1),
     "launch_not_waited_for": ("race", r"in \+ (20|148)", r".* lane 5\)", 2016),
+    "launch_ends_first": ("race", "", r".* lane 5\)", 2016),
     "trap": ("trap", "", ".* thread 63 .*", 0),
     "runaway": ("runaway", "", ".* thread 0 .*", 0),
     "runaway_votes": ("runaway", "", THREAD, 0),

@@ -33,6 +33,8 @@ FAULTS = {
     "box_after_the_end": ("copy_in_flight", 0),
     "signal_before_copy": ("race", 64),
     "thread_ends_first": ("copy_in_flight", 0),
+    "launch_loads_early": ("race", 64),
+    "hint_past_buffer": ("out_of_bounds", 0),
     "unfenced_stores": ("proxy", 2048),
     "early_fence": ("proxy", 2048),
     "unfenced_copies": ("proxy", 2048),
@@ -80,8 +82,15 @@ def runs():
 
 
 def marked_places(name):
-    lines = enumerate(SOURCE.read_text().splitlines(), 1)
-    return {f"{SOURCE.name}:{i}" for i, line in lines if name in line.partition("//!")[2].split()}
+    """Lines that end in the mark, or follow it."""
+    places, marked = set(), False
+    for i, line in enumerate(SOURCE.read_text().splitlines(), 1):
+        code, _, names = line.partition("//!")
+        marked |= name in names.split()
+        if marked and code.strip():
+            places.add(f"{SOURCE.name}:{i}")
+        marked &= not code.strip()
+    return places
 
 
 def test_every_kernel_has_an_expectation(runs):

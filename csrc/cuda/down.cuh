@@ -15,10 +15,8 @@ template <class T> struct DownArgs {
     int I, inner_pitch;
 };
 
-template <class T, int ROWS, Layout LAYOUT> __global__ void __launch_bounds__(THREADS) down_kernel(DownArgs<T> args) {
-    wait_for_launch_before();
-    Tile tile;
-    if (!locate(tile, args.routing, blockIdx.x, args.walk, ROWS)) return;
+template <class T, int ROWS, Layout LAYOUT>
+__device__ __forceinline__ void down_tile(const DownArgs<T>& args, const Tile& tile) {
     const int column = args.combine.first_column + tile.column * COLUMNS;
 
     const auto inner_row = [&](int i) {  // past the end the last row repeats
@@ -36,6 +34,14 @@ template <class T, int ROWS, Layout LAYOUT> __global__ void __launch_bounds__(TH
     __syncthreads();
     const Staging staged{cast<float>(shared_memory()) + threadIdx.x / WARP * (ROWS / 2 * WARP_COLUMNS)};
     combine_tile(acc, args.combine, staged, tile.first + warp_row<ROWS>(), tile.end, column + warp_column());
+}
+
+template <class T, int ROWS, Layout LAYOUT> __global__ void __launch_bounds__(THREADS) down_kernel(DownArgs<T> args) {
+    let_next_launch_start();
+    wait_for_launch_before();
+    Tile tile;
+    if (!locate(tile, args.routing, blockIdx.x, args.walk, ROWS)) return;
+    with_rows<ROWS>(tile, [&](auto rows) { down_tile<T, rows.value, LAYOUT>(args, tile); });
 }
 
 }  // namespace reap::cuda

@@ -70,12 +70,7 @@ template <class T> __device__ __forceinline__ int64_t gathered_row(const GateUpA
 }
 
 template <class T, int ROWS, Layout LAYOUT>
-__global__ void __launch_bounds__(THREADS) gate_up_kernel(GateUpArgs<T> args) {
-    wait_for_launch_before();
-    const int number = blockIdx.x;
-    if (number >= args.tiles) return zero_share(args.zero, number - args.tiles, threadIdx.x, THREADS);
-    Tile tile;
-    if (!locate(tile, args.routing, number, args.walk, ROWS)) return;
+__device__ __forceinline__ void gate_up_tile(const GateUpArgs<T>& args, const Tile& tile) {
     const int column = tile.column * COLUMNS;
 
     const auto x_row = [&](int i) { return gathered_row(args, tile, i); };
@@ -96,6 +91,17 @@ __global__ void __launch_bounds__(THREADS) gate_up_kernel(GateUpArgs<T> args) {
     for (int i = 0; i < ROWS / 32; ++i) staged.store(acc[i], i * 16);
     __syncwarp();
     store_inner(args, staged, ROWS / 2, tile.first + warp_row<ROWS>(), tile.end, column + warp_column());
+}
+
+template <class T, int ROWS, Layout LAYOUT>
+__global__ void __launch_bounds__(THREADS) gate_up_kernel(GateUpArgs<T> args) {
+    let_next_launch_start();
+    wait_for_launch_before();
+    const int number = blockIdx.x;
+    if (number >= args.tiles) return zero_share(args.zero, number - args.tiles, threadIdx.x, THREADS);
+    Tile tile;
+    if (!locate(tile, args.routing, number, args.walk, ROWS)) return;
+    with_rows<ROWS>(tile, [&](auto rows) { gate_up_tile<T, rows.value, LAYOUT>(args, tile); });
 }
 
 }  // namespace reap::cuda

@@ -163,11 +163,22 @@ __device__ __forceinline__ float reciprocal_approx(float x) {
 }
 
 // "Parallel Synchronization and Communication Instructions: griddepcontrol", .wait: until the launch before
-// this one is over and what it wrote can be seen. Nothing that an earlier launch wrote or read may be
-// touched before; every kernel begins with it. Older chips start no launch before the last one is over.
+// this one is over and what it wrote can be seen. Every thread of every kernel waits, and touches no global
+// memory before. So no launch is over before the one before it is, and what waits for the last launch waits
+// for all of them: what any earlier one wrote can be seen, what any earlier one reads can be overwritten.
+// Older chips start no launch before the last one is over.
 __device__ __forceinline__ void wait_for_launch_before() {
 #if __CUDA_ARCH__ >= 900
     asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+// "... griddepcontrol", .launch_dependents: blocks of the next launch may start where there is room, once all
+// blocks of this one have said so, or are over. None is then left to start, whose room they could take: a
+// kernel says so at once, and the next one makes itself ready and waits. Not the last, whose next is not ours.
+__device__ __forceinline__ void let_next_launch_start() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
 #endif
 }
 

@@ -139,6 +139,7 @@ __device__ __forceinline__ void clear_counters(const RoutingArgs& args) {
 
 // Block: a chunk.
 __global__ void __launch_bounds__(WARP) count_kernel(RoutingArgs args) {
+    let_next_launch_start();
     wait_for_launch_before();
     const Shared<int32_t> count = cast<int32_t>(shared_memory());  // [E+1]
     count_chunk(args, blockIdx.x, count);
@@ -148,6 +149,7 @@ __global__ void __launch_bounds__(WARP) count_kernel(RoutingArgs args) {
 
 // Block: an expert.
 __global__ void __launch_bounds__(WARP) scan_kernel(RoutingArgs args) {
+    let_next_launch_start();
     wait_for_launch_before();
     const Global<int32_t> row = args.counts + int64_t(blockIdx.x) * args.chunks;
     int before = 0;
@@ -164,6 +166,7 @@ __global__ void __launch_bounds__(WARP) scan_kernel(RoutingArgs args) {
 // Block: a chunk, and an expert's row tiles. Every warp sums the experts' totals again, which is
 // cheaper than a launch.
 __global__ void __launch_bounds__(WARP) place_kernel(RoutingArgs args) {
+    let_next_launch_start();
     wait_for_launch_before();
     const int block = blockIdx.x;
     const bool has_chunk = block < args.chunks;
@@ -182,6 +185,7 @@ __global__ void __launch_bounds__(WARP) place_kernel(RoutingArgs args) {
 
 // Block: all chunks, one per warp.
 __global__ void __launch_bounds__(ROUTE_WARPS* WARP) route_kernel(RoutingArgs args) {
+    let_next_launch_start();
     wait_for_launch_before();
     const int warp = threadIdx.x / WARP;
     const Shared<int32_t> starts = cast<int32_t>(shared_memory());  // [E+1]

@@ -53,6 +53,7 @@ __device__ __forceinline__ float weighted(float weight, float x) { return weight
 
 // Block: 64 columns of inner and all slots of an expert, a row per warp at a time.
 template <class T> __global__ void __launch_bounds__(SUM_THREADS) sum_kernel(SumArgs<T> args) {
+    let_next_launch_start();
     wait_for_launch_before();
     const int expert = blockIdx.x / args.blocks, block = blockIdx.x % args.blocks;
     const int column = block * SUM_COLUMNS + 2 * lane_id(), warp = threadIdx.x / WARP;
@@ -166,6 +167,7 @@ template <class T> __device__ __forceinline__ void project_any(const ProjectArgs
 }
 
 template <class T, bool K_MAJOR> __global__ void __launch_bounds__(SUM_THREADS) project_kernel(ProjectArgs<T> args) {
+    let_next_launch_start();
     wait_for_launch_before();
     const int expert = blockIdx.x / args.blocks, block = blockIdx.x % args.blocks;
     if constexpr (K_MAJOR) project_k_major(args, expert, block);

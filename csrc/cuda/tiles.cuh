@@ -10,6 +10,8 @@
 // Four warps, two by two, of (ROWS / 2) x 64 elements each: the wider a warp's tile, the more
 // multiplications per operand that it reads from shared memory, and 64 x 64 is what registers hold.
 #pragma once
+#include <type_traits>
+
 #include "numbers.cuh"
 #include "routing.cuh"
 
@@ -36,6 +38,7 @@ template <int ROWS> struct Ring {
     static constexpr int BYTES = STAGES * STAGE_BYTES;
     static_assert(BYTES <= 96 << 10);
 };
+static_assert(Ring<32>::BYTES <= Ring<128>::BYTES && Ring<64>::BYTES <= Ring<128>::BYTES);  // see with_rows()
 
 // The accumulators of a warp: for each 16 rows a strip of fragments of 16 x 8. Lane l has of a
 // fragment the elements 0, 1 of row l / 4 and 2, 3 of the row 8 below, columns 2 (l % 4) + {0, 1}.
@@ -86,6 +89,16 @@ __device__ __forceinline__ bool locate(Tile& tile, const Routing& routing, int n
     tile.first = load_global(routing.offsets + tile.expert) + (group_first + local % height) * rows;
     tile.end = load_global(routing.offsets + tile.expert + 1);
     return true;
+}
+
+// Calls compute(rows) with the rows that are computed of a tile of ROWS: of 128, half or a quarter where its
+// expert has no more left. Smaller tiles are bound by the bytes of the weights, which empty rows do not add to.
+template <int ROWS, class Compute> __device__ __forceinline__ void with_rows(const Tile& tile, Compute compute) {
+    if constexpr (ROWS == 128) {
+        if (tile.end - tile.first <= 32) return compute(std::integral_constant<int, 32>());
+        if (tile.end - tile.first <= 64) return compute(std::integral_constant<int, 64>());
+    }
+    compute(std::integral_constant<int, ROWS>());
 }
 
 // How the rows of the weights become columns of the result. Where gate and up are concatenated, 8

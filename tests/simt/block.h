@@ -18,7 +18,7 @@
 
 namespace simt {
 
-enum class Use { load, store, atomic };
+enum class Use { load, store, atomic, hint };
 
 struct GlobalAccess {
     uint3 block;
@@ -172,6 +172,7 @@ public:
 
     // Work of engines other than lanes, done one by one when no lane can run.
     std::vector<std::function<void()>> background;
+    bool lets_next_start = false;                          // and did so before any of its lanes waited
     std::map<const int32_t*, int32_t> counters_at_launch;  // that atom_add has seen
     std::map<const int32_t*, uint32_t> turns;              // of this block at them
     std::shared_ptr<void> extension;                       // what a chip's own instructions remember about this block

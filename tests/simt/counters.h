@@ -26,6 +26,8 @@ struct SharedUse {
 
 struct Counters {
     uint64_t launches = 0, blocks = 0, mma = 0;
+    uint64_t hinted = 0, met = 0;             // bytes of boxes that a block said it would load, and then loaded
+    std::vector<bool> early;                  // of each launch: whether the next may start beside it
     std::map<std::string, Traffic> global;    // by buffer
     std::map<std::string, SharedUse> shared;  // by "file:line"; only with Options::profile
 };

@@ -67,12 +67,15 @@ private:
         random.shuffle(order.data(), static_cast<uint32_t>(order.size()));
         block.configure(grid, size, shared_bytes, next_block);
         ++counters.launches;
+        bool early = true;
         for (uint64_t i : order) {
             const uint3 index{static_cast<unsigned>(i % grid.x), static_cast<unsigned>(i / grid.x % grid.y),
                               static_cast<unsigned>(i / grid.x / grid.y)};
             ++counters.blocks;
             block.run(index, next_block++, kernel);
+            early = early && block.lets_next_start;
         }
+        counters.early.push_back(early);
     }
 
     Buffers buffers;

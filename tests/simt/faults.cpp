@@ -75,6 +75,7 @@ const Case cases[] = {
     CASE(misaligned_copy, 1, 64, 1024),
     CASE(store_to_input, 1, 1, 0),
     CASE(launch_not_waited_for, 1, 64, 0),
+    CASE(launch_ends_first, 1, 64, 0),
     CASE(trap, 1, 64, 0),
     CASE(runaway, 1, 1, 0),
     CASE(runaway_votes, 1, 32, 0),
@@ -89,7 +90,7 @@ void run(const Case& test, bool broken, uint64_t seed, bool eager) {
     for (size_t i = 0; i < in.size(); ++i) in[i] = static_cast<float>(i);
     simt::Options options;
     options.seed = seed, options.eager = eager, options.sm = 80;
-    options.overlapped = std::string(test.name) == "launch_not_waited_for";
+    options.overlapped = std::string(test.name).rfind("launch_", 0) == 0;
     options.shared_limit = 99 * 1024, options.access_limit = 100000;
     simt::Emulator emulator(options);
     emulator.add_buffer("in", in.data(), in.size() * sizeof(float), false);

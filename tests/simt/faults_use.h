@@ -49,6 +49,15 @@ template <bool broken> __global__ void launch_not_waited_for(Args a) {
     store_global(a.out + t, load_global(a.in + t));  //! launch_not_waited_for
 }
 
+// The launch after it would not know that those before are over.
+template <bool broken> __global__ void launch_ends_first(Args a) {
+    const unsigned t = threadIdx.x;
+    let_next_launch_start();
+    if (broken && t % 32 == 5) return;
+    wait_for_launch_before();
+    store_global(a.out + t, load_global(a.in + t));
+}
+
 // On an sm_80, as all kernels here.
 template <bool broken> __global__ void newer_instruction(Args a) {
     const unsigned t = threadIdx.x;

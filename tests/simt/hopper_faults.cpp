@@ -1,6 +1,6 @@
 // Small kernels for Hopper with one planted fault each, and the same kernel without it. A line that
-// ends in `//! name` is one that the report of fault `name` may give. Prints one line per run: name,
-// broken, seed, mode, sum of `out`, kind ("clean" if none), place and message, by tabs.
+// ends in `//! name`, or follows a line of only that, is one that the report of fault `name` may give. Prints one line
+// per run: name, broken, seed, mode, sum of `out`, kind ("clean" if none), place and message, by tabs.
 #include <cstdio>
 #include <vector>
 
@@ -10,9 +10,10 @@
 using namespace reap::cuda;
 
 struct Args {
-    Global<const char> in;  // 8 rows of 64 bf16, all 1
-    Global<float> out;      // 128 floats, zeros
-    TensorMap map, beyond;  // of `in`, boxes of 8 rows; the same with 9 rows in the tensor
+    Global<const char> in;    // 8 rows of 64 bf16, all 1
+    Global<float> out;        // 128 floats, zeros
+    TensorMap map, beyond;    // of `in`, boxes of 8 rows; the same with 9 rows in the tensor
+    TensorMap map4, beyond4;  // the same with dimensions of 1
 };
 
 constexpr int BOX = 1024, BARRIERS = 40 << 10;  // bytes of a box, where the mbarriers are
@@ -221,6 +222,27 @@ template <bool broken> __global__ void thread_ends_first(Args a) {
     if (!broken || threadIdx.x >= 32) wait(barrier(0), 0);
 }
 
+// --- launches that start early ---
+
+template <bool broken> __global__ void launch_loads_early(Args a) {
+    make(1, 1);
+    const int at[4] = {0, 4, 0, 0}, all[4] = {0, 0, 0, 0};
+    let_next_launch_start();
+    if (threadIdx.x == 0) tma_prefetch(a.map4, at);  // half of the box is outside of the tensor
+    if (!broken) wait_for_launch_before();
+    if (threadIdx.x == 0) {
+        mbarrier_arrive_expect(barrier(0), BOX);
+        tma_load(shared_memory(), a.map4, barrier(0), all);  //! launch_loads_early
+    }
+    wait(barrier(0), 0);
+    put(a, first_of(shared_memory()));
+}
+
+template <bool broken> __global__ void hint_past_buffer(Args a) {
+    const int at[4] = {0, 4, 0, 0};
+    tma_prefetch(broken ? a.beyond4 : a.map4, at);  //! hint_past_buffer
+}
+
 // --- wgmma ---
 
 constexpr int A = 0, B = 8 << 10;  // [64, 64] and [256, 64] bf16, all 1
@@ -274,9 +296,8 @@ template <Mistake mistake> void multiply_twice(Args& a) {
     const uint64_t left = mistake == no_swizzle ? rows_at(A) << 2 >> 2 : rows_at(odd ? A + 32 : A);
     float d[4][8][4] = {};
     if (mistake != no_fence) wgmma_fence();
-    wgmma_m64n256k16<bf16, false>(
-        d, left, rows_at(mistake == past_b ? B + 2048 : B),
-        false);  //! missing_wgmma_fence lanes_differ warps_differ no_swizzle_mode unwritten_operand
+    //! missing_wgmma_fence lanes_differ warps_differ no_swizzle_mode unwritten_operand
+    wgmma_m64n256k16<bf16, false>(d, left, rows_at(mistake == past_b ? B + 2048 : B), false);
     wgmma_commit();
     if (mistake == touch) d[3][7][3] = 0;
     wgmma_m64n256k16<bf16, false>(d, rows_at(A + 32), rows_at(B + 32), true);  //! touched_in_flight
@@ -368,9 +389,9 @@ template <Slip slip> void add_twice(Args& a) {
         if (slip != no_proxy_fence) fence_proxy_async();
         if (slip != no_meeting || round == 0) __syncwarp();
         const Shared<float> from(source);
-        bulk_add(target, from,
-                 bytes);  //! bulk_unfenced bulk_unmet bulk_met_too_late bulk_half_a_chunk bulk_odd_source
-                          //! bulk_odd_target bulk_past_target bulk_past_source bulk_to_input bulk_from_nothing
+        //! bulk_unfenced bulk_unmet bulk_met_too_late bulk_half_a_chunk bulk_odd_source bulk_odd_target
+        //! bulk_past_target bulk_past_source bulk_to_input bulk_from_nothing
+        bulk_add(target, from, bytes);
         bulk_commit();
         if (slip != no_read_wait || round == 1) bulk_wait_read();
         if (slip != no_return) __syncwarp();
@@ -392,8 +413,8 @@ template <bool broken> __global__ void bulk_from_nothing(Args a) { add_twice<bro
 template <bool commits, bool waits> void copy_once(Args& a) {
     store_shared(cast<float4>(shared_memory()) + threadIdx.x, float4{1, 1, 1, 1});
     fence_proxy_async();
-    bulk_store(a.out + 4 * threadIdx.x, cast<float>(shared_memory()) + 4 * threadIdx.x,
-               16);  //! bulk_not_committed bulk_not_waited
+    //! bulk_not_committed bulk_not_waited
+    bulk_store(a.out + 4 * threadIdx.x, cast<float>(shared_memory()) + 4 * threadIdx.x, 16);
     if (commits) bulk_commit();
     if (waits) bulk_wait_read();
 }
@@ -426,6 +447,8 @@ const Case cases[] = {
     CASE(box_after_the_end, 32),
     CASE(signal_before_copy, 64),
     CASE(thread_ends_first, 64),
+    CASE(launch_loads_early, 64),
+    CASE(hint_past_buffer, 32),
     CASE(unfenced_stores, 128),
     CASE(early_fence, 128),
     CASE(unfenced_copies, 128),
@@ -460,14 +483,19 @@ void run(const Case& test, bool broken, uint64_t seed, bool eager) {
     std::vector<float> out(256);
     simt::Options options;
     options.seed = seed, options.eager = eager, options.access_limit = 1000000;
+    options.overlapped = std::string(test.name).rfind("launch_", 0) == 0;
     simt::Emulator emulator(options);
     emulator.add_buffer("in", in, sizeof(in), false);
     emulator.add_buffer("out", out.data(), out.size() * sizeof(float), true);
     const Global<const char> data = reinterpret_cast<const char*>(in);
     const auto map = [&](int64_t rows) { return make_tensor_map(TensorBox{data, 2, {64, rows}, {1, 64}, {64, 8}}); };
+    const auto map4 = [&](int64_t rows) {
+        return make_tensor_map(TensorBox{data, 4, {64, rows, 1, 1}, {1, 64, 1024, 1024}, {64, 8, 1, 1}});
+    };
     std::string kind = "clean", what = "\t";
     try {
-        emulator.launch(test.kernels[broken], 1, test.threads, BARRIERS + 1024, Args{data, out.data(), map(8), map(9)});
+        emulator.launch(test.kernels[broken], 1, test.threads, BARRIERS + 1024,
+                        Args{data, out.data(), map(8), map(9), map4(8), map4(9)});
     } catch (const simt::Fault& fault) {
         kind = name(fault.kind);
         what = fault.site.text() + "\t" + fault.what();

@@ -8,6 +8,7 @@
 // still is or where the reader already knows of the write.
 #pragma once
 #include <map>
+#include <set>
 #include <vector>
 
 #include "memory.h"
@@ -59,6 +60,7 @@ struct Hopper {
     std::vector<Engine> engines;
     std::map<uint32_t, std::shared_ptr<WarpMultiplier>> warps;
     std::map<uint32_t, std::shared_ptr<GroupMultiplier>> groups;  // of four warps
+    std::set<std::vector<int64_t>> hinted;                        // boxes: their tensor and place
 
     explicit Hopper(uint32_t threads) : fences(threads) {}
 

@@ -119,7 +119,9 @@ template <typename U> Global<U> slice(Global<char> whole, size_t offset, size_t 
 
 namespace detail {
 
-inline const char* verb(Use use) { return use == Use::load ? "load" : use == Use::store ? "store" : "atomic add"; }
+inline const char* verb(Use use) {
+    return use == Use::load ? "load" : use == Use::store ? "store" : use == Use::hint ? "hint" : "atomic add";
+}
 
 [[noreturn]] inline void fail(Kind kind, Site site, const Lane& lane, Use use, size_t bytes, const std::string& address,
                               const std::string& why) {
@@ -145,18 +147,20 @@ template <Use use, typename T> void check_global(Global<T> p, size_t bytes, Site
         return buffer->name + (at < buffer->begin ? " - " : " + ") +
                std::to_string(at < buffer->begin ? buffer->begin - at : at - buffer->begin);
     };
-    if (!lane.waited) fail(Kind::race, site, lane, use, bytes, address(), "before the launch before is over");
+    if (use != Use::hint && !lane.waited)
+        fail(Kind::race, site, lane, use, bytes, address(), "before the launch before is over");
     if (!buffer) fail(Kind::out_of_bounds, site, lane, use, bytes, address(), "outside every buffer");
     if (at < buffer->begin || at + bytes > buffer->end)
         fail(Kind::out_of_bounds, site, lane, use, bytes, address(),
              "outside a buffer of " + std::to_string(buffer->end - buffer->begin) + " bytes");
     if (at % bytes != 0) fail(Kind::misaligned, site, lane, use, bytes, address(), "that do not divide the address");
+    if (block.options.watch) block.options.watch({block.index, use, at, static_cast<uint32_t>(bytes)});
+    if (use == Use::hint) return;
     if (use != Use::load && !buffer->writable)
         fail(Kind::read_only, site, lane, use, bytes, address(), "to a buffer that is only read");
     (use == Use::load    ? buffer->traffic->read
      : use == Use::store ? buffer->traffic->written
                          : buffer->traffic->atomics) += bytes;
-    if (block.options.watch) block.options.watch({block.index, use, at, static_cast<uint32_t>(bytes)});
     if (!buffer->shadow) return;
     Shadow& shadow = *buffer->shadow;
     const size_t offset = at - buffer->shadow_begin;

@@ -76,8 +76,8 @@ struct Launcher {
         std::vector<std::vector<simt::Access>> seen(cache ? blocks : 0);
         if (cache)
             emulator.options.watch = [&](const simt::GlobalAccess& access) {
-                seen[access.block.x].push_back(
-                    {access.address, access.bytes, access.use != simt::Use::store, access.use != simt::Use::load});
+                seen[access.block.x].push_back({access.address, access.bytes, access.use != simt::Use::store,
+                                                access.use == simt::Use::store || access.use == simt::Use::atomic});
             };
         emulator.launch(kernel, blocks, threads, shared_bytes, args);
         if (!cache) return;
@@ -97,6 +97,9 @@ py::dict to_dict(const simt::Counters& counters, const Launcher& launcher) {
                                         py::arg("wavefronts") = use.wavefronts, py::arg("conflicts") = use.conflicts);
     all["launches"] = launcher.names;
     all["mma"] = counters.mma;
+    all["hinted"] = counters.hinted;
+    all["met"] = counters.met;
+    all["early"] = counters.early;
     all["global"] = global;
     all["shared"] = shared;
     all["fetched"] = launcher.fetched;

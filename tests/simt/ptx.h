@@ -172,9 +172,11 @@ inline float max_nan(float x, float y) { return x != x || y != y ? NAN : fmaxf(x
 inline float exp2_approx(float x) { return exp2f(x); }
 inline float reciprocal_approx(float x) { return 1.0f / x; }
 
-// "griddepcontrol", .wait. Launches come one after the other here; but with Options::overlapped no lane
-// may touch global memory before it has waited.
+// "griddepcontrol", .wait and .launch_dependents. Launches come one after the other here. Nobody can tell that from
+// blocks that start beside those of the launch before: with Options::overlapped no lane touches global memory before
+// it has waited, and every lane waits, so that no launch is over while one before it is not.
 inline void wait_for_launch_before() { running->waited = true; }
+inline void let_next_launch_start() { here().lets_next_start |= !running->waited; }
 
 inline void trap_unless(bool condition, Site site = Site::here()) {
     if (!condition) here().fail(Kind::trap, site, *running, "", "a check of the kernel's own");
@@ -196,6 +198,7 @@ using simt::Global;
 using simt::has_red_add4;
 using simt::ldmatrix_x4;
 using simt::ldmatrix_x4_trans;
+using simt::let_next_launch_start;
 using simt::load_global;
 using simt::load_shared;
 using simt::max_nan;

@@ -22,6 +22,7 @@ inline void Block::run(uint3 block_index, uint32_t number, const std::function<v
     time = 1, live = threads, steps = 0, failure = nullptr;
     for (Barrier& barrier : barriers) barrier = Barrier();
     background.clear();
+    lets_next_start = false;
     turns.clear();
     extension.reset();
     std::memset(shared, 0xff, shared_bytes);
@@ -86,6 +87,9 @@ inline void Block::exit_lane() {
     if (!me.bulk.empty())
         fail(Kind::copy_in_flight, me.bulk.front().site, me, "",
              "the thread ends before this bulk copy is known to have read its source");
+    if (!me.waited)
+        fail(Kind::race, Site(), me, "",
+             "the thread ends without a wait for the launch before, which may be over later than its own");
     warp.exited |= me.bit();
     if (--live == 0 && !background.empty())
         fail(Kind::copy_in_flight, Site(), me, "", "the block ends while engines work for it");

@@ -41,8 +41,8 @@ template <typename Box> TensorMap kept_tensor_map(const Box& tensor) { return ma
 namespace detail {
 
 // The bytes of a box as they lie in shared memory, but for the swizzle. Elements outside of the
-// tensor are zeros, memory that nobody wrote is NaN. With `check` the reads are lanes' like others.
-inline std::vector<char> read_box(const TensorMap& map, const int64_t (&at)[5], bool check, Site site) {
+// tensor are zeros, memory that nobody wrote is NaN. Calls touch() for each piece that is read.
+template <typename Touch> std::vector<char> read_box(const TensorMap& map, const int64_t (&at)[5], Touch touch) {
     int64_t rows = 1;
     for (int i = 1; i < map.rank; ++i) rows *= map.box[i];
     std::vector<char> bytes(static_cast<size_t>(rows * map.box[0] * 2));
@@ -68,11 +68,18 @@ inline std::vector<char> read_box(const TensorMap& map, const int64_t (&at)[5], 
                 std::memset(to, 0xff, size);
                 continue;
             }
-            if (check) check_global<Use::load>(from, size, site);
+            touch(from, size);
             std::memcpy(to, from.unchecked(), size);
         }
     }
     return bytes;
+}
+
+// The tensor and the place of a box.
+template <int RANK> std::vector<int64_t> name_of(const TensorMap& map, const int (&at)[RANK]) {
+    std::vector<int64_t> name(at, at + RANK);
+    name.push_back(reinterpret_cast<int64_t>(map.data.unchecked()));
+    return name;
 }
 
 // Chunk j of the row of 128 bytes lies where chunk j ^ row % 8 would, rows counted from address 0.
@@ -112,7 +119,11 @@ void tma_load(Shared<char> to, const TensorMap& map, Shared<uint64_t> barrier, c
                    "a box starts at a multiple of 128");
     int64_t place[5] = {};
     for (int i = 0; i < RANK; ++i) place[i] = at[i];
-    const std::vector<char> bytes = detail::read_box(map, place, true, site);
+    const auto read = [site](Global<const char> from, size_t size) {
+        detail::check_global<Use::load>(from, size, site);
+    };
+    const std::vector<char> bytes = detail::read_box(map, place, read);
+    if (hopper().hinted.erase(detail::name_of(map, at))) block.counters.met += bytes.size();
     const auto start = static_cast<size_t>(to.offset());
     const Stamp now = detail::engine_stamp(mbarrier.engine, mbarrier.phase + 1, site);
     for (size_t i = 0; i < bytes.size(); i += 16) detail::claim(start + i, now, site);
@@ -123,7 +134,7 @@ void tma_load(Shared<char> to, const TensorMap& map, Shared<uint64_t> barrier, c
     if (block.options.eager) land(bytes);
     const size_t size = bytes.size();
     block.background.push_back([=, &block, &mbarrier] {
-        if (!block.options.eager) land(detail::read_box(map, place, false, site));
+        if (!block.options.eager) land(detail::read_box(map, place, [](Global<const char>, size_t) {}));
         for (size_t i = start; i < start + size; i += 16) {
             block.shared_shadow.set_in_flight(i, false);
             block.shared_shadow.set_valid(i, 16, true);
@@ -132,5 +143,21 @@ void tma_load(Shared<char> to, const TensorMap& map, Shared<uint64_t> barrier, c
         mbarrier.complete_if_done(block);
     });
 }
+
+// "cp.async.bulk.prefetch.tensor": a hint, which may come before the wait for the launch before. Counted are whole
+// boxes; what of them lies outside of the tensor is not read.
+inline void tma_prefetch(const TensorMap& map, const int (&at)[4], Site site = Site::here()) {
+    Block& block = here();
+    if (map.rank != 4) block.fail(Kind::launch, site, *running, "", "a tensor map of another rank");
+    const int64_t place[5] = {at[0], at[1], at[2], at[3], 0};
+    const auto hint = [site](Global<const char> from, size_t size) {
+        detail::check_global<Use::hint>(from, size, site);
+    };
+    block.counters.hinted += detail::read_box(map, place, hint).size();
+    hopper().hinted.insert(detail::name_of(map, at));
+}
+
+// "prefetch" with .tensormap
+inline void prefetch_map(const TensorMap&) {}
 
 }  // namespace simt

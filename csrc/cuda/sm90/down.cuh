@@ -10,6 +10,7 @@ template <class T> struct Down {
     Global<int32_t> counter;  // of tiles
     TensorMap inner;          // [S, I], boxes of 64 rows
     TensorMap weights;        // see weight_box()
+    Guess guess;
 };
 
 // By one thread.
@@ -68,13 +69,20 @@ __device__ __forceinline__ void compute_down(const DownArgs<T>& args, const Ring
 template <class T, bool B_MN_MAJOR>
 __global__ void __launch_bounds__(BLOCK, 1) down_kernel(const __grid_constant__ Down<T> down) {
 #ifdef REAP_HOPPER
+    let_next_launch_start();
     const Ring ring = make_ring(1);
-    wait_for_launch_before();
     if (threadIdx.x < WARPGROUP) {
         release_registers<PRODUCER_REGISTERS>();
+        if (threadIdx.x == 0) {
+            const DownArgs<T>& args = down.args;
+            prefetch_map(down.inner);
+            prefetch_weights<B_MN_MAJOR>(down.weights, down.guess, args.combine.first_column, args.I, false);
+        }
+        wait_for_launch_before();
         if (threadIdx.x == 0) load_down<T, B_MN_MAJOR>(down, ring);
     } else {
         acquire_registers<CONSUMER_REGISTERS>();
+        wait_for_launch_before();
         compute_down<T, B_MN_MAJOR>(down.args, ring);
     }
 #else

@@ -9,6 +9,7 @@ template <class T> struct GateUp {
     GateUpArgs<T> args;
     Global<int32_t> counter;  // of tiles
     TensorMap weights;        // see weight_box()
+    Guess guess;
 };
 
 constexpr int PRODUCERS_MEET = 1;  // a named barrier; 0 is that of __syncthreads
@@ -79,13 +80,17 @@ __device__ __forceinline__ void compute_gate_up(const GateUpArgs<T>& args, const
 template <class T, bool B_MN_MAJOR>
 __global__ void __launch_bounds__(BLOCK, 1) gate_up_kernel(const __grid_constant__ GateUp<T> up) {
 #ifdef REAP_HOPPER
+    let_next_launch_start();
     const Ring ring = make_ring(WARPGROUP + 1);
-    wait_for_launch_before();
     if (threadIdx.x < WARPGROUP) {
         release_registers<PRODUCER_REGISTERS>();
+        if (threadIdx.x == 0)
+            prefetch_weights<B_MN_MAJOR>(up.weights, up.guess, 0, up.args.H, up.args.pairing == Pairing::halves);
+        wait_for_launch_before();
         load_gate_up<T, B_MN_MAJOR>(up, ring);
     } else {
         acquire_registers<CONSUMER_REGISTERS>();
+        wait_for_launch_before();
         compute_gate_up<T, B_MN_MAJOR>(up.args, ring);
     }
 #else

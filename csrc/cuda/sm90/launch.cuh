@@ -45,15 +45,25 @@ template <class T> struct Launches : cuda::Launches<T> {
         return std::min<int64_t>(layer.processors, plan.row_tiles * column_tiles);
     }
 
+    // Hints pay where nearly all experts have slots (of two for each a seventh has none, by chance), and where the
+    // cache has room for those of all blocks beside what is in use.
+    Guess guess(const Walk& walk) const {
+        const int64_t row_tiles = ceil_div(plan.slots, layer.E * TILE_ROWS);
+        const bool pays = plan.slots >= 2 * layer.E && layer.processors * STAGES * B_BYTES <= layer.cache_bytes / 2;
+        return {static_cast<int>(row_tiles), walk.slab, static_cast<int>(pays ? layer.E * row_tiles * walk.slab : 0)};
+    }
+
     template <class Launcher> void gate_up(Launcher& launch) const {
-        const GateUp<T> args{this->gate_up_args(), work.counters, up};
+        const GateUpArgs<T> general = this->gate_up_args();
+        const GateUp<T> args{general, work.counters, up, guess(general.walk)};
         const auto kernel = b_mn_major(layer.gate_up) ? gate_up_kernel<T, true> : gate_up_kernel<T, false>;
         launch("gate_up", kernel, blocks(args.args.walk.column_tiles), BLOCK, GATE_UP_BYTES, args);
     }
 
     template <class Launcher> void down(Launcher& launch, int64_t first_column, int64_t last_column) const {
-        const Down<T> args{this->down_args(first_column, last_column), work.counters + (1 + first_column / plan.slab),
-                           inner, down_weights};
+        const DownArgs<T> general = this->down_args(first_column, last_column);
+        const Down<T> args{general, work.counters + (1 + first_column / plan.slab), inner, down_weights,
+                           guess(general.walk)};
         const auto kernel = b_mn_major(layer.down) ? down_kernel<T, true> : down_kernel<T, false>;
         launch("down", kernel, blocks(args.args.walk.column_tiles), BLOCK, DOWN_BYTES, args);
     }

@@ -190,19 +190,47 @@ __device__ __forceinline__ bool has_rows(const Tile& tile) {
 // This warp's first row of the tile.
 __device__ __forceinline__ int consumer_row() { return (threadIdx.x - WARPGROUP) / WARP * 16; }
 
-// One stage of B, 64 k from `k` on, into four boxes. They are 256 columns of the result from `column`
-// on; where gate and up are concatenated, the first two are 128 columns of the gate and the others
+// Calls visit(i, at) for the four boxes of one stage of B, 64 k from `k` on. They are 256 columns of the result
+// from `column` on; where gate and up are concatenated, the first two are 128 columns of the gate and the others
 // those of the up projection, `column` counts both, and the map has a dimension of halves.
-template <bool B_MN_MAJOR>
-__device__ __forceinline__ void load_weights(Shared<char> b, const TensorMap& map, Shared<uint64_t> full, int expert,
-                                             int column, int k, bool halves) {
+template <bool B_MN_MAJOR, class Visit>
+__device__ __forceinline__ void for_boxes(int expert, int column, int k, bool halves, Visit visit) {
     const int boxes = halves ? 2 : 4;
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
         const int n = (halves ? column / 2 : column) + i % boxes * BOX, half = i / boxes;
         const int at[4] = {B_MN_MAJOR ? n : k, B_MN_MAJOR ? half : n, B_MN_MAJOR ? k : half, expert};
-        tma_load(b + i * BOX_BYTES, map, full, at);
+        visit(i, at);
     }
+}
+
+template <bool B_MN_MAJOR>
+__device__ __forceinline__ void load_weights(Shared<char> b, const TensorMap& map, Shared<uint64_t> full, int expert,
+                                             int column, int k, bool halves) {
+    for_boxes<B_MN_MAJOR>(expert, column, k, halves,
+                          [&](int i, const int (&at)[4]) { tma_load(b + i * BOX_BYTES, map, full, at); });
+}
+
+// Where the first tiles are if all experts have as many slots.
+struct Guess {
+    int row_tiles;     // of each expert
+    int column_tiles;  // of a slab
+    int tiles;         // that hints are for, from the first on
+};
+
+// By one thread, before the routing is known: hints for the weights that fill the ring at first. Where the guess is
+// wrong they cost a little of the memory's time.
+template <bool B_MN_MAJOR>
+__device__ __forceinline__ void prefetch_weights(const TensorMap& map, const Guess& guess, int first_column, int depth,
+                                                 bool halves) {
+    prefetch_map(map);
+    const int number = blockIdx.x;
+    if (number >= guess.tiles) return;
+    const int expert = number / (guess.row_tiles * guess.column_tiles);
+    const int column = first_column + number / guess.row_tiles % guess.column_tiles * TILE_COLUMNS;
+#pragma unroll 1
+    for (int k = 0; k < min(depth, STAGES * TILE_K); k += TILE_K)
+        for_boxes<B_MN_MAJOR>(expert, column, k, halves, [&](int, const int (&at)[4]) { tma_prefetch(map, at); });
 }
 
 // Where the columns of 64 s + 8 j of the tile are among the result's: as they are, or in halves,

@@ -179,6 +179,18 @@ __device__ __forceinline__ void tma_load(Shared<char> to, const TensorMap& map, 
             : "memory");
 }
 
+// "cp.async.bulk.prefetch.tensor": a hint that tma_load will want the box, which then waits in the L2 cache.
+__device__ __forceinline__ void tma_prefetch(const TensorMap& map, const int (&at)[4]) {
+    asm volatile("cp.async.bulk.prefetch.tensor.4d.L2.global.tile [%0, {%1, %2, %3, %4}];" ::"l"(&map), "r"(at[0]),
+                 "r"(at[1]), "r"(at[2]), "r"(at[3])
+                 : "memory");
+}
+
+// "prefetch" with .tensormap: a hint that the map itself will be wanted. A map is one of a kernel's parameters.
+__device__ __forceinline__ void prefetch_map(const TensorMap& map) {
+    asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory");
+}
+
 // "cp.reduce.async.bulk": adds `bytes` of floats from shared to global memory, each of them atomically
 // (relaxed, of GPU scope); both addresses and `bytes` are multiples of 16. Subnormals become 0.
 __device__ __forceinline__ void bulk_add(Global<float> to, Shared<float> from, int bytes) {

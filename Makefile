@@ -9,8 +9,9 @@ FORMATTED = $(shell find csrc tests bench -name '*.h' -o -name '*.cpp' -o -name 
 # The supported transformers are written in reap/versions.py. VENV has the newest, which constraints.txt pins.
 OLDEST = $(shell $(BIN)/python -c 'from reap.versions import TESTED; print(TESTED["transformers"][0])')
 # One process per core, which takes tests from others when it has none left (JOBS=1: one in all). One thread in each: the models are tiny, and threads that wait for one another cost more than they save.
+# Bytecode is kept whatever the environment says: tests start many processes, each of which would compile the same modules.
 JOBS ?= auto
-PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --maxprocesses 8 --dist worksteal
+PYTEST = OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n $(JOBS) --maxprocesses 8 --dist worksteal
 ON_OLDEST = PYTHONPATH=$(abspath $(VENV))/transformers-$(OLDEST) $(PYTEST)
 ON_NEWEST = $(PYTEST)
 # What depends on the release: observing, masking, merging and loading models, and checkpoints that it writes and reads.

@@ -8,6 +8,7 @@ run today: transformers' eager loop in the model dtype. A result is accurate if 
 the truth is at most that of `plain`, plus an epsilon for `plain`'s luck on small tensors.
 """
 
+import functools
 import math
 from dataclasses import dataclass, replace
 from itertools import product
@@ -188,6 +189,13 @@ def assert_accurate(
                 specified = getattr(moe_saliency(**inputs, backend="reference"), name)
                 bound = measure(specified.cpu().double() - exact) / scale + EPSILON[dtype]
             assert error <= bound, f"{name}: {measure.__name__} error {error:.3g} > {bound:.3g}"
+
+
+@functools.lru_cache(maxsize=8)
+def known(case: Case, dtype: torch.dtype) -> tuple[Saliency, Saliency]:
+    """`truth` and `plain` of `make(case, dtype)`, for tests that ask for them in a row."""
+    inputs = make(case, dtype)
+    return truth(inputs), plain(inputs)
 
 
 def _root_mean_square(x: torch.Tensor) -> float:

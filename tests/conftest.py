@@ -1,6 +1,6 @@
 """What every test gets: fresh memory that is poisoned, and a skip where a GPU is missing. What test
 modules compile starts with the session; programs that they start heed signals. The header says
-which releases run."""
+which releases run. Long tests begin first."""
 
 import contextlib
 import functools
@@ -62,6 +62,7 @@ def pytest_configure():
 
 
 def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: item.get_closest_marker("long") is None)
     if torch.cuda.is_available():
         return
     skip = pytest.mark.skip(reason="needs a CUDA device, and torch.cuda.is_available() is False")

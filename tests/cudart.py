@@ -86,6 +86,9 @@ def _build(folder: Path) -> None:
 
     folder.mkdir(exist_ok=True)
     environment = os.environ | {"REAP_CUDA_ARCHS": ARCHITECTURES}
+    options = subprocess.run(["nvcc", "--help"], capture_output=True, text=True, check=True).stdout
+    if "--Ofast-compile" in options:  # a third of the time
+        environment["NVCC_APPEND_FLAGS"] = "--Ofast-compile=max"
     said = programs.compile([sys.executable, "-c", BUILD, str(folder)], cwd=ROOT, env=environment)
     made = sorted(map(str, (folder / "cuda").glob("*.o")))
     assert len(made) >= 2, said[-8000:]  # the extension is optional: setup.py succeeds without it

@@ -23,6 +23,7 @@ from reap_kernels.triton.tiles import locate, locate_slab
 
 _patch_lang = interpreter._patch_lang
 _patched: set[int] = set()
+_langs: dict[int, set[int]] = {}  # of the globals of functions
 
 
 class _Nothing:
@@ -32,9 +33,11 @@ class _Nothing:
 
 def _patch_once(function):
     """The interpreter patches all of triton.language at each call of a helper; once will do."""
-    modules = {id(v) for v in function.__globals__.values() if inspect.ismodule(v)}
-    langs = modules & {id(tl), id(tl.core)}
-    new = langs - _patched
+    space = function.__globals__
+    if id(space) not in _langs:
+        modules = {id(v) for v in space.values() if inspect.ismodule(v)}
+        _langs[id(space)] = modules & {id(tl), id(tl.core)}
+    new = _langs[id(space)] - _patched
     if not new:
         return _Nothing()
     scope = _patch_lang(function)
@@ -49,8 +52,37 @@ def _patch_once(function):
     return scope
 
 
+def _looked_up_once(get_np_dtype):
+    """The interpreter makes its table of numpy's types anew at each look."""
+    found: dict[str, np.dtype] = {}
+
+    def wrapper(dtype):
+        name = dtype.scalar.name
+        if name not in found:
+            found[name] = get_np_dtype(dtype)
+        return found[name]
+
+    return wrapper
+
+
+def _made_once(init):
+    """Types of blocks are made at every operation, out of few elements and shapes."""
+    states: dict[tuple, dict] = {}
+
+    def wrapper(self, element_ty, shape):
+        key = (element_ty.name, *(getattr(size, "value", size) for size in shape))
+        if key not in states:
+            init(self, element_ty, shape)
+            states[key] = dict(vars(self))
+        vars(self).update(states[key])
+
+    return wrapper
+
+
 def speed_up():
     interpreter._patch_lang = _patch_once
+    interpreter._get_np_dtype = _looked_up_once(interpreter._get_np_dtype)
+    tl.core.block_type.__init__ = _made_once(tl.core.block_type.__init__)
     # Overflow checks of the integer arithmetic, which the GPU does not have either.
     interpreter_builder.options = replace(interpreter_builder.options, sanitize_overflow=False)
 

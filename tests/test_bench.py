@@ -34,6 +34,7 @@ def forked(command, **options):
     return (processes if python else subprocess).run(command, **options)
 
 
+pytestmark = pytest.mark.long
 ROOFED = pytest.mark.skipif(roof.missing() is not None, reason=f"{roof.missing()}")
 
 
@@ -42,14 +43,15 @@ QUICK = [suite for suite in SUITES if suite != "ranks"]  # that starts many proc
 
 @pytest.fixture(scope="module")
 def smoke(tmp_path_factory):
-    """All suites once: their rows, the folder, and what was printed. Those that prune are forks."""
+    """All suites once: their rows, the folder, and what was printed. Their processes are forks."""
     out = tmp_path_factory.mktemp("bench")
     said: list[str] = []
     settings = replace(PRESETS["smoke"], scratch=out / "scratch", say=said.append)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     here = pytest.MonkeyPatch()
-    here.setattr("bench.prune.subprocess", SimpleNamespace(run=forked))
+    for module in ("prune", "stream"):
+        here.setattr(f"bench.{module}.subprocess", SimpleNamespace(run=forked))
     try:
         with open(out / "tables", "w") as file:
             made, refused = run(QUICK, settings, out, Console(file=file, width=160))

@@ -13,9 +13,10 @@ from reap.app.cli import app
 from reap.errors import ReapError
 
 
-def test_help_does_not_import_torch():
+@pytest.mark.parametrize("more", ["", ", reap.planning.plan"])
+def test_help_and_plans_do_not_import_torch(more):
     """`reap --help` answers at once: the slow imports wait until a command needs them."""
-    code = "import sys, reap.__main__, reap.app.cli; print('torch' in sys.modules)"
+    code = f"import sys, reap.__main__, reap.app.cli{more}; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
     assert "calibrate" in invoke("--help")[1]

@@ -14,11 +14,12 @@ from reap import Statistics
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 SCRIPTS = sorted(EXAMPLES.glob("*.py"))
+SMALLER = {"budget_search": ["--max-tokens", "512", "--rounds", "2"]}
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.stem)
 def test_a_script(script, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", [str(script), str(MODEL)])
+    monkeypatch.setattr(sys, "argv", [str(script), str(MODEL), *SMALLER.get(script.stem, [])])
     runpy.run_path(str(script), run_name="__main__")
     assert capsys.readouterr().out.strip()
 

@@ -15,7 +15,7 @@ from unittest import mock
 
 import pytest
 from commandline import MODEL, run_json
-from processes import Forked
+from processes import Forked, exit_code, free_port, program
 from tiny import tiny_model
 
 from reap.app.arguments import LoadOptions, MeasureOptions
@@ -189,6 +189,7 @@ def test_a_shard_is_for_one_process(monkeypatch: Any) -> None:
             pass
 
 
+@pytest.mark.long
 def test_torchrun(work: Path, tmp_path: Path) -> None:
     """The command line itself: the same file as of one process, one voice, no process left."""
     options = ["--data", work / "a.txt", "--seq-len", 64, "--max-tokens", 2048, "--out"]
@@ -201,6 +202,23 @@ def test_torchrun(work: Path, tmp_path: Path) -> None:
     assert done.stderr.count("reap: ") == 1 and ", 2 ranks, about 2,048 tokens" in done.stderr
     assert (tmp_path / "two.st").read_bytes() == (tmp_path / "one.st").read_bytes()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["one.st", "two.st"]
-    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=240)
-    assert done.returncode and "two.st exists" in json.loads(done.stdout)["error"]
-    assert done.stderr.count("reap: ") == 1
+
+
+def test_one_rank_says_why_all_end(work: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    """The command line of two ranks, in forks."""
+    (tmp_path / "two.st").write_bytes((work / "one.st").read_bytes())
+    options = ["--data", work / "a.txt", "--out", tmp_path / "two.st", "--json"]
+    place = {"WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+    ranks = []
+    for rank in range(2):
+        for name, value in (place | {"RANK": rank, "LOCAL_RANK": rank}).items():
+            monkeypatch.setenv(name, str(value))
+        with open(tmp_path / f"out-{rank}", "w") as out, open(tmp_path / f"err-{rank}", "w") as err:
+            command = ["-m", "reap", "calibrate", str(MODEL), *map(str, options)]
+            ranks.append(program(command, out.fileno(), err.fileno()))
+    assert all(map(exit_code, ranks))
+    printed, told = (
+        "".join(path.read_text() for path in tmp_path.glob(f"{stream}-*"))
+        for stream in ("out", "err")
+    )
+    assert "two.st exists" in json.loads(printed)["error"] and told.count("reap: ") == 1

@@ -13,6 +13,7 @@ import cases
 import offline
 import pytest
 import torch
+import triton
 
 from reap_kernels import Saliency, backends, moe_saliency, ops
 from reap_kernels import triton as backend
@@ -35,13 +36,14 @@ def python(*arguments: str, **environment: str) -> str:
 
 
 @no_gpu
+@pytest.mark.long
 def test_the_kernels_pass_their_tests_in_the_interpreter():
     suite = ("-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "tests/test_triton.py")
     assert " passed" in python(*suite, TRITON_INTERPRET="1")
 
 
-def rows(chip: str, *options: str) -> list[dict]:
-    lines = python("tests/offline.py", chip, *options, TRITON_INTERPRET="0").splitlines()
+def rows(chip: str) -> list[dict]:
+    lines = python("tests/offline.py", chip, TRITON_INTERPRET="0").splitlines()
     return [json.loads(line) for line in lines]
 
 
@@ -58,9 +60,10 @@ def assert_clean(row: dict) -> None:
 
 
 # One representative of each kind of matrix instruction; `slow` has every config on every chip.
+@pytest.mark.skipif(triton.knobs.runtime.interpret, reason="of compiled kernels")
 @pytest.mark.parametrize("chip", ("sm_80", "sm_90", "gfx942"))
 def test_large_tiles_compile_without_spills_to_tensor_cores(chip):
-    found = rows(chip, "--large")
+    found = list(offline.every(chip, large=True))
     assert [row["kernel"] for row in found] == ["gate_up_kernel", "down_kernel"]
     for row in found:
         assert_clean(row)

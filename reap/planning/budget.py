@@ -19,12 +19,14 @@ import heapq
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from reap.errors import ReapError
 from reap.model.info import LayerInfo
 from reap.planning.counting import Ratio, check_whole, count_fault, ratio_text, share_of
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 SCOPES = ("layer", "global")
 NORMALIZE = ("raw", "mean", "share")

@@ -1,4 +1,4 @@
-"""The check of a release stops at what is wrong. The whole of it takes minutes: `make release-check`."""
+"""The check of a release stops at what is wrong. Whole it takes minutes: `make release-check`."""
 
 import sys
 import tarfile

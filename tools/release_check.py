@@ -121,7 +121,7 @@ def try_layer(made: Path, python: object, place: Path) -> None:
     """One layer on another Python, with nothing but numpy."""
     install = [python, "-m", "pip", "install", "--quiet", "--no-deps", "--target", place]
     run(*install, "numpy", made, **NO_COMPILER)
-    print(run(python, ROOT / "tools/one_layer.py", place), end="")
+    print(run(python, ROOT / "tools/one_layer.py", place, PYTHONPATH=str(place)), end="")
 
 
 def for_aarch64(source: Path, out: Path, root: Path) -> Path | None:
@@ -141,7 +141,7 @@ def for_aarch64(source: Path, out: Path, root: Path) -> Path | None:
         "--platform", made.stem.split("-")[-1], "--platform", "manylinux_2_28_aarch64",
         "--only-binary", ":all:", "numpy", made)  # fmt: skip
     words = [emulator, "-L", root, root / "usr/bin" / python, ROOT / "tools/one_layer.py", place]
-    print(run(*words, PYTHONPATH=""), end="")
+    print(run(*words, PYTHONPATH=str(place)), end="")
     return made
 
 

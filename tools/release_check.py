@@ -110,11 +110,13 @@ def try_out(made: Path, place: Path, expected: dict[str, str | None]) -> None:
         found = about["backends"][backend]
         if (found is None) != (reason is None) or (reason is not None and reason not in found):
             sys.exit(f"{made.name}: backend {backend}: {found or 'available'}, not as expected")
-    pruned = place / "pruned"
+    results = place / "results"  # the model, and files beside it
+    shutil.rmtree(results, ignore_errors=True)
+    results.mkdir()
+    pruned = results / "pruned"
     words = [reap, "compress", MODEL, pruned, "--data", "stdlib:code", "--max-tokens", 8192]
     run(*words, "--ratio", 0.5, **bare)
     run(reap, "verify", pruned, "--source", MODEL, **bare)
-    shutil.rmtree(pruned)
 
 
 def try_layer(made: Path, python: object, place: Path) -> None:

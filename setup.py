@@ -13,7 +13,6 @@ In the environment of the build:
 """
 
 import os
-import platform
 import shlex
 import shutil
 import subprocess
@@ -56,7 +55,7 @@ class Build(build_ext):
         ext.extra_link_args += [flag for flag in SANITIZE[mode] if "sanitize" in flag]
         if mode:
             ext.define_macros.append(("REAP_OWN_THREADS", "1"))
-        if platform.machine().lower() in ("x86_64", "amd64"):
+        if sysconfig.get_platform().endswith(("x86_64", "amd64")):
             for name, flags in X86.items():
                 if has_flag(self.compiler, flags[-1]):
                     ext.sources.append(f"csrc/cpu/{name}.cpp")

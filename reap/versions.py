@@ -12,7 +12,7 @@ TESTED = {"transformers": ("5.7.0", "5.24.0"), "torch": ("2.13.0", "2.13.0")}
 LOWEST = {
     "python": ("3.10", "the oldest that transformers has"),
     "transformers": ("5.7.0", "the first that looks the experts' kernels up in its registry"),
-    "torch": ("2.6", "torch.compiler.set_stance, and what transformers asks for"),
+    "torch": ("2.7", "torch.float8_e8m0fnu, a dtype that checkpoints have"),
     "triton": ("3.4", "triton.knobs; torch for GPUs brings the triton it works with, 2.8 this one"),
 }
 # From which release of transformers on a type of model can be observed; the others always.

@@ -10,6 +10,7 @@ import json
 import re
 import shlex
 import shutil
+from importlib.metadata import PackageNotFoundError, metadata
 from pathlib import Path
 
 import pytest
@@ -131,3 +132,19 @@ def test_every_dependency_has_its_licence():
     names = {re.split(r"[^\w-]", each)[0] for each in needed}
     page = (ROOT / "docs" / "licences.md").read_text()
     assert set(re.findall(r"^\| ([\w-]+) \|", page, re.M)) - {"package"} == names
+
+
+def test_licences_are_what_the_pinned_versions_state():
+    page = (ROOT / "docs" / "licences.md").read_text()
+    pins = (ROOT / "constraints.txt").read_text()
+    stated = 0
+    for name, *cells in re.findall(r"^\| ([\w-]+) \|(.*)\|$", page, re.M):
+        try:
+            about = metadata(name)
+        except PackageNotFoundError:
+            continue
+        pinned = f"{name}=={about['Version'].partition('+')[0]}" in pins
+        if pinned and (expression := about["License-Expression"]):
+            assert f" {expression} " in cells[0], name
+            stated += 1
+    assert stated

@@ -114,7 +114,7 @@ def try_out(made: Path, place: Path, expected: dict[str, str | None]) -> None:
     shutil.rmtree(results, ignore_errors=True)
     results.mkdir()
     pruned = results / "pruned"
-    words = [reap, "compress", MODEL, pruned, "--data", "stdlib:code", "--max-tokens", 8192]
+    words = [reap, "compress", MODEL, pruned, "--data", "stdlib:code", "--max-tokens", 1024]
     run(*words, "--ratio", 0.5, **bare)
     run(reap, "verify", pruned, "--source", MODEL, **bare)
 

@@ -80,11 +80,11 @@ CASES = (
 CHIP = emulated.CHIP._replace(processors=3)
 
 
-def run(inputs, module=None, *, deterministic=False, chip=CHIP, **options):
+def run(inputs, module=None, *, deterministic=False, chip=CHIP, form="cooperative", **options):
     module = module or emulated.module()
     module.configure(shared_limit=SHARED, **options)
     call = emulated.call_of(inputs, deterministic)
-    return cuda.execute(module, call, chip, stream=0, wgmma=True)
+    return cuda.execute(module, call, chip, stream=0, wgmma=True, form=form)
 
 
 @needs_emulator

@@ -20,8 +20,9 @@ constexpr int GATE_UP_BYTES = STAGED_AT + CONSUMERS * WARPGROUP / WARP * INNER_B
 template <class T>
 __device__ __forceinline__ void gather_groups(const KMajorSlice<T, TILE_ROWS>& x, const Tile& tile,
                                               Shared<char> stage) {
+    const bool both = is_real(tile.first + GROUP_ROWS, tile.end);
     x.template fill_part<0, GROUP_ROWS>(stage);
-    if (is_real(tile.first + GROUP_ROWS, tile.end)) x.template fill_part<GROUP_ROWS, TILE_ROWS>(stage);
+    if (both) x.template fill_part<GROUP_ROWS, TILE_ROWS>(stage);
 }
 
 template <class T, bool B_MN_MAJOR, class Gather>

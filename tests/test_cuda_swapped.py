@@ -125,7 +125,7 @@ MUTANTS = [
 EQUIVALENT = {
     (
         "sm90/swapped/tile.cuh",
-        "warp_of_group() == (number + 1) % BUFFERS",
+        "warp == (number + 1) % BUFFERS",
     ): """all warps may wait for
         what they have sent; it takes longer""",
     ("sm90/swapped/gate_up.cuh", "row < octets * OCTET"): """more rows are filled with zeros, which

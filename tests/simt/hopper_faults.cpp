@@ -369,11 +369,11 @@ template <Narrow mistake> void multiply_narrow(Args& a) {
     float d[16][4] = {};
     const uint64_t left = rows_at(mistake == no_weights ? B + 2048 : A);
     wgmma_fence();
-    wgmma_m64k16<bf16, true, 24>(d, left, rows_at(B), false);  //! unwritten_token unwritten_weights
+    wgmma_m64k16<bf16, true, 24>(d, left, rows_at(B));  //! unwritten_token unwritten_weights
     wgmma_commit();
     d[mistake == held ? 2 : 3][1] = 0;  // the fourth octet is nobody's
     constexpr int N = mistake == other_width ? 16 : 24;
-    wgmma_m64k16<bf16, true, N>(d, rows_at(A), rows_at(B), true);  //! touched_octet another_width
+    wgmma_m64k16<bf16, true, N>(d, rows_at(A), rows_at(B));  //! touched_octet another_width
     wgmma_commit();
     wgmma_wait<0>();
     put(a, d[2][1]);

@@ -79,7 +79,7 @@ template <bool A_MN_MAJOR, int N> __global__ void multiply_narrow(Product args) 
     const Global<float> mine = args.d + threadIdx.x * (N / 2);
     for (int i = 0; i < N / 2; ++i) d[i / 4][i % 4] = load_global(mine + i);
     wgmma_fence();
-    wgmma_m64k16<bf16, A_MN_MAJOR, N>(d, args.a, args.b, true);
+    wgmma_m64k16<bf16, A_MN_MAJOR, N>(d, args.a, args.b);
     wgmma_commit();
     wgmma_wait<0>();
     for (int i = 0; i < N / 2; ++i) store_global(mine + i, d[i / 4][i % 4]);

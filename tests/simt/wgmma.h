@@ -255,11 +255,11 @@ void wgmma_m64n256k16(float (&d)[4][8][4], uint64_t a, uint64_t b, bool add, Sit
     gather("wgmma", site, FULL, mine, detail::start_wgmma<T>);
 }
 
-// The same, m64nNk16: b is K-major.
+// The same, m64nNk16: b is K-major, and the product is added.
 template <typename T, bool A_MN_MAJOR, int N>
-void wgmma_m64k16(float (&d)[16][4], uint64_t a, uint64_t b, bool add, Site site = Site::here()) {
+void wgmma_m64k16(float (&d)[16][4], uint64_t a, uint64_t b, Site site = Site::here()) {
     static_assert(N % 8 == 0 && N >= 8 && N <= 128);
-    WgmmaArguments mine{&d[0][0], {a}, {b}, add, N, A_MN_MAJOR, false};
+    WgmmaArguments mine{&d[0][0], {a}, {b}, true, N, A_MN_MAJOR, false};
     gather("wgmma", site, FULL, mine, detail::start_wgmma<T>);
 }
 

@@ -29,16 +29,17 @@ inline TensorBox weight_box(const Weights& w, int64_t experts, int64_t halves, i
     return box;
 }
 
-// Whether tokens become the columns of the products and no longer the rows. They do where the weights come from
-// memory no faster than a processor multiplies by them even so: what is then saved are rows of x and inner that only
-// fill a group of 64, and their products. In cycles, for 16 k of an expert's tiles with the same 256 rows of weights:
+// Whether the operands are swapped, see swapped/tile.cuh: where an expert's weights take longer to come from memory
+// than a processor then takes to multiply by them. Either form waits for them there, and this one moves and multiplies
+// no rows that only fill a group of 64. Above, the other one reads less of shared memory for a product. In cycles,
+// for 16 k of 256 rows of weights and all tokens of an expert:
 //
-//     memory    16 * 256 * 2 bytes, a processor's share of it 14.5 a cycle (an H100: 3.35 TB/s, 132, 1.755 GHz)
-//     shared    128 bytes a cycle; TMA writes both operands of a tile, and each of four wgmmas reads its
-//               64 rows of weights and all tokens: 32 * (2 * 256 + 5 * tokens) bytes
+//     memory    16 * 256 * 2 bytes, of which a processor of an H100 gets 14.5 a cycle (3.35 TB/s, 132, 1.755 GHz)
+//     shared    128 bytes a cycle: of each tile both operands are written, and four wgmmas read 64 rows of weights
+//               and all tokens each, 32 * (2 * 256 + 5 * tokens) bytes in all. (Tensor cores take 2 cycles for each
+//               token, which is never longer.)
 //
-// An expert's last tile is half full on average, its last octet too. (Tensor cores take 2 cycles for each token,
-// and never the longest.)
+// An expert's last tile is half full on average, and so is its last octet.
 inline bool is_swapped(const Layer& layer, const Plan& plan) {
     if (layer.form != Form::automatic) return layer.form == Form::swapped;
     const double rows = double(plan.slots) / layer.E, tiles = rows / TILE_ROWS + 0.5;

@@ -77,11 +77,12 @@ __device__ __forceinline__ void clear_past(Accumulators& acc, int H, int column)
                 for (int i = 0; i < OCTETS; ++i) acc[box][i][2 * half] = acc[box][i][2 * half + 1] = 0.0f;
 }
 
-// gate * y of an octet to its staged rows.
-__device__ __forceinline__ void stage_octet(const Octet& octet, const float (&gates)[2], Shared<char> buffer) {
+// gate * y of an octet to its staged rows, from column `column` of them on.
+__device__ __forceinline__ void stage_octet(const Octet& octet, const float (&gates)[2], Shared<char> buffer,
+                                            int column) {
 #pragma unroll
     for (int c = 0; c < 2; ++c) {
-        const auto row = cast<float>(buffer + (fragment_column() + c) * OUTPUT_PITCH) + box_row();
+        const auto row = cast<float>(buffer + (fragment_column() + c) * OUTPUT_PITCH) + column;
 #pragma unroll
         for (int box = 0; box < BOXES; ++box)
 #pragma unroll
@@ -119,9 +120,10 @@ __device__ __forceinline__ void combine(const Accumulators& acc, const Combine& 
     measure(acc, args, cast<float2>(buffers), tile, column);
     const int bytes = min(OUTPUT_COLUMNS, args.H - column) * int(sizeof(float));
     const Global<float> slab = args.combined + (column - args.first_column);
+    const int mine = box_row();
     const auto fill = [&](const Octet& octet, Shared<char> buffer, int number) {
         const float gates[2] = {tokens.gate(number, fragment_column()), tokens.gate(number, fragment_column() + 1)};
-        stage_octet(octet, gates, buffer);
+        stage_octet(octet, gates, buffer, mine);
     };
     const auto send = [&](Shared<char> buffer, int number) {
         const int slot = tokens.slot(number, lane_id() % OCTET);

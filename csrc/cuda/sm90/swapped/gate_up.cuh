@@ -46,12 +46,12 @@ __device__ __forceinline__ uint32_t sort_neighbours(uint32_t two_tokens) {
     return __shfl_sync(ALL_LANES, two_tokens, row * 4 + lane_id() % 4);
 }
 
-// This warp's results of an octet to its rows: matrices of 8 columns, which are chunks of them.
+// A warp's results of an octet to its rows: matrices of 8 columns, which are chunks of them.
 template <class T>
-__device__ __forceinline__ void store_octet(const Octet& octet, Pairing pairing, const Gate& gate,
-                                            Shared<char> buffer) {
+__device__ __forceinline__ void store_octet(const Octet& octet, Pairing pairing, const Gate& gate, Shared<char> buffer,
+                                            int warp) {
     const Shared<char> row = buffer + lane_id() % 8 * INNER_PITCH;
-    const int matrix = lane_id() / 8 % 2, warp = warp_of_group();
+    const int matrix = lane_id() / 8 % 2;
     if (pairing == Pairing::none) {
 #pragma unroll
         for (int box = 0; box < BOXES; ++box) {
@@ -88,8 +88,9 @@ __device__ __forceinline__ void compute_gate_up(const GateUpArgs<T>& args, const
         const int column = (tile.column * CONSUMERS + warpgroup()) * width;
         // What a row has past I, down does not read.
         const int bytes = min(width, args.pitch - column) * int(sizeof(T));
+        const int warp = warp_of_group();
         const auto fill = [&](const Octet& octet, Shared<char> buffer, int) {
-            store_octet<T>(octet, args.pairing, args.gate, buffer);
+            store_octet<T>(octet, args.pairing, args.gate, buffer, warp);
         };
         const auto send = [&](Shared<char> buffer, int number) {
             const int position = tile.first + number * OCTET + lane_id();

@@ -49,42 +49,44 @@ __device__ __forceinline__ void stmatrix_x2_trans(Shared<char> row, const uint32
 #define REAP_REGISTERS_112 REAP_REGISTERS_104 ", %52, %53, %54, %55"
 #define REAP_REGISTERS_120 REAP_REGISTERS_112 ", %56, %57, %58, %59"
 #define REAP_REGISTERS_128 REAP_REGISTERS_120 ", %60, %61, %62, %63"
-#define REAP_WGMMA_OF(TYPE, N, A, B, TRANSPOSED, ADD) \
+#define REAP_WGMMA_OF(TYPE, N, A, B, TRANSPOSED) \
     asm volatile( \
         "{\n" \
         ".reg .pred add;\n" \
-        "setp.ne.b32 add, %" #ADD ", 0;\n" \
-        "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." TYPE "." TYPE " {" REAP_REGISTERS_##N "}, " \
-        "%" #A ", %" #B ", add, 1, 1, %" #TRANSPOSED ", 0;\n" \
+        "setp.eq.u32 add, 0, 0;\n" \
+        "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." TYPE "." TYPE " {" REAP_REGISTERS_##N \
+        "}, " \
+        "%" #A ", %" #B ", add, 1, 1, %" #TRANSPOSED \
+        ", 0;\n" \
         "}" \
         : REAP_OPERANDS_##N \
-        : "l"(a), "l"(b), "n"(static_cast<int>(A_MN_MAJOR)), "r"(static_cast<int>(add)))
+        : "l"(a), "l"(b), "n"(static_cast<int>(A_MN_MAJOR)))
 // The numbers are those of the operands behind the N / 2 of d.
-#define REAP_WGMMA(WIDTH, A, B, TRANSPOSED, ADD) \
+#define REAP_WGMMA(WIDTH, A, B, TRANSPOSED) \
     if constexpr (N == WIDTH) { \
-        if constexpr (std::is_same_v<T, bf16>) REAP_WGMMA_OF("bf16", WIDTH, A, B, TRANSPOSED, ADD); \
-        else REAP_WGMMA_OF("f16", WIDTH, A, B, TRANSPOSED, ADD); \
+        if constexpr (std::is_same_v<T, bf16>) REAP_WGMMA_OF("bf16", WIDTH, A, B, TRANSPOSED); \
+        else REAP_WGMMA_OF("f16", WIDTH, A, B, TRANSPOSED); \
     }
 
 template <class T, bool A_MN_MAJOR, int N>
-__device__ __forceinline__ void wgmma_m64k16(float (&d)[16][4], uint64_t a, uint64_t b, bool add) {
+__device__ __forceinline__ void wgmma_m64k16(float (&d)[16][4], uint64_t a, uint64_t b) {
     static_assert(N % 8 == 0 && N >= 8 && N <= 128);
-    REAP_WGMMA(8, 4, 5, 6, 7)
-    REAP_WGMMA(16, 8, 9, 10, 11)
-    REAP_WGMMA(24, 12, 13, 14, 15)
-    REAP_WGMMA(32, 16, 17, 18, 19)
-    REAP_WGMMA(40, 20, 21, 22, 23)
-    REAP_WGMMA(48, 24, 25, 26, 27)
-    REAP_WGMMA(56, 28, 29, 30, 31)
-    REAP_WGMMA(64, 32, 33, 34, 35)
-    REAP_WGMMA(72, 36, 37, 38, 39)
-    REAP_WGMMA(80, 40, 41, 42, 43)
-    REAP_WGMMA(88, 44, 45, 46, 47)
-    REAP_WGMMA(96, 48, 49, 50, 51)
-    REAP_WGMMA(104, 52, 53, 54, 55)
-    REAP_WGMMA(112, 56, 57, 58, 59)
-    REAP_WGMMA(120, 60, 61, 62, 63)
-    REAP_WGMMA(128, 64, 65, 66, 67)
+    REAP_WGMMA(8, 4, 5, 6)
+    REAP_WGMMA(16, 8, 9, 10)
+    REAP_WGMMA(24, 12, 13, 14)
+    REAP_WGMMA(32, 16, 17, 18)
+    REAP_WGMMA(40, 20, 21, 22)
+    REAP_WGMMA(48, 24, 25, 26)
+    REAP_WGMMA(56, 28, 29, 30)
+    REAP_WGMMA(64, 32, 33, 34)
+    REAP_WGMMA(72, 36, 37, 38)
+    REAP_WGMMA(80, 40, 41, 42)
+    REAP_WGMMA(88, 44, 45, 46)
+    REAP_WGMMA(96, 48, 49, 50)
+    REAP_WGMMA(104, 52, 53, 54)
+    REAP_WGMMA(112, 56, 57, 58)
+    REAP_WGMMA(120, 60, 61, 62)
+    REAP_WGMMA(128, 64, 65, 66)
 }
 #undef REAP_WGMMA
 #undef REAP_WGMMA_OF

@@ -47,6 +47,7 @@ __device__ __forceinline__ void multiply_width(Accumulators& acc, const Ring& ri
     constexpr int A_NEXT = A_MN_MAJOR ? 16 * ROW_BYTES / 16 : B_NEXT;
     const bool leader = lane_id() == 0;
     int previous = 0;
+    // By the threads: where the first wgmmas do it, ptxas runs all of them one by one.
 #pragma unroll
     for (int box = 0; box < BOXES; ++box)
 #pragma unroll
@@ -64,7 +65,7 @@ __device__ __forceinline__ void multiply_width(Accumulators& acc, const Ring& ri
         for (int k = 0; k < TILE_K / 16; ++k)
 #pragma unroll
             for (int box = 0; box < BOXES; ++box)
-                wgmma_m64k16<T, A_MN_MAJOR, N>(acc[box], a + box * next_box + k * A_NEXT, b + k * B_NEXT, true);
+                wgmma_m64k16<T, A_MN_MAJOR, N>(acc[box], a + box * next_box + k * A_NEXT, b + k * B_NEXT);
         wgmma_commit();
         wgmma_wait<1>();
         if (slice > 0 && leader) mbarrier_arrive(ring.empty + previous);
@@ -142,6 +143,7 @@ constexpr int BUFFERS = 4;
 template <int PITCH, class Fill, class Send>
 __device__ __forceinline__ void send_octets(const Accumulators& acc, int octets, Shared<char> buffers, Fill fill,
                                             Send send) {
+    const int warp = warp_of_group();
     bulk_wait_read();  // for what lay here before
     meet();
     for (int number = 0; number < octets; ++number) {
@@ -150,9 +152,9 @@ __device__ __forceinline__ void send_octets(const Accumulators& acc, int octets,
         pick_octet(octet, acc, number);
         fill(octet, buffer, number);
         fence_proxy_async();
-        if (warp_of_group() == (number + 1) % BUFFERS) bulk_wait_read();  // which is filled next
+        if (warp == (number + 1) % BUFFERS) bulk_wait_read();  // which is filled next
         meet();
-        if (warp_of_group() == number % BUFFERS) {
+        if (warp == number % BUFFERS) {
             send(buffer, number);
             bulk_commit();
         }

@@ -197,6 +197,7 @@ RUNS = [
     Case("mutant, few slots", T=5, K=1, E=3, H=72, I=72),
     # The end is said with the stage that the last tile began with.
     Case("mutant, as many slices as stages", T=9, K=2, E=3, H=256, I=256),
+    Case("mutant, an expert of two tiles", T=140, K=1, E=1, H=72, I=72),
 ]
 
 

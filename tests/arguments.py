@@ -95,8 +95,9 @@ def sizes() -> dict[str, int]:
     """What the stub is to copy: kernel -> bytes."""
     general = {f"reap::cuda::{name}": ctypes.sizeof(kind) for name, kind in KINDS.items()}
     hopper = {
-        f"reap::cuda::sm90::{name}": _maps_at(KINDS[name]) + count * MAP_BYTES
+        f"reap::cuda::sm90::{form}{name}": _maps_at(KINDS[name]) + count * MAP_BYTES
         for name, count in MAPS.items()
+        for form in ("", "swapped::")
     }
     return general | hopper
 

@@ -27,10 +27,11 @@ SM90_FILES = (
     "sm90/pipeline.cuh", "sm90/inner.cuh", "sm90/gate_up.cuh", "sm90/combine.cuh", "sm90/down.cuh",
 )  # fmt: skip
 SUM_FILES = ("sums.cuh",)
+SWAPPED_FILES = tuple(f"sm90/swapped/{name}.cuh" for name in ("tile", "gate_up", "down"))
 STATEMENT = re.compile(
     r"__syncthreads\(\);|__syncwarp\(\);|cp_async_wait<(?P<groups>[^;]*)>\(\);|cp_async_commit\(\);"
     r"|\b(?:wait|wait_empty|drain|fence_\w+|wgmma_(?:fence|commit|wait<\d>)|mbarrier_arrive\w*"
-    r"|cp_async_mbarrier_arrive|bulk_commit|bulk_wait_read|named_barrier|wait_for_launch_before)"
+    r"|cp_async_mbarrier_arrive|bulk_commit|bulk_wait_read|named_barrier|meet|wait_for_launch_before)"
     r"\([^;{}]*\);"
 )
 LEAVES = re.compile(r"\)\s*(return|break|continue)\b")
@@ -54,7 +55,9 @@ def find(folder: Path, files: tuple[str, ...] = FILES) -> list[Mutant]:
 
 
 def write(
-    folder: Path, target: Path, files: tuple[str, ...] = FILES + SM90_FILES + SUM_FILES
+    folder: Path,
+    target: Path,
+    files: tuple[str, ...] = FILES + SM90_FILES + SUM_FILES + SWAPPED_FILES,
 ) -> None:
     """A copy of the sources at `target`, with a switch for each mutant."""
     shutil.copytree(folder, target)

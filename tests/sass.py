@@ -2,6 +2,7 @@
 
 import re
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 import triton
@@ -20,12 +21,11 @@ def instructions(code: str) -> list[str]:
     return re.findall(r"^\s*/\*[0-9a-f]{4,}\*/\s+(.+?)\s*;", code, re.M)
 
 
-def main_loop(code: str) -> list[str]:
-    """The instructions of the loop with the most tensor-core instructions; of several the
-    smallest one. Empty if no loop has any. `code`: of one kernel, from `nvdisasm -c`."""
+def loops(code: str) -> Iterator[list[str]]:
+    """The instructions of each loop: from a label to a jump back there. `code`: of one kernel, from
+    `nvdisasm -c`."""
     labels: dict[str, int] = {}
     seen: list[str] = []
-    best: list[str] = []
     for line in code.splitlines():
         if label := re.match(r"\s*(\.L_\w+):", line):
             labels[label[1]] = len(seen)
@@ -33,8 +33,13 @@ def main_loop(code: str) -> list[str]:
             seen.append(instruction)
             target = re.search(r"\bBRA\b.*`\((\.L_\w+)\)", instruction)
             if target and target[1] in labels:
-                body = seen[labels[target[1]] :]
-                best = max(best, body, key=lambda loop: (_tensor(loop), -len(loop)))
+                yield seen[labels[target[1]] :]
+
+
+def main_loop(code: str) -> list[str]:
+    """The loop with the most tensor-core instructions; of several the smallest one. Empty if no
+    loop has any."""
+    best = max(loops(code), key=lambda loop: (_tensor(loop), -len(loop)), default=[])
     return best if _tensor(best) else []
 
 

@@ -38,6 +38,7 @@ CHIPS = {
 }
 # The two sets of kernels.
 ANY, HOPPER = False, True
+FORMS = {ANY: ("automatic",), HOPPER: ("cooperative", "swapped")}
 COLUMNS = {ANY: 128, HOPPER: 256}  # of a tile
 
 
@@ -56,16 +57,25 @@ class Recorded(NamedTuple):
     encoded: int  # maps that the driver made
 
     def named(self, name: str) -> list:
-        """The launches of a kernel, whatever its template arguments."""
-        wanted = f"sm90::{name}" if self.wgmma and name in ("gate_up", "down") else name
-        return [x for x in self.launches if nvcc.short(x.kernel).startswith(f"{wanted}_kernel")]
+        """The launches of a kernel, whatever its template arguments and form."""
+        found = [x for x, short in zip(self.launches, self.names(), strict=True) if short == name]
+        if name in ("gate_up", "down"):
+            assert all(nvcc.short(x.kernel).startswith("sm90::") == self.wgmma for x in found)
+        return found
 
     def names(self) -> list[str]:
-        shorts = [nvcc.short(x.kernel).removeprefix("sm90::") for x in self.launches]
-        return [name.partition("<")[0].removesuffix("_kernel") for name in shorts]
+        shorts = [nvcc.short(x.kernel).partition("<")[0] for x in self.launches]
+        return [name.rpartition("::")[2].removesuffix("_kernel") for name in shorts]
+
+    @property
+    def form(self) -> str:
+        """That of gate_up and down."""
+        both = self.named("gate_up") + self.named("down")
+        (swapped,) = {"sm90::swapped::" in nvcc.short(x.kernel) for x in both}
+        return "swapped" if swapped else "cooperative"
 
 
-def record(call: Call, chip: cuda.Chip, wgmma: bool = False) -> Recorded:
+def record(call: Call, chip: cuda.Chip, wgmma: bool = False, form: str = "automatic") -> Recorded:
     recorder = cudart.recorder()
     recorder.reset(arguments=arguments.sizes())
     allocated: list[torch.Tensor] = []
@@ -77,7 +87,7 @@ def record(call: Call, chip: cuda.Chip, wgmma: bool = False) -> Recorded:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch, "empty", remember)
-        result = cuda.execute(cudart.extension(), call, chip, STREAM, wgmma=wgmma)
+        result = cuda.execute(cudart.extension(), call, chip, STREAM, wgmma=wgmma, form=form)
     (workspace,) = (x for x in allocated if x.dtype == torch.uint8)
     encoded = recorder.order().count("cuTensorMapEncodeTiled")
     return Recorded(call, chip, wgmma, result, workspace, recorder.launches(), encoded)
@@ -277,12 +287,14 @@ def check_maps(seen: Recorded) -> None:
     up, inner, down = map(cudart.recorder().map, numbers)
     check_weight_map(up, call.gate_up_proj, call, 2 if call.gated and not call.interleaved else 1)
     told = arguments.given(seen.named("down")[0])
-    check_map(inner, told.inner, [call.I, slots], [1, told.inner_pitch], [64, 64])
+    rows = 8 if seen.form == "swapped" else 64
+    check_map(inner, told.inner, [call.I, slots], [1, told.inner_pitch], [64, rows])
     check_weight_map(down, call.down_proj, call, 1)
 
 
-def check(call: Call, chip: cuda.Chip, wgmma: bool) -> Recorded:
-    seen = record(call, chip, wgmma)
+def check(call: Call, chip: cuda.Chip, wgmma: bool, form: str = "automatic") -> Recorded:
+    seen = record(call, chip, wgmma, form)
+    assert form in ("automatic", seen.form)
     check_limits(seen)
     check_grids(seen)
     check_maps(seen)
@@ -337,7 +349,8 @@ def test_every_layout(layout, strides):
         call = call_of(case, DTYPES[number % 2], False)
         for chip, deterministic in product(CHIPS.values(), (False, True)):
             for wgmma in kinds(call) if chip.sm == 90 else (ANY,):
-                check(call._replace(deterministic=deterministic), chip, wgmma)
+                for form in FORMS[wgmma]:
+                    check(call._replace(deterministic=deterministic), chip, wgmma, form)
                 hopper += wgmma
     assert hopper or strides in ("stepped", "broadcast")
 
@@ -376,7 +389,15 @@ def test_large_layers(case, deterministic):
     assert cuda.unsupported_sizes(call) is None
     for chip in CHIPS.values():
         for wgmma in kinds(call) if chip.sm == 90 else (ANY,):
-            check(call, chip, wgmma)
+            for form in FORMS[wgmma]:
+                check(call, chip, wgmma, form)
+
+
+REAL_SIZES = {  # K, E, H, I
+    "qwen3": (8, 128, 2048, 768),
+    "deepseek-v3": (8, 256, 7168, 2048),
+    "mixtral": (2, 8, 4096, 14336),
+}
 
 
 @pytest.mark.parametrize(
@@ -391,11 +412,30 @@ def test_large_layers(case, deterministic):
 )
 def test_columns_that_down_does_first(name, T, columns):
     """Where that saves bytes; by an LRU cache's count and not by the model's name."""
-    shape = {"qwen3": (8, 128, 2048, 768), "deepseek-v3": (8, 256, 7168, 2048)}
-    K, E, H, I = shape.get(name, (2, 8, 4096, 14336))  # noqa: E741
+    K, E, H, I = REAL_SIZES[name]  # noqa: E741
     seen = check(meta_call(Case(name, T=T, K=K, E=E, H=H, I=I)), CHIPS[90], HOPPER)
     (down,) = seen.named("down")
     assert arguments.given(down).walk.slab * COLUMNS[HOPPER] == columns
+
+
+@pytest.mark.parametrize(
+    ("name", "T", "form"),
+    [
+        ("qwen3", 1, "swapped"),
+        ("qwen3", 64, "swapped"),
+        ("qwen3", 3520, "swapped"),  # 220 rows for each expert
+        ("qwen3", 3584, "cooperative"),
+        ("qwen3", 16384, "cooperative"),
+        ("deepseek-v3", 4096, "swapped"),
+        ("deepseek-v3", 16384, "cooperative"),
+        ("mixtral", 512, "swapped"),
+        ("mixtral", 1024, "cooperative"),
+    ],
+)
+def test_form_by_rows_for_each_expert(name, T, form):
+    """Swapped where the weights take longer to come than to be multiplied by."""
+    K, E, H, I = REAL_SIZES[name]  # noqa: E741
+    assert check(meta_call(Case(name, T=T, K=K, E=E, H=H, I=I)), CHIPS[90], HOPPER).form == form
 
 
 @pytest.mark.parametrize("wgmma", (ANY, HOPPER))
@@ -551,7 +591,8 @@ def test_on_the_current_stream_of_its_device(monkeypatch):
     monkeypatch.setattr(cuda, "chip", lambda index: CHIPS[90]._replace(device=index))
     monkeypatch.setattr(cuda.native, "module", lambda name: name)
     monkeypatch.setattr(cuda, "execute", lambda *given, **options: (*given, options))
-    wanted = ("_cuda", moved, CHIPS[90]._replace(device=1), 77, {"wgmma": False})
+    options = {"wgmma": False, "form": "automatic"}
+    wanted = ("_cuda", moved, CHIPS[90]._replace(device=1), 77, options)
     assert cuda.launch(moved, wgmma=False) == wanted and contexts == [] and asked == [device]
     now = 0
     assert cuda.launch(moved, wgmma=False) == wanted and contexts == [device] and now == 0

@@ -48,6 +48,15 @@ FAULTS = {
     "unwritten_operand": ("uninitialised", 4096),
     "released_too_soon": ("race", 2048),
     "half_a_warpgroup": ("deadlock", 2048),
+    "unwritten_token": ("uninitialised", 4096),
+    "unwritten_weights": ("uninitialised", 4096),
+    "touched_octet": ("registers", 4096),
+    "another_width": ("registers", 4096),
+    "stmatrix_odd_row": ("misaligned", 64),
+    "stmatrix_past_shared": ("out_of_bounds", 64),
+    "stmatrix_unfenced": ("proxy", 64),
+    "stmatrix_unmet": ("race", 64),
+    "stmatrix_lane_missing": ("exited_lane", 64),
     "bulk_unfenced": ("proxy", 256),
     "bulk_unmet": ("race", 256),
     "bulk_overwritten": ("race", 256),
@@ -133,9 +142,9 @@ def swizzled(rows):
 
 
 def d_fragment(matrix):
-    """[64, 256] -> [thread, register]: rows are (warp, r1, g), columns (j, t, r0)."""
-    taken_apart = matrix.reshape(4, 2, 8, 32, 4, 2)
-    return taken_apart.transpose(0, 2, 4, 3, 1, 5).reshape(128, 128)
+    """[64, N] -> [thread, register]: rows are (warp, r1, g), columns (j, t, r0)."""
+    taken_apart = matrix.reshape(4, 2, 8, -1, 4, 2)
+    return taken_apart.transpose(0, 2, 4, 3, 1, 5).reshape(128, -1)
 
 
 def descriptor(start, leading, stride):
@@ -188,6 +197,11 @@ def test_box(probe, name):
     np.testing.assert_array_equal(got, swizzled(room[cut].reshape(-1, 64)))
 
 
+def rows(x):
+    """Of 64 elements each, as they lie in shared memory."""
+    return swizzled(x.reshape(-1, 64).contiguous().view(torch.int16).numpy().view(np.uint16))
+
+
 @pytest.mark.parametrize("step", range(4))
 @pytest.mark.parametrize("major", ("k", "mn"))
 def test_wgmma(probe, major, step):
@@ -196,10 +210,6 @@ def test_wgmma(probe, major, step):
     a = torch.randn(64, 64, generator=rng).bfloat16()
     b = torch.randn(64, 256, generator=rng).bfloat16()
     d = torch.randn(64, 256, generator=rng)
-
-    def rows(x):  # of 64 elements
-        return swizzled(x.reshape(-1, 64).contiguous().view(torch.int16).numpy().view(np.uint16))
-
     if major == "k":  # a row of 64 k for each column
         image = rows(b.T)
         start, leading, stride = step * 32, 0, 1024
@@ -214,3 +224,35 @@ def test_wgmma(probe, major, step):
     k = slice(16 * step, 16 * step + 16)
     exact = a[:, k].double() @ b[k].double() + d.double()
     np.testing.assert_allclose(got, d_fragment(exact.numpy()), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("step", (0, 3))
+@pytest.mark.parametrize("columns", (8, 24, 128))
+@pytest.mark.parametrize("major", ("k", "mn"))
+def test_wgmma_of_other_widths(probe, major, columns, step):
+    """The same with B [64, columns], and with an A [64, 64] whose rows in shared memory are k."""
+    rng = torch.Generator().manual_seed(step)
+    a = torch.randn(64, 64, generator=rng).bfloat16()
+    b = torch.randn(64, columns, generator=rng).bfloat16()
+    d = torch.randn(64, columns, generator=rng)
+    rest = np.zeros((40 << 10) - (64 + columns) * 128, np.uint8)
+    start = step * (32 if major == "k" else 16 * 128)
+    descriptors = [descriptor(start, 8192, 1024), descriptor(8192 + step * 32, 0, 1024)]
+    image = rows(a if major == "k" else a.T), rows(b.T), rest
+    operands = (*image, np.array(descriptors, np.uint64), d_fragment(d.numpy()))
+    got = probe("narrow", major, str(columns), operands=operands, result=np.float32)
+    k = slice(16 * step, 16 * step + 16)
+    exact = d_fragment((a[:, k].double() @ b[k].double() + d.double()).numpy())
+    np.testing.assert_allclose(got.reshape(128, -1), exact, rtol=0, atol=1e-5)
+
+
+def test_stmatrix(probe):
+    """With .trans, as the ISA draws it: lane l has elements (2 (l % 4) + {0, 1}, l / 4)."""
+    matrices = np.random.default_rng(1).integers(1, 2**16, (2, 8, 8), dtype=np.uint16)
+    lanes = [
+        [matrices[j, 2 * (lane % 4) + half, lane // 4] for j in range(2) for half in range(2)]
+        for lane in range(32)
+    ]
+    registers = np.array(lanes, np.uint16)
+    got = probe("stmatrix", operands=(registers,), result=np.uint16).reshape(2, 8, 8)
+    np.testing.assert_array_equal(got, matrices)

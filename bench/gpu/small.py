@@ -29,7 +29,7 @@ def calls() -> list[tuple[str, dict[str, Any], bool]]:
         table.replace(plain, why="interleaved, transposed, biased, sentinels", interleaved=True,
                       transposed=True, bias=True, routing="some_sentinels"),
         table.replace(plain, why="ungated", gated=False),
-        table.replace(plain, why="full tiles and more", T=140, K=1, E=1),
+        table.replace(plain, why="full tiles and more", T=260, K=1, E=1),
         table.replace(plain, why="odd sizes", **ODD),
     ]  # fmt: skip
     return [

@@ -50,8 +50,13 @@ __device__ __forceinline__ int find_slot(const Combine& args, int position, int 
     return load_global(args.order + min(position, end - 1));
 }
 
+// The row of `combined` for a slot's y: its own, or that of its token.
+__device__ __forceinline__ int output_row(const Combine& args, int slot) {
+    return args.deterministic ? slot : slot / args.K;
+}
+
 __device__ __forceinline__ Target find_target(const Combine& args, int slot) {
-    return {args.deterministic ? slot : slot / args.K, args.gates.at(slot)};
+    return {output_row(args, slot), args.gates.at(slot)};
 }
 
 // Sum of squares and largest |y| of a strip's row, from the four lanes that have it; in all of them.

@@ -156,7 +156,7 @@ template <class T, int ROWS> struct KMajorSlice {
         advance();
     }
     // Rows FIRST to LAST of it; and on to the next slice.
-    template <int FIRST, int LAST> __device__ __forceinline__ void fill_part(Shared<char> slice) {
+    template <int FIRST, int LAST> __device__ __forceinline__ void fill_part(Shared<char> slice) const {
         const Shared<char> to = slice + chunk_offset(copy_row(), copy_chunk());
 #pragma unroll
         for (int i = FIRST / COPY_ROWS; i < LAST / COPY_ROWS; ++i)

@@ -2,6 +2,7 @@
 #pragma once
 #include "bulk.h"
 #include "mbarrier.h"
+#include "stmatrix.h"
 #include "tma.h"
 #include "wgmma.h"
 
@@ -35,11 +36,13 @@ using simt::mbarrier_try_wait;
 using simt::prefetch_map;
 using simt::release_registers;
 using simt::shared_address;
+using simt::stmatrix_x2_trans;
 using simt::TensorMap;
 using simt::tma_load;
 using simt::tma_prefetch;
 using simt::wgmma_commit;
 using simt::wgmma_fence;
+using simt::wgmma_m64k16;
 using simt::wgmma_m64n256k16;
 using simt::wgmma_wait;
 }  // namespace reap::cuda

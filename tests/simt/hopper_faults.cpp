@@ -356,6 +356,61 @@ template <bool broken> __global__ void half_a_warpgroup(Args a) {
     put(a, d[0][0][0]);
 }
 
+// Widths that are not the widest, and an A whose rows in shared memory are k.
+enum Narrow { right, no_token, no_weights, other_width, held };
+
+// Two products of 16 ones each, [64, 24].
+template <Narrow mistake> void multiply_narrow(Args& a) {
+    const int bytes = B + (mistake == no_token ? 2048 : 3072);
+    for (int i = threadIdx.x; i < bytes / 16; i += blockDim.x)
+        store_shared(cast<uint4>(shared_memory()) + i, uint4{0x3f803f80, 0x3f803f80, 0x3f803f80, 0x3f803f80});
+    fence_proxy_async();
+    __syncthreads();
+    float d[16][4] = {};
+    const uint64_t left = rows_at(mistake == no_weights ? B + 2048 : A);
+    wgmma_fence();
+    wgmma_m64k16<bf16, true, 24>(d, left, rows_at(B));  //! unwritten_token unwritten_weights
+    wgmma_commit();
+    d[mistake == held ? 2 : 3][1] = 0;  // the fourth octet is nobody's
+    constexpr int N = mistake == other_width ? 16 : 24;
+    wgmma_m64k16<bf16, true, N>(d, rows_at(A), rows_at(B));  //! touched_octet another_width
+    wgmma_commit();
+    wgmma_wait<0>();
+    put(a, d[2][1]);
+}
+template <bool broken> __global__ void unwritten_token(Args a) { multiply_narrow<broken ? no_token : right>(a); }
+template <bool broken> __global__ void unwritten_weights(Args a) { multiply_narrow<broken ? no_weights : right>(a); }
+template <bool broken> __global__ void touched_octet(Args a) { multiply_narrow<broken ? held : right>(a); }
+template <bool broken> __global__ void another_width(Args a) { multiply_narrow<broken ? other_width : right>(a); }
+
+// --- stmatrix ---
+
+enum Matrix { whole, odd_row, row_past_shared, unfenced, unmet, lane_missing };
+
+// Two matrices whose rows are pairs of 0 and 1 in bf16, which are 1 in fp32, and a copy of them.
+template <Matrix mistake> void store_matrices(Args& a) {
+    const unsigned t = threadIdx.x, ones = t / 4 % 2 ? 0x3f803f80 : 0;
+    if (mistake == lane_missing && t == 9) return;
+    const int at = mistake == row_past_shared ? BARRIERS + 1024 - 8 * 16 : mistake == odd_row ? 8 : 0;
+    const Shared<char> row = shared_memory() + (at + t % 16 * 16);
+    stmatrix_x2_trans(row, {ones, ones});  //! stmatrix_odd_row stmatrix_past_shared stmatrix_lane_missing
+    if (mistake != unfenced) fence_proxy_async();
+    if (mistake != unmet) __syncwarp();
+    if (t != 0) return;
+    bulk_store(a.out, Shared<float>(0), 256);  //! stmatrix_unfenced stmatrix_unmet
+    bulk_commit();
+    bulk_wait_read();
+}
+template <bool broken> __global__ void stmatrix_odd_row(Args a) { store_matrices<broken ? odd_row : whole>(a); }
+template <bool broken> __global__ void stmatrix_past_shared(Args a) {
+    store_matrices<broken ? row_past_shared : whole>(a);
+}
+template <bool broken> __global__ void stmatrix_unfenced(Args a) { store_matrices<broken ? unfenced : whole>(a); }
+template <bool broken> __global__ void stmatrix_unmet(Args a) { store_matrices<broken ? unmet : whole>(a); }
+template <bool broken> __global__ void stmatrix_lane_missing(Args a) {
+    store_matrices<broken ? lane_missing : whole>(a);
+}
+
 // --- bulk copies to global memory ---
 
 enum Slip {
@@ -462,6 +517,15 @@ const Case cases[] = {
     CASE(unwritten_operand, 128),
     CASE(released_too_soon, 160),
     CASE(half_a_warpgroup, 128),
+    CASE(unwritten_token, 128),
+    CASE(unwritten_weights, 128),
+    CASE(touched_octet, 128),
+    CASE(another_width, 128),
+    CASE(stmatrix_odd_row, 32),
+    CASE(stmatrix_past_shared, 32),
+    CASE(stmatrix_unfenced, 32),
+    CASE(stmatrix_unmet, 32),
+    CASE(stmatrix_lane_missing, 32),
     CASE(bulk_unfenced, 32),
     CASE(bulk_unmet, 32),
     CASE(bulk_overwritten, 32),

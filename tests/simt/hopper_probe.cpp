@@ -3,6 +3,8 @@
 //                the tensor, u16 -> the box in shared memory
 //   wgmma k|mn   shared memory [40 KB], descriptors a, b u64, d [128, 128] f32 by thread -> d, with a
 //                K-major or an MN-major b
+//   narrow k|mn 8|24|128   the same of m64nNk16, d [128, N / 2], with a K-major or an MN-major a
+//   stmatrix     two registers of each lane, [32, 2] u32 -> two matrices, 16 rows of 16 bytes
 #include <cstdio>
 #include <string>
 #include <vector>
@@ -68,6 +70,34 @@ template <bool B_MN_MAJOR> __global__ void multiply(Product args) {
     each([](float& x, Global<float> p) { store_global(p, x); });
 }
 
+template <bool A_MN_MAJOR, int N> __global__ void multiply_narrow(Product args) {
+    for (int i = threadIdx.x; i < IMAGE / 16; i += 128)
+        store_shared(cast<uint4>(shared_memory()) + i, load_global(args.image + i));
+    fence_proxy_async();
+    __syncthreads();
+    float d[16][4];
+    const Global<float> mine = args.d + threadIdx.x * (N / 2);
+    for (int i = 0; i < N / 2; ++i) d[i / 4][i % 4] = load_global(mine + i);
+    wgmma_fence();
+    wgmma_m64k16<bf16, A_MN_MAJOR, N>(d, args.a, args.b);
+    wgmma_commit();
+    wgmma_wait<0>();
+    for (int i = 0; i < N / 2; ++i) store_global(mine + i, d[i / 4][i % 4]);
+}
+
+struct Matrices {
+    Global<const uint2> registers;
+    Global<uint4> rows;
+};
+
+__global__ void store_matrices(Matrices args) {
+    const uint2 mine = load_global(args.registers + threadIdx.x);
+    const auto rows = cast<uint4>(shared_memory());
+    stmatrix_x2_trans(cast<char>(rows + threadIdx.x % 16), {mine.x, mine.y});
+    __syncwarp();
+    if (threadIdx.x < 16) store_global(args.rows + threadIdx.x, load_shared(rows + threadIdx.x));
+}
+
 void run_box(simt::Emulator& emulator) {
     const auto numbers = read<int64_t>(18);
     const int rank = static_cast<int>(numbers[0]);
@@ -90,19 +120,38 @@ void run_box(simt::Emulator& emulator) {
     write(image);
 }
 
-void run_wgmma(simt::Emulator& emulator, const std::string& major) {
+void run_wgmma(simt::Emulator& emulator, void (*kernel)(Product), int columns) {
     const auto image = read<uint4>(IMAGE / 16);
     const auto descriptors = read<uint64_t>(2);
-    auto d = read<float>(128 * 128);
+    auto d = read<float>(64 * columns);
     emulator.add_buffer("image", image.data(), IMAGE, false);
     emulator.add_buffer("d", d.data(), d.size() * sizeof(float), true);
-    emulator.launch(major == "mn" ? multiply<true> : multiply<false>, 1, 128, IMAGE,
-                    Product{image.data(), descriptors[0], descriptors[1], d.data()});
+    emulator.launch(kernel, 1, 128, IMAGE, Product{image.data(), descriptors[0], descriptors[1], d.data()});
     write(d);
+}
+
+template <int N> void run_narrow(simt::Emulator& emulator, bool mn_major) {
+    run_wgmma(emulator, mn_major ? multiply_narrow<true, N> : multiply_narrow<false, N>, N);
+}
+
+void run_stmatrix(simt::Emulator& emulator) {
+    const auto registers = read<uint2>(32);
+    std::vector<uint4> rows(16);
+    emulator.add_buffer("registers", registers.data(), registers.size() * sizeof(uint2), false);
+    emulator.add_buffer("rows", rows.data(), rows.size() * sizeof(uint4), true);
+    emulator.launch(store_matrices, 1, 32, 256, Matrices{registers.data(), rows.data()});
+    write(rows);
 }
 
 int main(int, char** arguments) {
     simt::Emulator emulator;
-    if (std::string(arguments[1]) == "box") run_box(emulator);
-    else run_wgmma(emulator, arguments[2]);
+    const std::string instruction = arguments[1], major = arguments[2] ? arguments[2] : "";
+    if (instruction == "box") return run_box(emulator), 0;
+    if (instruction == "stmatrix") return run_stmatrix(emulator), 0;
+    const bool mn_major = major == "mn";
+    if (instruction == "wgmma") return run_wgmma(emulator, mn_major ? multiply<true> : multiply<false>, 256), 0;
+    const std::string columns = arguments[3];
+    if (columns == "8") run_narrow<8>(emulator, mn_major);
+    else if (columns == "24") run_narrow<24>(emulator, mn_major);
+    else run_narrow<128>(emulator, mn_major);
 }

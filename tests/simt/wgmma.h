@@ -34,8 +34,11 @@ struct WgmmaArguments {
     float* d;
     Descriptor a, b;
     bool add;
+    unsigned columns;  // of b and d
+    bool a_mn_major, b_mn_major;
     bool operator==(const WgmmaArguments& other) const {
-        return a.bits == other.a.bits && b.bits == other.b.bits && add == other.add;
+        return a.bits == other.a.bits && b.bits == other.b.bits && add == other.add && columns == other.columns &&
+               a_mn_major == other.a_mn_major && b_mn_major == other.b_mn_major;
     }
 };
 
@@ -43,7 +46,6 @@ struct Operation {
     uint32_t number;  // in its warpgroup, from 1
     uint32_t group;   // of commits
     WgmmaArguments arguments;
-    bool b_mn_major;
     float (*widen)(uint32_t);
     size_t flight;
 };
@@ -51,13 +53,14 @@ struct Operation {
 // Accumulators of a warp while wgmma works on them.
 struct Flight {
     float* registers[32];
+    unsigned columns;
     float value[16][256];
     uint32_t operations = 0;  // to do
 
     static constexpr uint32_t POISON = 0x7fc5dead;
     template <typename Visit> void each(Visit visit) {
         for (unsigned lane = 0; lane < 32; ++lane)
-            for (unsigned i = 0; i < 128; ++i)
+            for (unsigned i = 0; i < columns / 2; ++i)
                 visit(registers[lane][i], value[lane / 4 + i % 4 / 2 * 8][i / 4 * 8 + lane % 4 * 2 + i % 2]);
     }
 };
@@ -76,7 +79,7 @@ struct GroupMultiplier {
     std::vector<WgmmaArguments> issued;
     struct Fetched {
         uint32_t number, uses;
-        std::vector<float> b;  // [16, 256]
+        std::vector<float> b;  // [16, columns]
     };
     std::deque<Fetched> fetched;
 };
@@ -116,12 +119,15 @@ inline void check_operand(size_t at, const Stamp& now, Site site) {
 
 inline void check_operands(const Operation& op, Site site) {
     const Stamp now = engine_stamp(group_multiplier().engine, op.number, site);
+    const WgmmaArguments& of = op.arguments;
+    const auto check = [&](const Descriptor& matrix, unsigned first, unsigned last, bool mn_major) {
+        for (unsigned mn = first; mn < last; mn += mn_major ? 8 : 1)
+            for (unsigned k = 0; k < 16; k += mn_major ? 1 : 8)
+                check_operand(matrix.element(mn, k, mn_major), now, site);
+    };
     const unsigned first = running->view.warp() % 4 * 16;
-    for (unsigned m = first; m < first + 16; ++m)
-        for (unsigned k = 0; k < 16; k += 8) check_operand(op.arguments.a.element(m, k, false), now, site);
-    for (unsigned n = 0; n < 256; n += op.b_mn_major ? 8 : 1)
-        for (unsigned k = 0; k < 16; k += op.b_mn_major ? 1 : 8)
-            check_operand(op.arguments.b.element(n, k, op.b_mn_major), now, site);
+    check(of.a, first, first + 16, of.a_mn_major);
+    check(of.b, 0, of.columns, of.b_mn_major);
 }
 
 inline float operand(const Operation& op, const Descriptor& matrix, unsigned mn, unsigned k, bool mn_major) {
@@ -139,32 +145,36 @@ inline std::vector<float> fetch_b(const Operation& op) {
         if (++at->uses == 4) group.fetched.erase(at);
         return b;
     }
-    std::vector<float> b(16 * 256);
-    for (unsigned n = 0; n < 256; ++n)
-        for (unsigned k = 0; k < 16; ++k) b[k * 256 + n] = operand(op, op.arguments.b, n, k, op.b_mn_major);
+    const WgmmaArguments& of = op.arguments;
+    std::vector<float> b(16 * of.columns);
+    for (unsigned n = 0; n < of.columns; ++n)
+        for (unsigned k = 0; k < 16; ++k) b[k * of.columns + n] = operand(op, of.b, n, k, of.b_mn_major);
     group.fetched.push_back({op.number, 1, b});
     return b;
 }
 
 inline void multiply(const Operation& op, Flight& flight) {
-    typedef float Row __attribute__((vector_size(64), aligned(4), may_alias));
+    typedef float Row __attribute__((vector_size(32), aligned(4), may_alias));
+    const WgmmaArguments& of = op.arguments;
     const std::vector<float> b = fetch_b(op);
     const unsigned first = running->view.warp() % 4 * 16;
-    if (!op.arguments.add) std::memset(flight.value, 0, sizeof(flight.value));
+    if (!of.add) std::memset(flight.value, 0, sizeof(flight.value));
     for (unsigned m = 0; m < 16; ++m) {
         for (unsigned k = 0; k < 16; ++k) {
-            const float a = operand(op, op.arguments.a, first + m, k, false);
-            for (unsigned n = 0; n < 256; n += 16)
-                reinterpret_cast<Row&>(flight.value[m][n]) += a * reinterpret_cast<const Row&>(b[k * 256 + n]);
+            const float a = operand(op, of.a, first + m, k, of.a_mn_major);
+            for (unsigned n = 0; n < of.columns; n += 8)
+                reinterpret_cast<Row&>(flight.value[m][n]) += a * reinterpret_cast<const Row&>(b[k * of.columns + n]);
         }
     }
 }
 
 // The flight of these accumulators, which starts now if they are not under way already.
-inline size_t take_off(WarpMultiplier& warp, void* const* all, bool add, Site site) {
+inline size_t take_off(WarpMultiplier& warp, void* const* all, const WgmmaArguments& arguments, Site site) {
     const auto mine = [&](unsigned i) { return static_cast<const WgmmaArguments*>(all[i])->d; };
     for (auto& [number, flight] : warp.flights) {
         if (flight.registers[0] != mine(0)) continue;
+        if (flight.columns != arguments.columns)
+            here().fail(Kind::registers, site, *running, "", "accumulators that a wgmma of another shape works on");
         flight.each([&](float& held, float&) {
             if (bit_cast<uint32_t>(held) != Flight::POISON)
                 here().fail(Kind::registers, site, *running, "", "accumulators changed while wgmma works on them");
@@ -173,15 +183,16 @@ inline size_t take_off(WarpMultiplier& warp, void* const* all, bool add, Site si
     }
     if (!warp.fenced) here().fail(Kind::registers, site, *running, "", "wgmma on accumulators without wgmma.fence");
     Flight& flight = warp.flights[warp.next_flight];
+    flight.columns = arguments.columns;
     for (unsigned i = 0; i < 32; ++i) flight.registers[i] = mine(i);
     flight.each([&](float& held, float& value) {
-        if (add) value = held;
+        if (arguments.add) value = held;
         held = bit_cast<float>(Flight::POISON);
     });
     return warp.next_flight++;
 }
 
-template <typename T, bool B_MN_MAJOR> void start_wgmma(Warp&, unsigned, void* const* all) {
+template <typename T> void start_wgmma(Warp&, unsigned, void* const* all) {
     const Site site = running->wait.site;
     WarpMultiplier& warp = warp_multiplier();
     GroupMultiplier& group = group_multiplier();
@@ -197,12 +208,12 @@ template <typename T, bool B_MN_MAJOR> void start_wgmma(Warp&, unsigned, void* c
     if (warp.issued == group.issued.size()) group.issued.push_back(arguments);
     else if (!(group.issued[warp.issued] == arguments))
         here().fail(Kind::divergence, site, *running, "", "warps of a wgmma with different operands");
-    const size_t flight = take_off(warp, all, arguments.add, site);
-    warp.operations.push_back({++warp.issued, warp.group, arguments, B_MN_MAJOR, widen<T>, flight});
+    const size_t flight = take_off(warp, all, arguments, site);
+    warp.operations.push_back({++warp.issued, warp.group, arguments, widen<T>, flight});
     ++warp.flights[flight].operations;
     check_operands(warp.operations.back(), site);
     if (here().options.eager) multiply(warp.operations.back(), warp.flights[flight]);
-    here().counters.mma += 32;  // of m16n8k16
+    here().counters.mma += arguments.columns / 8;  // of m16n8k16
 }
 
 template <int PENDING> void finish_wgmmas(Warp& lanes, unsigned, void* const*) {
@@ -240,8 +251,16 @@ inline void wgmma_fence(Site site = Site::here()) {
 // "wgmma.mma_async", m64n256k16, both operands in shared memory
 template <typename T, bool B_MN_MAJOR>
 void wgmma_m64n256k16(float (&d)[4][8][4], uint64_t a, uint64_t b, bool add, Site site = Site::here()) {
-    WgmmaArguments mine{&d[0][0][0], {a}, {b}, add};
-    gather("wgmma", site, FULL, mine, detail::start_wgmma<T, B_MN_MAJOR>);
+    WgmmaArguments mine{&d[0][0][0], {a}, {b}, add, 256, false, B_MN_MAJOR};
+    gather("wgmma", site, FULL, mine, detail::start_wgmma<T>);
+}
+
+// The same, m64nNk16: b is K-major, and the product is added.
+template <typename T, bool A_MN_MAJOR, int N>
+void wgmma_m64k16(float (&d)[16][4], uint64_t a, uint64_t b, Site site = Site::here()) {
+    static_assert(N % 8 == 0 && N >= 8 && N <= 128);
+    WgmmaArguments mine{&d[0][0], {a}, {b}, true, N, A_MN_MAJOR, false};
+    gather("wgmma", site, FULL, mine, detail::start_wgmma<T>);
 }
 
 // "wgmma.commit_group": a group even if empty.

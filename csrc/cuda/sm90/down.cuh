@@ -8,13 +8,15 @@ namespace reap::cuda::sm90 {
 template <class T> struct Down {
     DownArgs<T> args;
     Global<int32_t> counter;  // of tiles
-    TensorMap inner;          // [S, I], boxes of 64 rows
+    TensorMap inner;          // [S, I]
     TensorMap weights;        // see weight_box()
     Guess guess;
 };
 
-// By one thread.
-template <class T, bool B_MN_MAJOR> __device__ __forceinline__ void load_down(const Down<T>& down, const Ring& ring) {
+// By one thread. The map of inner has boxes of BOX_ROWS.
+template <class T, bool B_MN_MAJOR, int BOX_ROWS>
+__device__ __forceinline__ void load_down(const Down<T>& down, const Ring& ring) {
+    constexpr int BYTES = BOX_ROWS * ROW_BYTES;
     const DownArgs<T>& args = down.args;
     PipelineState state;
     Tile tile;
@@ -22,15 +24,15 @@ template <class T, bool B_MN_MAJOR> __device__ __forceinline__ void load_down(co
     for (int number = blockIdx.x; locate(tile, args.routing, number, args.walk, TILE_ROWS); number = next) {
         next = take_tile(down.counter);
         const int column = args.combine.first_column + tile.column * TILE_COLUMNS;
-        const int boxes = is_real(tile.first + GROUP_ROWS, tile.end) ? 2 : 1;
+        const int boxes = (rows_of(tile) + BOX_ROWS - 1) / BOX_ROWS;
         for (int k = 0; k < args.I; k += TILE_K) {
             const Shared<uint64_t> full = ring.full + state.stage;
             wait_empty(ring, state);
             announce(ring, state, tile);
-            mbarrier_arrive_expect(full, B_BYTES + boxes * BOX_BYTES);
+            mbarrier_arrive_expect(full, B_BYTES + boxes * BYTES);
             for (int i = 0; i < boxes; ++i) {  // rows past the expert's last are those of the next
-                const int at[2] = {k, tile.first + i * GROUP_ROWS};
-                tma_load(ring.a(state.stage) + i * BOX_BYTES, down.inner, full, at);
+                const int at[2] = {k, tile.first + i * BOX_ROWS};
+                tma_load(ring.a(state.stage) + i * BYTES, down.inner, full, at);
             }
             load_weights<B_MN_MAJOR>(ring.b(state.stage), down.weights, full, tile.expert, column, k, false);
             state.advance();
@@ -79,7 +81,7 @@ __global__ void __launch_bounds__(BLOCK, 1) down_kernel(const __grid_constant__ 
             prefetch_weights<B_MN_MAJOR>(down.weights, down.guess, args.combine.first_column, args.I, false);
         }
         wait_for_launch_before();
-        if (threadIdx.x == 0) load_down<T, B_MN_MAJOR>(down, ring);
+        if (threadIdx.x == 0) load_down<T, B_MN_MAJOR, GROUP_ROWS>(down, ring);
     } else {
         acquire_registers<CONSUMER_REGISTERS>();
         wait_for_launch_before();

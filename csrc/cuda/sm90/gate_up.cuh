@@ -16,15 +16,23 @@ constexpr int PRODUCERS_MEET = 1;  // a named barrier; 0 is that of __syncthread
 
 constexpr int GATE_UP_BYTES = STAGED_AT + CONSUMERS * WARPGROUP / WARP * INNER_BYTES;
 
-template <class T, bool B_MN_MAJOR>
-__device__ __forceinline__ void load_gate_up(const GateUp<T>& up, const Ring& ring) {
+// One stage of rows of x: 64 for each warpgroup that has a real one.
+template <class T>
+__device__ __forceinline__ void gather_groups(const KMajorSlice<T, TILE_ROWS>& x, const Tile& tile,
+                                              Shared<char> stage) {
+    const bool both = is_real(tile.first + GROUP_ROWS, tile.end);
+    x.template fill_part<0, GROUP_ROWS>(stage);
+    if (both) x.template fill_part<GROUP_ROWS, TILE_ROWS>(stage);
+}
+
+template <class T, bool B_MN_MAJOR, class Gather>
+__device__ __forceinline__ void load_gate_up(const GateUp<T>& up, const Ring& ring, Gather gather) {
     const GateUpArgs<T>& args = up.args;
     PipelineState state;
     Tile tile;
     int number = blockIdx.x;
     for (int turn = 0; locate(tile, args.routing, number, args.walk, TILE_ROWS); turn ^= 1) {
         const int next = threadIdx.x == 0 ? take_tile(up.counter) : 0;
-        const bool both = is_real(tile.first + GROUP_ROWS, tile.end);
         KMajorSlice<T, TILE_ROWS> x(args.hidden, args.H, [&](int i) { return gathered_row(args, tile, i); });
         for (int k = 0; k < args.H; k += TILE_K) {
             const Shared<uint64_t> full = ring.full + state.stage;
@@ -35,8 +43,7 @@ __device__ __forceinline__ void load_gate_up(const GateUp<T>& up, const Ring& ri
                 load_weights<B_MN_MAJOR>(ring.b(state.stage), up.weights, full, tile.expert, tile.column * TILE_COLUMNS,
                                          k, args.pairing == Pairing::halves);
             }
-            x.template fill_part<0, GROUP_ROWS>(ring.a(state.stage));
-            if (both) x.template fill_part<GROUP_ROWS, TILE_ROWS>(ring.a(state.stage));
+            gather(x, tile, ring.a(state.stage));
             x.advance();
             cp_async_mbarrier_arrive(full);
             state.advance();
@@ -52,6 +59,13 @@ __device__ __forceinline__ void load_gate_up(const GateUp<T>& up, const Ring& ri
     }
     mbarrier_arrive(ring.full + state.stage);
     drain(ring, state);
+}
+
+// This block's shares of the zeros, by the consumers.
+__device__ __forceinline__ void zero_shares(const Zero& zero) {
+    constexpr int MULTIPLIERS = CONSUMERS * WARPGROUP;
+    for (int64_t share = blockIdx.x; share * MULTIPLIERS * ZERO_STEPS < zero.count; share += gridDim.x)
+        zero_share(zero, share, threadIdx.x - WARPGROUP, MULTIPLIERS);
 }
 
 template <class T, bool B_MN_MAJOR>
@@ -72,9 +86,7 @@ __device__ __forceinline__ void compute_gate_up(const GateUpArgs<T>& args, const
         finish_tile(args, acc, staged, tile.first + consumer_row(), tile.end, column);
     }
     bulk_wait_read();  // shared memory is the block's no longer than its threads are there
-    constexpr int MULTIPLIERS = CONSUMERS * WARPGROUP;
-    for (int64_t share = blockIdx.x; share * MULTIPLIERS * ZERO_STEPS < args.zero.count; share += gridDim.x)
-        zero_share(args.zero, share, threadIdx.x - WARPGROUP, MULTIPLIERS);
+    zero_shares(args.zero);
 }
 
 template <class T, bool B_MN_MAJOR>
@@ -87,7 +99,7 @@ __global__ void __launch_bounds__(BLOCK, 1) gate_up_kernel(const __grid_constant
         if (threadIdx.x == 0)
             prefetch_weights<B_MN_MAJOR>(up.weights, up.guess, 0, up.args.H, up.args.pairing == Pairing::halves);
         wait_for_launch_before();
-        load_gate_up<T, B_MN_MAJOR>(up, ring);
+        load_gate_up<T, B_MN_MAJOR>(up, ring, gather_groups<T>);
     } else {
         acquire_registers<CONSUMER_REGISTERS>();
         wait_for_launch_before();

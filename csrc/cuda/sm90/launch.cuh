@@ -9,34 +9,58 @@
 #include "../launch.cuh"
 #include "down.cuh"
 #include "gate_up.cuh"
+#include "swapped/down.cuh"
+#include "swapped/gate_up.cuh"
 
 namespace reap::cuda::sm90 {
 
 static_assert(WGMMA_ROWS == TILE_ROWS && WGMMA_COLUMNS == TILE_COLUMNS);
 
-inline bool b_mn_major(const Weights& w) { return w.k_stride != 1; }
+inline bool is_mn_major(const Weights& w) { return w.k_stride != 1; }
 
-// A box of B: 64 columns by 64 k. The dimensions of the weights by their strides, k or rows first.
+// A box of the weights: 64 rows by 64 k. Their dimensions by their strides, k or rows first.
 inline TensorBox weight_box(const Weights& w, int64_t experts, int64_t halves, int64_t rows, int64_t k) {
     const int64_t half = rows * w.row_stride;
     TensorBox box{w.data, 4, {k, rows, halves, experts}, {1, w.row_stride, half, w.expert_stride}, {TILE_K, BOX, 1, 1}};
-    if (b_mn_major(w))
+    if (is_mn_major(w))
         box = {w.data, 4, {rows, halves, k, experts}, {1, half, w.k_stride, w.expert_stride}, {BOX, 1, TILE_K, 1}};
     for (int i = 1; i < 4; ++i)  // a stride that nobody needs must be legal
         if (box.sizes[i] == 1) box.strides[i] = round_up(box.sizes[i - 1] * box.strides[i - 1], CHUNK_ELEMENTS);
     return box;
 }
 
+// Whether the operands are swapped, see swapped/tile.cuh: where an expert's weights take longer to come from memory
+// than a processor then takes to multiply by them. Either form waits for them there, and this one moves and multiplies
+// no rows that only fill a group of 64. Above, the other one reads less of shared memory for a product. In cycles,
+// for 16 k of 256 rows of weights and all tokens of an expert:
+//
+//     memory    16 * 256 * 2 bytes, of which a processor of an H100 gets 14.5 a cycle (3.35 TB/s, 132, 1.755 GHz)
+//     shared    128 bytes a cycle: of each tile both operands are written, and four wgmmas read 64 rows of weights
+//               and all tokens each, 32 * (2 * 256 + 5 * tokens) bytes in all. (Tensor cores take 2 cycles for each
+//               token, which is never longer.)
+//
+// An expert's last tile is half full on average, and so is its last octet.
+inline bool is_swapped(const Layer& layer, const Plan& plan) {
+    if (layer.form != Form::automatic) return layer.form == Form::swapped;
+    const double rows = double(plan.slots) / layer.E, tiles = rows / TILE_ROWS + 0.5;
+    const double memory = 16 * TILE_COLUMNS * 2 / 14.5;
+    const double shared = 32 * (2 * TILE_COLUMNS * tiles + 5 * (rows + swapped::OCTET / 2.0)) / 128;
+    return shared < memory;
+}
+
 template <class T> struct Launches : cuda::Launches<T> {
     using cuda::Launches<T>::layer, cuda::Launches<T>::plan, cuda::Launches<T>::work;
+    const bool swaps;
     TensorMap up, inner, down_weights;
 
     // Makes all maps, so that nothing is launched if the driver refuses one.
-    Launches(const Layer& layer, Global<char> memory) : cuda::Launches<T>(layer, memory) {
+    Launches(const Layer& layer, Global<char> memory)
+        : cuda::Launches<T>(layer, memory), swaps(is_swapped(layer, plan)) {
         const int64_t halves = layer.gated && !layer.interleaved ? 2 : 1;
         up = kept_tensor_map(weight_box(layer.gate_up, layer.E, halves, plan.rows / halves, layer.H));
+        const int box_rows = swaps ? swapped::OCTET : GROUP_ROWS;
         inner = make_tensor_map(TensorBox{
-            cast<const char>(work.inner), 2, {layer.I, plan.slots}, {1, plan.inner_pitch}, {TILE_K, GROUP_ROWS}});
+            cast<const char>(work.inner), 2, {layer.I, plan.slots}, {1, plan.inner_pitch}, {TILE_K, box_rows}});
         down_weights = kept_tensor_map(weight_box(layer.down, layer.E, 1, layer.H, layer.I));
     }
 
@@ -56,16 +80,28 @@ template <class T> struct Launches : cuda::Launches<T> {
     template <class Launcher> void gate_up(Launcher& launch) const {
         const GateUpArgs<T> general = this->gate_up_args();
         const GateUp<T> args{general, work.counters, up, guess(general.walk)};
-        const auto kernel = b_mn_major(layer.gate_up) ? gate_up_kernel<T, true> : gate_up_kernel<T, false>;
-        launch("gate_up", kernel, blocks(args.args.walk.column_tiles), BLOCK, GATE_UP_BYTES, args);
+        const int64_t count = blocks(args.args.walk.column_tiles);
+        const bool mn_major = is_mn_major(layer.gate_up);
+        if (swaps) {
+            const auto kernel = mn_major ? swapped::gate_up_kernel<T, true> : swapped::gate_up_kernel<T, false>;
+            return launch("gate_up", kernel, count, BLOCK, swapped::GATE_UP_BYTES, args);
+        }
+        const auto kernel = mn_major ? gate_up_kernel<T, true> : gate_up_kernel<T, false>;
+        launch("gate_up", kernel, count, BLOCK, GATE_UP_BYTES, args);
     }
 
     template <class Launcher> void down(Launcher& launch, int64_t first_column, int64_t last_column) const {
         const DownArgs<T> general = this->down_args(first_column, last_column);
         const Down<T> args{general, work.counters + (1 + first_column / plan.slab), inner, down_weights,
                            guess(general.walk)};
-        const auto kernel = b_mn_major(layer.down) ? down_kernel<T, true> : down_kernel<T, false>;
-        launch("down", kernel, blocks(args.args.walk.column_tiles), BLOCK, DOWN_BYTES, args);
+        const int64_t count = blocks(args.args.walk.column_tiles);
+        const bool mn_major = is_mn_major(layer.down);
+        if (swaps) {
+            const auto kernel = mn_major ? swapped::down_kernel<T, true> : swapped::down_kernel<T, false>;
+            return launch("down", kernel, count, BLOCK, swapped::DOWN_BYTES, args);
+        }
+        const auto kernel = mn_major ? down_kernel<T, true> : down_kernel<T, false>;
+        launch("down", kernel, count, BLOCK, DOWN_BYTES, args);
     }
 };
 

@@ -177,6 +177,9 @@ __device__ __forceinline__ void pass_over(const Ring& ring, PipelineState& state
     }
 }
 
+// Rows of the tile that are real.
+__device__ __forceinline__ int rows_of(const Tile& tile) { return min(tile.end - tile.first, TILE_ROWS); }
+
 // This warp's number among the consumers'. From a shuffle, so that addresses made of it are not kept in
 // registers during the main loop.
 __device__ __forceinline__ int consumer_warp() { return __shfl_sync(ALL_LANES, (threadIdx.x - WARPGROUP) / WARP, 0); }

@@ -13,7 +13,7 @@ from bench import device, gate, inputs, memory, peers
 from bench.measure import TORCH, Settings, interleave, rows
 from bench.row import Row
 from bench.shapes import BYTES, TINY, Shape
-from reap_kernels import cpu, ops
+from reap_kernels import cpu, cuda, cuda_sm90, ops
 from reap_kernels.contract import make_call
 
 # An observer that runs every expert on every token is worth waiting for up to here [FLOP].
@@ -22,7 +22,9 @@ PEERS = ("eager", "grouped_mm", "hooks", "observer")
 ON_GPU = ("bmm", "liger", "batched_mm", "deepgemm", "sonicmoe")
 DETERMINISTIC = "+det"
 OURS = tuple(f"reap:{backend.NAME}" for backend in ops.LADDER)
-IMPLS = (*OURS, *(f"{name}{DETERMINISTIC}" for name in OURS), *PEERS, *ON_GPU)
+# One form of cuda_sm90's kernels, whatever csrc/cuda/sm90/forms.cuh would choose.
+FORMS = ("reap:cuda_sm90+cooperative", "reap:cuda_sm90+pingpong")
+IMPLS = (*OURS, *(f"{name}{DETERMINISTIC}" for name in OURS), *FORMS, *PEERS, *ON_GPU)
 
 
 def run(settings: Settings) -> Iterator[Row]:
@@ -109,6 +111,8 @@ def _size(
             f"reap:{name}{DETERMINISTIC}": ours(name, given, deterministic=True)
             for name in backends
         }
+        if cuda_sm90.NAME in backends:
+            calls |= {name: in_form(given, name.partition("+")[2]) for name in FORMS}
     for name, module in modules.items():
         if reason := _unbearable(name, shape, T, dtype, settings.device):
             settings.say(f"layer: skips {name} at T={T}, {reason}")
@@ -176,6 +180,12 @@ def executed(given: dict[str, Any], **options: Any) -> Callable[[], Any]:
     """The CPU kernels with one of `execute`'s options."""
     call = make_call(**given)
     return lambda: cpu.execute(call, **options)[0]
+
+
+def in_form(given: dict[str, Any], form: str) -> Callable[[], Any]:
+    """The kernels for Hopper in one of their forms."""
+    call = make_call(**given)
+    return lambda: cuda.launch(call, wgmma=True, form=form)
 
 
 def peer(module: Callable[..., Any], given: dict[str, Any]) -> Callable[[], Any]:

@@ -57,7 +57,7 @@ inline Layer read_layer(std::string_view bytes) {
         .read(layer.top_k_index, layer.wide_ids, layer.top_k_weights, layer.gates)
         .read(layer.out, layer.norms, layer.peaks)
         .read(layer.sum_weights, layer.channel_sums, layer.output_sums)
-        .read(layer.threads, layer.deterministic, layer.wgmma)
+        .read(layer.threads, layer.deterministic, layer.wgmma, layer.form)
         .read(layer.device, layer.sm, layer.processors, layer.cache_bytes)
         .read(layer.alpha, layer.limit, layer.offset)
         .end();
@@ -66,7 +66,7 @@ inline Layer read_layer(std::string_view bytes) {
 
 // The numbers of the enumerations in there, by their names.
 inline void bind_layer(py::module_& m) {
-    py::dict dtypes, activations;
+    py::dict dtypes, activations, forms;
     const auto number = [](auto value) { return static_cast<int>(value); };
     dtypes["bf16"] = number(Dtype::bf16), dtypes["f16"] = number(Dtype::f16), dtypes["f32"] = number(Dtype::f32);
     activations["silu"] = number(Activation::silu);
@@ -75,7 +75,11 @@ inline void bind_layer(py::module_& m) {
     activations["relu"] = number(Activation::relu);
     activations["relu2"] = number(Activation::relu2);
     activations["swiglu_clamped"] = number(Activation::swiglu_clamped);
+    forms["automatic"] = number(Form::automatic);
+    forms["cooperative"] = number(Form::cooperative);
+    forms["pingpong"] = number(Form::pingpong);
     m.attr("dtypes") = dtypes;
+    m.attr("forms") = forms;
     m.attr("activations") = activations;
 }
 

@@ -18,6 +18,9 @@ struct Weights {
     int64_t bias_expert_stride, bias_row_stride;
 };
 
+// How the kernels of csrc/cuda/sm90 multiply, see sm90/forms.cuh; automatic: in what should take the least time.
+enum class Form : int { automatic, cooperative, pingpong };
+
 struct Layer {
     int64_t T, K, E, H, I;
     Dtype dtype;
@@ -44,6 +47,7 @@ struct Layer {
     int processors;             // cuda only: streaming multiprocessors of the chip
     int64_t cache_bytes;        // cuda only: of the chip's L2 cache
     bool wgmma;                 // cuda only: the kernels of csrc/cuda/sm90
+    Form form;                  // cuda only: of those kernels
 };
 
 }  // namespace reap

@@ -90,18 +90,26 @@ def run(call: Call) -> Saliency | Summed:
     return launch(call, wgmma=False)
 
 
-def launch(call: Call, *, wgmma: bool) -> Saliency | Summed:
-    """On the call's device and torch's current stream there, with either set of kernels."""
+def launch(call: Call, *, wgmma: bool, form: str = "automatic") -> Saliency | Summed:
+    """On the call's device and torch's current stream there, with either set of kernels. `form`:
+    of csrc/layer.h's Form, for tests and benchmarks of those for Hopper."""
     device = call.hidden_states.device
     if torch.cuda.current_device() != device.index:  # seldom, and asking is cheaper than a context
         with torch.cuda.device(device):
-            return launch(call, wgmma=wgmma)
+            return launch(call, wgmma=wgmma, form=form)
     stream = torch.cuda.current_stream(device).cuda_stream
-    return execute(native.module("_cuda"), call, chip(device.index), stream, wgmma=wgmma)
+    extension = native.module("_cuda")
+    return execute(extension, call, chip(device.index), stream, wgmma=wgmma, form=form)
 
 
 def execute(
-    extension: ModuleType, call: Call, chip: Chip, stream: int, *, wgmma: bool = False
+    extension: ModuleType,
+    call: Call,
+    chip: Chip,
+    stream: int,
+    *,
+    wgmma: bool = False,
+    form: str = "automatic",
 ) -> Saliency | Summed:
     """`launch` on any module with the functions of csrc/cuda/bindings.cpp."""
     call = native.plain(call, wide=False)
@@ -110,7 +118,8 @@ def execute(
         for empty in result:  # sums of nothing; the others have no elements
             empty.zero_()
         return result
-    layer = native.layer(extension, call, result, wgmma=wgmma, chip=chip)
+    number = extension.forms[form]
+    layer = native.layer(extension, call, result, wgmma=wgmma, form=number, chip=chip)
     size = extension.workspace_bytes(layer)
     workspace = torch.empty(size, dtype=torch.uint8, device=call.hidden_states.device)
     extension.run_layer(layer, workspace.data_ptr(), stream)

@@ -73,7 +73,7 @@ def empty(call: Call) -> Saliency | Summed:
 
 
 # Of `layer`: sizes, options, addresses and strides; three parameters of the activation.
-NUMBERS = Struct("=42q3d")
+NUMBERS = Struct("=43q3d")
 
 
 def layer(
@@ -84,6 +84,7 @@ def layer(
     norms: bool = True,
     threads: int = 0,
     wgmma: bool = False,
+    form: int = 0,
     chip: tuple[int, int, int, int] = (0, 0, 0, 0),
 ) -> bytes:
     """csrc/layer.h's Layer of a `plain` call, as csrc/binding.h reads it. Keeps no tensor alive."""
@@ -114,6 +115,7 @@ def layer(
         threads,
         call.deterministic,
         wgmma,
+        form,
         *chip,
         *parameters,
     )

@@ -175,7 +175,7 @@ def test_hands_over_a_layer_a_workspace_and_a_stream():
         given.update(numbers=native.NUMBERS.unpack(layer), workspace=workspace, stream=stream)
 
     fake: Any = SimpleNamespace(
-        dtypes={"bf16": 70, "f32": 72}, activations={"silu": 80},
+        dtypes={"bf16": 70, "f32": 72}, activations={"silu": 80}, forms={"automatic": 90},
         workspace_bytes=lambda layer: 512, run_layer=run_layer,
     )  # fmt: skip
     call = call_of(cases.SHAPES[0])
@@ -194,7 +194,7 @@ def test_hands_over_a_layer_a_workspace_and_a_stream():
             *(call.top_k_index.data_ptr(), True, call.top_k_weights.data_ptr(), 72),
             *(tensor.data_ptr() for tensor in result),
             *(0, 0, 0),  # no sums
-            *(0, False, False, *chip),
+            *(0, False, False, 90, *chip),
             *call.activation[1:],
         )
     )

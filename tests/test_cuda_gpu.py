@@ -4,6 +4,7 @@ compiler and no emulator."""
 import os
 import subprocess
 import sys
+from itertools import product
 from pathlib import Path
 
 import cases
@@ -12,7 +13,8 @@ import test_cuda_sm90
 import tiles
 import torch
 
-from reap_kernels import backends, moe_saliency
+from reap_kernels import backends, cuda, moe_saliency
+from reap_kernels.contract import make_call
 
 pytestmark = pytest.mark.gpu
 DTYPES = (torch.bfloat16, torch.float16)
@@ -24,6 +26,7 @@ SKIPS = {
 BOTH = [pytest.param(name, marks=skip) for name, skip in SKIPS.items()]
 RUNS = [("cuda", case) for case in cases.CASES + tiles.ALIGNED + tiles.LAST]
 RUNS += [("cuda_sm90", case) for case in test_cuda_sm90.CASES + tiles.ALIGNED + tiles.LAST]
+FORMS = ("cooperative", "pingpong")  # of the kernels for Hopper
 
 
 def same_bits(a, b) -> bool:
@@ -46,6 +49,17 @@ def test_accurate(backend, case, dtype):
     cases.assert_accurate(slabs, inputs, known)
     assert same_bits(atomic[1:], slabs[1:]), "norms or peaks depend on the mode"
     assert same_bits(slabs, moe_saliency(**inputs, backend=backend, deterministic=True))
+
+
+@SKIPS["cuda_sm90"]
+@pytest.mark.parametrize("case", test_cuda_sm90.CASES + tiles.ALIGNED + tiles.LAST, ids=str)
+def test_forms_agree(case):
+    """Each is accurate, whichever is the one that so many rows get."""
+    inputs = cases.make(case, torch.bfloat16, "cuda")
+    known = cases.truth(inputs), cases.plain(inputs)
+    for form, deterministic in product(FORMS, (False, True)):
+        call = make_call(**inputs, deterministic=deterministic)
+        cases.assert_accurate(cuda.launch(call, wgmma=True, form=form), inputs, known)
 
 
 @pytest.mark.parametrize("backend", BOTH)

@@ -38,7 +38,8 @@ CHIPS = {
 }
 # The two sets of kernels.
 ANY, HOPPER = False, True
-COLUMNS = {ANY: 128, HOPPER: 256}  # of a tile
+COLUMNS = {ANY: 128, HOPPER: 256}  # of a tile, but for down in the ping-pong form
+FORMS = {"cooperative": 256, "pingpong": 192}  # of down's tiles on Hopper
 
 
 def prepare():
@@ -57,15 +58,17 @@ class Recorded(NamedTuple):
 
     def named(self, name: str) -> list:
         """The launches of a kernel, whatever its template arguments."""
-        wanted = f"sm90::{name}" if self.wgmma and name in ("gate_up", "down") else name
-        return [x for x in self.launches if nvcc.short(x.kernel).startswith(f"{wanted}_kernel")]
+        wanted = "sm90::" * (self.wgmma and name in ("gate_up", "down")) + name
+        shorts = [(nvcc.short(x.kernel).replace("_pingpong", ""), x) for x in self.launches]
+        return [x for short, x in shorts if short.startswith(f"{wanted}_kernel")]
 
     def names(self) -> list[str]:
         shorts = [nvcc.short(x.kernel).removeprefix("sm90::") for x in self.launches]
-        return [name.partition("<")[0].removesuffix("_kernel") for name in shorts]
+        names = [name.partition("<")[0].removesuffix("_kernel") for name in shorts]
+        return [name.removesuffix("_pingpong") for name in names]
 
 
-def record(call: Call, chip: cuda.Chip, wgmma: bool = False) -> Recorded:
+def record(call: Call, chip: cuda.Chip, wgmma: bool = False, form: str = "automatic") -> Recorded:
     recorder = cudart.recorder()
     recorder.reset(arguments=arguments.sizes())
     allocated: list[torch.Tensor] = []
@@ -77,7 +80,7 @@ def record(call: Call, chip: cuda.Chip, wgmma: bool = False) -> Recorded:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch, "empty", remember)
-        result = cuda.execute(cudart.extension(), call, chip, STREAM, wgmma=wgmma)
+        result = cuda.execute(cudart.extension(), call, chip, STREAM, wgmma=wgmma, form=form)
     (workspace,) = (x for x in allocated if x.dtype == torch.uint8)
     encoded = recorder.order().count("cuTensorMapEncodeTiled")
     return Recorded(call, chip, wgmma, result, workspace, recorder.launches(), encoded)
@@ -96,6 +99,11 @@ def most_row_tiles(slots: int, experts: int, rows: int) -> int:
 def tile_rows(gate_up) -> int:
     name = nvcc.short(gate_up.kernel)
     return 128 if name.startswith("sm90::") else int(name.split(", ")[1])
+
+
+def form_of(down) -> str:
+    """On Hopper."""
+    return "pingpong" if "pingpong" in down.kernel else "cooperative"
 
 
 def check_limits(seen: Recorded) -> None:
@@ -122,6 +130,7 @@ def check_grids(seen: Recorded) -> None:
     (up,), downs = seen.named("gate_up"), seen.named("down")
     rows = most_row_tiles(slots, call.E, tile_rows(up))
     columns = COLUMNS[seen.wgmma]
+    across = FORMS[form_of(downs[0])] if seen.wgmma else columns  # of a tile of down
     told = arguments.given(up)
     up_tiles = rows * told.walk.column_tiles
     width = told.pitch * (2 if call.gated else 1)
@@ -140,10 +149,10 @@ def check_grids(seen: Recorded) -> None:
         told, done = arguments.given(down), arguments.given(finish)
         assert told.combine.first_column == done.first_column == reached
         tiles = rows * told.walk.column_tiles
-        assert told.walk.column_tiles % told.walk.slab == 0 and told.walk.group >= 1
+        assert 1 <= told.walk.slab <= told.walk.column_tiles and told.walk.group >= 1
         assert told.walk.slab == told.walk.column_tiles or not call.deterministic
         assert down.grid[0] == (min(seen.chip.processors, tiles) if seen.wgmma else tiles)
-        assert done.last_column == min(reached + told.walk.column_tiles * columns, call.H)
+        assert done.last_column == min(reached + told.walk.column_tiles * across, call.H)
         assert done.last_column - reached <= told.combine.pitch == done.pitch
         reached = done.last_column
         assert done.parts == (ceil_div(call.H, 64) if reached == call.H else 0)
@@ -281,8 +290,8 @@ def check_maps(seen: Recorded) -> None:
     check_weight_map(down, call.down_proj, call, 1)
 
 
-def check(call: Call, chip: cuda.Chip, wgmma: bool) -> Recorded:
-    seen = record(call, chip, wgmma)
+def check(call: Call, chip: cuda.Chip, wgmma: bool, form: str = "automatic") -> Recorded:
+    seen = record(call, chip, wgmma, form)
     check_limits(seen)
     check_grids(seen)
     check_maps(seen)
@@ -297,9 +306,11 @@ def call_of(case: Case, dtype: torch.dtype, deterministic: bool, **changes) -> C
     return make_call(**cases.make(case, dtype) | changes, deterministic=deterministic)
 
 
-def kinds(call: Call):
-    """The kernels that can run the call: those for Hopper if TMA can read it."""
-    return (ANY, HOPPER) if cuda_sm90.unsupported_layout(call) is None else (ANY,)
+def kinds(call: Call, chip: cuda.Chip):
+    """The kernels that can run the call: those for Hopper if TMA can read it, in each form."""
+    if chip.sm != 90 or cuda_sm90.unsupported_layout(call) is not None:
+        return [(ANY, "automatic")]
+    return [(ANY, "automatic"), *((HOPPER, form) for form in FORMS)]
 
 
 def test_no_object_file_ends_the_process():
@@ -336,8 +347,8 @@ def test_every_layout(layout, strides):
         case = cases.replace(layout, strides=strides, **sizes, **router)
         call = call_of(case, DTYPES[number % 2], False)
         for chip, deterministic in product(CHIPS.values(), (False, True)):
-            for wgmma in kinds(call) if chip.sm == 90 else (ANY,):
-                check(call._replace(deterministic=deterministic), chip, wgmma)
+            for wgmma, form in kinds(call, chip):
+                check(call._replace(deterministic=deterministic), chip, wgmma, form)
                 hopper += wgmma
     assert hopper or strides in ("stepped", "broadcast")
 
@@ -375,27 +386,60 @@ def test_large_layers(case, deterministic):
     call = meta_call(case, deterministic=deterministic)
     assert cuda.unsupported_sizes(call) is None
     for chip in CHIPS.values():
-        for wgmma in kinds(call) if chip.sm == 90 else (ANY,):
-            check(call, chip, wgmma)
+        for wgmma, form in kinds(call, chip):
+            check(call, chip, wgmma, form)
 
 
 @pytest.mark.parametrize(
-    ("name", "T", "columns"),
+    ("name", "T", "columns", "in_turns"),
     [
-        ("qwen3", 1024, 2048),  # the sums stay in the cache anyhow
-        ("qwen3", 4096, 1024),
-        ("qwen3", 16384, 1024),
-        ("deepseek-v3", 16384, 7168),  # inner costs more to read again
-        ("mixtral", 16384, 4096),
+        ("qwen3", 1024, 2048, 2112),  # the sums stay in the cache anyhow
+        ("qwen3", 4096, 1024, 1152),
+        ("qwen3", 16384, 1024, 2112),
+        ("deepseek-v3", 16384, 7168, 7296),  # inner costs more to read again
+        ("mixtral", 16384, 4096, 4224),
     ],
 )
-def test_columns_that_down_does_first(name, T, columns):
+def test_columns_that_down_does_first(name, T, columns, in_turns):
     """Where that saves bytes; by an LRU cache's count and not by the model's name."""
     shape = {"qwen3": (8, 128, 2048, 768), "deepseek-v3": (8, 256, 7168, 2048)}
     K, E, H, I = shape.get(name, (2, 8, 4096, 14336))  # noqa: E741
-    seen = check(meta_call(Case(name, T=T, K=K, E=E, H=H, I=I)), CHIPS[90], HOPPER)
-    (down,) = seen.named("down")
-    assert arguments.given(down).walk.slab * COLUMNS[HOPPER] == columns
+    call = meta_call(Case(name, T=T, K=K, E=E, H=H, I=I))
+    for form, wanted in zip(FORMS, (columns, in_turns), strict=True):
+        (down,) = check(call, CHIPS[90], HOPPER, form).named("down")
+        assert arguments.given(down).walk.slab * FORMS[form] == wanted
+
+
+def time_of_down(call: Call, chip: cuda.Chip, form: str) -> float:
+    """Until the busiest block is done, in the time that a processor takes to load a byte: it loads
+    the slices of its tiles one after the other, and a byte of results takes as long as two."""
+    columns, groups = FORMS[form], 2 if form == "pingpong" else 1
+    tiles = most_row_tiles(call.T * call.K, call.E, 128) * ceil_div(call.H, columns)
+    loads = ceil_div(call.I, 64) * (128 + columns) * 64 * 2
+    results = 2 * 128 * columns * 4
+    turn, done = 0.0, [0.0] * groups  # when the next may multiply, and when each is through
+    for number in range(ceil_div(tiles, chip.processors)):
+        turn = max(turn, done[number % groups]) + loads
+        done[number % groups] = turn + results
+    return max(done)
+
+
+def test_form_of_down():
+    """By the count of bytes, and not by the model's name: tiles in turn where I is small, and wide
+    ones where it is large or where H has no multiple of 192 near."""
+    chosen = set()
+    for H, I, T in product((512, 2048, 2880, 4096, 7168), (64, 768, 2048, 14336), (1, 64, 4096)):  # noqa: E741
+        call = meta_call(Case("", T=T, K=8, E=64, H=H, I=I))
+        (down,) = record(call, CHIPS[90], HOPPER).named("down")
+        times = {form: time_of_down(call, CHIPS[90], form) for form in FORMS}
+        least, most = sorted(times.values())
+        if most > 1.02 * least:
+            assert times[form_of(down)] == least, (H, I, T, times)
+            chosen.add((form_of(down), T))
+    assert chosen == set(product(FORMS, (1, 64, 4096)))
+    for case, form in ((LARGE[0], "pingpong"), (LARGE[2], "cooperative"), (LARGE[3], "pingpong")):
+        (down,) = record(meta_call(cases.replace(case, T=16384)), CHIPS[90], HOPPER).named("down")
+        assert form_of(down) == form, case
 
 
 @pytest.mark.parametrize("wgmma", (ANY, HOPPER))
@@ -551,7 +595,13 @@ def test_on_the_current_stream_of_its_device(monkeypatch):
     monkeypatch.setattr(cuda, "chip", lambda index: CHIPS[90]._replace(device=index))
     monkeypatch.setattr(cuda.native, "module", lambda name: name)
     monkeypatch.setattr(cuda, "execute", lambda *given, **options: (*given, options))
-    wanted = ("_cuda", moved, CHIPS[90]._replace(device=1), 77, {"wgmma": False})
+    wanted = (
+        "_cuda",
+        moved,
+        CHIPS[90]._replace(device=1),
+        77,
+        {"wgmma": False, "form": "automatic"},
+    )
     assert cuda.launch(moved, wgmma=False) == wanted and contexts == [] and asked == [device]
     now = 0
     assert cuda.launch(moved, wgmma=False) == wanted and contexts == [device] and now == 0

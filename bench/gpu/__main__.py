@@ -37,7 +37,7 @@ def _that_work(command: list[str], before: dict[str, dict[str, Any]]) -> list[st
     if "--impls" not in command:
         return command
     at = command.index("--impls") + 1
-    impls = [x for x in command[at].split(",") if x.removesuffix("+det") not in broken]
+    impls = [x for x in command[at].split(",") if x.partition("+")[0] not in broken]
     return [*command[:at], ",".join(impls), *command[at + 1 :]]
 
 
@@ -68,6 +68,7 @@ def plan(out: Path, device: str, *, smoke: bool = False) -> list[Stage]:
     layer = (*short, "--shapes", QWEN, "--tokens")
     large = ("--shapes", f"{QWEN},deepseek-v3,mixtral-8x7b,gpt-oss-120b-own", "--tokens", "16384")
     modes = [f"{name}{mode}" for name in BACKENDS for mode in ("", "+det")]
+    modes += [f"{BACKENDS[-1]}+{form}" for form in ("cooperative", "pingpong")]
     fast = ("--impls", ",".join((*modes, *FAST)))
     slow = ("--impls", ",".join((*BACKENDS, *SLOW)))
     whole = ("--impls", ",".join((*BACKENDS, "grouped_mm without head")))

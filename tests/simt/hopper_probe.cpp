@@ -1,8 +1,8 @@
 // One of Hopper's instructions at a time, on operands from standard input, raw:
 //   box          rank, sizes [4], strides [4] elements, box [4], at [4], elements of the tensor, all i64;
 //                the tensor, u16 -> the box in shared memory
-//   wgmma k|mn   shared memory [40 KB], descriptors a, b u64, d [128, 128] f32 by thread -> d, with a
-//                K-major or an MN-major b
+//   wgmma k|mn N   shared memory [40 KB], descriptors a, b u64, d [128, N / 2] f32 by thread -> d, with a
+//                  K-major or an MN-major b of N columns, 192 or 256
 #include <cstdio>
 #include <string>
 #include <vector>
@@ -51,18 +51,19 @@ struct Product {
 };
 constexpr int IMAGE = 40 << 10;
 
-template <bool B_MN_MAJOR> __global__ void multiply(Product args) {
+template <bool B_MN_MAJOR, int N> __global__ void multiply(Product args) {
     for (int i = threadIdx.x; i < IMAGE / 16; i += 128)
         store_shared(cast<uint4>(shared_memory()) + i, load_global(args.image + i));
     fence_proxy_async();
     __syncthreads();
-    float d[4][8][4];
+    float d[N / 64][8][4];
     const auto each = [&](auto visit) {
-        for (int i = 0; i < 128; ++i) visit(d[i / 32][i / 4 % 8][i % 4], args.d + (threadIdx.x * 128 + i));
+        for (int i = 0; i < N / 2; ++i) visit(d[i / 32][i / 4 % 8][i % 4], args.d + (threadIdx.x * (N / 2) + i));
     };
     each([](float& x, Global<float> p) { x = load_global(p); });
     wgmma_fence();
-    wgmma_m64n256k16<bf16, B_MN_MAJOR>(d, args.a, args.b, true);
+    if constexpr (N == 192) wgmma_m64n192k16<bf16, B_MN_MAJOR>(d, args.a, args.b, true);
+    else wgmma_m64n256k16<bf16, B_MN_MAJOR>(d, args.a, args.b, true);
     wgmma_commit();
     wgmma_wait<0>();
     each([](float& x, Global<float> p) { store_global(p, x); });
@@ -90,13 +91,13 @@ void run_box(simt::Emulator& emulator) {
     write(image);
 }
 
-void run_wgmma(simt::Emulator& emulator, const std::string& major) {
+template <int N> void run_wgmma(simt::Emulator& emulator, const std::string& major) {
     const auto image = read<uint4>(IMAGE / 16);
     const auto descriptors = read<uint64_t>(2);
-    auto d = read<float>(128 * 128);
+    auto d = read<float>(128 * N / 2);
     emulator.add_buffer("image", image.data(), IMAGE, false);
     emulator.add_buffer("d", d.data(), d.size() * sizeof(float), true);
-    emulator.launch(major == "mn" ? multiply<true> : multiply<false>, 1, 128, IMAGE,
+    emulator.launch(major == "mn" ? multiply<true, N> : multiply<false, N>, 1, 128, IMAGE,
                     Product{image.data(), descriptors[0], descriptors[1], d.data()});
     write(d);
 }
@@ -104,5 +105,6 @@ void run_wgmma(simt::Emulator& emulator, const std::string& major) {
 int main(int, char** arguments) {
     simt::Emulator emulator;
     if (std::string(arguments[1]) == "box") run_box(emulator);
-    else run_wgmma(emulator, arguments[2]);
+    else if (std::string(arguments[3]) == "192") run_wgmma<192>(emulator, arguments[2]);
+    else run_wgmma<256>(emulator, arguments[2]);
 }

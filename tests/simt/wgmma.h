@@ -34,8 +34,9 @@ struct WgmmaArguments {
     float* d;
     Descriptor a, b;
     bool add;
+    unsigned columns;  // of b and d
     bool operator==(const WgmmaArguments& other) const {
-        return a.bits == other.a.bits && b.bits == other.b.bits && add == other.add;
+        return a.bits == other.a.bits && b.bits == other.b.bits && add == other.add && columns == other.columns;
     }
 };
 
@@ -51,13 +52,14 @@ struct Operation {
 // Accumulators of a warp while wgmma works on them.
 struct Flight {
     float* registers[32];
-    float value[16][256];
+    float value[16][256];  // [16, columns]
+    unsigned columns;
     uint32_t operations = 0;  // to do
 
     static constexpr uint32_t POISON = 0x7fc5dead;
     template <typename Visit> void each(Visit visit) {
         for (unsigned lane = 0; lane < 32; ++lane)
-            for (unsigned i = 0; i < 128; ++i)
+            for (unsigned i = 0; i < columns / 2; ++i)
                 visit(registers[lane][i], value[lane / 4 + i % 4 / 2 * 8][i / 4 * 8 + lane % 4 * 2 + i % 2]);
     }
 };
@@ -76,7 +78,7 @@ struct GroupMultiplier {
     std::vector<WgmmaArguments> issued;
     struct Fetched {
         uint32_t number, uses;
-        std::vector<float> b;  // [16, 256]
+        std::vector<float> b;  // [16, columns]
     };
     std::deque<Fetched> fetched;
 };
@@ -119,7 +121,7 @@ inline void check_operands(const Operation& op, Site site) {
     const unsigned first = running->view.warp() % 4 * 16;
     for (unsigned m = first; m < first + 16; ++m)
         for (unsigned k = 0; k < 16; k += 8) check_operand(op.arguments.a.element(m, k, false), now, site);
-    for (unsigned n = 0; n < 256; n += op.b_mn_major ? 8 : 1)
+    for (unsigned n = 0; n < op.arguments.columns; n += op.b_mn_major ? 8 : 1)
         for (unsigned k = 0; k < 16; k += op.b_mn_major ? 1 : 8)
             check_operand(op.arguments.b.element(n, k, op.b_mn_major), now, site);
 }
@@ -139,9 +141,10 @@ inline std::vector<float> fetch_b(const Operation& op) {
         if (++at->uses == 4) group.fetched.erase(at);
         return b;
     }
-    std::vector<float> b(16 * 256);
-    for (unsigned n = 0; n < 256; ++n)
-        for (unsigned k = 0; k < 16; ++k) b[k * 256 + n] = operand(op, op.arguments.b, n, k, op.b_mn_major);
+    const unsigned columns = op.arguments.columns;
+    std::vector<float> b(16 * columns);
+    for (unsigned n = 0; n < columns; ++n)
+        for (unsigned k = 0; k < 16; ++k) b[k * columns + n] = operand(op, op.arguments.b, n, k, op.b_mn_major);
     group.fetched.push_back({op.number, 1, b});
     return b;
 }
@@ -149,19 +152,20 @@ inline std::vector<float> fetch_b(const Operation& op) {
 inline void multiply(const Operation& op, Flight& flight) {
     typedef float Row __attribute__((vector_size(64), aligned(4), may_alias));
     const std::vector<float> b = fetch_b(op);
+    const unsigned columns = op.arguments.columns;
     const unsigned first = running->view.warp() % 4 * 16;
     if (!op.arguments.add) std::memset(flight.value, 0, sizeof(flight.value));
     for (unsigned m = 0; m < 16; ++m) {
         for (unsigned k = 0; k < 16; ++k) {
             const float a = operand(op, op.arguments.a, first + m, k, false);
-            for (unsigned n = 0; n < 256; n += 16)
-                reinterpret_cast<Row&>(flight.value[m][n]) += a * reinterpret_cast<const Row&>(b[k * 256 + n]);
+            for (unsigned n = 0; n < columns; n += 16)
+                reinterpret_cast<Row&>(flight.value[m][n]) += a * reinterpret_cast<const Row&>(b[k * columns + n]);
         }
     }
 }
 
 // The flight of these accumulators, which starts now if they are not under way already.
-inline size_t take_off(WarpMultiplier& warp, void* const* all, bool add, Site site) {
+inline size_t take_off(WarpMultiplier& warp, void* const* all, const WgmmaArguments& arguments, Site site) {
     const auto mine = [&](unsigned i) { return static_cast<const WgmmaArguments*>(all[i])->d; };
     for (auto& [number, flight] : warp.flights) {
         if (flight.registers[0] != mine(0)) continue;
@@ -173,9 +177,10 @@ inline size_t take_off(WarpMultiplier& warp, void* const* all, bool add, Site si
     }
     if (!warp.fenced) here().fail(Kind::registers, site, *running, "", "wgmma on accumulators without wgmma.fence");
     Flight& flight = warp.flights[warp.next_flight];
+    flight.columns = arguments.columns;
     for (unsigned i = 0; i < 32; ++i) flight.registers[i] = mine(i);
     flight.each([&](float& held, float& value) {
-        if (add) value = held;
+        if (arguments.add) value = held;
         held = bit_cast<float>(Flight::POISON);
     });
     return warp.next_flight++;
@@ -197,12 +202,12 @@ template <typename T, bool B_MN_MAJOR> void start_wgmma(Warp&, unsigned, void* c
     if (warp.issued == group.issued.size()) group.issued.push_back(arguments);
     else if (!(group.issued[warp.issued] == arguments))
         here().fail(Kind::divergence, site, *running, "", "warps of a wgmma with different operands");
-    const size_t flight = take_off(warp, all, arguments.add, site);
+    const size_t flight = take_off(warp, all, arguments, site);
     warp.operations.push_back({++warp.issued, warp.group, arguments, B_MN_MAJOR, widen<T>, flight});
     ++warp.flights[flight].operations;
     check_operands(warp.operations.back(), site);
     if (here().options.eager) multiply(warp.operations.back(), warp.flights[flight]);
-    here().counters.mma += 32;  // of m16n8k16
+    here().counters.mma += arguments.columns / 8;  // of m16n8k16
 }
 
 template <int PENDING> void finish_wgmmas(Warp& lanes, unsigned, void* const*) {
@@ -237,11 +242,19 @@ inline void wgmma_fence(Site site = Site::here()) {
            [](Warp&, unsigned, void* const*) { detail::warp_multiplier().fenced = true; });
 }
 
-// "wgmma.mma_async", m64n256k16, both operands in shared memory
+// "wgmma.mma_async", m64nNk16, both operands in shared memory
+template <typename T, bool B_MN_MAJOR, int BOXES>
+void wgmma(float (&d)[BOXES][8][4], uint64_t a, uint64_t b, bool add, Site site) {
+    WgmmaArguments mine{&d[0][0][0], {a}, {b}, add, 64 * BOXES};
+    gather("wgmma", site, FULL, mine, detail::start_wgmma<T, B_MN_MAJOR>);
+}
+template <typename T, bool B_MN_MAJOR>
+void wgmma_m64n192k16(float (&d)[3][8][4], uint64_t a, uint64_t b, bool add, Site site = Site::here()) {
+    wgmma<T, B_MN_MAJOR>(d, a, b, add, site);
+}
 template <typename T, bool B_MN_MAJOR>
 void wgmma_m64n256k16(float (&d)[4][8][4], uint64_t a, uint64_t b, bool add, Site site = Site::here()) {
-    WgmmaArguments mine{&d[0][0][0], {a}, {b}, add};
-    gather("wgmma", site, FULL, mine, detail::start_wgmma<T, B_MN_MAJOR>);
+    wgmma<T, B_MN_MAJOR>(d, a, b, add, site);
 }
 
 // "wgmma.commit_group": a group even if empty.

@@ -7,12 +7,12 @@
 // and its kernels are called with sm90's arguments.
 #pragma once
 #include "../launch.cuh"
-#include "down.cuh"
 #include "gate_up.cuh"
+#include "pingpong.cuh"
 
 namespace reap::cuda::sm90 {
 
-static_assert(WGMMA_ROWS == TILE_ROWS && WGMMA_COLUMNS == TILE_COLUMNS);
+static_assert(WGMMA_ROWS == TILE_ROWS && WGMMA_COLUMNS == TILE_COLUMNS && COOPERATIVE_COLUMNS == TILE_COLUMNS);
 
 inline bool b_mn_major(const Weights& w) { return w.k_stride != 1; }
 
@@ -64,8 +64,11 @@ template <class T> struct Launches : cuda::Launches<T> {
         const DownArgs<T> general = this->down_args(first_column, last_column);
         const Down<T> args{general, work.counters + (1 + first_column / plan.slab), inner, down_weights,
                            guess(general.walk)};
-        const auto kernel = b_mn_major(layer.down) ? down_kernel<T, true> : down_kernel<T, false>;
-        launch("down", kernel, blocks(args.args.walk.column_tiles), BLOCK, DOWN_BYTES, args);
+        const bool pingpong = plan.down_columns == PINGPONG_COLUMNS;
+        auto kernel = b_mn_major(layer.down) ? down_kernel<T, true> : down_kernel<T, false>;
+        if (pingpong) kernel = b_mn_major(layer.down) ? down_pingpong_kernel<T, true> : down_pingpong_kernel<T, false>;
+        launch("down", kernel, blocks(args.args.walk.column_tiles), BLOCK, pingpong ? PINGPONG_BYTES : DOWN_BYTES,
+               args);
     }
 };
 

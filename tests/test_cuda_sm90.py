@@ -306,9 +306,9 @@ def test_machine_code(name, layout, dtype):
     assert len(re.findall(r"UBLKCP\.G\.S", text)) == copied
     assert len(re.findall(r"UBLKRED\.G\.S\.ADD\.F32\.RN", text)) == added
     assert not re.search(r"\bREDG?\.", text)
-    # Hints before the wait: for four boxes at a time, and for the maps.
-    assert len(re.findall(r"UTMAPF\.L2\.4D", text)) == 4
-    assert len(re.findall(r"UTMACCTL\.PF", text)) == (2 if name == "down_kernel" else 1)
+    # Hints before the wait: for the boxes of one stage at a time, and for the maps.
+    assert len(re.findall(r"UTMAPF\.L2\.4D", text)) == boxes
+    assert len(re.findall(r"UTMACCTL\.PF", text)) == (1 if name == "gate_up_kernel" else 2)
     assert len(re.findall(r"\bATOMG\.E\.ADD", text)) == 1  # the counter of tiles
     for instruction in ("SYNCS.EXCH", "SYNCS.PHASECHK.TRANS64.TRYWAIT", "SYNCS.ARRIVE.TRANS64",
                         "USETMAXREG.DEALLOC", "USETMAXREG.TRY_ALLOC"):  # fmt: skip

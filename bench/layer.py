@@ -22,8 +22,8 @@ PEERS = ("eager", "grouped_mm", "hooks", "observer")
 ON_GPU = ("bmm", "liger", "batched_mm", "deepgemm", "sonicmoe")
 DETERMINISTIC = "+det"
 OURS = tuple(f"reap:{backend.NAME}" for backend in ops.LADDER)
-# One form of cuda_sm90's kernels, whatever the rows of an expert.
-FORMS = ("reap:cuda_sm90+cooperative", "reap:cuda_sm90+swapped")
+# One form of cuda_sm90's kernels, whatever csrc/cuda/sm90/forms.cuh would choose.
+FORMS = tuple(f"reap:cuda_sm90+{form}" for form in ("cooperative", "pingpong", "swapped"))
 IMPLS = (*OURS, *(f"{name}{DETERMINISTIC}" for name in OURS), *FORMS, *PEERS, *ON_GPU)
 
 

@@ -77,6 +77,7 @@ inline void bind_layer(py::module_& m) {
     activations["swiglu_clamped"] = number(Activation::swiglu_clamped);
     forms["automatic"] = number(Form::automatic);
     forms["cooperative"] = number(Form::cooperative);
+    forms["pingpong"] = number(Form::pingpong);
     forms["swapped"] = number(Form::swapped);
     m.attr("dtypes") = dtypes;
     m.attr("forms") = forms;

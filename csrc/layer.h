@@ -18,8 +18,8 @@ struct Weights {
     int64_t bias_expert_stride, bias_row_stride;
 };
 
-// How the kernels of csrc/cuda/sm90 multiply: tokens by weights, or swapped; automatic: as sm90/launch.cuh has it.
-enum class Form : int { automatic, cooperative, swapped };
+// How the kernels of csrc/cuda/sm90 multiply, see sm90/forms.cuh; automatic: in what should take the least time.
+enum class Form : int { automatic, cooperative, pingpong, swapped };
 
 struct Layer {
     int64_t T, K, E, H, I;

@@ -81,9 +81,14 @@ KINDS = {
     "place_kernel": Routing,
     "gate_up_kernel": GateUp,
     "down_kernel": Down,
+    "down_pingpong_kernel": Down,
     "finish_kernel": Finish,
 }
-MAPS = {"gate_up_kernel": 1, "down_kernel": 2}  # behind the same in csrc/cuda/sm90
+MAPS = {
+    "gate_up_kernel": 1,
+    "down_kernel": 2,
+    "down_pingpong_kernel": 2,
+}  # behind the same in csrc/cuda/sm90
 
 
 def _maps_at(kind: type[Structure]) -> int:

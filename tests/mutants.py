@@ -25,13 +25,15 @@ FILES = (
 )  # fmt: skip
 SM90_FILES = (
     "sm90/pipeline.cuh", "sm90/inner.cuh", "sm90/gate_up.cuh", "sm90/combine.cuh", "sm90/down.cuh",
+    "sm90/pingpong.cuh",
 )  # fmt: skip
 SUM_FILES = ("sums.cuh",)
 SWAPPED_FILES = tuple(f"sm90/swapped/{name}.cuh" for name in ("tile", "gate_up", "down"))
 STATEMENT = re.compile(
     r"__syncthreads\(\);|__syncwarp\(\);|cp_async_wait<(?P<groups>[^;]*)>\(\);|cp_async_commit\(\);"
     r"|\b(?:wait|wait_empty|drain|fence_\w+|wgmma_(?:fence|commit|wait<\d>)|mbarrier_arrive\w*"
-    r"|cp_async_mbarrier_arrive|bulk_commit|bulk_wait_read|named_barrier|meet|wait_for_launch_before)"
+    r"|cp_async_mbarrier_arrive|bulk_commit|bulk_wait_read|named_barrier|meet|pass_over"
+    r"|wait_for_launch_before)"
     r"\([^;{}]*\);"
 )
 LEAVES = re.compile(r"\)\s*(return|break|continue)\b")

@@ -2,7 +2,6 @@
 
 import re
 import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 
 import triton
@@ -21,11 +20,32 @@ def instructions(code: str) -> list[str]:
     return re.findall(r"^\s*/\*[0-9a-f]{4,}\*/\s+(.+?)\s*;", code, re.M)
 
 
-def loops(code: str) -> Iterator[list[str]]:
-    """The instructions of each loop: from a label to a jump back there. `code`: of one kernel, from
-    `nvdisasm -c`."""
+def main_loop(code: str) -> list[str]:
+    """The instructions of the loop with the most tensor-core instructions; of several the
+    smallest one. Empty if no loop has any. `code`: of one kernel, from `nvdisasm -c`."""
+    return max(loops(code), key=lambda loop: (_tensor(loop), -len(loop)), default=[])
+
+
+def inner_loops(code: str) -> list[list[str]]:
+    """The loops with tensor-core instructions that have no other such loop in them. (Of those with
+    the same ones, the smallest: others end in code that was moved to the kernel's end.)"""
+    smallest: dict[frozenset[int], list[str]] = {}
+    for first, body in _tensor_loops(code):
+        tensor = frozenset(first + i for i, each in enumerate(body) if TENSOR.search(each))
+        smallest[tensor] = min(body, smallest.get(tensor, body), key=len)
+    return [body for places, body in smallest.items() if not any(x < places for x in smallest)]
+
+
+def loops(code: str) -> list[list[str]]:
+    """The instructions of each loop with tensor-core instructions: from a label to a jump back."""
+    return [body for _, body in _tensor_loops(code)]
+
+
+def _tensor_loops(code: str) -> list[tuple[int, list[str]]]:
+    """Where each loop with tensor-core instructions begins, and its instructions."""
     labels: dict[str, int] = {}
     seen: list[str] = []
+    found: list[tuple[int, list[str]]] = []
     for line in code.splitlines():
         if label := re.match(r"\s*(\.L_\w+):", line):
             labels[label[1]] = len(seen)
@@ -33,14 +53,9 @@ def loops(code: str) -> Iterator[list[str]]:
             seen.append(instruction)
             target = re.search(r"\bBRA\b.*`\((\.L_\w+)\)", instruction)
             if target and target[1] in labels:
-                yield seen[labels[target[1]] :]
-
-
-def main_loop(code: str) -> list[str]:
-    """The loop with the most tensor-core instructions; of several the smallest one. Empty if no
-    loop has any."""
-    best = max(loops(code), key=lambda loop: (_tensor(loop), -len(loop)), default=[])
-    return best if _tensor(best) else []
+                first = labels[target[1]]
+                found.append((first, seen[first:]))
+    return [(first, body) for first, body in found if _tensor(body)]
 
 
 def _tensor(loop: list[str]) -> int:

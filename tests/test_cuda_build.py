@@ -48,13 +48,22 @@ def test_opcodes():
     assert opcodes(given) == {"LDS": 1, "UMOV": 1, "BAR.SYNC": 1, "BRA": 1}
 
 
+def listing(lines) -> str:
+    """As nvdisasm prints labels and instructions."""
+    return "\n".join(x if x.endswith(":") else f"        /*0010*/      {x} ;" for x in lines)
+
+
 def test_main_loop_is_the_smallest_with_most_tensor_instructions():
     lines = (".L_x_1:", "MOV R1, R2", ".L_x_2:", "HMMA.16816.F32 R1", "@P0 BRA `(.L_x_2)",
              "@P1 BRA `(.L_x_1)", ".L_x_3:", "IADD3 R1", "@P0 BRA `(.L_x_3)", "@P0 BRA `(.L_x_4)",
              ".L_x_4:", "HMMA.16816.F32 R1", "HMMA.16816.F32 R1", "EXIT")  # fmt: skip
-    code = "\n".join(x if x.endswith(":") else f"        /*0010*/      {x} ;" for x in lines)
+    code = listing(lines)
     loop = sass.main_loop(code)
     assert loop == ["HMMA.16816.F32 R1", "@P0 BRA `(.L_x_2)"]
+    assert sass.inner_loops(code) == [loop]
+    apart = (".L_x_1:", ".L_x_2:", *loop, ".L_x_3:", "HGMMA R1", "BRA `(.L_x_3)", "BRA `(.L_x_1)")
+    inner = sass.inner_loops(listing(apart))
+    assert inner == [loop, ["HGMMA R1", "BRA `(.L_x_3)"]]
     assert sass.share(loop) == {"tensor": 1, "others": 1, "ratio": 1.0}
     assert sass.main_loop("        /*0010*/      EXIT ;") == []
 

@@ -26,7 +26,7 @@ SKIPS = {
 BOTH = [pytest.param(name, marks=skip) for name, skip in SKIPS.items()]
 RUNS = [("cuda", case) for case in cases.CASES + tiles.ALIGNED + tiles.LAST]
 RUNS += [("cuda_sm90", case) for case in test_cuda_sm90.CASES + tiles.ALIGNED + tiles.LAST]
-FORMS = ("cooperative", "swapped")  # of the kernels for Hopper
+FORMS = ("cooperative", "pingpong", "swapped")  # of the kernels for Hopper
 
 
 def same_bits(a, b) -> bool:

@@ -38,8 +38,8 @@ CHIPS = {
 }
 # The two sets of kernels.
 ANY, HOPPER = False, True
-FORMS = {ANY: ("automatic",), HOPPER: ("cooperative", "swapped")}
-COLUMNS = {ANY: 128, HOPPER: 256}  # of a tile
+COLUMNS = {ANY: 128, HOPPER: 256}  # of a tile, but for down in the ping-pong form
+FORMS = {"cooperative": 256, "pingpong": 192, "swapped": 256}  # of down's tiles on Hopper
 
 
 def prepare():
@@ -65,14 +65,17 @@ class Recorded(NamedTuple):
 
     def names(self) -> list[str]:
         shorts = [nvcc.short(x.kernel).partition("<")[0] for x in self.launches]
-        return [name.rpartition("::")[2].removesuffix("_kernel") for name in shorts]
+        names = [name.rpartition("::")[2].removesuffix("_kernel") for name in shorts]
+        return [name.removesuffix("_pingpong") for name in names]
 
     @property
     def form(self) -> str:
-        """That of gate_up and down."""
+        """Of Hopper's kernels."""
         both = self.named("gate_up") + self.named("down")
         (swapped,) = {"sm90::swapped::" in nvcc.short(x.kernel) for x in both}
-        return "swapped" if swapped else "cooperative"
+        (in_turns,) = {"_pingpong" in x.kernel for x in self.named("down")}
+        assert not (swapped and in_turns)
+        return "swapped" if swapped else "pingpong" if in_turns else "cooperative"
 
 
 def record(call: Call, chip: cuda.Chip, wgmma: bool = False, form: str = "automatic") -> Recorded:
@@ -132,6 +135,7 @@ def check_grids(seen: Recorded) -> None:
     (up,), downs = seen.named("gate_up"), seen.named("down")
     rows = most_row_tiles(slots, call.E, tile_rows(up))
     columns = COLUMNS[seen.wgmma]
+    across = FORMS[seen.form] if seen.wgmma else columns  # of a tile of down
     told = arguments.given(up)
     up_tiles = rows * told.walk.column_tiles
     width = told.pitch * (2 if call.gated else 1)
@@ -150,10 +154,10 @@ def check_grids(seen: Recorded) -> None:
         told, done = arguments.given(down), arguments.given(finish)
         assert told.combine.first_column == done.first_column == reached
         tiles = rows * told.walk.column_tiles
-        assert told.walk.column_tiles % told.walk.slab == 0 and told.walk.group >= 1
+        assert 1 <= told.walk.slab <= told.walk.column_tiles and told.walk.group >= 1
         assert told.walk.slab == told.walk.column_tiles or not call.deterministic
         assert down.grid[0] == (min(seen.chip.processors, tiles) if seen.wgmma else tiles)
-        assert done.last_column == min(reached + told.walk.column_tiles * columns, call.H)
+        assert done.last_column == min(reached + told.walk.column_tiles * across, call.H)
         assert done.last_column - reached <= told.combine.pitch == done.pitch
         reached = done.last_column
         assert done.parts == (ceil_div(call.H, 64) if reached == call.H else 0)
@@ -309,9 +313,11 @@ def call_of(case: Case, dtype: torch.dtype, deterministic: bool, **changes) -> C
     return make_call(**cases.make(case, dtype) | changes, deterministic=deterministic)
 
 
-def kinds(call: Call):
-    """The kernels that can run the call: those for Hopper if TMA can read it."""
-    return (ANY, HOPPER) if cuda_sm90.unsupported_layout(call) is None else (ANY,)
+def kinds(call: Call, chip: cuda.Chip):
+    """The kernels that can run the call: those for Hopper if TMA can read it, in each form."""
+    if chip.sm != 90 or cuda_sm90.unsupported_layout(call) is not None:
+        return [(ANY, "automatic")]
+    return [(ANY, "automatic"), *((HOPPER, form) for form in FORMS)]
 
 
 def test_no_object_file_ends_the_process():
@@ -348,9 +354,8 @@ def test_every_layout(layout, strides):
         case = cases.replace(layout, strides=strides, **sizes, **router)
         call = call_of(case, DTYPES[number % 2], False)
         for chip, deterministic in product(CHIPS.values(), (False, True)):
-            for wgmma in kinds(call) if chip.sm == 90 else (ANY,):
-                for form in FORMS[wgmma]:
-                    check(call._replace(deterministic=deterministic), chip, wgmma, form)
+            for wgmma, form in kinds(call, chip):
+                check(call._replace(deterministic=deterministic), chip, wgmma, form)
                 hopper += wgmma
     assert hopper or strides in ("stepped", "broadcast")
 
@@ -388,9 +393,8 @@ def test_large_layers(case, deterministic):
     call = meta_call(case, deterministic=deterministic)
     assert cuda.unsupported_sizes(call) is None
     for chip in CHIPS.values():
-        for wgmma in kinds(call) if chip.sm == 90 else (ANY,):
-            for form in FORMS[wgmma]:
-                check(call, chip, wgmma, form)
+        for wgmma, form in kinds(call, chip):
+            check(call, chip, wgmma, form)
 
 
 REAL_SIZES = {  # K, E, H, I
@@ -401,41 +405,78 @@ REAL_SIZES = {  # K, E, H, I
 
 
 @pytest.mark.parametrize(
-    ("name", "T", "columns"),
+    ("name", "T", "columns", "in_turns"),
     [
-        ("qwen3", 1024, 2048),  # the sums stay in the cache anyhow
-        ("qwen3", 4096, 1024),
-        ("qwen3", 16384, 1024),
-        ("deepseek-v3", 16384, 7168),  # inner costs more to read again
-        ("mixtral", 16384, 4096),
+        ("qwen3", 1024, 2048, 2112),  # the sums stay in the cache anyhow
+        ("qwen3", 4096, 1024, 1152),
+        ("qwen3", 16384, 1024, 2112),
+        ("deepseek-v3", 16384, 7168, 7296),  # inner costs more to read again
+        ("mixtral", 16384, 4096, 4224),
     ],
 )
-def test_columns_that_down_does_first(name, T, columns):
+def test_columns_that_down_does_first(name, T, columns, in_turns):
     """Where that saves bytes; by an LRU cache's count and not by the model's name."""
     K, E, H, I = REAL_SIZES[name]  # noqa: E741
-    seen = check(meta_call(Case(name, T=T, K=K, E=E, H=H, I=I)), CHIPS[90], HOPPER)
-    (down,) = seen.named("down")
-    assert arguments.given(down).walk.slab * COLUMNS[HOPPER] == columns
+    call = meta_call(Case(name, T=T, K=K, E=E, H=H, I=I))
+    for form, wanted in zip(("cooperative", "pingpong"), (columns, in_turns), strict=True):
+        (down,) = check(call, CHIPS[90], HOPPER, form).named("down")
+        assert arguments.given(down).walk.slab * FORMS[form] == wanted
+
+
+def time_of_down(call: Call, chip: cuda.Chip, form: str) -> float:
+    """Until the busiest block is done, in the time that a processor takes to load a byte: it loads
+    the slices of its tiles one after the other, and a byte of results takes as long as two."""
+    columns, groups = FORMS[form], 2 if form == "pingpong" else 1
+    tiles = most_row_tiles(call.T * call.K, call.E, 128) * ceil_div(call.H, columns)
+    loads = ceil_div(call.I, 64) * (128 + columns) * 64 * 2
+    results = 2 * 128 * columns * 4
+    turn, done = 0.0, [0.0] * groups  # when the next may multiply, and when each is through
+    for number in range(ceil_div(tiles, chip.processors)):
+        turn = max(turn, done[number % groups]) + loads
+        done[number % groups] = turn + results
+    return max(done)
+
+
+ROWS = (2048, 4096, 16384)  # tokens, of which each of 64 experts has an eighth
+
+
+def test_form_of_down():
+    """By the count of bytes, and not by the model's name: tiles in turn where I is small, and wide
+    ones where it is large or where H has no multiple of 192 near."""
+    forms, chosen = ("cooperative", "pingpong"), set()
+    for H, I, T in product((512, 2048, 2880, 4096, 7168), (64, 768, 2048, 14336), ROWS):  # noqa: E741
+        call = meta_call(Case("", T=T, K=8, E=64, H=H, I=I))
+        found = record(call, CHIPS[90], HOPPER).form
+        times = {form: time_of_down(call, CHIPS[90], form) for form in forms}
+        least, most = sorted(times.values())
+        if most > 1.02 * least:
+            assert times[found] == least, (H, I, T, times)
+            chosen.add((found, T))
+    assert chosen == set(product(forms, ROWS))
+    for case, form in ((LARGE[0], "pingpong"), (LARGE[2], "cooperative"), (LARGE[3], "pingpong")):
+        call = meta_call(cases.replace(case, T=16384))
+        assert record(call, CHIPS[90], HOPPER).form == form, case
 
 
 @pytest.mark.parametrize(
-    ("name", "T", "form"),
+    ("name", "T", "swapped"),
     [
-        ("qwen3", 1, "swapped"),
-        ("qwen3", 64, "swapped"),
-        ("qwen3", 3520, "swapped"),  # 220 rows for each expert
-        ("qwen3", 3584, "cooperative"),
-        ("qwen3", 16384, "cooperative"),
-        ("deepseek-v3", 4096, "swapped"),
-        ("deepseek-v3", 16384, "cooperative"),
-        ("mixtral", 512, "swapped"),
-        ("mixtral", 1024, "cooperative"),
+        ("qwen3", 1, True),
+        ("qwen3", 64, True),
+        ("qwen3", 3520, True),  # 220 rows for each expert
+        ("qwen3", 3584, False),
+        ("qwen3", 16384, False),
+        ("deepseek-v3", 4096, True),
+        ("deepseek-v3", 16384, False),
+        ("mixtral", 512, True),
+        ("mixtral", 1024, False),
     ],
 )
-def test_form_by_rows_for_each_expert(name, T, form):
+def test_form_by_rows_for_each_expert(name, T, swapped):
     """Swapped where the weights take longer to come than to be multiplied by."""
     K, E, H, I = REAL_SIZES[name]  # noqa: E741
-    assert check(meta_call(Case(name, T=T, K=K, E=E, H=H, I=I)), CHIPS[90], HOPPER).form == form
+    seen = check(meta_call(Case(name, T=T, K=K, E=E, H=H, I=I)), CHIPS[90], HOPPER)
+    assert (seen.form == "swapped") == swapped
 
 
 @pytest.mark.parametrize("wgmma", (ANY, HOPPER))

@@ -150,7 +150,7 @@ def mutated():
 
 
 def complaint(extension, mutant: int) -> str | None:
-    return complaint_of(extension, mutant, RUNS, "swapped")
+    return complaint_of(extension, mutant, [(case, "swapped") for case in RUNS])
 
 
 @needs_emulator
@@ -208,7 +208,7 @@ def test_machine_code(name, layout, dtype):
     assert ("UTMALDG.2D" in text) != gathers
 
     suffix = ".BF16" if dtype == "bf16" else ""
-    loops = list(sass.loops(kernel.code))
+    loops = sass.loops(kernel.code)
     for width in WIDTHS:
         wanted = f"HGMMA.64x{width}x16.F32{suffix} "
         loop = min((loop for loop in loops if wanted in "\n".join(loop)), key=len)

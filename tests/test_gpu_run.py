@@ -137,6 +137,8 @@ def test_a_backend_that_ends_its_process_is_not_timed(tmp_path):
     impls = words(layer, cuda="failed", triton="ok")[-1].split(",")
     assert not {"reap:cuda", "reap:cuda+det"} & set(impls)
     assert {"reap:triton+det", "reap:cuda_sm90", "grouped_mm"} <= set(impls)
+    assert "reap:cuda_sm90+pingpong" in impls
+    assert "reap:cuda_sm90" not in words(layer, cuda_sm90="failed")[-1]
 
 
 def test_make_gpu_on_a_cpu(tmp_path):

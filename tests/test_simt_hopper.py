@@ -57,6 +57,9 @@ FAULTS = {
     "stmatrix_unfenced": ("proxy", 64),
     "stmatrix_unmet": ("race", 64),
     "stmatrix_lane_missing": ("exited_lane", 64),
+    "second_product_touched": ("registers", 4096),
+    "turn_not_waited_for": ("race", 64),
+    "stage_of_the_other_freed": ("race", 32),
     "bulk_unfenced": ("proxy", 256),
     "bulk_unmet": ("race", 256),
     "bulk_overwritten": ("race", 256),
@@ -204,23 +207,26 @@ def rows(x):
 
 @pytest.mark.parametrize("step", range(4))
 @pytest.mark.parametrize("major", ("k", "mn"))
-def test_wgmma(probe, major, step):
-    """Each 16 of the 64 k that lie in shared memory: A [64, 64] and behind it B [64, 256]."""
+@pytest.mark.parametrize("columns", (192, 256))
+def test_wgmma(probe, columns, major, step):
+    """Each 16 of the 64 k that lie in shared memory: A [64, 64] and behind it B [64, columns]."""
     rng = torch.Generator().manual_seed(step)
     a = torch.randn(64, 64, generator=rng).bfloat16()
-    b = torch.randn(64, 256, generator=rng).bfloat16()
-    d = torch.randn(64, 256, generator=rng)
+    b = torch.randn(64, columns, generator=rng).bfloat16()
+    d = torch.randn(64, columns, generator=rng)
     if major == "k":  # a row of 64 k for each column
         image = rows(b.T)
         start, leading, stride = step * 32, 0, 1024
     else:  # boxes of 64 columns, in each a row for each k
-        image = rows(b.reshape(64, 4, 64).transpose(0, 1))
+        image = rows(b.reshape(64, -1, 64).transpose(0, 1))
         start, leading, stride = step * 16 * 128, 64 * 128, 1024
     descriptors = np.array(
         [descriptor(step * 32, 0, 1024), descriptor(8192 + start, leading, stride)], np.uint64
     )
-    operands = (rows(a), image, descriptors, d_fragment(d.numpy()))
-    got = probe("wgmma", major, operands=operands, result=np.float32).reshape(128, 128)
+    rest = np.zeros((256 - columns) * 64, np.uint16)  # of the 40 KB
+    operands = (rows(a), image, rest, descriptors, d_fragment(d.numpy()))
+    found = probe("wgmma", major, str(columns), operands=operands, result=np.float32)
+    got = found.reshape(128, columns // 2)
     k = slice(16 * step, 16 * step + 16)
     exact = a[:, k].double() @ b[k].double() + d.double()
     np.testing.assert_allclose(got, d_fragment(exact.numpy()), rtol=0, atol=1e-5)

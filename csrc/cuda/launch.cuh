@@ -14,13 +14,14 @@
 #include "down.cuh"
 #include "finish.cuh"
 #include "gate_up.cuh"
+#include "sm90/forms.cuh"
 #include "sums.cuh"
 
 namespace reap::cuda {
 
 constexpr int ANY_ROWS = 64;                          // of tiles whose operands come through registers
 constexpr int WITHOUT_ASKING = 48 << 10;              // bytes of shared memory that a kernel always has
-constexpr int WGMMA_ROWS = 128, WGMMA_COLUMNS = 256;  // of the tiles of sm90/
+constexpr int WGMMA_ROWS = 128, WGMMA_COLUMNS = 256;  // of the tiles of sm90/, those of down aside
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 inline int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
@@ -47,7 +48,8 @@ struct Plan {
     int64_t chunk, chunks;  // slots per warp that sorts them, and the number of such warps
     int64_t rows;           // of gate_up_proj
     int tile_rows;          // of both GEMMs, which share one table of row tiles
-    int tile_columns;
+    int up_columns, down_columns;
+    Form form;          // of Hopper's kernels
     int64_t row_tiles;  // a bound
     Layout gate_up, down;
     int64_t inner_pitch;  // elements
@@ -79,13 +81,13 @@ inline double bytes_of_down(const Layer& layer, const Plan& plan, int64_t column
 
 // The column tiles of a slab that down does before others: fewer where that saves a twentieth of the bytes.
 inline int64_t tiles_at_a_time(const Layer& layer, const Plan& plan) {
-    const int64_t all = ceil_div(plan.slab, plan.tile_columns);
+    const int64_t all = ceil_div(plan.slab, plan.down_columns);
     if (layer.deterministic) return all;  // nothing is added to
     int64_t best = all;
-    double least = 0.95 * bytes_of_down(layer, plan, all * plan.tile_columns);
-    for (int64_t tiles = all; tiles % 2 == 0;) {
-        tiles /= 2;
-        const double bytes = bytes_of_down(layer, plan, tiles * plan.tile_columns);
+    double least = 0.95 * bytes_of_down(layer, plan, all * plan.down_columns);
+    for (int64_t parts = 2; parts <= all; parts *= 2) {
+        const int64_t tiles = ceil_div(all, parts);
+        const double bytes = bytes_of_down(layer, plan, tiles * plan.down_columns);
         if (bytes < least) best = tiles, least = bytes;
     }
     return best;
@@ -109,9 +111,11 @@ inline Plan make_plan(const Layer& layer) {
     // keep the copies coming. Copies through registers have one size, for theirs are scarce.
     plan.tile_rows = plan.slots <= 24 * layer.E ? 32 : plan.slots <= 96 * layer.E ? 64 : 128;
     if (plan.gate_up == Layout::any || plan.down == Layout::any) plan.tile_rows = ANY_ROWS;
-    plan.tile_columns = COLUMNS;
-    if (layer.wgmma) plan.tile_rows = WGMMA_ROWS, plan.tile_columns = WGMMA_COLUMNS;
+    plan.up_columns = plan.down_columns = COLUMNS;
+    if (layer.wgmma) plan.tile_rows = WGMMA_ROWS, plan.up_columns = WGMMA_COLUMNS;
     plan.row_tiles = std::min(plan.slots, (plan.slots + layer.E * (plan.tile_rows - 1)) / plan.tile_rows);
+    plan.form = layer.wgmma ? sm90::form_of(layer, plan.row_tiles) : Form::automatic;
+    if (layer.wgmma) plan.down_columns = sm90::columns_of_down(plan.form);
     plan.inner_pitch = round_up(layer.I, CHUNK_ELEMENTS);
 
     plan.slab = layer.H;
@@ -119,8 +123,8 @@ inline Plan make_plan(const Layer& layer) {
     plan.combined_rows = layer.T;
     plan.parts = ceil_div(layer.H, PARTIAL_COLUMNS);
     if (layer.deterministic) {  // the bytes of inner once more, but at least one column tile
-        const int64_t tiles = std::max<int64_t>(plan.inner_pitch * 2 / 4 / plan.tile_columns, 1);
-        plan.slab = plan.pitch = std::min(tiles * plan.tile_columns, round_up(layer.H, plan.tile_columns));
+        const int64_t tiles = std::max<int64_t>(plan.inner_pitch * 2 / 4 / plan.down_columns, 1);
+        plan.slab = plan.pitch = std::min(tiles * plan.down_columns, round_up(layer.H, plan.down_columns));
         plan.combined_rows = plan.slots;
     }
     plan.walked = tiles_at_a_time(layer, plan);
@@ -235,7 +239,7 @@ template <class T> struct Launches {
         args.K = layer.K, args.H = layer.H, args.I = layer.I;
         args.pitch = plan.inner_pitch;
         // Of inner: of its padding too.
-        const int64_t tiles = ceil_div(layer.gated ? 2 * plan.inner_pitch : plan.inner_pitch, plan.tile_columns);
+        const int64_t tiles = ceil_div(layer.gated ? 2 * plan.inner_pitch : plan.inner_pitch, plan.up_columns);
         args.walk = walk(tiles, tiles, layer.H);
         args.tiles = plan.row_tiles * args.walk.column_tiles;
         args.zero = {cast<float4>(work.combined), layer.deterministic ? 0 : plan.combined_rows * plan.pitch / 4};
@@ -287,7 +291,7 @@ template <class T> struct Launches {
         args.combine.deterministic = layer.deterministic;
         args.I = layer.I;
         args.inner_pitch = plan.inner_pitch;
-        const int64_t tiles = ceil_div(last_column - first_column, plan.tile_columns);
+        const int64_t tiles = ceil_div(last_column - first_column, plan.down_columns);
         args.walk = walk(tiles, std::min(plan.walked, tiles), layer.I);
         return args;
     }

@@ -68,7 +68,7 @@ struct Tile {
 struct Walk {
     int E;
     int column_tiles;
-    int slab;   // column tiles, a divisor of their number
+    int slab;   // column tiles; the last slab may have fewer
     int group;  // row tiles
 };
 
@@ -78,12 +78,13 @@ __device__ __forceinline__ bool locate(Tile& tile, const Routing& routing, int n
     if (number >= all * walk.column_tiles) return false;
     const int left = number / (all * walk.slab) * walk.slab;
     number -= all * left;
-    tile.expert = load_global(routing.tile_expert + number / walk.slab);
+    const int across = max(min(walk.slab, walk.column_tiles - left), 1);  // what is divided by is not 0
+    tile.expert = load_global(routing.tile_expert + number / across);
     const int first = load_global(routing.first_tile + tile.expert);
     const int row_tiles = load_global(routing.first_tile + tile.expert + 1) - first;
-    int local = number - first * walk.slab;
-    const int group_first = local / (walk.group * walk.slab) * walk.group;
-    local -= group_first * walk.slab;
+    int local = number - first * across;
+    const int group_first = local / (walk.group * across) * walk.group;
+    local -= group_first * across;
     const int height = min(walk.group, row_tiles - group_first);
     tile.column = left + local / height;
     tile.first = load_global(routing.offsets + tile.expert) + (group_first + local % height) * rows;

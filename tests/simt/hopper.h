@@ -43,6 +43,7 @@ using simt::tma_prefetch;
 using simt::wgmma_commit;
 using simt::wgmma_fence;
 using simt::wgmma_m64k16;
+using simt::wgmma_m64n192k16;
 using simt::wgmma_m64n256k16;
 using simt::wgmma_wait;
 }  // namespace reap::cuda

@@ -31,8 +31,9 @@ inline void make(int n, int arrivals) {
     }
     __syncthreads();
 }
-inline float first_of(Shared<char> box) {                                  // of this thread's chunk
-    const uint4 chunk = load_shared(cast<uint4>(box) + threadIdx.x % 64);  //! wrong_phase
+inline float first_of(Shared<char> box) {  // of this thread's chunk
+    const uint4 chunk =
+        load_shared(cast<uint4>(box) + threadIdx.x % 64);  //! wrong_phase turn_not_waited_for stage_of_the_other_freed
     return simt::bf16_to_float(static_cast<uint16_t>(chunk.x));
 }
 inline void put(Args& a, float value) { store_global(a.out + threadIdx.x, value); }
@@ -343,6 +344,73 @@ template <bool broken> __global__ void released_too_soon(Args a) {
     wait(barrier(1), 0);
 }
 
+// Accumulators of two products at a time.
+template <bool broken> __global__ void second_product_touched(Args a) {
+    store_operands();
+    fence_proxy_async();
+    __syncthreads();
+    float c[3][8][4] = {}, d[3][8][4] = {};
+    wgmma_fence();
+    for (int k = 0; k < 2; ++k) {
+        wgmma_m64n192k16<bf16, false>(c, rows_at(A + 32 * k), rows_at(B + 32 * k), true);
+        wgmma_m64n192k16<bf16, false>(d, rows_at(A + 32 * k), rows_at(B + 32 * k), true);  //! second_product_touched
+        wgmma_commit();
+        if (broken && k == 0) d[2][7][3] = 0;
+    }
+    wgmma_wait<0>();
+    put(a, d[2][7][3]);
+}
+
+// --- groups that take turns at a ring of one stage ---
+
+// Loads two boxes, each into what the last one's reader has left: barrier 0 when full, 1 when empty.
+inline void load_two_boxes(Args& a) {
+    for (int i = 0; i < 2; ++i) {
+        if (i == 1) wait(barrier(1), 0);
+        mbarrier_arrive_expect(barrier(0), BOX);
+        tma_load(shared_memory(), a.map, barrier(0), origin);  //! turn_not_waited_for stage_of_the_other_freed
+    }
+}
+
+// The second box is the second warp's. Before its turn, which barrier 2 gives, the phase that it waits for looks
+// as if it were over; barrier 3 has it look before anything is loaded.
+template <bool broken> __global__ void turn_not_waited_for(Args a) {
+    const unsigned warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    if (warp < 2) store_shared(cast<uint4>(shared_memory()) + threadIdx.x, uint4{});
+    make(4, 1);
+    if (warp == 2) {
+        if (lane != 0) return;
+        wait(barrier(3), 0);
+        load_two_boxes(a);
+        return;
+    }
+    if (warp == 1) {
+        if (lane == 0) mbarrier_arrive(barrier(3));
+        if (!broken) wait(barrier(2), 0);
+    }
+    wait(barrier(0), warp);
+    put(a, first_of(shared_memory()));
+    __syncwarp();
+    if (lane != 0) return;
+    mbarrier_arrive(barrier(1));
+    if (warp == 0) mbarrier_arrive(barrier(2));
+}
+
+// The first box is the first warp's to read and to leave.
+template <bool broken> __global__ void stage_of_the_other_freed(Args a) {
+    const unsigned warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    make(2, 1);
+    if (warp == 2) {
+        if (lane == 0) load_two_boxes(a);
+        return;
+    }
+    wait(barrier(0), 0);
+    if (warp == 0) put(a, first_of(shared_memory()));
+    __syncwarp();
+    if (lane == 0 && warp == broken) mbarrier_arrive(barrier(1));
+    wait(barrier(0), 1);
+}
+
 template <bool broken> __global__ void half_a_warpgroup(Args a) {
     store_operands();
     fence_proxy_async();
@@ -526,6 +594,9 @@ const Case cases[] = {
     CASE(stmatrix_unfenced, 32),
     CASE(stmatrix_unmet, 32),
     CASE(stmatrix_lane_missing, 32),
+    CASE(second_product_touched, 128),
+    CASE(turn_not_waited_for, 96),
+    CASE(stage_of_the_other_freed, 96),
     CASE(bulk_unfenced, 32),
     CASE(bulk_unmet, 32),
     CASE(bulk_overwritten, 32),

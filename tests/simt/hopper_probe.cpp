@@ -1,9 +1,9 @@
 // One of Hopper's instructions at a time, on operands from standard input, raw:
 //   box          rank, sizes [4], strides [4] elements, box [4], at [4], elements of the tensor, all i64;
 //                the tensor, u16 -> the box in shared memory
-//   wgmma k|mn   shared memory [40 KB], descriptors a, b u64, d [128, 128] f32 by thread -> d, with a
-//                K-major or an MN-major b
-//   narrow k|mn 8|24|128   the same of m64nNk16, d [128, N / 2], with a K-major or an MN-major a
+//   wgmma k|mn N   shared memory [40 KB], descriptors a, b u64, d [128, N / 2] f32 by thread -> d, with a
+//                  K-major or an MN-major b of N columns, 192 or 256
+//   narrow k|mn 8|24|128   the same of m64nNk16, with a K-major or an MN-major a
 //   stmatrix     two registers of each lane, [32, 2] u32 -> two matrices, 16 rows of 16 bytes
 #include <cstdio>
 #include <string>
@@ -53,18 +53,19 @@ struct Product {
 };
 constexpr int IMAGE = 40 << 10;
 
-template <bool B_MN_MAJOR> __global__ void multiply(Product args) {
+template <bool B_MN_MAJOR, int N> __global__ void multiply(Product args) {
     for (int i = threadIdx.x; i < IMAGE / 16; i += 128)
         store_shared(cast<uint4>(shared_memory()) + i, load_global(args.image + i));
     fence_proxy_async();
     __syncthreads();
-    float d[4][8][4];
+    float d[N / 64][8][4];
     const auto each = [&](auto visit) {
-        for (int i = 0; i < 128; ++i) visit(d[i / 32][i / 4 % 8][i % 4], args.d + (threadIdx.x * 128 + i));
+        for (int i = 0; i < N / 2; ++i) visit(d[i / 32][i / 4 % 8][i % 4], args.d + (threadIdx.x * (N / 2) + i));
     };
     each([](float& x, Global<float> p) { x = load_global(p); });
     wgmma_fence();
-    wgmma_m64n256k16<bf16, B_MN_MAJOR>(d, args.a, args.b, true);
+    if constexpr (N == 192) wgmma_m64n192k16<bf16, B_MN_MAJOR>(d, args.a, args.b, true);
+    else wgmma_m64n256k16<bf16, B_MN_MAJOR>(d, args.a, args.b, true);
     wgmma_commit();
     wgmma_wait<0>();
     each([](float& x, Global<float> p) { store_global(p, x); });
@@ -145,13 +146,14 @@ void run_stmatrix(simt::Emulator& emulator) {
 
 int main(int, char** arguments) {
     simt::Emulator emulator;
-    const std::string instruction = arguments[1], major = arguments[2] ? arguments[2] : "";
+    const std::string instruction = arguments[1];
     if (instruction == "box") return run_box(emulator), 0;
     if (instruction == "stmatrix") return run_stmatrix(emulator), 0;
-    const bool mn_major = major == "mn";
-    if (instruction == "wgmma") return run_wgmma(emulator, mn_major ? multiply<true> : multiply<false>, 256), 0;
+    const bool mn_major = std::string(arguments[2]) == "mn";
     const std::string columns = arguments[3];
-    if (columns == "8") run_narrow<8>(emulator, mn_major);
+    if (columns == "192") run_wgmma(emulator, mn_major ? multiply<true, 192> : multiply<false, 192>, 192);
+    else if (columns == "256") run_wgmma(emulator, mn_major ? multiply<true, 256> : multiply<false, 256>, 256);
+    else if (columns == "8") run_narrow<8>(emulator, mn_major);
     else if (columns == "24") run_narrow<24>(emulator, mn_major);
     else run_narrow<128>(emulator, mn_major);
 }

@@ -54,7 +54,7 @@ struct Operation {
 struct Flight {
     float* registers[32];
     unsigned columns;
-    float value[16][256];
+    float value[16][256];     // [16, columns]
     uint32_t operations = 0;  // to do
 
     static constexpr uint32_t POISON = 0x7fc5dead;
@@ -248,11 +248,19 @@ inline void wgmma_fence(Site site = Site::here()) {
            [](Warp&, unsigned, void* const*) { detail::warp_multiplier().fenced = true; });
 }
 
-// "wgmma.mma_async", m64n256k16, both operands in shared memory
+// "wgmma.mma_async", m64nNk16, both operands in shared memory
+template <typename T, bool B_MN_MAJOR, int BOXES>
+void wgmma(float (&d)[BOXES][8][4], uint64_t a, uint64_t b, bool add, Site site) {
+    WgmmaArguments mine{&d[0][0][0], {a}, {b}, add, 64 * BOXES, false, B_MN_MAJOR};
+    gather("wgmma", site, FULL, mine, detail::start_wgmma<T>);
+}
+template <typename T, bool B_MN_MAJOR>
+void wgmma_m64n192k16(float (&d)[3][8][4], uint64_t a, uint64_t b, bool add, Site site = Site::here()) {
+    wgmma<T, B_MN_MAJOR>(d, a, b, add, site);
+}
 template <typename T, bool B_MN_MAJOR>
 void wgmma_m64n256k16(float (&d)[4][8][4], uint64_t a, uint64_t b, bool add, Site site = Site::here()) {
-    WgmmaArguments mine{&d[0][0][0], {a}, {b}, add, 256, false, B_MN_MAJOR};
-    gather("wgmma", site, FULL, mine, detail::start_wgmma<T>);
+    wgmma<T, B_MN_MAJOR>(d, a, b, add, site);
 }
 
 // The same, m64nNk16: b is K-major, and the product is added.

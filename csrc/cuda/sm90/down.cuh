@@ -1,4 +1,5 @@
-// ../down.cuh for Hopper: TMA brings both operands, on behalf of one thread.
+// ../down.cuh for Hopper: TMA brings both operands, on behalf of one thread. This is the cooperative form,
+// in which the consumers share each tile; in that of pingpong.cuh each has tiles of its own.
 #pragma once
 #include "../down.cuh"
 #include "combine.cuh"
@@ -13,8 +14,15 @@ template <class T> struct Down {
     Guess guess;
 };
 
+// By one thread, before the routing is known; for tiles of so many columns, as load_down().
+template <class T, bool B_MN_MAJOR, int COLUMNS> __device__ __forceinline__ void prefetch_down(const Down<T>& down) {
+    prefetch_map(down.inner);
+    prefetch_weights<B_MN_MAJOR, COLUMNS / BOX>(down.weights, down.guess, down.args.combine.first_column, down.args.I,
+                                                false);
+}
+
 // By one thread. The map of inner has boxes of BOX_ROWS.
-template <class T, bool B_MN_MAJOR, int BOX_ROWS>
+template <class T, bool B_MN_MAJOR, int COLUMNS, int BOX_ROWS>
 __device__ __forceinline__ void load_down(const Down<T>& down, const Ring& ring) {
     constexpr int BYTES = BOX_ROWS * ROW_BYTES;
     const DownArgs<T>& args = down.args;
@@ -23,18 +31,19 @@ __device__ __forceinline__ void load_down(const Down<T>& down, const Ring& ring)
     int next = 0;
     for (int number = blockIdx.x; locate(tile, args.routing, number, args.walk, TILE_ROWS); number = next) {
         next = take_tile(down.counter);
-        const int column = args.combine.first_column + tile.column * TILE_COLUMNS;
+        const int column = args.combine.first_column + tile.column * COLUMNS;
         const int boxes = (rows_of(tile) + BOX_ROWS - 1) / BOX_ROWS;
         for (int k = 0; k < args.I; k += TILE_K) {
             const Shared<uint64_t> full = ring.full + state.stage;
             wait_empty(ring, state);
             announce(ring, state, tile);
-            mbarrier_arrive_expect(full, B_BYTES + boxes * BYTES);
+            mbarrier_arrive_expect(full, COLUMNS / BOX * BOX_BYTES + boxes * BYTES);
             for (int i = 0; i < boxes; ++i) {  // rows past the expert's last are those of the next
                 const int at[2] = {k, tile.first + i * BOX_ROWS};
                 tma_load(ring.a(state.stage) + i * BYTES, down.inner, full, at);
             }
-            load_weights<B_MN_MAJOR>(ring.b(state.stage), down.weights, full, tile.expert, column, k, false);
+            load_weights<B_MN_MAJOR, COLUMNS / BOX>(ring.b(state.stage), down.weights, full, tile.expert, column, k,
+                                                    false);
             state.advance();
         }
     }
@@ -72,16 +81,12 @@ template <class T, bool B_MN_MAJOR>
 __global__ void __launch_bounds__(BLOCK, 1) down_kernel(const __grid_constant__ Down<T> down) {
 #ifdef REAP_HOPPER
     let_next_launch_start();
-    const Ring ring = make_ring(1);
+    const Ring ring = make_ring(1, STAGE_BYTES, CONSUMERS * WARPGROUP / WARP);
     if (threadIdx.x < WARPGROUP) {
         release_registers<PRODUCER_REGISTERS>();
-        if (threadIdx.x == 0) {
-            const DownArgs<T>& args = down.args;
-            prefetch_map(down.inner);
-            prefetch_weights<B_MN_MAJOR>(down.weights, down.guess, args.combine.first_column, args.I, false);
-        }
+        if (threadIdx.x == 0) prefetch_down<T, B_MN_MAJOR, TILE_COLUMNS>(down);
         wait_for_launch_before();
-        if (threadIdx.x == 0) load_down<T, B_MN_MAJOR, GROUP_ROWS>(down, ring);
+        if (threadIdx.x == 0) load_down<T, B_MN_MAJOR, TILE_COLUMNS, GROUP_ROWS>(down, ring);
     } else {
         acquire_registers<CONSUMER_REGISTERS>();
         wait_for_launch_before();

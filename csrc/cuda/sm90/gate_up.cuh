@@ -93,7 +93,7 @@ template <class T, bool B_MN_MAJOR>
 __global__ void __launch_bounds__(BLOCK, 1) gate_up_kernel(const __grid_constant__ GateUp<T> up) {
 #ifdef REAP_HOPPER
     let_next_launch_start();
-    const Ring ring = make_ring(WARPGROUP + 1);
+    const Ring ring = make_ring(WARPGROUP + 1, STAGE_BYTES, CONSUMERS * WARPGROUP / WARP);
     if (threadIdx.x < WARPGROUP) {
         release_registers<PRODUCER_REGISTERS>();
         if (threadIdx.x == 0)

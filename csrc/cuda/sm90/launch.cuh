@@ -7,14 +7,14 @@
 // and its kernels are called with sm90's arguments.
 #pragma once
 #include "../launch.cuh"
-#include "down.cuh"
 #include "gate_up.cuh"
+#include "pingpong.cuh"
 #include "swapped/down.cuh"
 #include "swapped/gate_up.cuh"
 
 namespace reap::cuda::sm90 {
 
-static_assert(WGMMA_ROWS == TILE_ROWS && WGMMA_COLUMNS == TILE_COLUMNS);
+static_assert(WGMMA_ROWS == TILE_ROWS && WGMMA_COLUMNS == TILE_COLUMNS && COOPERATIVE_COLUMNS == TILE_COLUMNS);
 
 inline bool is_mn_major(const Weights& w) { return w.k_stride != 1; }
 
@@ -29,36 +29,15 @@ inline TensorBox weight_box(const Weights& w, int64_t experts, int64_t halves, i
     return box;
 }
 
-// Whether the operands are swapped, see swapped/tile.cuh: where an expert's weights take longer to come from memory
-// than a processor then takes to multiply by them. Either form waits for them there, and this one moves and multiplies
-// no rows that only fill a group of 64. Above, the other one reads less of shared memory for a product. In cycles,
-// for 16 k of 256 rows of weights and all tokens of an expert:
-//
-//     memory    16 * 256 * 2 bytes, of which a processor of an H100 gets 14.5 a cycle (3.35 TB/s, 132, 1.755 GHz)
-//     shared    128 bytes a cycle: of each tile both operands are written, and four wgmmas read 64 rows of weights
-//               and all tokens each, 32 * (2 * 256 + 5 * tokens) bytes in all. (Tensor cores take 2 cycles for each
-//               token, which is never longer.)
-//
-// An expert's last tile is half full on average, and so is its last octet.
-inline bool is_swapped(const Layer& layer, const Plan& plan) {
-    if (layer.form != Form::automatic) return layer.form == Form::swapped;
-    const double rows = double(plan.slots) / layer.E, tiles = rows / TILE_ROWS + 0.5;
-    const double memory = 16 * TILE_COLUMNS * 2 / 14.5;
-    const double shared = 32 * (2 * TILE_COLUMNS * tiles + 5 * (rows + swapped::OCTET / 2.0)) / 128;
-    return shared < memory;
-}
-
 template <class T> struct Launches : cuda::Launches<T> {
     using cuda::Launches<T>::layer, cuda::Launches<T>::plan, cuda::Launches<T>::work;
-    const bool swaps;
     TensorMap up, inner, down_weights;
 
     // Makes all maps, so that nothing is launched if the driver refuses one.
-    Launches(const Layer& layer, Global<char> memory)
-        : cuda::Launches<T>(layer, memory), swaps(is_swapped(layer, plan)) {
+    Launches(const Layer& layer, Global<char> memory) : cuda::Launches<T>(layer, memory) {
         const int64_t halves = layer.gated && !layer.interleaved ? 2 : 1;
         up = kept_tensor_map(weight_box(layer.gate_up, layer.E, halves, plan.rows / halves, layer.H));
-        const int box_rows = swaps ? swapped::OCTET : GROUP_ROWS;
+        const int box_rows = plan.form == Form::swapped ? swapped::OCTET : GROUP_ROWS;
         inner = make_tensor_map(TensorBox{
             cast<const char>(work.inner), 2, {layer.I, plan.slots}, {1, plan.inner_pitch}, {TILE_K, box_rows}});
         down_weights = kept_tensor_map(weight_box(layer.down, layer.E, 1, layer.H, layer.I));
@@ -82,7 +61,7 @@ template <class T> struct Launches : cuda::Launches<T> {
         const GateUp<T> args{general, work.counters, up, guess(general.walk)};
         const int64_t count = blocks(args.args.walk.column_tiles);
         const bool mn_major = is_mn_major(layer.gate_up);
-        if (swaps) {
+        if (plan.form == Form::swapped) {
             const auto kernel = mn_major ? swapped::gate_up_kernel<T, true> : swapped::gate_up_kernel<T, false>;
             return launch("gate_up", kernel, count, BLOCK, swapped::GATE_UP_BYTES, args);
         }
@@ -96,9 +75,13 @@ template <class T> struct Launches : cuda::Launches<T> {
                            guess(general.walk)};
         const int64_t count = blocks(args.args.walk.column_tiles);
         const bool mn_major = is_mn_major(layer.down);
-        if (swaps) {
+        if (plan.form == Form::swapped) {
             const auto kernel = mn_major ? swapped::down_kernel<T, true> : swapped::down_kernel<T, false>;
             return launch("down", kernel, count, BLOCK, swapped::DOWN_BYTES, args);
+        }
+        if (plan.form == Form::pingpong) {
+            const auto kernel = mn_major ? down_pingpong_kernel<T, true> : down_pingpong_kernel<T, false>;
+            return launch("down", kernel, count, BLOCK, PINGPONG_BYTES, args);
         }
         const auto kernel = mn_major ? down_kernel<T, true> : down_kernel<T, false>;
         launch("down", kernel, count, BLOCK, DOWN_BYTES, args);

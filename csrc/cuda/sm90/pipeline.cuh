@@ -28,9 +28,13 @@ constexpr int GROUP_ROWS = TILE_ROWS / 2;  // of a warpgroup that multiplies
 constexpr int B_BYTES = TILE_COLUMNS * ROW_BYTES;
 constexpr int STAGE_BYTES = A_BYTES + B_BYTES;
 constexpr int STAGES = 4;
-constexpr int RING_BYTES = STAGES * (STAGE_BYTES + 2 * sizeof(uint64_t) + sizeof(int4)) + 2 * sizeof(int4);
 
-constexpr int STAGED_AT = (RING_BYTES + 127) / 128 * 128;  // results of the consumer warps, on their way out
+// Where the results of the consumer warps, on their way out, follow a ring of such stages.
+constexpr int staged_at(int stage_bytes) {
+    return (STAGES * (stage_bytes + 2 * int(sizeof(uint64_t)) + int(sizeof(int4))) + 2 * int(sizeof(int4)) + 127) /
+           128 * 128;
+}
+constexpr int STAGED_AT = staged_at(STAGE_BYTES);
 
 constexpr int STRIP_ROWS = 16;  // of a tile's, in one warp
 constexpr int WARPGROUP = 4 * WARP;
@@ -57,28 +61,30 @@ struct PipelineState {
 };
 
 struct Ring {
-    Shared<char> stages;           // A, B of each
+    Shared<char> stages;  // A, B of each
+    int stage_bytes;
     Shared<uint64_t> full, empty;  // [STAGES]
     Shared<int4> tiles;            // of the stages: a Tile; expert -1 after the last [STAGES]
     Shared<int> taken;             // numbers of the producer's next tiles [2]
 
-    __device__ __forceinline__ Shared<char> a(int stage) const { return stages + stage * STAGE_BYTES; }
+    __device__ __forceinline__ Shared<char> a(int stage) const { return stages + stage * stage_bytes; }
     __device__ __forceinline__ Shared<char> b(int stage) const { return a(stage) + A_BYTES; }
 };
 
 // The block's ring, ready for all of its threads. A stage is full after `arrivals` of the producer
-// and empty after one of each consumer warp.
-__device__ __forceinline__ Ring make_ring(int arrivals) {
+// and empty after one of each of `warps` consumer warps.
+__device__ __forceinline__ Ring make_ring(int arrivals, int stage_bytes, int warps) {
     Ring ring;
     ring.stages = shared_memory();
-    ring.full = cast<uint64_t>(ring.stages + STAGES * STAGE_BYTES);
+    ring.stage_bytes = stage_bytes;
+    ring.full = cast<uint64_t>(ring.stages + STAGES * stage_bytes);
     ring.empty = ring.full + STAGES;
     ring.tiles = cast<int4>(ring.empty + STAGES);
     ring.taken = cast<int>(ring.tiles + STAGES);
     if (threadIdx.x == 0) {
         for (int stage = 0; stage < STAGES; ++stage) {
             mbarrier_init(ring.full + stage, arrivals);
-            mbarrier_init(ring.empty + stage, CONSUMERS * WARPGROUP / WARP);
+            mbarrier_init(ring.empty + stage, warps);
         }
         fence_mbarrier_init();
     }
@@ -140,32 +146,45 @@ __device__ __forceinline__ uint64_t descriptor(Shared<char> tile) {
     return SWIZZLE_128 | STRIDE | LEADING | (shared_address(tile) & 0x3ffff) >> 4;
 }
 
-// acc = A B of this warpgroup's 64 rows, over `slices` > 0 of k. GATHERED: A came by cp.async,
-// which wgmma does not see without a fence; what TMA wrote it sees as it is.
-template <class T, bool B_MN_MAJOR, bool GATHERED>
-__device__ __forceinline__ void multiply(Accumulators& acc, const Ring& ring, PipelineState& state, int slices) {
+// From 64 rows of A to the next, in the unit of descriptors.
+constexpr int GROUP_NEXT = GROUP_ROWS * ROW_BYTES / 16;
+
+// The loop over `slices` > 0 of k: products(a, b, add) issues the wgmmas of 16 k, and queued() is called
+// when all have been. GATHERED: A came by cp.async, which wgmma does not see without a fence; what
+// TMA wrote it sees as it is.
+template <bool B_MN_MAJOR, bool GATHERED, class Products, class Queued>
+__device__ __forceinline__ void multiply_slices(const Ring& ring, PipelineState& state, int slices, Products products,
+                                                Queued queued) {
     constexpr int A_NEXT = 16 * 2 / 16;  // 16 k further along the rows, in 16 bytes
     constexpr int B_NEXT = B_MN_MAJOR ? 16 * ROW_BYTES / 16 : A_NEXT;
-    const int group = threadIdx.x / WARPGROUP - 1;
     const bool leader = lane_id() == 0;
     int previous = 0;
     for (int slice = 0; slice < slices; ++slice) {
         wait(ring.full + state.stage, state.parity);
         if constexpr (GATHERED) fence_proxy_async();
-        const uint64_t a = descriptor(ring.a(state.stage) + group * GROUP_ROWS * ROW_BYTES);
-        const uint64_t b = descriptor(ring.b(state.stage));
+        const uint64_t a = descriptor(ring.a(state.stage)), b = descriptor(ring.b(state.stage));
         wgmma_fence();
 #pragma unroll
-        for (int k = 0; k < TILE_K / 16; ++k)
-            wgmma_m64n256k16<T, B_MN_MAJOR>(acc, a + k * A_NEXT, b + k * B_NEXT, slice > 0 || k > 0);
+        for (int k = 0; k < TILE_K / 16; ++k) products(a + k * A_NEXT, b + k * B_NEXT, slice > 0 || k > 0);
         wgmma_commit();
         wgmma_wait<1>();
         if (slice > 0 && leader) mbarrier_arrive(ring.empty + previous);
         previous = state.stage;
         state.advance();
     }
+    queued();
     wgmma_wait<0>();
     if (leader) mbarrier_arrive(ring.empty + previous);
+}
+
+// acc = A B of this warpgroup's 64 rows.
+template <class T, bool B_MN_MAJOR, bool GATHERED>
+__device__ __forceinline__ void multiply(Accumulators& acc, const Ring& ring, PipelineState& state, int slices) {
+    const int group = threadIdx.x / WARPGROUP - 1;
+    multiply_slices<B_MN_MAJOR, GATHERED>(
+        ring, state, slices,
+        [&](uint64_t a, uint64_t b, bool add) { wgmma_m64n256k16<T, B_MN_MAJOR>(acc, a + group * GROUP_NEXT, b, add); },
+        [] {});
 }
 
 // Past slices of a tile that this warpgroup has no row of.
@@ -193,25 +212,25 @@ __device__ __forceinline__ bool has_rows(const Tile& tile) {
 // This warp's first row of the tile.
 __device__ __forceinline__ int consumer_row() { return (threadIdx.x - WARPGROUP) / WARP * 16; }
 
-// Calls visit(i, at) for the four boxes of one stage of B, 64 k from `k` on. They are 256 columns of the result
-// from `column` on; where gate and up are concatenated, the first two are 128 columns of the gate and the others
-// those of the up projection, `column` counts both, and the map has a dimension of halves.
-template <bool B_MN_MAJOR, class Visit>
+// Calls visit(i, at) for the boxes of one stage of B, 64 k from `k` on. They are 64 columns each of the result from
+// `column` on; where gate and up are concatenated, half of them are columns of the gate and the others those of the up
+// projection, `column` counts both, and the map has a dimension of halves.
+template <bool B_MN_MAJOR, int BOXES, class Visit>
 __device__ __forceinline__ void for_boxes(int expert, int column, int k, bool halves, Visit visit) {
-    const int boxes = halves ? 2 : 4;
+    const int boxes = halves ? BOXES / 2 : BOXES;
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
+    for (int i = 0; i < BOXES; ++i) {
         const int n = (halves ? column / 2 : column) + i % boxes * BOX, half = i / boxes;
         const int at[4] = {B_MN_MAJOR ? n : k, B_MN_MAJOR ? half : n, B_MN_MAJOR ? k : half, expert};
         visit(i, at);
     }
 }
 
-template <bool B_MN_MAJOR>
+template <bool B_MN_MAJOR, int BOXES = TILE_COLUMNS / BOX>
 __device__ __forceinline__ void load_weights(Shared<char> b, const TensorMap& map, Shared<uint64_t> full, int expert,
                                              int column, int k, bool halves) {
-    for_boxes<B_MN_MAJOR>(expert, column, k, halves,
-                          [&](int i, const int (&at)[4]) { tma_load(b + i * BOX_BYTES, map, full, at); });
+    for_boxes<B_MN_MAJOR, BOXES>(expert, column, k, halves,
+                                 [&](int i, const int (&at)[4]) { tma_load(b + i * BOX_BYTES, map, full, at); });
 }
 
 // Where the first tiles are if all experts have as many slots.
@@ -223,17 +242,18 @@ struct Guess {
 
 // By one thread, before the routing is known: hints for the weights that fill the ring at first. Where the guess is
 // wrong they cost a little of the memory's time.
-template <bool B_MN_MAJOR>
+template <bool B_MN_MAJOR, int BOXES = TILE_COLUMNS / BOX>
 __device__ __forceinline__ void prefetch_weights(const TensorMap& map, const Guess& guess, int first_column, int depth,
                                                  bool halves) {
     prefetch_map(map);
     const int number = blockIdx.x;
     if (number >= guess.tiles) return;
     const int expert = number / (guess.row_tiles * guess.column_tiles);
-    const int column = first_column + number / guess.row_tiles % guess.column_tiles * TILE_COLUMNS;
+    const int column = first_column + number / guess.row_tiles % guess.column_tiles * (BOXES * BOX);
 #pragma unroll 1
     for (int k = 0; k < min(depth, STAGES * TILE_K); k += TILE_K)
-        for_boxes<B_MN_MAJOR>(expert, column, k, halves, [&](int, const int (&at)[4]) { tma_prefetch(map, at); });
+        for_boxes<B_MN_MAJOR, BOXES>(expert, column, k, halves,
+                                     [&](int, const int (&at)[4]) { tma_prefetch(map, at); });
 }
 
 // Where the columns of 64 s + 8 j of the tile are among the result's: as they are, or in halves,
@@ -245,11 +265,12 @@ __device__ __forceinline__ int result_group(int s, int j, bool halves) {
 
 // Adds the bias, if there is one. (Accumulators that start from it, as on other chips, make ptxas run
 // the wgmmas one by one.)
-template <class T>
-__device__ __forceinline__ void add_bias(Accumulators& acc, const Projection<T>& weights, int expert, int column) {
+template <class T, int STRIPS>
+__device__ __forceinline__ void add_bias(float (&acc)[STRIPS][BOX / 8][4], const Projection<T>& weights, int expert,
+                                         int column) {
     if (!weights.bias) return;
 #pragma unroll
-    for (int s = 0; s < 4; ++s)
+    for (int s = 0; s < STRIPS; ++s)
 #pragma unroll
         for (int j = 0; j < 8; ++j)
 #pragma unroll

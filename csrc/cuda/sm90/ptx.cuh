@@ -231,38 +231,55 @@ template <int PENDING> __device__ __forceinline__ void wgmma_wait() {
     asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(PENDING) : "memory");
 }
 
-// "wgmma.mma_async": d [64, 256] += a [64, 16] b [16, 256], both operands by descriptor. In shared
+// "wgmma.mma_async": d [64, N] += a [64, 16] b [16, N], both operands by descriptor. In shared
 // memory a is K-major, and so is b without B_MN_MAJOR. Warp w of the warpgroup has rows 16 w
 // and on: d[s][j] is its fragment of the columns 64 s + 8 j, as mma.m16n8k16 has it.
 #define REAP_D1(s, j) "+f"(d[s][j][0]), "+f"(d[s][j][1]), "+f"(d[s][j][2]), "+f"(d[s][j][3])
 #define REAP_D4(s, j) REAP_D1(s, j), REAP_D1(s, j + 1), REAP_D1(s, j + 2), REAP_D1(s, j + 3)
 #define REAP_D8(s) REAP_D4(s, 0), REAP_D4(s, 4)
-#define REAP_WGMMA(TYPE) \
+#define REAP_96 \
+    "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, " \
+    "%19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, " \
+    "%36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, " \
+    "%53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63, %64, %65, %66, %67, %68, %69, " \
+    "%70, %71, %72, %73, %74, %75, %76, %77, %78, %79, %80, %81, %82, %83, %84, %85, %86, " \
+    "%87, %88, %89, %90, %91, %92, %93, %94, %95"
+#define REAP_128 \
+    REAP_96 \
+    ", %96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, " \
+    "%111, %112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, " \
+    "%125, %126, %127"
+#define REAP_WGMMA(SHAPE, TYPE, D, A, B, MAJOR, ADD, ...) \
     asm volatile( \
         "{\n" \
         ".reg .pred add;\n" \
-        "setp.ne.b32 add, %131, 0;\n" \
-        "wgmma.mma_async.sync.aligned.m64n256k16.f32." TYPE "." TYPE \
-        " {" \
-        "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, " \
-        "%19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, " \
-        "%36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, " \
-        "%53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63, %64, %65, %66, %67, %68, %69, " \
-        "%70, %71, %72, %73, %74, %75, %76, %77, %78, %79, %80, %81, %82, %83, %84, %85, %86, " \
-        "%87, %88, %89, %90, %91, %92, %93, %94, %95, %96, %97, %98, %99, %100, %101, %102, " \
-        "%103, %104, %105, %106, %107, %108, %109, %110, %111, %112, %113, %114, %115, %116, " \
-        "%117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127}, " \
-        "%128, %129, add, 1, 1, 0, %130;\n" \
-        "}" \
-        : REAP_D8(0), REAP_D8(1), REAP_D8(2), REAP_D8(3) \
+        "setp.ne.b32 add, " ADD \
+        ", 0;\n" \
+        "wgmma.mma_async.sync.aligned." SHAPE ".f32." TYPE "." TYPE " {" D "}, " A ", " B ", add, 1, 1, 0, " MAJOR \
+        ";\n}" \
+        : __VA_ARGS__ \
         : "l"(a), "l"(b), "n"(static_cast<int>(B_MN_MAJOR)), "r"(static_cast<int>(add)))
+#define REAP_N192(TYPE) \
+    REAP_WGMMA("m64n192k16", TYPE, REAP_96, "%96", "%97", "%98", "%99", REAP_D8(0), REAP_D8(1), REAP_D8(2))
+#define REAP_N256(TYPE) \
+    REAP_WGMMA("m64n256k16", TYPE, REAP_128, "%128", "%129", "%130", "%131", REAP_D8(0), REAP_D8(1), REAP_D8(2), \
+               REAP_D8(3))
 
 template <class T, bool B_MN_MAJOR>
-__device__ __forceinline__ void wgmma_m64n256k16(float (&d)[4][8][4], uint64_t a, uint64_t b, bool add) {
-    if constexpr (std::is_same_v<T, bf16>) REAP_WGMMA("bf16");
-    else REAP_WGMMA("f16");
+__device__ __forceinline__ void wgmma_m64n192k16(float (&d)[3][8][4], uint64_t a, uint64_t b, bool add) {
+    if constexpr (std::is_same_v<T, bf16>) REAP_N192("bf16");
+    else REAP_N192("f16");
 }
+template <class T, bool B_MN_MAJOR>
+__device__ __forceinline__ void wgmma_m64n256k16(float (&d)[4][8][4], uint64_t a, uint64_t b, bool add) {
+    if constexpr (std::is_same_v<T, bf16>) REAP_N256("bf16");
+    else REAP_N256("f16");
+}
+#undef REAP_N256
+#undef REAP_N192
 #undef REAP_WGMMA
+#undef REAP_128
+#undef REAP_96
 #undef REAP_D8
 #undef REAP_D4
 #undef REAP_D1

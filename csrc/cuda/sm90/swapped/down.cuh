@@ -164,16 +164,12 @@ template <class T, bool A_MN_MAJOR>
 __global__ void __launch_bounds__(BLOCK, 1) down_kernel(const __grid_constant__ Down<T> down) {
 #ifdef REAP_HOPPER
     let_next_launch_start();
-    const Ring ring = make_ring(1);
+    const Ring ring = make_ring(1, STAGE_BYTES, CONSUMERS * WARPGROUP / WARP);
     if (threadIdx.x < WARPGROUP) {
         release_registers<PRODUCER_REGISTERS>();
-        if (threadIdx.x == 0) {
-            const DownArgs<T>& args = down.args;
-            prefetch_map(down.inner);
-            prefetch_weights<A_MN_MAJOR>(down.weights, down.guess, args.combine.first_column, args.I, false);
-        }
+        if (threadIdx.x == 0) prefetch_down<T, A_MN_MAJOR, TILE_COLUMNS>(down);
         wait_for_launch_before();
-        if (threadIdx.x == 0) load_down<T, A_MN_MAJOR, OCTET>(down, ring);
+        if (threadIdx.x == 0) load_down<T, A_MN_MAJOR, TILE_COLUMNS, OCTET>(down, ring);
     } else {
         acquire_registers<CONSUMER_REGISTERS>();
         wait_for_launch_before();

@@ -25,7 +25,7 @@ NORESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000)  # named from Python 3.11 on
 
 def prepare():
     if emulated.missing() is None:
-        emulated.compiled(emulated.ROOT / "csrc")
+        emulated.compiled()
 
 
 def same_bits(a, b) -> bool:

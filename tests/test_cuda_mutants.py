@@ -74,12 +74,12 @@ EQUIVALENT = {
 
 def prepare():
     if emulated.missing() is None:
-        emulated.compiled_mutants()
+        emulated.compiled()
 
 
 @pytest.fixture(scope="module")
 def mutated():
-    return emulated.mutated()
+    return emulated.module()
 
 
 @functools.cache

@@ -203,7 +203,7 @@ RUNS = [
 
 @pytest.fixture(scope="module")
 def mutated():
-    return emulated.mutated()
+    return emulated.module()
 
 
 @functools.cache

@@ -188,7 +188,7 @@ def test_ranks_layer_by_layer(here: Path, until: Stable) -> None:
 
 
 @pytest.mark.parametrize("kills", [3, pytest.param(50, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("until", [LOOSE, NEVER])
+@pytest.mark.parametrize("until", [LOOSE, pytest.param(NEVER, marks=pytest.mark.slow)])
 def test_ranks_killed_at_any_moment(
     here: Path, kills: int, until: Stable, monkeypatch: Any
 ) -> None:

@@ -139,18 +139,7 @@ def test_every_barrier_and_wait_of_the_kernels_is_a_mutant():
     assert others == {"ptx.cuh", "numbers.cuh", "launch.cuh"}  # no kernels
 
 
-# One that is not caught has been through all runs: whether its proof still holds is slow.
-@pytest.mark.parametrize(
-    "mutant",
-    [
-        pytest.param(
-            mutant,
-            id=f"{mutant.file}:{mutant.line}-{mutant.text}",
-            marks=[pytest.mark.slow] if (mutant.file, mutant.text) in EQUIVALENT else [],
-        )
-        for mutant in mutants.find(SOURCES)
-    ],
-)
+@pytest.mark.parametrize("mutant", mutants.each(mutants.find(SOURCES), EQUIVALENT))
 def test_is_caught(mutant, mutated, monkeypatch):
     numbers = range(len(RUNS))
     caught = any(complaint(mutated, number, mutant.number, monkeypatch) for number in numbers)

@@ -250,19 +250,8 @@ def test_every_statement_that_waits_signals_or_fences_is_a_mutant():
     }.items()  # fmt: skip
 
 
-# One that is not caught has been through all runs: whether its proof still holds is slow.
 @needs_emulator
-@pytest.mark.parametrize(
-    "mutant",
-    [
-        pytest.param(
-            mutant,
-            id=f"{mutant.file}:{mutant.line}-{mutant.text}",
-            marks=[pytest.mark.slow] if (mutant.file, mutant.text) in EQUIVALENT else [],
-        )
-        for mutant in MUTANTS
-    ],
-)
+@pytest.mark.parametrize("mutant", mutants.each(MUTANTS, EQUIVALENT))
 def test_mutant_is_caught(mutated, mutant):
     found, proof = complaint(mutated, mutant.number), EQUIVALENT.get((mutant.file, mutant.text))
     assert found or proof, f"survives: {mutant}"

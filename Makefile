@@ -16,8 +16,8 @@ ON_OLDEST = PYTHONPATH=$(abspath $(VENV))/transformers-$(OLDEST) $(PYTEST)
 ON_NEWEST = $(PYTEST)
 # What depends on the release: observing, masking, merging and loading models, and checkpoints that it writes and reads.
 BY_RELEASE := $(patsubst %,tests/test_%.py,balancing calibration compat config experts following generation heads identity \
-	layers layerwise load masking measure mtp mtplayer padding patch pruning remote_code rewriting staging streaming surgery \
-	tying uneven unpacked witness)
+	layers layerwise load logits masking measure mtp mtplayer padding patch pruning remote_code rewriting staging streaming \
+	surgery tying uneven unpacked witness)
 
 # What starts compilers or runs what they made (the emulator, mutants, other processors, all of Triton's interpreter), and
 # the stages of `make gpu`, which wait.

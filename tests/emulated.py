@@ -5,7 +5,9 @@
     result = run(inputs, seed=3, eager=True) # another order of lanes, warps and blocks; see `run`
     module().counters()                      # of the last run: bytes, bank conflicts, ...
 
-g++ compiles it once for each state of the sources and keeps it in build/simt.
+g++ compiles it once for each state of the sources and keeps it in build/simt. One module does for
+the kernels as they are and for their mutants (mutants.py), of which none is out of order unless
+`configure` says so.
 """
 
 import functools
@@ -38,23 +40,17 @@ def missing() -> str | None:
 
 @functools.cache
 def module() -> ModuleType:
-    return programs.load(compiled(ROOT / "csrc"))
+    return programs.load(compiled())
 
 
-@functools.cache
-def mutated() -> ModuleType:
-    """The same with the mutants of mutants.py; `configure` says which of them is out of order."""
-    return programs.load(compiled_mutants())
-
-
-def compiled_mutants() -> Path:
+def compiled() -> Path:
+    """The file of the extension module, in build/simt."""
     with tempfile.TemporaryDirectory() as folder:
         mutants.write(ROOT / "csrc", Path(folder) / "csrc")
-        return compiled(Path(folder) / "csrc")
+        return _compiled(Path(folder) / "csrc")
 
 
-def compiled(sources: Path) -> Path:
-    """The extension module of the kernels in `sources`/cuda, from build/simt if it is there."""
+def _compiled(sources: Path) -> Path:
     import pybind11
 
     includes = (sources, ROOT / "tests", ROOT / "tests/simt", pybind11.get_include())

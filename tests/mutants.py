@@ -15,9 +15,11 @@ they are compiled once:
 
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Container, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+
+import pytest
 
 FILES = (
     "routing.cuh", "tiles.cuh", "staging.cuh", "gate_up.cuh", "combine.cuh", "down.cuh",
@@ -54,6 +56,18 @@ def find(folder: Path, files: tuple[str, ...] = FILES) -> list[Mutant]:
     for file in files:
         mutants += _rewrite(folder, file, len(mutants) + 1)[1]
     return mutants
+
+
+def each(found: Iterable[Mutant], equivalent: Container[tuple[str, str]]) -> list:
+    """For pytest. One that makes no difference goes through all runs, so that is slow."""
+    return [
+        pytest.param(
+            mutant,
+            id=f"{mutant.file}:{mutant.line}-{mutant.text}",
+            marks=[pytest.mark.slow] if (mutant.file, mutant.text) in equivalent else [],
+        )
+        for mutant in found
+    ]
 
 
 def write(

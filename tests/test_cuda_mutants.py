@@ -74,12 +74,12 @@ EQUIVALENT = {
 
 def prepare():
     if emulated.missing() is None:
-        emulated.compiled_mutants()
+        emulated.compiled()
 
 
 @pytest.fixture(scope="module")
 def mutated():
-    return emulated.mutated()
+    return emulated.module()
 
 
 @functools.cache
@@ -139,9 +139,7 @@ def test_every_barrier_and_wait_of_the_kernels_is_a_mutant():
     assert others == {"ptx.cuh", "numbers.cuh", "launch.cuh"}  # no kernels
 
 
-@pytest.mark.parametrize(
-    "mutant", mutants.find(SOURCES), ids=lambda mutant: f"{mutant.file}:{mutant.line}-{mutant.text}"
-)
+@pytest.mark.parametrize("mutant", mutants.each(mutants.find(SOURCES), EQUIVALENT))
 def test_is_caught(mutant, mutated, monkeypatch):
     numbers = range(len(RUNS))
     caught = any(complaint(mutated, number, mutant.number, monkeypatch) for number in numbers)

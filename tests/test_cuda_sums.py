@@ -32,12 +32,11 @@ HOPPER = [*ALIGNED[1:8:2], *ALIGNED[14:16]]
 
 def prepare():
     if emulated.missing() is None:
-        emulated.compiled(emulated.ROOT / "csrc")
-        emulated.compiled_mutants()
+        emulated.compiled()
 
 
-def run(inputs: dict, weights, module=None, *, wgmma: bool = False, **options) -> Summed:
-    module = module or emulated.module()
+def run(inputs: dict, weights, *, wgmma: bool = False, **options) -> Summed:
+    module = emulated.module()
     module.configure(shared_limit=SHARED, **options)
     call = emulated.call_of(inputs | {"sum_weights": weights})
     result = cuda.execute(module, call, CHIP, stream=0, wgmma=wgmma)
@@ -121,14 +120,13 @@ def known():
 
 
 def complaint(mutant: int, known, monkeypatch) -> str | None:
-    module = emulated.mutated()
     for inputs, weights, truth in known:
         monkeypatch.setattr(slotsums, "truth", lambda *_, truth=truth: truth)
         try:
             for seed, eager in ((1, False), (2, True)):
-                result = run(inputs, weights, module, mutant=mutant, seed=seed, eager=eager)
+                result = run(inputs, weights, mutant=mutant, seed=seed, eager=eager)
                 slotsums.assert_accurate(result, inputs, weights)
-        except (module.Fault, AssertionError) as error:
+        except (emulated.fault(), AssertionError) as error:
             return str(error).partition("\n")[0] or type(error).__name__
     return None
 

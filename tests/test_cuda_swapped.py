@@ -146,7 +146,7 @@ RUNS = [
 
 @pytest.fixture(scope="module")
 def mutated():
-    return emulated.mutated()
+    return emulated.module()
 
 
 def complaint(extension, mutant: int) -> str | None:
@@ -169,7 +169,7 @@ def test_every_statement_that_waits_signals_or_fences_is_a_mutant():
 
 
 @needs_emulator
-@pytest.mark.parametrize("mutant", MUTANTS, ids=lambda m: f"{m.file}:{m.line}-{m.text}")
+@pytest.mark.parametrize("mutant", mutants.each(MUTANTS, EQUIVALENT))
 def test_mutant_is_caught(mutated, mutant):
     found, proof = complaint(mutated, mutant.number), EQUIVALENT.get((mutant.file, mutant.text))
     assert found or proof, f"survives: {mutant}"

@@ -20,9 +20,18 @@ from reap.errors import ReapError
 from reap.model.identity import describe, describe_folder, fingerprint, mtp_of
 from reap.model.load import load_model, load_mtp
 
+# A plain model, a composite, a hybrid, tied layers, a state from layer to layer, no head: the
+# others are in the slow tests.
+QUICK = ("qwen3_moe", "gemma4", "nemotron_h", "diffusion_gemma", "zaya", "openai_privacy_filter")
 
-@pytest.mark.sweep
-@pytest.mark.parametrize("model_type", model_types())
+
+@pytest.mark.parametrize(
+    "model_type",
+    [
+        name if name in QUICK else pytest.param(name, marks=pytest.mark.slow)
+        for name in model_types()
+    ],
+)
 def test_a_folder_is_described_as_its_model(model_type: str, tmp_path: Path) -> None:
     model = tiny_model(model_type)
     info = describe(model)

@@ -95,7 +95,7 @@ def test_logits(model_type: str) -> None:
     assert_logits(model_type)
 
 
-@pytest.mark.sweep
+@pytest.mark.slow
 @pytest.mark.parametrize("model_type", [t for t in PADDABLE if t not in (*MAIN[:4], *ODD)])
 def test_logits_of_every_architecture(model_type: str) -> None:
     assert_logits(model_type)

@@ -85,7 +85,9 @@ def streamed(here: Path, until: Stable, stop: int | None = None, **options: Any)
         )
 
 
-@pytest.mark.parametrize(("wave", "ends"), [(None, 48), (5, 42), (7, 46)])
+@pytest.mark.parametrize(
+    ("wave", "ends"), [(None, 48), (5, 42), pytest.param(7, 46, marks=pytest.mark.slow)]
+)
 def test_layer_by_layer(here: Path, wave: int | None, ends: int) -> None:
     """The looks are those of a run in memory, the end is that of the wave."""
     plain = in_memory(here, LOOSE)
@@ -99,7 +101,7 @@ def test_layer_by_layer(here: Path, wave: int | None, ends: int) -> None:
     assert data["sources"] == there.data[0]["sources"]
 
 
-@pytest.mark.parametrize("stops", [[70], [20, 45]])
+@pytest.mark.parametrize("stops", [pytest.param([70], marks=pytest.mark.slow), [20, 45]])
 def test_layer_by_layer_in_pieces(here: Path, stops: list[int]) -> None:
     whole = streamed(here, LOOSE, wave_tokens=5 * 16)
     for stop in stops:
@@ -152,8 +154,17 @@ def run(here: Path, until: Stable = LOOSE, stream: bool = False) -> None:
             us.release()
 
 
-@pytest.mark.parametrize("size", [2, 3, pytest.param(40, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("until", [LOOSE, NEVER])
+@pytest.mark.parametrize(
+    ("until", "size"),
+    [
+        (LOOSE, 3),
+        (NEVER, 2),
+        *(
+            pytest.param(until, size, marks=pytest.mark.slow)
+            for until, size in [(LOOSE, 2), (NEVER, 3), (LOOSE, 40), (NEVER, 40)]
+        ),
+    ],
+)
 def test_ranks_end_where_one_process_does(here: Path, size: int, until: Stable) -> None:
     in_memory(here, until).save(here / "whole")
     forked = Forked(here, size, lambda _: run(here, until))
@@ -177,7 +188,7 @@ def test_ranks_layer_by_layer(here: Path, until: Stable) -> None:
 
 
 @pytest.mark.parametrize("kills", [3, pytest.param(50, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("until", [LOOSE, NEVER])
+@pytest.mark.parametrize("until", [LOOSE, pytest.param(NEVER, marks=pytest.mark.slow)])
 def test_ranks_killed_at_any_moment(
     here: Path, kills: int, until: Stable, monkeypatch: Any
 ) -> None:

@@ -93,7 +93,14 @@ def raising(code: int) -> Callable[[], None]:
 
 @pytest.mark.sweep
 @pytest.mark.parametrize("old", [None, OLD], ids=["new", "overwrite"])
-@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EIO, None], ids=["full", "io", "interrupt"])
+@pytest.mark.parametrize(
+    "code",
+    [
+        pytest.param(errno.ENOSPC, id="full"),
+        pytest.param(errno.EIO, id="io", marks=pytest.mark.slow),
+        pytest.param(None, id="interrupt"),
+    ],
+)
 def test_every_failing_call_leaves_the_old_state(
     job: tuple[Path, Plan, dict[str, bytes]],
     tmp_path: Path,

@@ -11,8 +11,11 @@ import pytest
 
 pytestmark = pytest.mark.skipif(programs.missing() is not None, reason=str(programs.missing()))
 SOURCES = sorted(Path(__file__).parent.glob("simt/faults_*.h"))
-# The switch of stacks by hand, and the portable one.
-MODES: tuple[list[str], ...] = ([], ["-DSIMT_UCONTEXT"])
+# The switch of stacks by hand, and the portable one, for which it all is compiled again.
+MODES = (
+    pytest.param([], id="assembly"),
+    pytest.param(["-DSIMT_UCONTEXT"], id="ucontext", marks=pytest.mark.slow),
+)
 
 
 class Run(NamedTuple):
@@ -88,7 +91,7 @@ FAULTS = {
 }
 
 
-@pytest.fixture(scope="module", params=MODES, ids=["assembly", "ucontext"])
+@pytest.fixture(scope="module", params=MODES)
 def runs(request):
     """Every run of the program: (name, broken) -> {(seed, mode): Run}."""
     found: defaultdict[tuple, dict] = defaultdict(dict)

@@ -71,8 +71,17 @@ def run(here: Path, pairs: bool = False, model: Any = MODEL_HERE, late: Any = No
             us.release()
 
 
-@pytest.mark.parametrize("size", [2, 3, pytest.param(40, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("pairs", [False, True])
+@pytest.mark.parametrize(
+    ("pairs", "size"),
+    [
+        (True, 3),
+        (False, 2),
+        *(
+            pytest.param(pairs, size, marks=pytest.mark.slow)
+            for pairs, size in [(True, 2), (False, 3), (True, 40), (False, 40)]
+        ),
+    ],
+)
 def test_ranks_are_one(here: Path, size: int, pairs: bool) -> None:
     """Also where some have no batch at all."""
     calibrate(MODEL_HERE, text(here), pairs=pairs).save(here / "whole")

@@ -78,8 +78,7 @@ def loads(monkeypatch: Any) -> list[str]:
     return seen
 
 
-@pytest.mark.parametrize("packing", [True, False])
-@pytest.mark.parametrize("most", [None, 100, 10])
+@pytest.mark.parametrize(("most", "packing"), [(None, True), (100, True), (10, True), (100, False)])
 def test_the_same_in_any_number_of_waves(
     here: Path, monkeypatch: Any, most: int | None, packing: bool
 ) -> None:
@@ -133,7 +132,7 @@ def stops(monkeypatch: Any, error: BaseException, calls: int) -> None:
     monkeypatch.setattr(Qwen3MoeDecoderLayer, "forward", forward)
 
 
-@pytest.mark.parametrize("calls", [5, 40, 75])
+@pytest.mark.parametrize("calls", [5, 40, pytest.param(75, marks=pytest.mark.slow)])
 def test_a_run_goes_on_behind_its_last_wave(here: Path, monkeypatch: Any, calls: int) -> None:
     """Of waves of three batches, four layers each. A run in memory goes on as well."""
     with monkeypatch.context() as patch:
@@ -148,7 +147,8 @@ def test_a_run_goes_on_behind_its_last_wave(here: Path, monkeypatch: Any, calls:
     shutil.copytree(here, here / "copy", ignore=lambda *_: ["copy", "model"])
     progress: list[int] = []
     found = streamed(here, wave_tokens=5 * BATCH, progress=progress.append)
-    assert found.digest() == whole(here).digest() and found.data == whole(here).data
+    plain = whole(here)
+    assert found.digest() == plain.digest() and found.data == plain.data
     assert sum(progress) == found.tokens
     if done:
         shutil.copy(here / "copy/kept", here / "kept")
@@ -281,7 +281,7 @@ def reset_peak():
 
 reset_peak()
 memory.reset_peak = reset_peak
-rows = [{"input_ids": torch.full((1, 64), i)} for i in range(8)]
+rows = [{"input_ids": torch.full((1, 16), i)} for i in range(8)]
 stats = reap.calibrate_streamed(sys.argv[1], rows, memory_limit=limit)
 reset_peak()
 print(max(peaks[1:]), limit, stats.tokens)
@@ -295,4 +295,4 @@ def test_a_limit_is_kept(tmp_path: Path) -> None:
     command = [sys.executable, "-c", _CHILD, str(tmp_path / "model")]
     done = subprocess.run(command, check=True, capture_output=True, text=True)
     peak, limit, tokens = map(int, done.stdout.split())
-    assert limit - 200_000_000 < peak <= limit and tokens == 512
+    assert limit - 200_000_000 < peak <= limit and tokens == 128

@@ -37,8 +37,8 @@ def combine(
 ) -> None:
     """Add up statistics of a model: runs, shards or domains.
 
-    The sums are exact: all shards of a run are as the file of the run in one process. One that is missing, given twice
-    or of another run is refused before any file is added.
+    The sums are exact: all shards of a run are as the file of the run in one process. One that is
+    missing, given twice or of another run is refused before any file is added.
     """
     paths = _files(stats)
     check_file(out, STATISTICS, overwrite=overwrite, inputs=paths)

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
     from reap.statistics.stats import Statistics
 
+FEW = 100  # tokens, below which an expert is named
+
 
 @reports_errors
 def score(
@@ -76,9 +78,10 @@ def _too_few(stats: Statistics) -> list[str]:
     from reap.planning.criteria import under_sampled
     from reap.report.wording import ranges
 
-    few, short = under_sampled(stats), short_names(stats.layers)
+    few, short = under_sampled(stats, FEW), short_names(stats.layers)
     lines = [f"layer {short[layer]}: {ranges(experts, 8)}" for layer, experts in few.items()]
-    return ["fewer than 100 tokens, too few to judge these experts by:", *lines] if lines else []
+    above = f"fewer than {FEW} tokens, too few to judge these experts by:"
+    return [above, *lines] if lines else []
 
 
 def _every(stats: Statistics, scores: dict[str, Tensor], criterion: str) -> Iterator[list[str]]:

@@ -11,7 +11,7 @@ from torch import Tensor
 from reap_kernels.contract import Call, Saliency, Summed
 
 DTYPES = {torch.bfloat16: "bf16", torch.float16: "f16", torch.float32: "f32"}
-_AGAIN = "then run `pip install -v --no-build-isolation -e .` again and read what it says"
+_BUILD = "in a checkout run `pip install -v --no-build-isolation -e .`, and read what it says"
 
 
 def _load(name: str) -> ModuleType | ImportError:
@@ -32,10 +32,10 @@ def missing(name: str = "_native") -> str | None:
     if not isinstance(found, ModuleNotFoundError):
         return f"the extension {name} cannot be loaded ({found})"
     if name == "_native":
-        return f"the C++ extension is not built: install a C++17 compiler and pybind11, {_AGAIN}"
+        return f"the C++ extension is not built: install a C++17 compiler and pybind11, {_BUILD}"
     if nvcc := shutil.which("nvcc"):
-        return f"the CUDA extension is not built, although there is {nvcc}: {_AGAIN[5:]}"
-    return f"the CUDA extension is not built: install the CUDA toolkit (nvcc), {_AGAIN}"
+        return f"the CUDA extension is not built, although there is {nvcc}: {_BUILD}"
+    return f"the CUDA extension is not built: install the CUDA toolkit (nvcc), {_BUILD}"
 
 
 def module(name: str = "_native") -> ModuleType:

@@ -22,6 +22,12 @@ def test_help_and_plans_do_not_import_torch(more):
     assert "calibrate" in invoke("--help")[1]
 
 
+def test_every_command_is_summed_up_in_a_whole_sentence():
+    lines = invoke("--help")[1].split("Commands:\n")[1].splitlines()
+    assert len(lines) > 10 and not [line for line in lines if not line.endswith(".")]
+    assert not [line for line in lines if line.endswith("...")]
+
+
 COMMANDS = re.findall(r"^  (\w+)  ", invoke("--help")[1].split("Commands:")[1], re.M)
 
 
@@ -96,6 +102,7 @@ MISTAKES = {
     "no statistics": ("score {w}/none.st", "none.st"),
     "unknown criterion": ("score {w}/one.st --criterion best", "weighted_ean"),
     "no ratio, no keep": ("plan {w}/one.st --out {w}/x.json", "ratio"),
+    "neither ratio nor keep": ("plan {w}/one.st --out {w}/x.json", "--ratio 0.5 or --keep 8, say"),
     "ratio and keep": ("plan {w}/one.st --ratio 0.5 --keep 8 --out {w}/x.json", "keep"),
     "ratio of all": ("plan {w}/one.st --ratio 1 --out {w}/x.json", "ratio"),
     "fewer than top-k": ("plan {w}/one.st --keep 1 --out {w}/x.json", "picks 2 per token"),

@@ -57,5 +57,19 @@ def test_eighty_columns(tmp_path: Path, experts: int, scale: float) -> None:
             assert len(rows) == (layers * experts if more else layers)
 
 
+def test_experts_with_few_tokens_are_named(tmp_path: Path) -> None:
+    names = [f"model.layers.{number}.mlp.experts" for number in range(2)]
+    layers = tuple(LayerInfo(name, 4, 1) for name in names)
+    stats = Statistics(ModelInfo("m", "t", "f", None, layers), data=[], versions={})
+    with stats.domain("code"):
+        for name, counts in zip(names, ([100, 100, 99, 200], [150, 150, 100, 100]), strict=True):
+            index = torch.repeat_interleave(torch.arange(4), torch.tensor(counts))[:, None]
+            ones = torch.ones(index.shape)
+            stats.update(name, index, ones, ones, ones)
+    stats.save(tmp_path / "s.st")
+    lines = invoke("score", tmp_path / "s.st")[1].splitlines()
+    assert lines[-2].startswith("fewer than 100 tokens") and lines[-1] == "layer 0: 2"
+
+
 def test_two_experts_have_a_score_in_every_column() -> None:
     assert _ends(torch.tensor([2.0, 1.0])) == ["1: 1", "0: 2", "0: 2", "0: 2", "0: 2"]

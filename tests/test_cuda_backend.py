@@ -56,7 +56,7 @@ def test_reasons_why_it_is_not_built(monkeypatch):
     )
     monkeypatch.setattr("shutil.which", lambda name: "/opt/nvcc")
     assert reason(absent).startswith(
-        "the CUDA extension is not built, although there is /opt/nvcc: run"
+        "the CUDA extension is not built, although there is /opt/nvcc: in a checkout run"
     )
     assert (
         reason(ImportError("libx.so: no")) == "the extension _cuda cannot be loaded (libx.so: no)"

@@ -174,6 +174,7 @@ def test_record_and_card_say_what_was_done(tmp_path: Path) -> None:
     card = (out / "README.md").read_text()
     front = card.split("---")[1]
     assert "base_model:" in front and "library_name: transformers" in front
+    assert "pip install transformers accelerate" in card  # which device_map asks for
     assert "vllm serve out" in card and "38% of its experts" in card  # 3 of 8
     again = prune(out, some_plan(out, keep=4), tmp_path / "twice")
     assert json.loads((again.out / "reap.base.json").read_text()) == record

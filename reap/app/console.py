@@ -24,7 +24,9 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EBADF)
 
 # What the library advises to pass; anything else like them may be part of a file's name.
-ARGUMENTS = "allow_copy|keep|multiple_of|new_tokens|overwrite|prompt_tokens|scope|trust_remote_code"
+ARGUMENTS = (
+    "allow_copy|keep|multiple_of|new_tokens|overwrite|prompt_tokens|ratio|scope|trust_remote_code"
+)
 # What it speaks of without a value.
 NAMES = (
     "batch_size|count_after|count_until|min_per_layer|seq_len|task_path|until_stable|wave_tokens"
@@ -137,7 +139,7 @@ def as_flags(text: str) -> str:
         value = "" if match[2] in ("", "True") else " " + match[2].strip('"')
         return f"--{match[1].replace('_', '-')}{value}"
 
-    with_value = rf'({ARGUMENTS})=(True|\d+|"[a-z]+")'
+    with_value = rf'({ARGUMENTS})=(True|[\d.]+\b|"[a-z]+")'
     for pattern in (with_value, f"({NAMES})()"):
         text = re.sub(rf"(?<![^ ]){pattern}(?![^ ;,:])", flag, text)
     return text

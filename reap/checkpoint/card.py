@@ -173,6 +173,7 @@ def use_lines(name: str, uneven: bool = False) -> list[str]:
         ]
     return [
         "```python",
+        "# pip install transformers accelerate",
         "from transformers import AutoModelForCausalLM, AutoTokenizer",
         "",
         f'model = AutoModelForCausalLM.from_pretrained("{name}", dtype="auto", device_map="auto")',

@@ -195,7 +195,8 @@ def from_folder(
     if unpacked is not None and "disk" in places.values():  # it would be read there as it is packed
         raise ReapError(
             f"{folder} is quantised, and does not fit in the memory of {device_map}: what is left "
-            "over on disk would be read without being dequantised: --stream --device cpu runs it"
+            "over on disk would be read without being dequantised: calibrate it with --stream "
+            "--device cpu"
         )
     if report["missing_keys"]:
         raise ReapError(

@@ -24,7 +24,9 @@ def kept_counts(
     """How many experts of each layer stay, as `make_plan` describes its options; ReapError, which
     names the nearest count that works, where a layer's router could not do with that many."""
     if (ratio is None) == (keep is None):
-        raise ReapError("say how much to prune with exactly one of ratio and keep")
+        raise ReapError(
+            "say how much to prune with exactly one of ratio and keep: ratio=0.5 or keep=8, say"
+        )
     share = None if ratio is None else share_of(ratio)
     check_whole(keep=keep, multiple_of=multiple_of)
     return [_kept_count(layer, share, keep, multiple_of) for layer in layers]

@@ -52,7 +52,7 @@ def calibrate(
     overwrite: Overwrite = False,
     json: Json = False,
 ) -> None:
-    """Run MODEL over calibration text and write the statistics of every expert.
+    """Run MODEL over text and write the statistics of every expert.
 
     Started by torchrun, several processes do it together; with --shard they need not know of each
     other.

@@ -35,10 +35,10 @@ def combine(
     overwrite: Overwrite = False,
     json: Json = False,
 ) -> None:
-    """Add statistics of several runs, shards or domains of one model, exactly.
+    """Add up statistics of a model: runs, shards or domains.
 
-    All shards of a run are as the file of the run in one process. One that is missing, given twice
-    or of another run is refused before any file is added.
+    The sums are exact: all shards of a run are as the file of the run in one process. One that is
+    missing, given twice or of another run is refused before any file is added.
     """
     paths = _files(stats)
     check_file(out, STATISTICS, overwrite=overwrite, inputs=paths)

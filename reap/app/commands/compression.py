@@ -51,10 +51,10 @@ def compress(
     overwrite: Overwrite = False,
     json: Json = False,
 ) -> None:
-    """Calibrate, plan and prune: MODEL without the experts that matter least for the text.
+    """Calibrate, plan and prune in one go.
 
-    Beside OUT are left OUT.stats.safetensors and OUT.plan.json, for other plans of the same
-    statistics.
+    OUT becomes MODEL without the experts that matter least for the text. Beside it are left
+    OUT.stats.safetensors and OUT.plan.json, for other plans of the same statistics.
     """
     from reap.checkpoint.pruning import check_prune
     from reap.planning.budget import check_scope

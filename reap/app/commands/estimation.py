@@ -37,10 +37,10 @@ def estimate(
     out: Annotated[Path, typer.Option(help="the file that would be written")] = Path("stats"),
     json: Json = False,
 ) -> None:
-    """Say what `reap calibrate` with these options will take, after some seconds of trying.
+    """Say what memory, disk and time `reap calibrate` will take.
 
-    The way it will run, memory, disk, bytes read, FLOPs and time, on this machine's CPU. Nothing is
-    written.
+    With the same options, after some seconds of trying on this machine's CPU: also the way it will
+    run, bytes read and FLOPs. Nothing is written.
     """
     folder = find_model(model, text, measuring, loading, lambda inputs: None)
     found, why = _estimated(folder, text, measuring, loading, out)

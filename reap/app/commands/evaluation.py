@@ -50,11 +50,14 @@ def evaluate(
     ] = False,
     json: Json = False,
 ) -> None:
-    """Measure loss and perplexity, and with --teacher also its loss, KL divergence and top-1
-    agreement; with --plan so for each plan, without pruning, against the whole model.
+    """Measure loss, and what pruning cost.
+
+    Loss and perplexity; with --teacher also its loss, KL divergence and top-1 agreement; with
+    --plan so for each plan, without pruning, against the whole model.
 
     With --generate also how often generated text loops or ends, and with --tasks what
-    lm-evaluation-harness measures (pip install 'lm-eval[hf]'), of every model compared."""
+    lm-evaluation-harness measures (pip install 'lm-eval[hf]'), of every model compared.
+    """
     from reap.checkpoint.evaluations import check_recordable, record_evaluation
     from reap.files.hub import resolve_model
     from reap.model.load import load_tokenizer

@@ -41,7 +41,7 @@ def info(
     ] = None,
     json: Json = False,
 ) -> None:
-    """Say what PATH is: statistics, a plan, a trace, a model or a pruned one, and what is in it."""
+    """Say what a file or a model is, and what is in it."""
     found = _told(path, revision)
     if json:
         print_json(found)

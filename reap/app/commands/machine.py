@@ -16,8 +16,11 @@ from reap.versions import releases
 
 @reports_errors
 def doctor(json: Json = False) -> None:
-    """Say what this machine offers: versions, devices, and each backend or why it is missing; and
-    whether transformers and torch are as needed."""
+    """Say what this machine offers, and why the rest is missing.
+
+    Versions, devices and the backends of the kernels; and whether transformers and torch are as
+    needed.
+    """
     from reap.app.doctor import diagnose
 
     found = diagnose()
@@ -46,7 +49,10 @@ def demo(
     out: Annotated[Path, typer.Option(help="folder for the pruned models")] = Path("out/demo"),
     json: Json = False,
 ) -> None:
-    """Calibrate, score, prune, reload and measure the trained model that ships with the sources."""
+    """Prune the small model of the source checkout, and measure it.
+
+    It is calibrated, pruned in several ways, reloaded and measured: minutes on a CPU.
+    """
     from reap.app.demo import run
 
     run(out, as_json=json)

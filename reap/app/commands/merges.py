@@ -105,8 +105,10 @@ def merge(
     ] = False,
     json: Json = False,
 ) -> None:
-    """Write MODEL with the experts of each group of MERGE made equal. It loads wherever MODEL does,
-    and is as large: a baseline to compare pruning with."""
+    """Write MODEL with the experts of each group of MERGE made equal.
+
+    It loads wherever MODEL does, and is as large: a baseline to compare pruning with.
+    """
     check_folder(out, overwrite=overwrite, inputs=[model, groups])
     from reap.files.hub import resolve_model
     from reap.merging.mergeplan import Merge
@@ -149,8 +151,10 @@ def decompose(
     least: Annotated[int, typer.Option(min=1, help="tokens that must have chosen a pair")] = 8,
     json: Json = False,
 ) -> None:
-    """Measure what merging two experts costs and what pruning one of them does, pair by pair,
-    beside the formulas that say which should be less."""
+    """Measure what merging two experts costs, or pruning one.
+
+    Pair by pair, beside the formulas that say which should be less.
+    """
     from reap.files.hub import resolve_model
     from reap.merging.decomposition import decompose as run
 

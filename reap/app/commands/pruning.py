@@ -37,7 +37,10 @@ def prune(
     ] = False,
     json: Json = False,
 ) -> None:
-    """Write MODEL without the experts that PLAN drops, straight from its files."""
+    """Write MODEL without the experts that PLAN drops.
+
+    Straight from its files; tokenizer, chat template and generation settings come along.
+    """
     check_folder(out, overwrite=overwrite, inputs=[model, plan])
     from reap.files.hub import resolve_model
     from reap.planning.plan import Plan
@@ -87,8 +90,10 @@ def verify(
     ] = None,
     json: Json = False,
 ) -> None:
-    """Read a pruned model back, compare it with MODEL or the checksums recorded, and say what a
-    server needs to know."""
+    """Check a pruned model, and say what a server needs to know.
+
+    It is read back and compared with --source, or with the checksums that were recorded.
+    """
     from reap.checkpoint.verification import record_of
     from reap.checkpoint.verification import verify as run
     from reap.files.hub import resolve_model

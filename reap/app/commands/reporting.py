@@ -39,8 +39,11 @@ def report(
     overwrite: Overwrite = False,
     json: Json = False,
 ) -> None:
-    """Write one HTML page of what statistics and plans say, which needs no network: scores and the
-    cut, criteria and domains compared, how sure it is, pairs, the text, and what plans cost."""
+    """Write one HTML page of what statistics and plans say.
+
+    It needs no network, and shows scores and the cut, criteria and domains compared, how sure it
+    is, pairs, the text, and what plans cost.
+    """
     from reap.report.page import write_report
 
     written = write_report(
@@ -82,8 +85,9 @@ def diff(
     ] = None,
     json: Json = False,
 ) -> None:
-    """Say how two statistics differ, or two plans: model, text and options, and layer by layer the
-    experts that one alone keeps.
+    """Say how two statistics differ, or two plans.
+
+    In model, text and options, and layer by layer in the experts that one alone keeps.
 
     The exit code is 0 whether they differ or not; with --json, `equal_bits` and `same` tell.
     """

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
     from reap.statistics.stats import Statistics
 
+FEW = 100  # tokens, below which an expert is named
+
 
 @reports_errors
 def score(
@@ -29,7 +31,9 @@ def score(
     ] = False,
     json: Json = False,
 ) -> None:
-    """Print the scores of experts: of every layer the ends and the middle.
+    """Print the scores of every layer's experts.
+
+    The ends and the middle, and which experts saw too few tokens; with --all every one.
 
     Criteria: reap, frequency, ean, ean_mean, weighted_ean, gate_mass, reap_l2, peak, random.
     """
@@ -57,6 +61,8 @@ def score(
     rows = [[short, *_ends(scores[layer])] for layer, short in short_names(list(scores)).items()]
     columns = ["layer", "weakest", "second", "third", "median", "strongest"]
     print_table(f"{title}\nexpert: score (--all: every expert, and its error)", columns, rows)
+    for line in _too_few(loaded):
+        typer.echo(line)
 
 
 def _ends(scores: Tensor) -> list[str]:
@@ -65,6 +71,17 @@ def _ends(scores: Tensor) -> list[str]:
     fill = [order[-1]] * (3 - len(order))  # of a layer with fewer experts than columns
     picks = [*order[:3], *fill, order[len(order) // 2], order[-1]]
     return [f"{expert}: {_shown(float(scores[expert]))}" for expert in picks]
+
+
+def _too_few(stats: Statistics) -> list[str]:
+    """A line per layer with experts that saw too few tokens to be judged, and one above them."""
+    from reap.planning.criteria import under_sampled
+    from reap.report.wording import ranges
+
+    few, short = under_sampled(stats, FEW), short_names(stats.layers)
+    lines = [f"layer {short[layer]}: {ranges(experts, 8)}" for layer, experts in few.items()]
+    above = f"fewer than {FEW} tokens, too few to judge these experts by:"
+    return [above, *lines] if lines else []
 
 
 def _every(stats: Statistics, scores: dict[str, Tensor], criterion: str) -> Iterator[list[str]]:

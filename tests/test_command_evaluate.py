@@ -103,3 +103,12 @@ def test_what_cannot_be_generated_or_recorded(work):
     assert "has no reap.json" in refused("evaluate", MODEL, *data, "--card")
     plan = ("--plan", work / "plan.json")
     assert "leave out --plan" in refused("evaluate", MODEL, *data, "--card", *plan)
+
+
+def test_models_that_do_not_fit_are_refused_before_they_are_loaded(work, monkeypatch):
+    from reap.runs import memory
+
+    monkeypatch.setattr(memory, "allowed", lambda: memory.resident() + 1000)
+    data = ("--data", work / "a.txt", "--device", "cpu")
+    assert "that are free: use a machine with more" in refused("evaluate", MODEL, *data)
+    assert "that are free: use a machine with more" in refused("decompose", MODEL, *data)

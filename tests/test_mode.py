@@ -84,3 +84,17 @@ def test_devices_that_do_not_run_layer_by_layer(folder: Path, monkeypatch: Any) 
         assert why(folder, monkeypatch, 0, device=device) is None
         with pytest.raises(ReapError, match=f"or on one CUDA GPU, not on {device}: --device cpu"):
             why(folder, monkeypatch, device=device, asked=True)
+
+
+@pytest.mark.parametrize(("count", "free"), [(1, 4510), (2, 9020)])
+def test_what_must_be_loaded_whole_is_refused_before(
+    folder: Path, monkeypatch: Any, count: int, free: int
+) -> None:
+    monkeypatch.setattr(memory, "resident", lambda: 1000)
+    both = (folder,) * count
+    monkeypatch.setattr(memory, "allowed", lambda: 1000 + free)
+    mode.check_fits(*both, dtype="auto", device="cpu")
+    monkeypatch.setattr(memory, "allowed", lambda: 1000 + free - 1)
+    with pytest.raises(ReapError, match=r"takes? .* of memory, of .* that are free: use a machine"):
+        mode.check_fits(*both, dtype="auto", device="cpu")
+    mode.check_fits(*both, dtype="bfloat16", device="cpu")

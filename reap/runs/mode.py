@@ -45,6 +45,22 @@ def why_streamed(
     return f"whole it takes {sized(need)} of memory, of {sized(have)}"
 
 
+def check_fits(*folders: Path, dtype: str, device: str) -> None:
+    """ReapError where these models, loaded whole at once, do not fit in the memory that is free:
+    the system would end the process without a word. GPUs say so themselves."""
+    if find_device(device) != "cpu":
+        return
+    need = sum(round(_weights(folder, dtype)[1] * LOADING) for folder in folders)
+    have = memory.allowed() - memory.resident()
+    if need > have:
+        names = " and ".join(folder.name for folder in folders)
+        raise ReapError(
+            f"{names} {'takes' if len(folders) == 1 else 'take'} {sized(need)} of memory, of "
+            f"{sized(have)} that are free: use a machine with more, or --dtype bfloat16 where they "
+            "are stored in 32 bits"
+        )
+
+
 def check_streams(device: str) -> None:
     """ReapError for a device that does not run layer by layer."""
     if device.partition(":")[0] not in ("cpu", "cuda"):

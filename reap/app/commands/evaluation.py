@@ -61,6 +61,7 @@ def evaluate(
     from reap.checkpoint.evaluations import check_recordable, record_evaluation
     from reap.files.hub import resolve_model
     from reap.model.load import load_tokenizer
+    from reap.runs.mode import check_fits
 
     loading.check()
     plans = _plans(plan or [])
@@ -73,7 +74,9 @@ def evaluate(
     if card:
         check_recordable(folder)
     _check_plans(folder, plans)
-    for each in filter(None, (folder, original)):
+    loaded = [each for each in (folder, original) if each is not None]
+    check_fits(*loaded, dtype=loading.dtype, device=loading.device)
+    for each in loaded:
         generating.check(each, text, loading.trust_remote_code)
     tasks = asking.load()
     rows = rows_of(folder, text, sources, loading.trust_remote_code) if sources else None

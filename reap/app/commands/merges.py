@@ -157,10 +157,12 @@ def decompose(
     """
     from reap.files.hub import resolve_model
     from reap.merging.decomposition import decompose as run
+    from reap.runs.mode import check_fits
 
     loading.check()
     sources = text.sources()
     folder = resolve_model(model, loading.revision)
+    check_fits(folder, dtype=loading.dtype, device=loading.device)
     rows = rows_of(folder, text, sources, loading.trust_remote_code)
     announce("decomposing", model, where(folder, loading), shape_of(rows))
     read_on(rows, sources)

@@ -89,7 +89,7 @@ def test_an_interrupted_run_goes_on(work, tmp_path, monkeypatch):
     partial = Statistics.load(kept)
     assert partial.tokens == 768 and partial.data[0]["partial"] == {"batches": 12}
     line = refused(*command, "--batch-size", 2)
-    assert "batch_size was 1, and is 2" in line and "the same command" not in line
+    assert "--batch-size was 1, and is 2" in line and "the same command" not in line
     _, line = ended(*command, "--dtype", "float32")
     assert "run was" in line and "the same command" not in line
     run_json(*command)

@@ -81,7 +81,7 @@ def test_shards_that_are_not_of_one_run(work, tmp_path):
     other = ("calibrate", MODEL, "--shard", "1/2", "--out", tmp_path / "o.st", "--overwrite")
     for changed, reason in [
         (("--max-tokens", 448), "max_tokens is 512, and 448"),
-        (("--max-tokens", 512, "--batch-size", 2), "batch_size is 1, and 2"),
+        (("--max-tokens", 512, "--batch-size", 2), "--batch-size is 1, and 2"),
         (("--max-tokens", 512, "--dtype", "float32"), "run is .*float32"),
         (("--max-tokens", 512, "--shard", "1/3"), "the number of shards is 2, and 3"),
     ]:

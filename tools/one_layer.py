@@ -68,13 +68,13 @@ def packed(extension: Any, layer: Arrays, results: Results, threads: int) -> byt
 
     fp32 = extension.dtypes["f32"]
     return struct.pack(
-        "=42q3d",
+        "=43q3d",
         *(T, K, E, H, I, fp32, extension.activations["silu"], True, False),
         *(address(layer.hidden), H, *weights(layer.gate_up), *weights(layer.down)),
         *(address(layer.ids), True, address(layer.gates), fp32),
         *map(address, results),
         *(0, 0, 0),  # no sums
-        *(threads, False, False),
+        *(threads, False, False, 0),
         *(0, 0, 0, 0),  # no GPU
         *(1.0, np.inf, 0.0),  # of other activations
     )

@@ -38,6 +38,7 @@ __device__ __forceinline__ void load_down(const Down<T>& down, const Ring& ring)
             wait_empty(ring, state);
             announce(ring, state, tile);
             mbarrier_arrive_expect(full, COLUMNS / BOX * BOX_BYTES + boxes * BYTES);
+#pragma unroll 1                               // for few registers
             for (int i = 0; i < boxes; ++i) {  // rows past the expert's last are those of the next
                 const int at[2] = {k, tile.first + i * BOX_ROWS};
                 tma_load(ring.a(state.stage) + i * BYTES, down.inner, full, at);

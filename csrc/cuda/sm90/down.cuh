@@ -38,8 +38,9 @@ __device__ __forceinline__ void load_down(const Down<T>& down, const Ring& ring)
             wait_empty(ring, state);
             announce(ring, state, tile);
             mbarrier_arrive_expect(full, COLUMNS / BOX * BOX_BYTES + boxes * BYTES);
-#pragma unroll 1                               // for few registers
-            for (int i = 0; i < boxes; ++i) {  // rows past the expert's last are those of the next
+            // Rows past the expert's last are those of the next. Not unrolled, for few registers.
+#pragma unroll 1
+            for (int i = 0; i < boxes; ++i) {
                 const int at[2] = {k, tile.first + i * BOX_ROWS};
                 tma_load(ring.a(state.stage) + i * BYTES, down.inner, full, at);
             }

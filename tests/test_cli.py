@@ -101,7 +101,6 @@ MISTAKES = {
     "no such domain": ("score {w}/one.st --domain two", "there is one"),
     "no statistics": ("score {w}/none.st", "none.st"),
     "unknown criterion": ("score {w}/one.st --criterion best", "weighted_ean"),
-    "no ratio, no keep": ("plan {w}/one.st --out {w}/x.json", "ratio"),
     "neither ratio nor keep": ("plan {w}/one.st --out {w}/x.json", "--ratio 0.5 or --keep 8, say"),
     "ratio and keep": ("plan {w}/one.st --ratio 0.5 --keep 8 --out {w}/x.json", "keep"),
     "ratio of all": ("plan {w}/one.st --ratio 1 --out {w}/x.json", "ratio"),
